@@ -1,0 +1,39 @@
+# Everything runs in .venv, made from constraints.txt: `make demo` and `make test` need only Python >= 3.11, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard compiler/*.py compiler/_package/*.py passes/*.py passes/*/*.py runtime/*.py)
+
+.PHONY: demo test lint types examples install clean
+
+demo: install
+	$(BIN)/foldcut demo --output demo-output
+
+test: install
+	$(BIN)/python -m pytest -q -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+examples: install
+	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: with 2.13.0 installed, nothing later pulls a CUDA build. A strict editable install links file by
+# file, so a new source file installs again.
+$(STAMP): $(BIN)/python pyproject.toml constraints.txt $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build demo-output *.egg-info

@@ -1,0 +1,5 @@
+"""`python -m foldcut`."""
+
+from .compiler.cli import main
+
+main()

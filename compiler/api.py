@@ -1,0 +1,200 @@
+"""The public entry points: `compile`, `load_model` and the `Compiled` result."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from ..passes.mimic import MimicSettings
+from ..runtime.backend import Backend, resolve_backend
+from .atomic import write_folder
+from .calibration_set import CalibrationData, CalibrationSet
+from .capture import Model, capture
+from .errors import CompilerError, GoalError
+from .pipeline import Outcome, PipelineSettings, cost_report, run_pipeline
+from .plan import Blocks, Goal, Latency, Plan
+from .program import Program
+from .progress import Progress, StageClock, rich_progress, silent
+from .report import Report
+
+REWRITES = ("drop_blocks",)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Compiled:
+    """A compiled network: `.module` (runs any batch size), `.program`, `.plan`, `.report`, `.onnx` (bytes) and `.save(folder)`."""
+
+    outcome: Outcome
+    report: Report
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The rewritten network as a torch module; arguments and outputs as the original's."""
+        return self.outcome.program.module
+
+    @property
+    def program(self) -> Program:
+        return self.outcome.program
+
+    @property
+    def plan(self) -> Plan:
+        return self.outcome.plan
+
+    @property
+    def onnx(self) -> bytes:
+        """The rewritten network as an ONNX model."""
+        return self.outcome.onnx
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """The content of the output folder by file name."""
+        return {
+            "model.onnx": self.outcome.onnx,
+            "model.pt2": self.outcome.pt2,
+            "plan.json": _json(self.plan.to_dict()),
+            "report.json": _json(self.report.to_dict()),
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write model.onnx, model.pt2, plan.json and report.json; all or none appear. Raises OutputError when it cannot be written."""
+        write_folder(Path(folder), self.files)
+        return Path(folder)
+
+
+def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
+    model: Model,
+    calibration: CalibrationData,
+    *,
+    goal: Goal,
+    backend: str | Backend = "onnxruntime",
+    batch: int = 1,
+    rewrites: Sequence[str] = REWRITES,
+    mimic: MimicSettings | bool | None = True,
+    seed: int = 0,
+    progress: bool | Progress = True,
+    threads: int = 1,
+    settings: PipelineSettings | None = None,
+) -> Compiled:
+    """Make a trained network faster: drop blocks, re-solve the layers around them, mimic the original's features, measure.
+
+    `model` is an `nn.Module`, an `ExportedProgram` or the path of a `.pt2` file; `calibration` a few hundred unlabelled inputs (a tensor or array
+    with all samples, a tuple or dict for several inputs, a DataLoader or generator of batches). `goal` is `Latency(ratio)`, measured
+    on `backend` at `batch` with `threads` CPU threads, or `Blocks(k)`. `mimic` False or None leaves out the gradient stage, a `MimicSettings`
+    sets it. `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` overrides how every stage works.
+
+    The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the choice also
+    depends on measured times.
+
+    Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot be met, the GoalError
+    carries the best result in `.best`.
+    """
+    _check_arguments(goal, rewrites, batch, threads)
+    resolved_backend = resolve_backend(backend)
+    clock = StageClock()
+    with _progress(progress) as show, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        with clock.stage("capture"):
+            samples = CalibrationSet.of(calibration, inputs=_input_count(model))
+            teacher = capture(model, samples.batch(slice(0, 2)))
+        options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed)
+        if not isinstance(mimic, bool) or not mimic:
+            options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
+        outcome = run_pipeline(teacher, samples, goal, resolved_backend, settings=options, clock=clock, progress=show)
+    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    for message in messages:
+        warnings.warn(message, stacklevel=2)
+    result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, options, messages))
+    if not outcome.met:
+        raise GoalError(
+            _unmet(goal, outcome),
+            best=result,
+            hint="the best result is in the error's .best; ask for less, or allow other rewrites",
+        )
+    return result
+
+
+def _check_arguments(goal: Goal, rewrites: Sequence[str], batch: int, threads: int) -> None:
+    if not isinstance(goal, (Latency, Blocks)):
+        raise GoalError(f"{goal!r} is not a goal", hint="pass foldcut.Latency(ratio) or foldcut.Blocks(count)")
+    unknown = [r for r in rewrites if r not in REWRITES]
+    if unknown or not rewrites:
+        raise CompilerError(f"unknown rewrites {list(rewrites)}", expected=f"some of {list(REWRITES)}")
+    if batch < 1 or threads < 1:
+        raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")
+
+
+def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
+    if progress is True:
+        return rich_progress()
+    return nullcontext(silent if progress is False else progress)
+
+
+def _input_count(model: Any) -> int | None:
+    """How many inputs the model needs, read off forward(); None when that does not say."""
+    if not isinstance(model, nn.Module):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return None
+    return max(1, sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters))
+
+
+def _unmet(goal: Goal, outcome: Outcome) -> str:
+    dropped = len(outcome.plan.decisions)
+    if isinstance(goal, Blocks):
+        return f"only {dropped} of {goal.count} blocks can be dropped"
+    m = outcome.measurement
+    return f"{goal} cannot be met: with all {dropped} removable blocks dropped the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
+
+
+def _report(
+    outcome: Outcome,
+    samples: CalibrationSet,
+    goal: Goal,
+    backend: Backend,
+    options: PipelineSettings,
+    messages: Sequence[str],
+) -> Report:
+    macs, parameters = cost_report(outcome)
+    latency = outcome.measurement.to_dict(samples=False)
+    environment = latency.pop("environment", {})
+    return Report(
+        goal=goal.to_dict(),
+        met=outcome.met,
+        backend=backend.name,
+        batch=options.batch,
+        latency=latency,
+        macs=macs,
+        parameters=parameters,
+        output_error=list(outcome.output_errors.values())[-1],
+        output_errors=outcome.output_errors,
+        decisions=[d.to_dict() for d in outcome.plan.decisions],
+        rejects=[str(r) for r in (*outcome.analysis.rejects, *outcome.resolved.locked)],
+        onnx_difference=outcome.onnx_difference,
+        calibration={
+            "samples": len(samples),
+            "held_out": options.held_out,
+            "fingerprint": samples.fingerprint,
+        },
+        seconds=outcome.clock.to_dict(),
+        environment=dict(environment) if isinstance(environment, dict) else {},
+        seed=options.seed,
+        warnings=tuple(messages),
+    )
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=False) + "\n").encode()

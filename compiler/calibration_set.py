@@ -1,0 +1,295 @@
+"""The calibration set: a few hundred unlabelled inputs, checked once and read in batches by every pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from .errors import CalibrationError
+from .program import Batch, Program, dtype_name
+
+#: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
+CalibrationData = Any
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationSet:
+    """All samples, leaf by leaf: `leaves[i]` holds input i of every sample along dim 0, `spec` their structure.
+
+    Only the inputs are kept in memory (500 images of 224 x 224 are 300 MB), never activations.
+    """
+
+    leaves: tuple[torch.Tensor, ...]
+    spec: pytree.TreeSpec
+
+    def __len__(self) -> int:
+        return int(self.leaves[0].shape[0])
+
+    def take(self, indices: torch.Tensor | slice) -> CalibrationSet:
+        """The samples at the given positions."""
+        return CalibrationSet(leaves=tuple(leaf[indices] for leaf in self.leaves), spec=self.spec)
+
+    def batch(self, indices: torch.Tensor | slice) -> Batch:
+        """Some samples in the structure that the model takes."""
+        result: Batch = pytree.tree_unflatten([leaf[indices] for leaf in self.leaves], self.spec)
+        return result
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, `size` at a time (the last batch may be smaller)."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
+
+    def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
+        """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there are two."""
+        count = min(most, max(1, round(len(self) * fraction)))
+        if len(self) < 2:
+            return self, self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.take(order[count:].sort().values), self.take(order[:count].sort().values)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all samples."""
+        digest = hashlib.blake2b(digest_size=16)
+        for leaf in self.leaves:
+            digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+            digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @classmethod
+    def of(cls, data: CalibrationData, *, inputs: int | None = None) -> CalibrationSet:
+        """Read a calibration set.
+
+        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs), or an iterable
+        of batches (a DataLoader, a generator, a list). `inputs` is the number of inputs of the model when it is known: items
+        with more fields, such as (images, labels), are cut to it, and labels are never looked at. Without it the
+        last field of a pair from an iterable counts as the label.
+
+        Raises CalibrationError for what is empty, not numeric, ragged or not finite.
+        """
+        if isinstance(data, CalibrationSet):
+            return data
+        if isinstance(data, (str, Path)):
+            raise CalibrationError(
+                "a path was given where data is expected",
+                actual=str(data),
+                hint="read it with foldcut.read_calibration(path)",
+            )
+        if _is_batch(data):
+            return cls._from_batches([data])
+        if not isinstance(data, Iterable):
+            raise CalibrationError(
+                f"cannot read calibration samples from a {type(data).__name__}",
+                hint="pass a tensor, an array, a tuple or dict of them, a DataLoader or a generator of batches",
+            )
+        return cls._from_batches([_without_labels(item, inputs) for item in data])
+
+    @classmethod
+    def _from_batches(cls, batches: Sequence[Any]) -> CalibrationSet:
+        if not batches:
+            raise CalibrationError(
+                "the calibration set is empty",
+                hint="pass at least a few unlabelled inputs; 50 to 1,000 are usual",
+            )
+        flat = [pytree.tree_flatten(pytree.tree_map(_tensor, batch)) for batch in batches]
+        spec = flat[0][1]
+        if any(other != spec for _, other in flat):
+            raise CalibrationError(
+                "calibration batches differ in structure",
+                hint="yield the same number of inputs in every batch",
+            )
+        columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+        try:
+            leaves = tuple(torch.cat(column).contiguous() for column in columns)
+        except (RuntimeError, TypeError) as cause:
+            raise CalibrationError(
+                "calibration samples differ in shape",
+                actual=[list(t.shape) for t in columns[0]][:4],
+                hint="resize or pad the inputs to one shape",
+            ) from cause
+        _check_values(leaves)
+        return cls(leaves=leaves, spec=spec)
+
+    def check(self, program: Program) -> None:
+        """Raise CalibrationError unless the samples fit the program's inputs (number, shape, dtype)."""
+        if len(self.leaves) != len(program.inputs):
+            raise CalibrationError(
+                "the calibration set has another number of inputs than the network",
+                expected=", ".join(map(str, program.inputs)),
+                actual=f"{len(self.leaves)} inputs",
+                hint="pass a tuple (or dict) with one entry for each input",
+            )
+        for leaf, spec in zip(self.leaves, program.inputs, strict=True):
+            fits = leaf.dim() == len(spec.shape) and all(
+                isinstance(want, str) or i == 0 or want == have
+                for i, (want, have) in enumerate(zip(spec.shape, leaf.shape, strict=True))
+            )
+            if not fits:
+                raise CalibrationError(
+                    f"calibration samples have the wrong shape for input {spec.name!r}",
+                    expected=spec,
+                    actual=f"{dtype_name(leaf.dtype)}{list(leaf.shape)}",
+                    hint="resize the inputs as in deployment, channels where the network has them (PyTorch: N, C, H, W)",
+                )
+            if leaf.dtype != spec.dtype:
+                raise CalibrationError(
+                    f"calibration samples have the wrong dtype for input {spec.name!r}",
+                    expected=dtype_name(spec.dtype),
+                    actual=dtype_name(leaf.dtype),
+                    hint=f"convert them, for example with .to(torch.{dtype_name(spec.dtype)}), and normalise as in training",
+                )
+
+
+def read_calibration(
+    path: str | Path,
+    *,
+    key: str | None = None,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    limit: int | None = None,
+) -> CalibrationSet:
+    """Read calibration samples from a `.npy`, `.npz` or `.pt` file or from a folder of images.
+
+    Images are sorted by path, converted to RGB, resized to `size` (height, width) where given, scaled to [0, 1] and
+    normalised by `mean` and `std`; `limit` takes the first so many. Of an `.npz`, `key` names the array; without it the
+    arrays become the inputs by name (a single one becomes the input).
+
+    Raises CalibrationError for what cannot be read. No pickled objects are loaded.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return CalibrationSet.of(_image_folder(path, size, mean, std, limit))
+    if not path.is_file():
+        raise CalibrationError(
+            f"no such file or folder: {path}", hint="pass a .npy, .npz or .pt file or a folder of images"
+        )
+    loaders = {".npy": _load_npy, ".npz": _load_npz, ".pt": _load_pt}
+    if path.suffix not in loaders:
+        raise CalibrationError(
+            f"cannot read calibration data from {path.name}", expected=".npy, .npz, .pt or a folder of images"
+        )
+    try:
+        data = loaders[path.suffix](path, key)
+    except CalibrationError:
+        raise
+    except Exception as cause:  # a damaged file raises whatever its reader raises
+        raise CalibrationError(
+            f"cannot read {path}: {cause}", hint="arrays of numbers only; pickled objects are not loaded"
+        ) from cause
+    data = CalibrationSet.of(data)
+    return data if limit is None else data.take(slice(0, limit))
+
+
+def _load_npy(path: Path, _key: str | None) -> Any:
+    return np.load(path, allow_pickle=False)
+
+
+def _load_npz(path: Path, key: str | None) -> Any:
+    with np.load(path, allow_pickle=False) as archive:
+        if key is not None:
+            if key not in archive:
+                raise CalibrationError(f"{path.name} has no array {key!r}", actual=", ".join(archive.files))
+            return archive[key]
+        arrays = {name: archive[name] for name in archive.files}
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def _load_pt(path: Path, key: str | None) -> Any:
+    data = torch.load(path, weights_only=True, map_location="cpu")
+    return data[key] if key is not None else data
+
+
+def _image_folder(
+    folder: Path, size: tuple[int, int] | None, mean: Sequence[float], std: Sequence[float], limit: int | None
+) -> torch.Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:limit]
+    if not files:
+        raise CalibrationError(f"no images in {folder}", expected=", ".join(sorted(IMAGE_SUFFIXES)))
+    shift, scale = (torch.tensor(list(v)).view(3, 1, 1) for v in (mean, std))
+    samples = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                rgb = image.convert("RGB")
+                rgb = rgb.resize((size[1], size[0]), Image.Resampling.BILINEAR) if size else rgb
+                pixels = torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 255
+        except (UnidentifiedImageError, OSError) as cause:
+            raise CalibrationError(f"cannot read image {file}: {cause}", hint="remove or replace the file") from cause
+        samples.append((pixels - shift) / scale)
+    if len({s.shape for s in samples}) > 1:
+        raise CalibrationError(
+            "the images differ in size", hint="give --size HEIGHT WIDTH (size=(h, w)) to resize them"
+        )
+    return torch.stack(samples)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _is_batch(data: Any) -> bool:
+    """One batch holding all samples: an array, or a tuple or dict of arrays."""
+    if _is_array(data):
+        return True
+    if isinstance(data, tuple):
+        return bool(data) and all(map(_is_array, data))
+    return isinstance(data, dict) and bool(data) and all(map(_is_array, data.values()))
+
+
+def _without_labels(item: Any, inputs: int | None) -> Any:
+    if isinstance(item, list):
+        item = tuple(item)
+    if isinstance(item, tuple):
+        keep = inputs if inputs is not None else max(1, len(item) - 1)
+        item = item[:keep]
+        return item[0] if len(item) == 1 else item
+    return item
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    array = np.asarray(value)
+    if array.dtype == object or array.dtype.kind in "USV":
+        raise CalibrationError(
+            "calibration samples are not numbers",
+            actual=f"numpy {array.dtype}",
+            hint="pass numeric arrays of one shape",
+        )
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _check_values(leaves: Sequence[torch.Tensor]) -> None:
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    if not leaves or counts == {0}:
+        raise CalibrationError(
+            "the calibration set is empty",
+            hint="pass at least a few unlabelled inputs; 50 to 1,000 are usual",
+        )
+    if len(counts) > 1:
+        raise CalibrationError(
+            "the inputs differ in their number of samples",
+            actual=sorted(counts),
+            hint="give every input the same samples",
+        )
+    for index, leaf in enumerate(leaves):
+        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            bad = (~leaf.isfinite()).flatten(1).any(1) if leaf.dim() > 1 else ~leaf.isfinite()
+            raise CalibrationError(
+                f"input {index} holds NaN or infinite values",
+                actual=f"{int(bad.sum())} of {leaf.shape[0]} samples, the first at {int(bad.nonzero()[0])}",
+                hint="leave those samples out or mend the preprocessing",
+            )

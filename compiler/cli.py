@@ -1,0 +1,394 @@
+"""The command line: `foldcut compile`, `inspect`, `measure` and `demo`.
+
+Exit codes: 0 done, 1 a foldcut error (bad input, nothing written), 2 wrong usage, 3 goal not met (the best result is written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .api import Compiled
+from .api import compile as compile_model
+from .atomic import check_writable, write_folder
+from .calibration_set import CalibrationSet, read_calibration
+from .capture import Model, capture
+from .cost import program_cost
+from .errors import CaptureError, CompilerError, GoalError
+from .plan import Blocks, Goal, Latency
+from .program import Program
+from .regions import find_regions
+from .report import Report
+
+app = typer.Typer(
+    name="foldcut",
+    help="Make a trained network faster from the network, a few hundred unlabelled inputs and a latency goal.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+out, err = Console(), Console(stderr=True)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A .pt2 file, or package.module:callable that returns an nn.Module."),
+]
+WeightsOption = Annotated[Path | None, typer.Option(help="A state_dict (.pt) to load into the module.")]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(metavar="C,H,W", help="Shape of one input sample, when there is no calibration set."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+
+
+@app.command("compile")
+def compile_command(
+    model: ModelArgument,
+    calib: Annotated[Path, typer.Option(help="Unlabelled inputs: .npy, .npz, .pt or a folder of images.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2, plan.json, report.json.")
+    ],
+    latency: Annotated[
+        float | None, typer.Option(metavar="R", help="Goal: measured latency at most R times the original's.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(metavar="K", help="Goal: drop K blocks.")] = None,
+    backend: Annotated[str, typer.Option(help="Where the latency counts.")] = "onnxruntime",
+    batch: Annotated[int, typer.Option(help="Batch size that the latency is measured at.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")] = 1,
+    weights: WeightsOption = None,
+    key: Annotated[str | None, typer.Option(help="Array to read from an .npz or entry of a .pt file.")] = None,
+    mean: Annotated[str, typer.Option(help="Mean per channel, for image folders.")] = "0,0,0",
+    std: Annotated[str, typer.Option(help="Standard deviation per channel, for image folders.")] = "1,1,1",
+    size: Annotated[str | None, typer.Option(metavar="H,W", help="Resize images of a folder to this.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many samples.")] = None,
+    mimic: Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compile MODEL to a goal and write the output folder."""
+
+    def work() -> None:
+        goal = _goal(latency, blocks)
+        check_writable(output)
+        samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
+        result, unmet = _compile(
+            load_model(model, weights),
+            samples,
+            goal=goal,
+            backend=backend,
+            batch=batch,
+            threads=threads,
+            mimic=mimic,
+            seed=seed,
+            progress=not (as_json or quiet),
+        )
+        result.save(output)
+        if as_json:
+            print(json.dumps(result.report.to_dict()))
+        elif not quiet:
+            show_report(result.report)
+            out.print(f"wrote {output}/ ({', '.join(result.files)})")
+        if unmet is not None:
+            err.print(f"[bold red]{unmet.stage}[/]: {unmet.message}", highlight=False)
+            raise typer.Exit(3)
+
+    _guarded(work, debug=debug)
+
+
+def _compile(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Compiled, GoalError | None]:
+    try:
+        return compile_model(model, samples, **options), None
+    except GoalError as unmet:
+        if isinstance(unmet.best, Compiled):
+            return unmet.best, unmet
+        raise
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    input_shape: ShapeOption = None,
+    calib: Annotated[Path | None, typer.Option(help="A calibration set to take the input shape from.")] = None,
+    graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False,
+    as_json: JsonOption = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Show the removable regions of MODEL, their cost, and what was left alone and why."""
+
+    def work() -> None:
+        loaded = load_model(model, weights)
+        program = capture(loaded, _example(loaded, input_shape, calib))
+        if graph:
+            print(program.text(), end="")
+            return
+        found = describe(program)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            show_regions(found)
+
+    _guarded(work, debug=debug)
+
+
+@app.command()
+def measure(
+    before: Annotated[Path, typer.Argument(help="ONNX file of the original.")],
+    after: Annotated[Path, typer.Argument(help="ONNX file to compare with it.")],
+    backend: Annotated[str, typer.Option(help="Where to run.")] = "onnxruntime",
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of inputs and order.")] = 0,
+    as_json: JsonOption = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure AFTER against BEFORE in interleaved pairs; ratio = after / before."""
+
+    def work() -> None:
+        from ..runtime.backend import resolve_backend
+        from ..runtime.measure import measure_pair
+        from ..runtime.onnxruntime import random_inputs
+
+        engine = resolve_backend(backend)
+        models = [_read(path) for path in (before, after)]
+        inputs = random_inputs(models[0], batch, seed)
+        runners = [engine.load(engine.build(model), inputs, threads=threads) for model in models]
+        result = measure_pair(*runners, seed=seed, environment=engine.environment())
+        for runner in runners:
+            runner.close()
+        if as_json:
+            print(json.dumps(result.to_dict(samples=False)))
+            return
+        out.print(
+            f"before {result.before_ms:.3f} ms   after {result.after_ms:.3f} ms   ({result.clock}, {result.pairs} pairs)",
+            highlight=False,
+        )
+        verdict = "faster" if result.faster else "slower" if result.slower else "no difference that can be claimed"
+        out.print(
+            f"ratio x{result.ratio:.3f}   95 %: {result.low:.3f} to {result.high:.3f}   {verdict}",
+            highlight=False,
+        )
+
+    _guarded(work, debug=debug)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")] = Path("demo-output"),
+    goal: Annotated[float, typer.Option("--latency", help="Latency goal.")] = 0.6,
+    seed: Annotated[int, typer.Option(help="Seed of training and compile.")] = 0,
+    quiet: QuietOption = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a small residual network on handwritten digits, compile it to a latency goal, show before and after."""
+
+    def work() -> None:
+        from .demo import run_demo
+
+        check_writable(output)
+        result = run_demo(Latency(goal), seed=seed, progress=not quiet, console=out)
+        write_folder(output, result.files)
+        out.print(f"wrote {output}/ ({', '.join(result.files)})")
+
+    _guarded(work, debug=debug)
+
+
+def load_model(source: str, weights: Path | None) -> Model:
+    """A `.pt2` path as it is; `package.module:callable` imported and called, with the state_dict loaded strictly."""
+    if ":" not in source or Path(source).exists():
+        if weights is not None:
+            raise CaptureError("--weights goes with package.module:callable", hint="a .pt2 file holds its weights")
+        return Path(source)
+    import torch
+
+    module_name, _, attribute = source.partition(":")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - what `python -m` would do: modules beside the user's working folder
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as cause:
+        raise CaptureError(
+            f"cannot import {source}: {cause}", hint="give package.module:callable, importable from here"
+        ) from cause
+    model = factory if isinstance(factory, torch.nn.Module) else factory()
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(f"{source} gave a {type(model).__name__}", expected="an nn.Module")
+    if weights is not None:
+        _load_weights(model, weights)
+    return model.eval()
+
+
+def _load_weights(model: Any, weights: Path) -> None:
+    import torch
+
+    try:
+        state = torch.load(weights, weights_only=True, map_location="cpu")
+        model.load_state_dict(state)
+    except Exception as cause:  # a foreign file raises whatever its reader raises
+        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise CaptureError(
+            f"cannot load {weights} into the model: {first}", hint="give a plain state_dict of this network"
+        ) from cause
+
+
+def describe(program: Program) -> dict[str, Any]:
+    """What `foldcut inspect --json` prints."""
+    analysis, cost = find_regions(program), program_cost(program)
+    blocks = {r.name for r in analysis.blocks}
+    return {
+        "fingerprint": program.fingerprint,
+        "inputs": [str(s) for s in program.inputs],
+        "outputs": [str(s) for s in program.outputs],
+        "macs": cost.macs,
+        "parameters": program.parameter_count(),
+        "regions": [
+            {
+                "name": r.name,
+                "path": r.path,
+                "kind": r.kind,
+                "block": r.name in blocks,
+                "parent": r.parent,
+                "macs": r.cost.macs,
+                "parameters": r.cost.parameters,
+                "macs_share": r.cost.macs / cost.macs if cost.macs else 0.0,
+            }
+            for r in analysis.regions
+        ],
+        "rejects": [{"node": r.node, "reason": r.reason} for r in analysis.rejects],
+    }
+
+
+def show_regions(found: dict[str, Any]) -> None:
+    table = Table(
+        title=f"removable regions ({found['macs'] / 1e6:.1f} M MACs, {found['parameters'] / 1e6:.2f} M parameters)"
+    )
+    for column in ("region", "path", "kind", "block", "MACs", "share", "parameters"):
+        table.add_column(column, justify="left" if column in {"region", "path", "kind", "block"} else "right")
+    for r in found["regions"]:
+        mark = "yes" if r["block"] else ""
+        table.add_row(
+            r["name"],
+            r["path"],
+            r["kind"],
+            mark,
+            f"{r['macs'] / 1e6:.2f} M",
+            f"{r['macs_share']:.1%}",
+            f"{r['parameters']:,}",
+        )
+    out.print(table)
+    for reject in found["rejects"]:
+        out.print(f"left alone: {reject['node']}: {reject['reason']}", highlight=False)
+
+
+def show_report(report: Report) -> None:
+    """The before/after table and what was dropped."""
+    table = Table(title="before and after")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in report.rows():
+        table.add_row(*row)
+    out.print(table)
+    for decision in report.decisions:
+        saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
+        out.print(
+            f"dropped {decision['path'] or decision['region']} (predicted feature error {decision['error']:.4f}{saving})",
+            highlight=False,
+        )
+
+
+def _goal(latency: float | None, blocks: int | None) -> Goal:
+    if (latency is None) == (blocks is None):
+        raise GoalError("give one goal", hint="--latency 0.7 or --blocks 4")
+    return Latency(latency) if latency is not None else Blocks(int(blocks or 0))
+
+
+def _example(model: Model, shape: str | None, calib: Path | None) -> Any:
+    import torch
+
+    if calib is not None:
+        return read_calibration(calib).batch(slice(0, 2))
+    if shape is not None:
+        try:
+            sizes = [int(s) for s in shape.split(",")]
+        except ValueError:
+            raise CaptureError(
+                f"--input-shape {shape!r} is not a shape", expected="numbers such as 3,224,224"
+            ) from None
+        return torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
+    if isinstance(model, torch.nn.Module):
+        raise CaptureError("the input shape is not known", hint="give --input-shape C,H,W or --calib DATA")
+    return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as cause:
+        raise CompilerError(f"cannot read {path}: {cause.strerror}", hint="give the path of an ONNX file") from cause
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise CompilerError(
+            f"{text!r} is not one number per channel", expected="three numbers such as 0.485,0.456,0.406"
+        )
+    return values
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        height, width = (int(v) for v in text.split(","))
+    except ValueError:
+        raise CompilerError(f"--size {text!r} is not a size", expected="two numbers such as 224,224") from None
+    return height, width
+
+
+def _guarded(work: Callable[[], None], *, debug: bool) -> None:
+    """Errors as one line and a hint; warnings as one line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
+            f"[yellow]warning[/]: {message}", highlight=False
+        )
+        try:
+            work()
+        except CompilerError as error:
+            if debug:
+                raise
+            _fail(error)
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing was written")
+            raise typer.Exit(130) from None
+
+
+def _fail(error: CompilerError) -> NoReturn:
+    err.print(f"[bold red]{error.stage}[/]: {error.message}", highlight=False)
+    for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
+        if value is not None:
+            err.print(f"  {label}: {value}", markup=False, highlight=False)
+    if error.hint:
+        err.print(f"  hint: {error.hint}", markup=False, highlight=False)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `foldcut` command."""
+    app()

@@ -1,0 +1,111 @@
+"""The demo: a small residual network trained on real handwritten digits, compiled to a latency goal. Needs scikit-learn."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+
+from .api import Compiled
+from .api import compile as compile_model
+from .errors import CompilerError
+from .plan import Goal
+
+EPOCHS = 12
+CALIBRATION_SAMPLES = 300
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(x + y)
+
+
+class DigitNet(nn.Module):
+    """A ResNet for 8 x 8 grey images: a stem, two stages of residual blocks, global pooling, ten classes."""
+
+    def __init__(self, blocks: int = 6, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stage1 = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.down = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()
+        )
+        self.stage2 = nn.Sequential(*(ResidualBlock(2 * width) for _ in range(blocks)))
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.stage2(self.down(self.stage1(self.stem(x))))
+        logits: torch.Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+def load_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(training images, labels, test images, labels) of scikit-learn's bundled digits: 1,797 real 8 x 8 scans, a seeded split."""
+    try:
+        from sklearn.datasets import load_digits as bundled
+    except ImportError as cause:
+        raise CompilerError("the demo needs scikit-learn", hint='pip install "foldcut[demo]"') from cause
+    data = bundled()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(data.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1300], order[1300:]
+    return images[train], labels[train], images[test], labels[test]
+
+
+def train_digits(images: torch.Tensor, labels: torch.Tensor, *, seed: int, epochs: int = EPOCHS) -> DigitNet:
+    """Ordinary supervised training; foldcut itself never sees the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = DigitNet()
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(64):
+            loss = F.cross_entropy(net(images[batch]), labels[batch])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        schedule.step()
+    return net.eval()
+
+
+def accuracy(module: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy in percent."""
+    with torch.no_grad():
+        return 100 * float((module(images).argmax(1) == labels).float().mean())
+
+
+def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Compiled:
+    """Train, compile, print the table, and return the result."""
+    images, labels, test_images, test_labels = load_digits()
+    console.print(f"training a residual network on {len(images)} handwritten digits ...")
+    net = train_digits(images, labels, seed=seed)
+    console.print(f"compiling it to {goal} from {CALIBRATION_SAMPLES} unlabelled images ...")
+    result = compile_model(net, images[:CALIBRATION_SAMPLES], goal=goal, seed=seed, progress=progress)
+    table = Table(title=f"foldcut demo: {goal}")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    before, after = accuracy(net, test_images, test_labels), accuracy(result.module, test_images, test_labels)
+    table.add_row(
+        f"accuracy ({len(test_images)} test images)",
+        f"{before:.2f} %",
+        f"{after:.2f} %",
+        f"{after - before:+.2f} points",
+    )
+    for row in result.report.rows():
+        table.add_row(*row)
+    console.print(table)
+    console.print("dropped: " + ", ".join(str(d["path"]) for d in result.report.decisions), highlight=False)
+    return result

@@ -1,0 +1,125 @@
+"""What a plan would save, measured on the backend before anything is re-solved (weights do not change latency)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..passes.drop_blocks import drop_blocks
+from ..runtime.backend import Array, Backend, Runner
+from ..runtime.measure import measure_pair, measure_savings
+from ..runtime.measurement import Measurement
+from .calibration_set import CalibrationSet
+from .export import to_onnx
+from .onnx_bypass import onnx_without
+from .program import Program
+from .progress import Progress, silent
+from .regions import Region
+
+
+class LatencyProbe:
+    """The original on a backend, and its variants with regions bypassed, measured against it in pairs.
+
+    Raises BackendError when the backend cannot build or run the original.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        model: bytes,
+        backend: Backend,
+        samples: CalibrationSet,
+        *,
+        batch: int,
+        threads: int,
+        seed: int,
+    ) -> None:
+        self.program = program
+        self.model = model
+        self.backend = backend
+        self.threads = threads
+        self.seed = seed
+        self.inputs = example_inputs(program, samples, batch)
+        self.original = self.load(model)
+
+    def load(self, model: bytes) -> Runner:
+        return self.backend.load(self.backend.build(model), self.inputs, threads=self.threads)
+
+    def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
+        """Share of the original's latency that each region saves.
+
+        Regions of equal operations and shapes save the same, so a class is measured once, with all its members that do not
+        overlap bypassed together: the noise is divided by their number. Variants alternate with the original in one run.
+        """
+        classes: dict[str, list[Region]] = {}
+        for region in regions:
+            classes.setdefault(self._kind(region), []).append(region)
+        dropped = {key: _disjoint(members) for key, members in classes.items()}
+        variants = [self.load(self._without(members)) for members in dropped.values()]
+        try:
+            measured = measure_savings(
+                self.original,
+                variants,
+                seed=self.seed,
+                progress=lambda done, total: progress("measure savings", done, total),
+            )
+        finally:
+            for variant in variants:
+                variant.close()
+        share = {key: (1 - m.ratio) / len(dropped[key]) for key, m in zip(dropped, measured, strict=True)}
+        return {region.name: share[key] for key, members in classes.items() for region in members}
+
+    def ratio(self, regions: Sequence[Region]) -> Measurement:
+        """Latency with the regions bypassed over that of the original."""
+        variant = self.load(self._without(regions))
+        try:
+            return measure_pair(self.original, variant, max_pairs=60, seed=self.seed)
+        finally:
+            variant.close()
+
+    def final(self, model: bytes) -> Measurement:
+        """The finished model against the original, with the narrowest interval that is worth its time."""
+        runner = self.load(model)
+        try:
+            return measure_pair(self.original, runner, seed=self.seed, environment=self.backend.environment())
+        finally:
+            runner.close()
+
+    def close(self) -> None:
+        self.original.close()
+
+    def _without(self, regions: Sequence[Region]) -> bytes:
+        model = onnx_without(self.model, [(r.entry, r.exit) for r in regions])
+        return to_onnx(drop_blocks(self.program, regions)) if model is None else model
+
+    def _kind(self, region: Region) -> str:
+        """Equal for regions of equal operations, shapes and settings."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(region.nodes, key=self.program.order.__getitem__):
+            node = self.program.nodes[name]
+            shapes = [
+                tuple(o.meta["val"].shape) if hasattr(o.meta.get("val"), "shape") else () for o in node.all_input_nodes
+            ]
+            settings = [a for a in node.args if not hasattr(a, "op")]
+            digest.update(f"{node.target}{shapes}{settings}".encode())
+        return digest.hexdigest()
+
+
+def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:
+    """Real samples as the backend's inputs, repeated when the set is smaller than the batch."""
+    count = len(samples)
+    rows = np.arange(batch) % count
+    return {
+        spec.name: np.ascontiguousarray(leaf.numpy()[rows])
+        for spec, leaf in zip(program.inputs, samples.leaves, strict=True)
+    }
+
+
+def _disjoint(regions: Sequence[Region]) -> list[Region]:
+    chosen: list[Region] = []
+    for region in regions:
+        if not any(region.overlaps(other) for other in chosen):
+            chosen.append(region)
+    return chosen

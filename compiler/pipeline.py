@@ -1,0 +1,309 @@
+"""The flow: capture -> analyse -> plan -> rewrite and re-solve -> mimic -> export -> measure. Each arrow can be called alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..passes.drop_blocks import drop_blocks, entry_exit
+from ..passes.mimic import MimicSettings, mimic
+from ..passes.recoverability import Recoverability, RecoverabilitySettings
+from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from ..runtime.backend import Backend
+from ..runtime.measurement import Measurement
+from .calibration_set import CalibrationSet
+from .cost import program_cost
+from .errors import CompilerError, ExportError, GoalError
+from .export import to_exported, to_onnx, to_pt2
+from .latency_probe import LatencyProbe
+from .plan import Blocks, DropBlock, Goal, Latency, Plan
+from .planner import Choice, choose_drops
+from .program import Batch, Program
+from .progress import Progress, StageClock, silent
+from .regions import Region, RegionAnalysis, find_regions
+from .verify import relative_error
+
+#: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
+ONNX_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from fitting."""
+
+    resolve: ResolveSettings = field(default_factory=ResolveSettings)
+    recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
+    mimic: MimicSettings | None = field(default_factory=MimicSettings)
+    held_out: float = 0.1
+    batch: int = 1
+    threads: int = 1
+    seed: int = 0
+    opset: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way."""
+
+    teacher: Program
+    program: Program
+    plan: Plan
+    met: bool
+    analysis: RegionAnalysis
+    resolved: Resolved
+    measurement: Measurement
+    output_errors: Mapping[str, float]
+    onnx: bytes
+    pt2: bytes
+    onnx_difference: float
+    clock: StageClock
+
+
+def run_pipeline(
+    teacher: Program,
+    calibration: CalibrationSet,
+    goal: Goal,
+    backend: Backend,
+    *,
+    settings: PipelineSettings | None = None,
+    clock: StageClock | None = None,
+    progress: Progress = silent,
+) -> Outcome:
+    """Everything after capture. Raises GoalError when nothing can be removed; an unmet goal comes back as `met` False."""
+    settings, clock = settings or PipelineSettings(), clock or StageClock()
+    calibration.check(teacher)
+    fit, held_out = calibration.split(settings.seed, settings.held_out)
+    with clock.stage("analyse"):
+        analysis = find_regions(teacher)
+    _require_regions(analysis, goal)
+    with clock.stage("export"):
+        original = to_onnx(teacher, opset=settings.opset)
+    probe = LatencyProbe(
+        teacher,
+        original,
+        backend,
+        held_out,
+        batch=settings.batch,
+        threads=settings.threads,
+        seed=settings.seed,
+    )
+    try:
+        choice = choose(teacher, analysis, fit, goal, probe, settings=settings, clock=clock, progress=progress)
+        return _finish(teacher, analysis, choice, fit, held_out, goal, probe, settings, clock, progress)
+    finally:
+        probe.close()
+
+
+def choose(
+    teacher: Program,
+    analysis: RegionAnalysis,
+    fit: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    *,
+    settings: PipelineSettings,
+    clock: StageClock,
+    progress: Progress = silent,
+) -> Choice:
+    """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them."""
+    recoverability = Recoverability(teacher, fit, settings=settings.recoverability)
+    savings: dict[str, float] | None = None
+    if isinstance(goal, Latency):
+        with clock.stage("measure savings"):
+            savings = probe.savings(analysis.regions, progress=progress)
+    enough = _stopping_rule(goal, probe, savings, clock, progress)
+
+    def errors(chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
+        return recoverability(chosen, candidates)
+
+    with clock.stage("choose"):
+        choice = choose_drops(analysis.blocks, errors=errors, savings=savings, enough=enough)
+        if not choice.met and len(analysis.blocks) < len(analysis.regions):
+            choice = choose_drops(
+                analysis.regions,
+                errors=errors,
+                savings=savings,
+                enough=enough,
+                chosen=choice.regions,
+                decisions=choice.decisions,
+            )
+    return choice
+
+
+def _stopping_rule(
+    goal: Goal,
+    probe: LatencyProbe,
+    savings: Mapping[str, float] | None,
+    clock: StageClock,
+    progress: Progress,
+) -> Callable[[Sequence[Region]], bool]:
+    if isinstance(goal, Blocks):
+
+        def dropped_enough(chosen: Sequence[Region]) -> bool:
+            progress("choose blocks", len(chosen), goal.count)
+            return len(chosen) >= goal.count
+
+        return dropped_enough
+    assert savings is not None
+    target, shares = goal.ratio, savings
+
+    def fast_enough(chosen: Sequence[Region]) -> bool:
+        """Measured only when the sum of single savings comes near: the sum is a guide, the measurement decides."""
+        predicted = 1 - sum(shares[r.name] for r in chosen)
+        progress("choose blocks", round(100 * min(1.0, (1 - predicted) / (1 - target))), 100)
+        if predicted > target + 0.03:
+            return False
+        with clock.stage("measure plan"):
+            return probe.ratio(chosen).ratio <= target
+
+    return fast_enough
+
+
+def _finish(
+    teacher: Program,
+    analysis: RegionAnalysis,
+    choice: Choice,
+    fit: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    settings: PipelineSettings,
+    clock: StageClock,
+    progress: Progress,
+) -> Outcome:
+    if not choice.regions:
+        raise GoalError(
+            f"nothing can be dropped towards {goal}",
+            hint="the removable regions save no latency on this backend",
+        )
+    errors: dict[str, float] = {}
+    with clock.stage("drop"):
+        student = drop_blocks(teacher, choice.regions)
+        errors["dropped"] = output_error(teacher, student, held_out)
+    with clock.stage("re-solve"):
+        pairs = entry_exit(choice.regions)
+        resolved = resolve_network(teacher, student, fit, pairs, settings=settings.resolve, progress=progress)
+        student = resolved.program
+        errors["re-solved"] = output_error(teacher, student, held_out)
+    if settings.mimic is not None:
+        with clock.stage("mimic"):
+            student = mimic(
+                teacher,
+                student,
+                fit,
+                held_out,
+                settings=settings.mimic,
+                seed=settings.seed,
+                progress=progress,
+            ).program
+            errors["mimicked"] = output_error(teacher, student, held_out)
+    with clock.stage("export"):
+        exported = to_exported(student)
+        onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
+    with clock.stage("measure"):
+        difference = onnx_difference(student, onnx, probe, held_out)
+        measurement = probe.final(onnx)
+    return Outcome(
+        teacher=teacher,
+        program=student,
+        plan=make_plan(teacher, goal, choice.decisions, errors),
+        met=choice.met,
+        analysis=analysis,
+        resolved=resolved,
+        measurement=measurement,
+        output_errors=errors,
+        onnx=onnx,
+        pt2=pt2,
+        onnx_difference=difference,
+        clock=clock,
+    )
+
+
+def make_plan(teacher: Program, goal: Goal, decisions: Sequence[DropBlock], errors: Mapping[str, float]) -> Plan:
+    """The plan with what it was predicted to cost and to save."""
+    predicted = {"feature_error": decisions[-1].error or 0.0} if decisions else {}
+    known = [d.saving for d in decisions if d.saving is not None]
+    if known:
+        predicted["latency_ratio"] = 1 - sum(known)
+    return Plan(
+        decisions=tuple(decisions),
+        goal=goal,
+        fingerprint=teacher.fingerprint,
+        predicted={**predicted, **dict(errors)},
+    )
+
+
+def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
+    """Relative mean squared error of the outputs over the samples."""
+    error = energy = 0.0
+    for batch in samples.batches(batch_size):
+        reference, other = teacher(batch), student(batch)
+        part = _energy(reference)
+        error += relative_error(reference, other) * part if part > 0 else 0.0
+        energy += part
+    return error / energy if energy > 0 else 0.0
+
+
+def onnx_difference(program: Program, onnx: bytes, probe: LatencyProbe, samples: CalibrationSet) -> float:
+    """Largest difference between the backend's outputs and torch's, relative to the largest output. Raises ExportError above 1e-3."""
+    runner = probe.load(onnx)
+    try:
+        runner.run()
+        ours = runner.outputs()
+    finally:
+        runner.close()
+    batch: Batch = samples.batch(np.arange(len(next(iter(probe.inputs.values())))) % len(samples))  # type: ignore[arg-type]
+    from .verify import flatten_outputs
+
+    worst = 0.0
+    for reference, value in zip(flatten_outputs(program(batch)), ours, strict=True):
+        expected = reference.detach().cpu().numpy()
+        scale = float(np.abs(expected).max()) or 1.0
+        worst = max(worst, float(np.abs(expected - value).max()) / scale)
+    if not worst <= ONNX_TOLERANCE:
+        raise ExportError(
+            "the exported model computes something else than torch",
+            expected=f"within {ONNX_TOLERANCE:g} relative",
+            actual=worst,
+        )
+    return worst
+
+
+def cost_report(outcome: Outcome) -> tuple[dict[str, int], dict[str, int]]:
+    """(MACs, parameters) before and after."""
+    before, after = program_cost(outcome.teacher), program_cost(outcome.program)
+    return (
+        {"before": before.macs, "after": after.macs},
+        {"before": outcome.teacher.parameter_count(), "after": outcome.program.parameter_count()},
+    )
+
+
+def _require_regions(analysis: RegionAnalysis, goal: Goal) -> None:
+    if analysis.regions:
+        if isinstance(goal, Blocks) and goal.count > len(analysis.regions):
+            warnings.warn(
+                f"the network has {len(analysis.regions)} removable regions, fewer than {goal.count}",
+                stacklevel=3,
+            )
+        return
+    looked = (
+        "; ".join(str(r) for r in analysis.rejects[:3])
+        or "no two points of the graph have one shape with a layer in between"
+    )
+    raise GoalError(
+        f"the network has no removable region: {looked}",
+        hint="dropping blocks needs parts whose input and output have one shape",
+    )
+
+
+def _energy(outputs: Any) -> float:
+    from .verify import flatten_outputs
+
+    return sum(float(t.detach().double().square().sum()) for t in flatten_outputs(outputs))
+
+
+__all__ = ["CompilerError", "Outcome", "PipelineSettings", "choose", "run_pipeline"]

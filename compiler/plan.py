@@ -1,0 +1,158 @@
+"""Goals, decisions and plans: plain data with a JSON round trip, no tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import GoalError, PlanError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Reach a measured latency of at most `ratio` times the original's."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ratio, (int, float)) or isinstance(self.ratio, bool) or not 0 < self.ratio < 1:
+            raise GoalError(
+                f"Latency({self.ratio!r}) is not a goal",
+                hint="give a ratio between 0 and 1: Latency(0.7) asks for 30 % less time",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "latency", "ratio": float(self.ratio)}
+
+    def __str__(self) -> str:
+        return f"latency ratio {self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Drop exactly `count` blocks, those whose loss the rest of the network recovers best."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
+            raise GoalError(
+                f"Blocks({self.count!r}) is not a goal", hint="give the number of blocks to drop, 1 or more"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "blocks", "count": self.count}
+
+    def __str__(self) -> str:
+        return f"{self.count} block{'s' if self.count > 1 else ''} dropped"
+
+
+Goal = Latency | Blocks
+
+
+def goal_from_dict(data: Mapping[str, Any]) -> Goal:
+    if data.get("kind") == "latency":
+        return Latency(data["ratio"])
+    if data.get("kind") == "blocks":
+        return Blocks(data["count"])
+    raise PlanError(f"unknown goal {dict(data)!r}", hint="the plan was written by another version of foldcut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropBlock:
+    """Bypass one region: `exit` is replaced by `entry`.
+
+    `path` is the module path for people. `error` is the relative output error that was predicted when the block was chosen (with
+    the decisions before it in force), `saving` the predicted share of the original's latency (None where nothing was measured).
+    """
+
+    entry: str
+    exit: str
+    path: str = ""
+    error: float | None = None
+    saving: float | None = None
+
+    kind = "drop_block"
+
+    @property
+    def region(self) -> str:
+        return f"{self.entry}>{self.exit}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "region": self.region, **asdict(self)}
+
+    def __str__(self) -> str:
+        return f"drop {self.path or self.region}"
+
+
+Decision = DropBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Decisions in the order of application, for the program with the given fingerprint."""
+
+    decisions: tuple[Decision, ...]
+    goal: Goal
+    fingerprint: str
+    predicted: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": PLAN_VERSION,
+            "goal": self.goal.to_dict(),
+            "fingerprint": self.fingerprint,
+            "predicted": dict(self.predicted),
+            "decisions": [d.to_dict() for d in self.decisions],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Raises PlanError for another version or a malformed plan."""
+        try:
+            if data["version"] != PLAN_VERSION:
+                raise PlanError(
+                    "the plan has another version",
+                    expected=PLAN_VERSION,
+                    actual=data["version"],
+                    hint="make the plan again",
+                )
+            return cls(
+                decisions=tuple(_decision(d) for d in data["decisions"]),
+                goal=goal_from_dict(data["goal"]),
+                fingerprint=str(data["fingerprint"]),
+                predicted=dict(data["predicted"]),
+            )
+        except (KeyError, TypeError) as cause:
+            raise PlanError(f"not a plan: {cause!r}", hint="pass a plan.json written by foldcut") from cause
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as cause:
+            raise PlanError(f"cannot read {path}: {cause}", hint="pass a plan.json written by foldcut") from cause
+        return cls.from_dict(data)
+
+    def check(self, fingerprint: str) -> None:
+        """Raise PlanError unless the plan was made for the program with this fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise PlanError(
+                "the plan was made for another network",
+                expected=self.fingerprint,
+                actual=fingerprint,
+                hint="apply it to the network (and weights) that it was made for, or compile again",
+            )
+
+
+def _decision(data: Mapping[str, Any]) -> Decision:
+    if data["kind"] != DropBlock.kind:
+        raise PlanError(f"unknown decision {data['kind']!r}", hint="the plan was written by a newer version of foldcut")
+    return DropBlock(
+        entry=data["entry"], exit=data["exit"], path=data["path"], error=data["error"], saving=data["saving"]
+    )

@@ -1,0 +1,79 @@
+"""Comparing what two networks compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far apart two sets of outputs are, the worst output first.
+
+    `absolute` is max |a - b|, `relative` that over max |a| of the same output (absolute where a is all zero),
+    `cosine` the least cosine between flattened outputs. `same_structure` is False when number, shapes or
+    dtypes of the outputs differ; the figures are then infinite.
+    """
+
+    absolute: float
+    relative: float
+    cosine: float
+    same_structure: bool = True
+
+    def __str__(self) -> str:
+        if not self.same_structure:
+            return "outputs differ in number, shape or dtype"
+        return f"max abs {self.absolute:.2e}, relative {self.relative:.2e}, cosine {self.cosine:.6f}"
+
+
+def flatten_outputs(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of an output structure, in order."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def compare(reference: Any, other: Any) -> Difference:
+    """Compare two output structures in float64."""
+    left, right = flatten_outputs(reference), flatten_outputs(other)
+    if len(left) != len(right) or any(
+        a.shape != b.shape or a.dtype != b.dtype for a, b in zip(left, right, strict=False)
+    ):
+        return Difference(absolute=float("inf"), relative=float("inf"), cosine=-1.0, same_structure=False)
+    absolute, relative, cosine = 0.0, 0.0, 1.0
+    for a, b in zip(left, right, strict=True):
+        if a.numel() == 0:
+            continue
+        x, y = a.detach().double().flatten(), b.detach().double().flatten()
+        worst = _worst(x, y)
+        absolute = max(absolute, worst)
+        scale = float(x.abs().max())
+        relative = max(relative, worst / scale if scale > 0 else worst)
+        cosine = min(cosine, _cosine(x, y))
+    return Difference(absolute=absolute, relative=relative, cosine=cosine)
+
+
+def relative_error(reference: Any, other: Any) -> float:
+    """Relative mean squared error, sum ||b - a||^2 / sum ||a||^2 over all outputs, in float64."""
+    error = energy = 0.0
+    for a, b in zip(flatten_outputs(reference), flatten_outputs(other), strict=True):
+        x, y = a.detach().double(), b.detach().double()
+        error += float((x - y).square().sum())
+        energy += float(x.square().sum())
+    if energy > 0:
+        return error / energy
+    return 0.0 if error == 0 else float("inf")
+
+
+def _worst(x: torch.Tensor, y: torch.Tensor) -> float:
+    same = (x == y) | (x.isnan() & y.isnan())
+    worst = torch.where(same, torch.zeros_like(x), (x - y).abs())
+    return float("inf") if bool(worst.isnan().any()) else float(worst.max())
+
+
+def _cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    norms = float(x.norm() * y.norm())
+    if norms == 0 or norms != norms:
+        return 1.0 if torch.equal(x, y) else 0.0
+    return float(x @ y) / norms

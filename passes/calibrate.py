@@ -1,0 +1,105 @@
+"""Streamed second moments of the layers' inputs: all that the closed forms need, in memory that does not grow with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..compiler.calibration_set import CalibrationSet
+from ..compiler.errors import CalibrationError
+from ..compiler.execute import bind, run_until
+from ..compiler.program import Program
+from .layers import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Second moments of one layer, in float64.
+
+    With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct, per group:
+    `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups); `energy` = sum of
+    R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add up: ``a + b``.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: torch.Tensor
+    rows: int
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            gram=self.gram + other.gram,
+            cross=self.cross + other.cross,
+            energy=self.energy + other.energy,
+            rows=self.rows + other.rows,
+        )
+
+    def error(self) -> float:
+        """Sum of squared residuals before any correction."""
+        return float(self.energy.sum())
+
+    def error_after(self, delta: torch.Tensor) -> torch.Tensor:
+        """Sum of squared residuals per output when the weights change by `delta` (groups, columns + 1, out/groups)."""
+        return self.energy - 2 * (delta * self.cross).sum(1) + (delta * (self.gram @ delta)).sum(1)
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, residual: torch.Tensor) -> Moments:
+        """Moments of one batch from A as (groups, columns, rows) and R as (groups, out/groups, rows).
+
+        Products in float32 (float64 inputs stay float64), sums in float64.
+        """
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        a, r = rows.to(dtype), residual.to(dtype)
+        ones = a.new_ones(1, 1, a.shape[2])
+        groups, columns, count = a.shape
+        gram = a.new_zeros(groups, columns + 1, columns + 1, dtype=torch.float64)
+        gram[:, :columns, :columns] = torch.bmm(a, a.transpose(1, 2))
+        sums = torch.bmm(a, ones.expand(groups, 1, count).transpose(1, 2))
+        gram[:, :columns, columns:] = sums
+        gram[:, columns:, :columns] = sums.transpose(1, 2)
+        gram[:, columns, columns] = count
+        cross = torch.cat([torch.bmm(a, r.transpose(1, 2)), r.sum(2).unsqueeze(1)], dim=1)
+        return cls(gram=gram, cross=cross.double(), energy=r.square().sum(2).double(), rows=count)
+
+
+def collect_moments(
+    program: Program,
+    layers: Mapping[str, Layer],
+    calibration: CalibrationSet,
+    *,
+    batch_size: int = 32,
+    names: Iterable[str] | None = None,
+) -> dict[str, Moments]:
+    """One streamed pass over the calibration set: the input moments of a set of layers.
+
+    `cross` and `energy` are those of the layer's own output without bias (R = A W^T), so that `gram` and `cross` describe the layer as it is. Memory: one
+    batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
+    """
+    wanted = list(names or layers)
+    totals: dict[str, Moments] = {}
+    inputs = sorted({layers[name].input for name in wanted}, key=program.order.__getitem__)
+    with torch.no_grad():
+        for batch in calibration.batches(batch_size):
+            values = run_until(program, inputs, bind(program, batch))
+            for name in wanted:
+                layer = layers[name]
+                rows = layer.rows(program, values[layer.input])
+                weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
+                part = Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
+                totals[name] = totals[name] + part if name in totals else part
+    for name, moments in totals.items():
+        check_finite(moments, program, name)
+    return totals
+
+
+def check_finite(moments: Moments, program: Program, node: str) -> None:
+    """Raise CalibrationError when the activations of a layer overflowed or hold NaN."""
+    if not bool(moments.gram.isfinite().all()) or not bool(moments.cross.isfinite().all()):
+        raise CalibrationError(
+            "activations are not finite",
+            node=node,
+            excerpt=program.excerpt(program.nodes[node]),
+            hint="the network overflows on the calibration set: check its normalisation, or run the network in float32",
+        )

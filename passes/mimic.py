@@ -1,0 +1,260 @@
+"""Feature mimicking: gradient descent on the difference between student and teacher features, from unlabelled inputs.
+
+The loss is, over the features before the head and over *hints* (the last stream of each shape, where a stage ends),
+
+    L = sum_f  ||S_f(x) - T_f(x)||^2 / ||T_f||^2     (+ the same for the outputs, times `outputs`)
+
+(the feature term is PRACTISE's, Wang & Wu, CVPR 2023, arXiv 2202.07861, section 3; here relative, with hints, in eval mode and
+from re-solved weights). Batch norms keep their statistics; they are folded into their convolutions for the time of the training and taken out afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from ..compiler.calibration_set import CalibrationSet
+from ..compiler.edit import expose, fold_batch_norms, set_tensors, signature, unfold_tensors
+from ..compiler.errors import CalibrationError
+from ..compiler.program import Batch, Program, as_arguments, is_tensor, output_nodes
+from ..compiler.progress import Progress, silent
+from .features import head_features
+
+#: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
+Augment = Callable[[Batch, torch.Generator], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimicSettings:
+    """`learning_rate` is relative to the root mean square of each weight tensor, so it needs no tuning per network; it falls by a cosine.
+
+    `hints` and `outputs` weigh the losses at stage ends and outputs. `augment` draws a new version of each batch (the teacher then runs in every iteration; without
+    it, its features are computed once and kept while they fit into `cache_bytes`). `checks` times the held-out error is looked at; the best state wins.
+    `patience` checks without improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16 matrices in hardware.
+    """
+
+    iterations: int = 200
+    batch_size: int = 64
+    learning_rate: float = 0.015
+    hints: float = 1.0
+    outputs: float = 0.0
+    augment: Augment | None = None
+    checks: int = 8
+    patience: int = 4
+    bfloat16: bool | None = None
+    cache_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.batch_size < 1 or not self.learning_rate > 0 or self.checks < 1:
+            raise CalibrationError(
+                "mimic settings out of range",
+                expected="iterations, batch_size, checks >= 1 and learning_rate > 0",
+                actual=f"iterations={self.iterations}, batch_size={self.batch_size}, learning_rate={self.learning_rate}, checks={self.checks}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mimicked:
+    """The trained program, the held-out feature error before and after (relative), and the iterations run."""
+
+    program: Program
+    before: float
+    after: float
+    iterations: int
+
+
+def mimic(
+    teacher: Program,
+    student: Program,
+    calibration: CalibrationSet,
+    held_out: CalibrationSet,
+    *,
+    settings: MimicSettings | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Mimicked:
+    """Train all weights of `student` to reproduce the teacher's features on `calibration`.
+
+    The graph does not change. The returned weights are those of the least held-out feature error seen, the starting ones included, so the
+    held-out error never ends above where it began; a step that is not finite ends the training. Same seed, same result.
+    """
+    settings = settings or MimicSettings()
+    trainee, norms = fold_batch_norms(student)
+    run = _Run(fold_batch_norms(teacher)[0], trainee, calibration, settings)
+    best_error = before = run.error(held_out)
+    best = run.state()
+    generator = torch.Generator().manual_seed(seed)
+    every, misses, done = max(1, settings.iterations // settings.checks), 0, 0
+    for done in range(1, settings.iterations + 1):
+        finite = run.step(done, generator)
+        progress("mimic", done, settings.iterations)
+        if not finite:
+            break
+        if done % every == 0 or done == settings.iterations:
+            error = run.error(held_out)
+            misses = 0 if error < best_error else misses + 1
+            if error < best_error:
+                best_error, best = error, run.state()
+            if misses >= settings.patience:
+                break
+    if best_error >= before:
+        return Mimicked(program=student, before=before, after=before, iterations=done)
+    trained = set_tensors(trainee, best, note="mimic")
+    program = set_tensors(student, unfold_tensors(student, trained, norms), note=f"mimic {done} iterations")
+    return Mimicked(program=program, before=before, after=best_error, iterations=done)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """One pair of values that the loss compares: node names in teacher and student, and the weight."""
+
+    teacher: str
+    student: str
+    weight: float
+
+
+def _compared(teacher: Program, student: Program, settings: MimicSettings) -> tuple[list[_Compared], int]:
+    """What is compared, the features first, and how many features there are."""
+    features = [(n, _stand_in(teacher, student, n)) for n in head_features(teacher)]
+    taken = {pair[0] for pair in features}
+    hints = [(n, n) for n in stage_ends(student) if n in teacher.nodes and n not in taken]
+    outputs = list(
+        zip(
+            (n.name for n in output_nodes(teacher.graph)),
+            (n.name for n in output_nodes(student.graph)),
+            strict=True,
+        )
+    )
+    weighted = [(features, 1.0), (hints, settings.hints), (outputs, settings.outputs)]
+    pairs = [_Compared(teacher=t, student=s, weight=w) for group, w in weighted if w > 0 for t, s in group]
+    return pairs, len(features)
+
+
+def _stand_in(teacher: Program, student: Program, name: str) -> str:
+    """The student's node that is read where the teacher reads `name`."""
+    if name in student.nodes:
+        return name
+    readers = {u.name: u.all_input_nodes.index(teacher.nodes[name]) for u in teacher.nodes[name].users}
+    for reader, position in readers.items():
+        if reader in student.nodes:
+            return student.nodes[reader].all_input_nodes[position].name
+    return output_nodes(student.graph)[0].name
+
+
+def stage_ends(program: Program) -> tuple[str, ...]:
+    """The last activation of each shape that is read more than once (a stream with a shortcut): where a stage ends."""
+    last: dict[str, str] = {}
+    for name, node in program.nodes.items():
+        if (
+            is_tensor(node)
+            and node.op == "call_function"
+            and len(node.users) > 1
+            and node.meta["val"].is_floating_point()
+        ):
+            last[signature(node)] = name
+    return tuple(last.values())
+
+
+class _Run:
+    """The two networks, the optimiser and the teacher's cached values of one training."""
+
+    def __init__(
+        self, teacher: Program, trainee: Program, calibration: CalibrationSet, settings: MimicSettings
+    ) -> None:
+        self.settings = settings
+        self.calibration = calibration
+        self.pairs, self.features = _compared(teacher, trainee, settings)
+        self.teacher = expose(teacher, [p.teacher for p in self.pairs])
+        self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
+        self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
+        self.cache = self._teacher_values() if settings.augment is None else None
+        self._order = torch.empty(0, dtype=torch.long)
+        parameters = [p.requires_grad_() for p in self.student.parameters() if p.is_floating_point()]
+        groups = [{"params": [p], "lr": settings.learning_rate * max(_rms(p), 1e-3)} for p in parameters]
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        warm = max(1, settings.iterations // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser,
+            lambda i: min(1.0, (i + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / settings.iterations))),
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.student.named_parameters()}
+
+    def step(self, _iteration: int, generator: torch.Generator) -> bool:
+        """One iteration; False when loss or gradients are not finite (the weights are then left as they are)."""
+        indices = self._next(generator)
+        batch = self.calibration.batch(indices)
+        if self.settings.augment is not None:
+            batch = self.settings.augment(batch, generator)
+        wanted = self._values(self.teacher, batch) if self.cache is None else [v[indices] for v in self.cache]
+        loss = self._loss(self._values(self.student, batch), wanted)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
+        if not bool(norm.isfinite()):
+            return False
+        self.optimiser.step()
+        self.schedule.step()
+        return True
+
+    def error(self, samples: CalibrationSet) -> float:
+        """Relative squared error of the features, in full precision."""
+        error = energy = 0.0
+        with torch.no_grad():
+            for batch in samples.batches(self.settings.batch_size):
+                args, kwargs = as_arguments(batch)
+                ours, theirs = self.student(*args, **kwargs), self.teacher(*args, **kwargs)
+                for s, t in zip(ours[: self.features], theirs[: self.features], strict=True):
+                    error += float((s - t).square().sum(dtype=torch.float64))
+                    energy += float(t.square().sum(dtype=torch.float64))
+        return error / energy if energy > 0 else error
+
+    def _loss(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(())
+        for pair, s, t in zip(self.pairs, ours, theirs, strict=True):
+            wanted = t.float()
+            total = total + pair.weight * (s.float() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+        return total
+
+    def _next(self, generator: torch.Generator) -> torch.Tensor:
+        """The next batch of a seeded shuffle; every sample comes up once before any comes up again."""
+        size = min(self.settings.batch_size, len(self.calibration))
+        if len(self._order) < size:
+            self._order = torch.cat([self._order, torch.randperm(len(self.calibration), generator=generator)])
+        indices, self._order = self._order[:size], self._order[size:]
+        return indices
+
+    def _values(self, module: fx.GraphModule, batch: Batch) -> list[torch.Tensor]:
+        args, kwargs = as_arguments(batch)
+        with (
+            torch.set_grad_enabled(module is self.student),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),
+        ):
+            return list(module(*args, **kwargs))
+
+    def _teacher_values(self) -> list[torch.Tensor] | None:
+        """The teacher's values on all samples, or None when they would not fit."""
+        parts: list[list[torch.Tensor]] = []
+        for batch in self.calibration.batches(self.settings.batch_size):
+            parts.append(self._values(self.teacher, batch))
+            if (
+                sum(v.numel() * v.element_size() for v in parts[0]) * len(self.calibration)
+                > self.settings.cache_bytes * self.settings.batch_size
+            ):
+                return None
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())
+
+
+def _bfloat16_pays() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX), where mixed precision about halves the time."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())

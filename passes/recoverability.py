@@ -1,0 +1,196 @@
+"""How well the rest of a network recovers from losing a region: the error left in the features before the head.
+
+Three ways to ask, from cheap to dear:
+- ``plain``: bypass the region and run on. No recovery at all.
+- ``local``: bypass it, re-solve the layer in front of it in closed form (its target becomes the mean of the teacher's stream before and after the
+  region), run on. The default: nearly as cheap, and it ranks blocks as the full re-solve does.
+- ``exact``: bypass it and re-solve every layer behind it.
+The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the choice is joint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..compiler.calibration_set import CalibrationSet
+from ..compiler.edit import bypass
+from ..compiler.execute import bind, descendants, required, run_until
+from ..compiler.program import Program
+from ..compiler.regions import Region
+from .calibrate import Moments
+from .drop_blocks import drop_blocks, entry_exit, standing_for
+from .features import head_features
+from .layers import find_layers
+from .resolve import solve
+from .resolve_network import ResolveSettings, batch_size_for, resolve_network, thinning
+from .targets import Target, counterparts, residual_at, trace_target
+
+Mode = Literal["plain", "local", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverabilitySettings:
+    """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module."""
+
+    mode: Mode = "local"
+    samples: int = 128
+    resolve: ResolveSettings = field(default_factory=lambda: ResolveSettings(rounds=1, rows_per_column=20))
+
+
+class Recoverability:
+    """Predicted relative feature error for a set of chosen regions and one more. Call it with (chosen, candidates).
+
+    Error = sum ||F_S - F_T||^2 / sum ||F_T||^2 over the judging samples, F the features before the head. Only a part of
+    the calibration set is read. The student of the regions chosen so far is re-solved once and kept until the choice changes.
+    """
+
+    def __init__(
+        self,
+        teacher: Program,
+        calibration: CalibrationSet,
+        *,
+        settings: RecoverabilitySettings | None = None,
+    ) -> None:
+        self.settings = settings or RecoverabilitySettings()
+        self.teacher = teacher
+        self.features = head_features(teacher)
+        few = calibration.take(slice(0, self.settings.samples))
+        half = max(1, len(few) // 2)
+        self.fit, self.judge = (
+            few.take(slice(0, half)),
+            few.take(slice(half, None)) if len(few) > half else few,
+        )
+        self.batch_size = batch_size_for(teacher, find_layers(teacher)[0].values())
+        self._few = few
+        self._state: tuple[tuple[str, ...], Program] = ((), teacher)
+
+    def __call__(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
+        """Region name -> error with that region dropped as well. The candidates share two passes over the samples."""
+        student = self._student(chosen)
+        trials = [self._trial(student, chosen, region) for region in candidates]
+        if self.settings.mode == "local":
+            self._solve_local(student, trials)
+        errors = self._judge(student, trials)
+        return {region.name: error for region, error in zip(candidates, errors, strict=True)}
+
+    def _student(self, chosen: Sequence[Region]) -> Program:
+        """The network as it stands: `chosen` dropped and, but for the plain mode, re-solved on the few samples."""
+        key = tuple(r.name for r in chosen)
+        if key != self._state[0]:
+            student = drop_blocks(self.teacher, chosen)
+            if self.settings.mode != "plain":
+                pairs = entry_exit(chosen)
+                student = resolve_network(
+                    self.teacher, student, self._few, pairs, settings=self.settings.resolve
+                ).program
+            self._state = (key, student)
+        return self._state[1]
+
+    def _trial(self, student: Program, chosen: Sequence[Region], region: Region) -> _Trial:
+        entry = standing_for(region.entry, chosen)
+        program = bypass(student, entry, region.exit)
+        regions = [*chosen, region]
+        features = tuple(standing_for(name, regions) for name in self.features)
+        if self.settings.mode == "exact":
+            pairs = entry_exit(regions)
+            program = resolve_network(self.teacher, program, self.fit, pairs, settings=self.settings.resolve).program
+            return _Trial(program=program, features=features, changed={n.name for n in program.graph.nodes})
+        target = self._layer_in_front(program, regions, entry) if self.settings.mode == "local" else None
+        first = [target.layer.node] if target else [entry]
+        changed = descendants(program, first) | (set(first) if target else set())
+        return _Trial(program=program, features=features, changed=changed, target=target)
+
+    def _layer_in_front(self, program: Program, regions: Sequence[Region], entry: str) -> Target | None:
+        """The last layer whose anchor is the value that now plays the dropped region's exit."""
+        roles = counterparts(program, self.teacher, entry_exit(regions))
+        layers, _ = find_layers(program)
+        anchors = {entry, *(n.name for n in program.nodes[entry].all_input_nodes)} & roles.keys()
+        for name in sorted(layers, key=program.order.__getitem__, reverse=True):
+            if program.order[name] <= program.order[entry]:
+                target = trace_target(program, layers[name], roles)
+                if target.anchor in anchors:
+                    return target
+        return None
+
+    def _solve_local(self, student: Program, trials: Sequence[_Trial]) -> None:
+        """One pass over the fitting samples for all trials together."""
+        targets = [t.target for t in trials if t.target is not None]
+        ours = {name for t in targets for name in (t.layer.input, t.anchor)}
+        theirs = {name for t in targets for name in t.counterparts}
+        for batch in self.fit.batches(self.batch_size):
+            with torch.no_grad():
+                left = run_until(student, ours, bind(student, batch))
+                right = run_until(self.teacher, theirs, bind(self.teacher, batch))
+            for trial in trials:
+                if trial.target is not None:
+                    part = self._moments(student, trial.target, left, right)
+                    trial.moments = part if trial.moments is None else trial.moments + part
+        for trial in trials:
+            if trial.target is not None and trial.moments is not None:
+                trial.tensors = self._weights(student, trial.target, trial.moments)
+                trial.moments = None
+
+    def _moments(self, student: Program, target: Target, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Moments:
+        residual = residual_at(target.teacher_value(theirs), ours[target.anchor], target.zone)
+        rows = target.layer.rows(student, ours[target.layer.input])
+        step = thinning(
+            rows.shape[2] * -(-len(self.fit) // self.batch_size),
+            rows.shape[1],
+            self.settings.resolve.rows_per_column,
+        )
+        return Moments.of(rows[:, :, ::step], target.layer.outputs(target.pull_back(residual))[:, :, ::step])
+
+    def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
+        correction = solve(moments, ridge=self.settings.resolve.ridge, bias=False)
+        weight = student.module.get_parameter(target.layer.weight).detach()
+        return {target.layer.weight: (weight.double() + correction.weight.reshape(weight.shape)).to(weight.dtype)}
+
+    def _judge(self, student: Program, trials: Sequence[_Trial]) -> list[float]:
+        """Feature errors on the judging samples. What a trial does not change is run once for all of them."""
+        shared = {name for t in trials for name in t.boundary()}
+        error, energy = [0.0] * len(trials), 0.0
+        for batch in self.judge.batches(self.batch_size):
+            with torch.no_grad():
+                wanted = run_until(self.teacher, self.features, bind(self.teacher, batch))
+                start = bind(student, batch)
+                known = {**start, **run_until(student, shared, start)}
+                energy += sum(float(v.square().sum(dtype=torch.float64)) for v in wanted.values())
+                for index, trial in enumerate(trials):
+                    values = run_until(trial.program, trial.features, trial.usable(known), trial.tensors)
+                    error[index] += _squared_distance(wanted, self.features, values, trial.features)
+        return [e / energy if energy > 0 else e for e in error]
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    """One candidate: the bypassed program, the nodes whose values differ from the student's, and the locally solved weights."""
+
+    program: Program
+    features: tuple[str, ...]
+    changed: set[str]
+    target: Target | None = None
+    moments: Moments | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def boundary(self) -> set[str]:
+        """Values of the student that the changed part (or the features) read."""
+        nodes = [
+            self.program.nodes[n]
+            for n in required(self.program, self.features, self.program.nodes.keys() - self.changed)
+        ]
+        operands = {o.name for n in nodes for o in n.all_input_nodes if o.op == "call_function"}
+        return (operands | set(self.features)) - self.changed
+
+    def usable(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in known.items() if name in self.program.nodes and name not in self.changed}
+
+
+def _squared_distance(
+    theirs: Mapping[str, Any], names: Sequence[str], ours: Mapping[str, Any], own_names: Sequence[str]
+) -> float:
+    pairs = zip(names, own_names, strict=True)
+    return sum(float((ours[b] - theirs[a]).square().sum(dtype=torch.float64)) for a, b in pairs)

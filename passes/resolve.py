@@ -1,0 +1,78 @@
+"""The closed form: re-solve layers so that a rewritten network reproduces the original.
+
+For a layer with inputs A (a last column of ones stands for the bias), weights W0 and residual R = T - A W0^T,
+
+    D* = argmin_D  ||A D - R||_F^2 + rows * ridge * sum_j d_j ||D_j||^2,      W' = W0 + D*^T,
+    (G + ridge * diag(d)) D* = A^T R,        G = A^T A,  d_j = mean diagonal of G
+
+so the ridge pulls toward the old weights, and a network without residual keeps them exactly. The source of the
+idea is the reweighting step of El Halabi et al., NeurIPS 2022 (arXiv 2203.04940, section 3), here with
+the asymmetric target and a correction instead of a refit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .calibrate import Moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What a solve changes: `weight` as (groups, out/groups, columns), `bias` as (out,) or None, errors before and after (sums of squares)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    before: float
+    after: float
+
+
+def solve(moments: Moments, *, ridge: float, bias: bool) -> Correction:
+    """Solve for the change of one layer's weights, in float64.
+
+    `ridge` is relative to the mean diagonal of the Gram matrix; columns that are zero throughout get no change. With `bias` the column of
+    ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled: the ridge makes the system definite, and with ridge 0
+    the least-norm solution is taken. An output whose error would not fall keeps its weights, so `after` never exceeds `before`.
+    """
+    size = moments.gram.shape[1] - (0 if bias else 1)
+    gram, cross = moments.gram[:, :size, :size], moments.cross[:, :size]
+    delta = torch.zeros_like(moments.cross)
+    delta[:, :size] = _ridge_solve(gram, cross, ridge, penalised=moments.gram.shape[1] - 1)
+    after = moments.error_after(delta)
+    better = (after < moments.energy) & after.isfinite()
+    delta = torch.where(better.unsqueeze(1), delta, torch.zeros_like(delta))
+    after = torch.where(better, after.clamp(min=0), moments.energy)
+    return Correction(
+        weight=delta[:, :-1].transpose(1, 2),
+        bias=delta[:, -1].reshape(-1) if bias else None,
+        before=float(moments.energy.sum()),
+        after=float(after.sum()),
+    )
+
+
+def _ridge_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float, *, penalised: int) -> torch.Tensor:
+    """(G + ridge * mean diag(G) * I) X = C per group; the columns from `penalised` on carry no ridge."""
+    diagonal = torch.diagonal(gram, dim1=1, dim2=2)
+    level = diagonal[:, :penalised].mean(1, keepdim=True)
+    weight = torch.zeros_like(diagonal)
+    weight[:, :penalised] = ridge * level
+    # a column that is zero on all data has no say: the unit diagonal keeps the system definite and its change at zero
+    weight = torch.where(diagonal == 0, torch.ones_like(weight), weight)
+    system = gram + torch.diag_embed(weight)
+    if ridge > 0:
+        factor, info = torch.linalg.cholesky_ex(system)
+        if not bool(info.any()):
+            return torch.cholesky_solve(cross, factor)
+    return _least_norm(system, cross)
+
+
+def _least_norm(system: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """Pseudo-inverse solution by eigendecomposition: directions below the noise of float64 sums are left alone."""
+    values, vectors = torch.linalg.eigh(system)
+    floor = values[:, -1:].clamp(min=0) * system.shape[1] * 1e-12
+    inverse = torch.where(
+        values > floor, 1 / values.clamp(min=torch.finfo(values.dtype).tiny), torch.zeros_like(values)
+    )
+    return vectors @ (inverse.unsqueeze(2) * (vectors.transpose(1, 2) @ cross))

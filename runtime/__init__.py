@@ -1,0 +1,1 @@
+"""Backends that run a network, and the measurement of their latency."""

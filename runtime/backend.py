@@ -1,0 +1,154 @@
+"""What foldcut asks of a backend: build an engine from ONNX bytes, and run one inference at a time.
+
+A backend of your own is any object with the methods of `Backend`; pass it where a backend's name is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..compiler.errors import BackendError
+
+Array = npt.NDArray[Any]
+
+Clock = Literal["thread_cpu", "wall", "cuda"]
+"""How a runner's inferences must be timed: CPU time of the calling thread (other processes do not count),
+elapsed time, or the device's own events (`TimedRunner`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Availability:
+    """Whether a backend can be used here; `reason` says what to install or change, if anything."""
+
+    can_build: bool
+    can_run: bool
+    reason: str
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """One loaded network with its inputs bound. Not safe to share between threads."""
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that times this runner."""
+        ...
+
+    def run(self) -> None:
+        """Run one inference on the bound inputs, without copies. On a CPU clock it waits for the end."""
+        ...
+
+    def outputs(self) -> tuple[Array, ...]:
+        """Copy out the outputs of the last run, in the model's order."""
+        ...
+
+    def close(self) -> None:
+        """Free the network. May be called twice; any other call after it raises BackendError."""
+        ...
+
+
+@runtime_checkable
+class TimedRunner(Runner, Protocol):
+    """A runner that times itself, needed for the clock ``cuda``."""
+
+    def elapsed_ms(self) -> float:
+        """Wait for the last `run` and return its device time in milliseconds, transfers excluded."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Something that runs networks. All methods but `available` may raise BackendError."""
+
+    @property
+    def name(self) -> str:
+        """The name that reports show and that `resolve_backend` takes."""
+        ...
+
+    def available(self) -> Availability:
+        """Say whether this backend can build and run here. Never raises."""
+        ...
+
+    def build(self, model: bytes) -> object:
+        """Turn ONNX bytes into this backend's engine, to be given to `load`."""
+        ...
+
+    def load(self, engine: object, inputs: Mapping[str, Array], *, threads: int = 1) -> Runner:
+        """Load an engine with `inputs` bound by name. `threads` is ignored by accelerators."""
+        ...
+
+    def environment(self) -> dict[str, str | int]:
+        """Describe what the latency depends on: versions, device, CPUs available, load."""
+        ...
+
+
+def _onnxruntime() -> Backend:
+    from .onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend()
+
+
+# Factories, so that naming a backend does not import the others.
+_BUILTIN: dict[str, Callable[[], Backend]] = {"onnxruntime": _onnxruntime}
+
+
+def backend_names() -> tuple[str, ...]:
+    """List the names that `resolve_backend` knows, whether or not they are installed."""
+    return tuple(sorted(_BUILTIN))
+
+
+def resolve_backend(backend: str | Backend, *, to_run: bool = True) -> Backend:
+    """Return the backend with this name, or the backend object itself, once it says that it is available.
+
+    With ``to_run=False`` it only has to build engines (for a device that is elsewhere).
+    Raises BackendError: the name is unknown, the object lacks methods of `Backend`, or it is not available.
+    """
+    resolved = _by_name(backend) if isinstance(backend, str) else _checked(backend)
+    availability = resolved.available()
+    if not availability.can_build or (to_run and not availability.can_run):
+        verb = "run networks" if availability.can_build else "build engines"
+        raise BackendError(f"the backend '{resolved.name}' cannot {verb} here", hint=availability.reason)
+    return resolved
+
+
+def _by_name(name: str) -> Backend:
+    if name not in _BUILTIN:
+        raise BackendError(
+            f"there is no backend named '{name}'",
+            expected=" or ".join(backend_names()),
+            actual=name,
+            hint="use one of these names, or pass an object with the methods of runtime.backend.Backend",
+        )
+    return _BUILTIN[name]()
+
+
+def _checked(backend: object) -> Backend:
+    # A class has the methods as attributes too, and would fail only at the first call.
+    if isinstance(backend, type):
+        raise BackendError(
+            f"the backend is the class {backend.__name__}, not an instance",
+            hint=f"pass {backend.__name__}(...)",
+        )
+    if not isinstance(backend, Backend):
+        wanted = ("name", "available", "build", "load", "environment")
+        missing = [member for member in wanted if not hasattr(backend, member)]
+        raise BackendError(
+            f"an object of type {type(backend).__name__} is not a backend: it lacks {', '.join(missing)}",
+            hint="pass a backend's name, or an object with the methods of foldcut.runtime.backend.Backend",
+        )
+    return backend
+
+
+def check_threads(threads: int) -> None:
+    """Raise BackendError unless `threads` is a whole number from 1 up."""
+    if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
+        raise BackendError(
+            "the number of threads must be a whole number from 1 up",
+            actual=threads,
+            hint="1 measures most repeatably",
+        )
