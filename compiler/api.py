@@ -17,7 +17,7 @@ from torch import fx, nn
 from ..passes.mimic import MimicSettings
 from ..runtime.backend import Backend, resolve_backend
 from .atomic import write_folder
-from .calibration_set import CalibrationData, CalibrationSet
+from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture
 from .errors import CompilerError, GoalError
 from .pipeline import Outcome, PipelineSettings, cost_report, run_pipeline
@@ -31,7 +31,8 @@ REWRITES = ("drop_blocks",)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compiled:
-    """A compiled network: `.module` (runs any batch size), `.program`, `.plan`, `.report`, `.onnx` (bytes) and `.save(folder)`."""
+    """A compiled network: `.module` (runs any batch size), `.program`, `.plan`, `.report`, `.onnx` (bytes) and
+    `.save(folder)`."""
 
     outcome: Outcome
     report: Report
@@ -65,7 +66,8 @@ class Compiled:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write model.onnx, model.pt2, plan.json and report.json; all or none appear. Raises OutputError when it cannot be written."""
+        """Write model.onnx, model.pt2, plan.json and report.json; all or none appear. Raises OutputError when it
+        cannot be written."""
         write_folder(Path(folder), self.files)
         return Path(folder)
 
@@ -79,22 +81,31 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     batch: int = 1,
     rewrites: Sequence[str] = REWRITES,
     mimic: MimicSettings | bool | None = True,
+    views: Sequence[View] = (),
     seed: int = 0,
     progress: bool | Progress = True,
     threads: int = 1,
     settings: PipelineSettings | None = None,
 ) -> Compiled:
-    """Make a trained network faster: drop blocks, re-solve the layers around them, mimic the original's features, measure.
+    """Make a trained network faster: drop blocks, re-solve the layers around them, mimic the original's features,
+    measure.
 
-    `model` is an `nn.Module`, an `ExportedProgram` or the path of a `.pt2` file; `calibration` a few hundred unlabelled inputs (a tensor or array
-    with all samples, a tuple or dict for several inputs, a DataLoader or generator of batches). `goal` is `Latency(ratio)`, measured
-    on `backend` at `batch` with `threads` CPU threads, or `Blocks(k)`. `mimic` False or None leaves out the gradient stage, a `MimicSettings`
-    sets it. `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` overrides how every stage works.
+    `model` is an `nn.Module`, an `ExportedProgram` or the path of a `.pt2` file; `calibration` a few hundred
+    unlabelled inputs (a tensor or array
+    with all samples, a tuple or dict for several inputs, a DataLoader or generator of batches). `goal` is
+    `Latency(ratio)`, measured
+    on `backend` at `batch` with `threads` CPU threads, or `Blocks(k)`. `mimic` False or None leaves out the gradient
+    stage, a `MimicSettings`
+    sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care
+    about the change. `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings`
+    overrides how every stage works.
 
-    The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the choice also
+    The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
+    choice also
     depends on measured times.
 
-    Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot be met, the GoalError
+    Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot
+    be met, the GoalError
     carries the best result in `.best`.
     """
     _check_arguments(goal, rewrites, batch, threads)
@@ -105,7 +116,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
         with clock.stage("capture"):
             samples = CalibrationSet.of(calibration, inputs=_input_count(model))
             teacher = capture(model, samples.batch(slice(0, 2)))
-        options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed)
+        options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
         if not isinstance(mimic, bool) or not mimic:
             options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
         outcome = run_pipeline(teacher, samples, goal, resolved_backend, settings=options, clock=clock, progress=show)
@@ -157,7 +168,8 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
     if isinstance(goal, Blocks):
         return f"only {dropped} of {goal.count} blocks can be dropped"
     m = outcome.measurement
-    return f"{goal} cannot be met: with all {dropped} removable blocks dropped the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
+    reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
+    return f"{goal} cannot be met: with {dropped} regions dropped, all that save time, the ratio is {reached}"
 
 
 def _report(

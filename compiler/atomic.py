@@ -12,7 +12,8 @@ from .errors import OutputError
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OutputError unless files can be made in `folder` (or, when it does not exist yet, in its nearest existing parent)."""
+    """Raise OutputError unless files can be made in `folder` (or, when it does not exist yet, in its nearest existing
+    parent)."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file", hint="name a folder for the output")
     existing = folder

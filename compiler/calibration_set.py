@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,9 @@ from .program import Batch, Program, dtype_name
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
 CalibrationData = Any
+
+#: A change of a whole batch that the task does not care about, sample by sample, such as `horizontal_flip`.
+View = Callable[[Batch], Batch]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
@@ -49,8 +52,15 @@ class CalibrationSet:
         for start in range(0, len(self), size):
             yield self.batch(slice(start, start + size))
 
+    def with_views(self, views: Sequence[View]) -> CalibrationSet:
+        """The samples followed by each view of them: more data wherever the task does not care about the change."""
+        parts = [self, *(view_of(self, view) for view in views)]
+        columns = zip(*(part.leaves for part in parts), strict=True)
+        return CalibrationSet(leaves=tuple(torch.cat(column) for column in columns), spec=self.spec)
+
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
-        """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there are two."""
+        """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
+        are two."""
         count = min(most, max(1, round(len(self) * fraction)))
         if len(self) < 2:
             return self, self
@@ -63,7 +73,7 @@ class CalibrationSet:
         digest = hashlib.blake2b(digest_size=16)
         for leaf in self.leaves:
             digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-            digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @classmethod
@@ -71,7 +81,8 @@ class CalibrationSet:
         """Read a calibration set.
 
         `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs), or an iterable
-        of batches (a DataLoader, a generator, a list). `inputs` is the number of inputs of the model when it is known: items
+        of batches (a DataLoader, a generator, a list). `inputs` is the number of inputs of the model when it is
+        known: items
         with more fields, such as (images, labels), are cut to it, and labels are never looked at. Without it the
         last field of a pair from an iterable counts as the label.
 
@@ -139,15 +150,65 @@ class CalibrationSet:
                     f"calibration samples have the wrong shape for input {spec.name!r}",
                     expected=spec,
                     actual=f"{dtype_name(leaf.dtype)}{list(leaf.shape)}",
-                    hint="resize the inputs as in deployment, channels where the network has them (PyTorch: N, C, H, W)",
+                    hint="resize the inputs as in deployment, channels where the network has them (N, C, H, W)",
                 )
             if leaf.dtype != spec.dtype:
                 raise CalibrationError(
                     f"calibration samples have the wrong dtype for input {spec.name!r}",
                     expected=dtype_name(spec.dtype),
                     actual=dtype_name(leaf.dtype),
-                    hint=f"convert them, for example with .to(torch.{dtype_name(spec.dtype)}), and normalise as in training",
+                    hint=f"convert them, say with .to(torch.{dtype_name(spec.dtype)}), and normalise as in training",
                 )
+
+
+def horizontal_flip(batch: Batch) -> Batch:
+    """A view: images (N, C, H, W) mirrored left to right; inputs of other ranks stay as they are."""
+
+    def flip(leaf: Any) -> Any:
+        return leaf.flip(-1) if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 else leaf
+
+    result: Batch = pytree.tree_map(flip, batch)
+    return result
+
+
+def random_crop(padding: int, seed: int) -> View:
+    """A view: each image shifted by up to `padding` pixels (edges repeated) and mirrored half of the time, the same
+    way for a seed."""
+
+    def crop(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() != 4 or not leaf.is_floating_point():
+            return leaf
+        generator = torch.Generator().manual_seed(seed)
+        height, width = leaf.shape[2:]
+        padded = torch.nn.functional.pad(leaf, (padding,) * 4, mode="replicate")
+        offsets = torch.randint(0, 2 * padding + 1, (len(leaf), 2), generator=generator).tolist()
+        mirrored = torch.randint(0, 2, (len(leaf),), generator=generator).tolist()
+        shifted = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(offsets)]
+        return torch.stack([image.flip(-1) if flip else image for image, flip in zip(shifted, mirrored, strict=True)])
+
+    def view(batch: Batch) -> Batch:
+        result: Batch = pytree.tree_map(crop, batch)
+        return result
+
+    return view
+
+
+def view_of(samples: CalibrationSet, view: View) -> CalibrationSet:
+    """The samples as the view shows them. Raises CalibrationError when it changes their number, shape or dtype."""
+    leaves, spec = pytree.tree_flatten(view(samples.batch(slice(None))))
+    same = len(leaves) == len(samples.leaves) and all(
+        isinstance(new, torch.Tensor) and new.shape == old.shape and new.dtype == old.dtype
+        for new, old in zip(leaves, samples.leaves, strict=False)
+    )
+    if not same or spec != samples.spec:
+        raise CalibrationError(
+            "a view changed the number, shape or dtype of the inputs",
+            expected=[f"{dtype_name(t.dtype)}{list(t.shape)}" for t in samples.leaves],
+            actual=[f"{dtype_name(t.dtype)}{list(t.shape)}" for t in leaves if isinstance(t, torch.Tensor)],
+            hint="a view maps a batch to a batch of the same form",
+        )
+    _check_values(leaves)
+    return CalibrationSet(leaves=tuple(leaves), spec=spec)
 
 
 def read_calibration(

@@ -75,7 +75,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> Program:
     if mutated:
         raise CaptureError(
             f"the network changes its own state when it runs: {', '.join(mutated[:4])}",
-            hint="call model.eval() before exporting; a network that counts or caches in buffers has to return them instead",
+            hint="call model.eval() before exporting; a network that counts or caches has to return its state",
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -100,7 +100,7 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
             raise CaptureError(
                 f"the model does not run on the example batch: {_first_line(cause)}",
                 actual=_describe(example),
-                hint="check shape, dtype and number of inputs; a tuple is passed as positional arguments, a dict as keywords",
+                hint="check shape, dtype and number of inputs; a tuple goes in as arguments, a dict as keywords",
             ) from cause
         program = from_exported(_export(model, args, kwargs))
         difference = compare(reference, program(example))
@@ -109,7 +109,7 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
             "the captured graph does not compute what the model computes",
             expected="relative difference at most 1e-4 on the example batch",
             actual=difference,
-            hint="a model that draws random numbers or depends on earlier calls cannot be captured; make forward() a function",
+            hint="a model that draws random numbers or depends on earlier calls cannot be captured",
         )
     return program
 
@@ -178,7 +178,8 @@ def _load_exported(path: Path) -> torch.export.ExportedProgram:
 
 
 def _at_least_two(example: Batch) -> Batch:
-    """torch.export takes a batch of one for a constant, so the example has at least two samples; at most two are used."""
+    """torch.export takes a batch of one for a constant, so the example has at least two samples; at most two are
+    used."""
 
     def two(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:

@@ -1,6 +1,7 @@
 """The command line: `foldcut compile`, `inspect`, `measure` and `demo`.
 
-Exit codes: 0 done, 1 a foldcut error (bad input, nothing written), 2 wrong usage, 3 goal not met (the best result is written), 130 interrupted.
+Exit codes: 0 done, 1 a foldcut error (bad input, nothing written), 2 wrong usage, 3 goal not met (the best result is
+written), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.table import Table
 from .api import Compiled
 from .api import compile as compile_model
 from .atomic import check_writable, write_folder
-from .calibration_set import CalibrationSet, read_calibration
+from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
 from .cost import program_cost
 from .errors import CaptureError, CompilerError, GoalError
@@ -72,6 +73,9 @@ def compile_command(
     std: Annotated[str, typer.Option(help="Standard deviation per channel, for image folders.")] = "1,1,1",
     size: Annotated[str | None, typer.Option(metavar="H,W", help="Resize images of a folder to this.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take the first so many samples.")] = None,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Add mirrored images, where left and right mean the same.")
+    ] = False,
     mimic: Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     as_json: JsonOption = False,
@@ -92,6 +96,7 @@ def compile_command(
             batch=batch,
             threads=threads,
             mimic=mimic,
+            views=(horizontal_flip,) if flip else (),
             seed=seed,
             progress=not (as_json or quiet),
         )
@@ -173,7 +178,7 @@ def measure(
             print(json.dumps(result.to_dict(samples=False)))
             return
         out.print(
-            f"before {result.before_ms:.3f} ms   after {result.after_ms:.3f} ms   ({result.clock}, {result.pairs} pairs)",
+            f"before {result.before_ms:.3f} ms  after {result.after_ms:.3f} ms  ({result.clock}, {result.pairs} pairs)",
             highlight=False,
         )
         verdict = "faster" if result.faster else "slower" if result.slower else "no difference that can be claimed"
@@ -301,9 +306,10 @@ def show_report(report: Report) -> None:
         table.add_row(*row)
     out.print(table)
     for decision in report.decisions:
+        what = decision["path"] or decision["region"]
         saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
         out.print(
-            f"dropped {decision['path'] or decision['region']} (predicted feature error {decision['error']:.4f}{saving})",
+            f"dropped {what} (predicted feature error {decision['error']:.4f}{saving})",
             highlight=False,
         )
 

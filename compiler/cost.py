@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """`macs` multiply-accumulates for one sample, `parameters` trained values, `bytes_` weights read plus results written."""
+    """`macs` multiply-accumulates for one sample, `parameters` trained values, `bytes_` weights read plus results
+    written."""
 
     macs: int = 0
     parameters: int = 0

@@ -1,4 +1,5 @@
-"""The demo: a small residual network trained on real handwritten digits, compiled to a latency goal. Needs scikit-learn."""
+"""The demo: a small residual network trained on real handwritten digits, compiled to a latency goal. Needs
+scikit-learn."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class DigitNet(nn.Module):
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(training images, labels, test images, labels) of scikit-learn's bundled digits: 1,797 real 8 x 8 scans, a seeded split."""
+    """(training images, labels, test images, labels) of scikit-learn's bundled digits: 1,797 real 8 x 8 scans, a
+    seeded split."""
     try:
         from sklearn.datasets import load_digits as bundled
     except ImportError as cause:

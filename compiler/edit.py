@@ -89,7 +89,8 @@ def set_tensors(program: Program, tensors: Mapping[str, torch.Tensor], *, note: 
 
 
 def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False) -> fx.GraphModule:
-    """A module that returns the values of the named nodes as a tuple, and computes nothing else. Takes the program's arguments."""
+    """A module that returns the values of the named nodes as a tuple, and computes nothing else. Takes the program's
+    arguments."""
     graph = copy.deepcopy(program.graph)
     by_name = {n.name: n for n in graph.nodes}
     output = next(n for n in graph.nodes if n.op == "output")
@@ -103,7 +104,8 @@ def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedNorm:
-    """A batch norm that a convolution took over: the names before (`weight`, `bias` of the norm) and the convolution's own."""
+    """A batch norm that a convolution took over: the names before (`weight`, `bias` of the norm) and the
+    convolution's own."""
 
     norm: BatchNorm
     weight: str
@@ -113,12 +115,13 @@ class FoldedNorm:
 def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]:
     """Merge each batch norm into the convolution that alone feeds it: W' = scale * W, b' = offset + scale * (b - mean).
 
-    Exact up to rounding. The merged convolution is a new node; all others keep their names. `unfold_tensors` takes new weights back to the program with its norms.
+    Exact up to rounding. The merged convolution is a new node; all others keep their names. `unfold_tensors` takes
+    new weights back to the program with its norms.
     """
     graph = copy.deepcopy(program.graph)
     module = rebuild(program.module, graph)
     by_name = {n.name: n for n in module.graph.nodes}
-    folded = []
+    folded: list[FoldedNorm] = []
     for name, node in program.nodes.items():
         norm = batch_norm_of(program, node) if node.op == "call_function" else None
         if norm is None or norm.node != name or not _foldable(program, node):
@@ -127,7 +130,7 @@ def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]
         assert isinstance(source, fx.Node)
         weight = str(source.args[1].target)  # type: ignore[union-attr]
         bias = f"{weight.rpartition('.')[0] or 'folded'}.folded_bias_{len(folded)}".lstrip(".")
-        _write_folded(program, module, source, norm, weight, bias)
+        _write_folded(program, module, norm, weight, bias)
         _replace_with_biased(module.graph, by_name, source.name, norm.output, bias)
         folded.append(FoldedNorm(norm=norm, weight=weight, bias=bias))
     _erase_dead(module.graph)
@@ -137,7 +140,8 @@ def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]
 
 
 def unfold_tensors(program: Program, folded: Program, norms: Sequence[FoldedNorm]) -> dict[str, torch.Tensor]:
-    """The tensors of `folded` in terms of `program`, whose norms it took over: W = W' / scale, norm bias = b' + scale * (mean - b).
+    """The tensors of `folded` in terms of `program`, whose norms it took over: W = W' / scale, norm bias = b' + scale
+    * (mean - b).
 
     A channel of scale zero keeps its old weights (they have no effect). Only tensors that `program` has are returned.
     """
@@ -192,9 +196,7 @@ def _foldable(program: Program, node: fx.Node) -> bool:
     )
 
 
-def _write_folded(
-    program: Program, module: fx.GraphModule, source: fx.Node, norm: BatchNorm, weight: str, bias: str
-) -> None:
+def _write_folded(program: Program, module: fx.GraphModule, norm: BatchNorm, weight: str, bias: str) -> None:
     old = program.module.get_parameter(weight).detach()
     own = _conv_bias(program, weight)
     scale = norm.scale.view(-1, *[1] * (old.dim() - 1))

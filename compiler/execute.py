@@ -51,7 +51,8 @@ def run_until(
 ) -> dict[str, Any]:
     """Evaluate what `wanted` needs, starting from `values`, and return the wanted values.
 
-    Only ancestors of the wanted nodes that are not in `values` yet are run, in topological order. With `free`, a value is
+    Only ancestors of the wanted nodes that are not in `values` yet are run, in topological order. With `free`, a
+    value is
     dropped from memory as soon as its last reader has run (`values` itself is not changed).
     """
     wanted = list(wanted)

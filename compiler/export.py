@@ -1,4 +1,5 @@
-"""Writing a Program: `ExportedProgram`, `.pt2` and ONNX, with the original input and output names and a dynamic batch."""
+"""Writing a Program: `ExportedProgram`, `.pt2` and ONNX, with the original input and output names and a dynamic
+batch."""
 
 from __future__ import annotations
 
@@ -69,8 +70,6 @@ def to_onnx(
                 (),
                 dynamo=True,
                 verbose=False,
-                input_names=[spec.name for spec in program.inputs],
-                output_names=[spec.name for spec in program.outputs],
                 opset_version=opset,
                 optimize=True,
             )
@@ -80,24 +79,32 @@ def to_onnx(
             hint="an operator without an ONNX form has to be replaced in the model, or another opset given",
         ) from cause
     assert result is not None  # None only with a file path
-    _name_dims(result, program)
+    _name_signature(result.model.graph, program)
     return bytes(result.model_proto.SerializeToString())
 
 
-def _name_dims(result: Any, program: Program) -> None:
-    """Give dynamic dims the Program's names instead of torch's symbols (s77 -> batch)."""
+def _name_signature(graph: Any, program: Program) -> None:
+    """Give inputs, outputs and dynamic dims the Program's names (torch has its own: s77 for batch).
+
+    An inner value that already has the name of an output gives way: ONNX wants names unique.
+    """
     import onnx_ir as ir
 
-    for value, spec in [
-        *zip(result.model.graph.inputs, program.inputs, strict=True),
-        *zip(result.model.graph.outputs, program.outputs, strict=True),
-    ]:
+    named = [*zip(graph.inputs, program.inputs, strict=True), *zip(graph.outputs, program.outputs, strict=True)]
+    wanted = {spec.name: value for value, spec in named}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in wanted and wanted[value.name] is not value:
+                value.name = f"{value.name}_inner"
+    for value, spec in named:
+        value.name = spec.name
         value.shape = ir.Shape([dim if isinstance(dim, int) else str(dim) for dim in spec.shape])
 
 
 def _example(program: Program) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """(args, kwargs, dynamic_shapes) for exporting the Program again; the values are zeros."""
-    leaves, dims = [], []
+    leaves: list[Any] = []
+    dims: list[Any] = []
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue

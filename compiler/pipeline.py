@@ -1,4 +1,5 @@
-"""The flow: capture -> analyse -> plan -> rewrite and re-solve -> mimic -> export -> measure. Each arrow can be called alone."""
+"""The flow: capture -> analyse -> plan -> rewrite and re-solve -> mimic -> export -> measure. Each arrow can be
+called alone."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ..passes.recoverability import Recoverability, RecoverabilitySettings
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
-from .calibration_set import CalibrationSet
+from .calibration_set import CalibrationSet, View
 from .cost import program_cost
 from .errors import CompilerError, ExportError, GoalError
 from .export import to_exported, to_onnx, to_pt2
@@ -33,12 +34,17 @@ ONNX_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
-    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from fitting."""
+    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from
+    fitting;
+    `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
+    `solve_samples` caps what the re-solve reads, originals first."""
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
     mimic: MimicSettings | None = field(default_factory=MimicSettings)
     held_out: float = 0.1
+    views: tuple[View, ...] = ()
+    solve_samples: int = 512
     batch: int = 1
     threads: int = 1
     seed: int = 0
@@ -73,10 +79,12 @@ def run_pipeline(
     clock: StageClock | None = None,
     progress: Progress = silent,
 ) -> Outcome:
-    """Everything after capture. Raises GoalError when nothing can be removed; an unmet goal comes back as `met` False."""
+    """Everything after capture. Raises GoalError when nothing can be removed; an unmet goal comes back as `met`
+    False."""
     settings, clock = settings or PipelineSettings(), clock or StageClock()
     calibration.check(teacher)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
+    fit = fit.with_views(settings.views)
     with clock.stage("analyse"):
         analysis = find_regions(teacher)
     _require_regions(analysis, goal)
@@ -186,7 +194,14 @@ def _finish(
         errors["dropped"] = output_error(teacher, student, held_out)
     with clock.stage("re-solve"):
         pairs = entry_exit(choice.regions)
-        resolved = resolve_network(teacher, student, fit, pairs, settings=settings.resolve, progress=progress)
+        resolved = resolve_network(
+            teacher,
+            student,
+            fit.take(slice(0, settings.solve_samples)),
+            pairs,
+            settings=settings.resolve,
+            progress=progress,
+        )
         student = resolved.program
         errors["re-solved"] = output_error(teacher, student, held_out)
     if settings.mimic is not None:
@@ -249,7 +264,8 @@ def output_error(teacher: Program, student: Program, samples: CalibrationSet, ba
 
 
 def onnx_difference(program: Program, onnx: bytes, probe: LatencyProbe, samples: CalibrationSet) -> float:
-    """Largest difference between the backend's outputs and torch's, relative to the largest output. Raises ExportError above 1e-3."""
+    """Largest difference between the backend's outputs and torch's, relative to the largest output. Raises
+    ExportError above 1e-3."""
     runner = probe.load(onnx)
     try:
         runner.run()

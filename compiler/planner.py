@@ -1,7 +1,9 @@
 """Which blocks to drop: greedy, joint, one at a time. A policy over numbers; it never touches a tensor.
 
-After each drop the errors are those of the network as it then stands, so two blocks that can only stand in for each other are
-not both taken. With savings, the block with the least added error per saved latency goes first (PRACTISE's score, with the
+After each drop the errors are those of the network as it then stands, so two blocks that can only stand in for each
+other are
+not both taken. With savings, the block with the least added error per saved latency goes first (PRACTISE's score,
+with the
 joint error in place of single drops); without, the one with the least error.
 """
 
@@ -19,7 +21,8 @@ LEAST_SAVING = 0.002
 #: Candidates looked at again at a time: they share the passes over the data.
 CHUNK = 3
 
-#: Given the regions chosen so far and the candidates, the predicted relative output error with each candidate dropped as well.
+#: Given the regions chosen so far and the candidates, the predicted relative output error with each candidate dropped
+#: as well.
 Errors = Callable[[Sequence[Region], Sequence[Region]], Mapping[str, float]]
 #: Whether the goal is met by the regions chosen so far.
 Enough = Callable[[Sequence[Region]], bool]
@@ -45,7 +48,8 @@ def choose_drops(
 ) -> Choice:
     """Drop greedily until `enough` says so or no candidate is left.
 
-    `savings` maps region names to the measured share of the latency that each saves, or is None when latency does not matter.
+    `savings` maps region names to the measured share of the latency that each saves, or is None when latency does not
+    matter.
     `chosen` and `decisions` continue an earlier choice.
     """
     taken, made = list(chosen), list(decisions)
@@ -74,7 +78,8 @@ def _best(
 ) -> tuple[Region, float]:
     """The best candidate and its error, looking again only at those whose last known added error could still win.
 
-    Lazy greedy: what a drop adds seldom shrinks once others are gone, so an older figure serves as a bound. `stale` keeps the
+    Lazy greedy: what a drop adds seldom shrinks once others are gone, so an older figure serves as a bound. `stale`
+    keeps the
     added errors from call to call.
     """
     fresh: dict[str, float] = {}
@@ -93,5 +98,6 @@ def _score(added: float, region: Region, savings: Mapping[str, float] | None) ->
     """Added error, per saved latency where that counts."""
     if savings is None:
         return added
-    # an error that falls counts most where it saves most: dividing a negative number by the saving would turn that round
+    # an error that falls counts most where it saves most: dividing a negative number by the saving would turn that
+    # round
     return added / savings[region.name] if added > 0 else added * savings[region.name]

@@ -82,7 +82,7 @@ class Program:
         digest = hashlib.blake2b(self.text().encode(), digest_size=16)
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def parameter_count(self) -> int:

@@ -31,10 +31,13 @@ _INPUT, _OUTPUT = "<input>", "<output>"
 class Region:
     """A removable region. `entry` stays and takes the place of `exit`; `nodes` disappear.
 
-    `kind`: ``residual`` when a contraction-free path joins entry and exit by addition (dropping leaves the shortcut), ``gate`` when
-    it joins by multiplication (squeeze-excite), ``plain`` when all paths are contracted (a same-shape conv), ``concat`` when entry and
+    `kind`: ``residual`` when a contraction-free path joins entry and exit by addition (dropping leaves the shortcut),
+    ``gate`` when
+    it joins by multiplication (squeeze-excite), ``plain`` when all paths are contracted (a same-shape conv),
+    ``concat`` when entry and
     exit are equal-shaped operands of one concatenation (a dense layer). `path` is the module path that the
-    nodes share, for people only. `cost` is what the region costs at batch 1. `parent` names the smallest region that strictly contains it.
+    nodes share, for people only. `cost` is what the region costs at batch 1. `parent` names the smallest region that
+    strictly contains it.
     """
 
     entry: str
@@ -70,7 +73,8 @@ class RegionAnalysis:
     def blocks(self) -> tuple[Region, ...]:
         """The candidates that a goal is spent on first.
 
-        The residual regions that contain no smaller residual region; where the network has none, the plain and concat regions.
+        The residual regions that contain no smaller residual region; where the network has none, the plain and concat
+        regions.
         """
         residual = [r for r in self.regions if r.kind == "residual"]
         inner = {r.parent for r in residual}
@@ -201,7 +205,8 @@ def _ancestors(tree: dict[str, str], node: str) -> Iterator[str]:
 
 
 def _preference(program: Program, entry: str, exit_: str) -> tuple[bool, int, int]:
-    """Among pairs that remove the same contractions: entry and exit of one operation first (relu -> relu, add -> add: the
+    """Among pairs that remove the same contractions: entry and exit of one operation first (relu -> relu, add -> add:
+    the
     values are then of one kind), then the later exit (it takes the activation along), then the nearer entry."""
     first, last = program.nodes[entry], program.nodes[exit_]
     return _operation(first) == _operation(last), program.order[exit_], program.order[entry]
@@ -278,7 +283,7 @@ def _concat_regions(program: Program, flow: _Flow, covered: frozenset[str]) -> l
     for node in program.graph.nodes:
         if not is_call(node, aten.cat):
             continue
-        operands = [o for o in node.args[0] if isinstance(o, fx.Node) and is_tensor(o)]  # type: ignore[union-attr]
+        operands = [o for o in node.args[0] if isinstance(o, fx.Node) and is_tensor(o)]
         for position, operand in enumerate(operands):
             entry = next((o for o in reversed(operands[:position]) if signature(o) == signature(operand)), None)
             if entry is None or entry is operand or operand.op != "call_function":

@@ -1,4 +1,5 @@
-"""Streamed second moments of the layers' inputs: all that the closed forms need, in memory that does not grow with the data."""
+"""Streamed second moments of the layers' inputs: all that the closed forms need, in memory that does not grow with
+the data."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from .layers import Layer
 class Moments:
     """Second moments of one layer, in float64.
 
-    With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct, per group:
-    `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups); `energy` = sum of
+    With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct,
+    per group:
+    `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups); `energy` =
+    sum of
     R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add up: ``a + b``.
     """
 
@@ -74,7 +77,8 @@ def collect_moments(
 ) -> dict[str, Moments]:
     """One streamed pass over the calibration set: the input moments of a set of layers.
 
-    `cross` and `energy` are those of the layer's own output without bias (R = A W^T), so that `gram` and `cross` describe the layer as it is. Memory: one
+    `cross` and `energy` are those of the layer's own output without bias (R = A W^T), so that `gram` and `cross`
+    describe the layer as it is. Memory: one
     batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
     """
     wanted = list(names or layers)

@@ -11,18 +11,39 @@ aten = torch.ops.aten
 
 #: Between the features and the head: pooling, reductions and data movement.
 _POOLING = (
-    aten.mean, aten.amax, aten.sum, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool1d, aten._adaptive_avg_pool2d, aten.avg_pool2d,
-    aten.adaptive_max_pool2d, aten.max_pool2d, aten.view, aten.reshape, aten.flatten, aten.squeeze, aten.unsqueeze, aten.permute,
-    aten.transpose, aten.clone, aten.dropout, aten.contiguous, aten.select, aten.alias, aten.detach,
-)  # fmt: skip
+    aten.mean,
+    aten.amax,
+    aten.sum,
+    aten.adaptive_avg_pool2d,
+    aten.adaptive_avg_pool1d,
+    aten._adaptive_avg_pool2d,
+    aten.avg_pool2d,
+    aten.adaptive_max_pool2d,
+    aten.max_pool2d,
+    aten.view,
+    aten.reshape,
+    aten.flatten,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.permute,
+    aten.transpose,
+    aten.clone,
+    aten.dropout,
+    aten.contiguous,
+    aten.select,
+    aten.alias,
+    aten.detach,
+)
 _CONTRACTIONS = (aten.linear, aten.addmm, aten.mm, aten.conv1d, aten.conv2d, aten.conv3d)
 
 
 def head_features(program: Program) -> tuple[str, ...]:
     """For each output, the activation that the last layer's pooling reads; the output itself where no head is found.
 
-    From the output back over pooling and data movement to the last linear layer or convolution, over that, and over pooling again:
-    the last feature map of a classifier, the input of the last convolution of a segmentation network. Of a network without such an end (a bare backbone)
+    From the output back over pooling and data movement to the last linear layer or convolution, over that, and over
+    pooling again:
+    the last feature map of a classifier, the input of the last convolution of a segmentation network. Of a network
+    without such an end (a bare backbone)
     the outputs are the features. Only floating-point values are returned, each once.
     """
     names: list[str] = []

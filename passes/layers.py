@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ aten = torch.ops.aten
 class Layer:
     """A linear layer of a Program, seen as Y = A W^T + b, one matrix product per group.
 
-    `weight` and `bias` name its tensors. For a convolution A holds the input patches, (groups, rows, in/groups * kh * kw), a row
+    `weight` and `bias` name its tensors. For a convolution A holds the input patches, (groups, rows, in/groups * kh *
+    kw), a row
     for each output position; for a linear layer the input vectors, one group.
     """
 
@@ -33,7 +34,8 @@ class Layer:
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
 
     def rows(self, program: Program, value: torch.Tensor) -> torch.Tensor:
-        """A as (groups, columns, rows), from the layer's input value. The row axis is last: Gram products read it in place."""
+        """A as (groups, columns, rows), from the layer's input value. The row axis is last: Gram products read it in
+        place."""
         if self.window is None:
             return value.reshape(1, -1, value.shape[-1]).transpose(1, 2)
         kernel = self.kernel(program)
@@ -98,16 +100,18 @@ def _describe(program: Program, node: fx.Node, shared: set[int]) -> Layer | str:
         return "its weight is not a trained parameter"
     if tensor.data_ptr() in shared:
         return "its weight is shared with another layer"
-    common = {"node": node.name, "input": source.name, "weight": str(weight.target)}
     biased = str(bias.target) if bias is not None else None
+    linear = Layer(node=node.name, input=source.name, weight=str(weight.target), bias=biased)
     if is_call(node, aten.linear):
-        return Layer(**common, bias=biased)
+        return linear
     if tensor.dim() not in (3, 4):
         return "a convolution over three dimensions"
-    window = tuple(_pair(node, index, label, default, tensor.dim() - 2) for index, label, default in _WINDOW)
-    if isinstance(argument(node, 4, "padding"), str) or len(window) != 3:
+    if isinstance(argument(node, 4, "padding"), str):
         return "its padding is given by name"
-    return Layer(**common, bias=biased, groups=int(argument(node, 6, "groups", 1)), window=window)
+    stride, padding, dilation = (
+        _pair(node, index, label, default, tensor.dim() - 2) for index, label, default in _WINDOW
+    )
+    return replace(linear, groups=int(argument(node, 6, "groups", 1)), window=(stride, padding, dilation))
 
 
 _WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
@@ -115,8 +119,6 @@ _WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
 
 def _pair(node: fx.Node, index: int, label: str, default: int, dims: int) -> tuple[int, int]:
     value: Any = argument(node, index, label, default)
-    if isinstance(value, str):
-        return (default, default)
     sizes = [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
     # a 1-d convolution is read as a 2-d one of height 1
     return (int(sizes[0]), int(sizes[1])) if dims == 2 else (0 if label == "padding" else 1, int(sizes[0]))

@@ -1,9 +1,13 @@
 """Teacher and student side by side, node by node, over the whole calibration set.
 
-A sequential re-solve needs, layer after layer, the student's input to the layer (with everything before it already solved) and the teacher's
-value to reach. Running both networks from the start for each layer would cost the square of the depth. Here each batch keeps
-just the values that are still needed (its frontier) and each node of either network runs once for the whole sweep; the nodes
-between a layer and its anchor run once more, to compare before solving. Frontiers live in memory up to a budget and in temporary files beyond it.
+A sequential re-solve needs, layer after layer, the student's input to the layer (with everything before it already
+solved) and the
+teacher's value to reach. Running both networks from the start for each layer would cost the square of the depth. Here
+each
+batch keeps just the values that are still needed (its frontier), and each node of either network runs once for the
+whole sweep;
+only the nodes of the branch being solved run again, from the frontier in front of it. Frontiers live in memory up to a
+budget and in temporary files beyond it.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ Frontier = tuple[dict[str, Any], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one layer needs: nodes to run in either network, in order, and what stays afterwards.
+    """What one group of layers needs: nodes to run in either network, in order, and what stays afterwards.
 
-    `shared` are student values taken over from the teacher, whose computation the rewrite did not touch. `scratch` runs from
-    the layer to its anchor and is dropped again, since the solve changes it.
+    `targets` are solved in order from one frontier in front of the first. `shared` are student values taken over from
+    the teacher, whose
+    computation the rewrite did not touch; `scratch` runs from the frontier through the group and is dropped, since
+    the solves change it.
     """
 
-    target: Target
+    targets: tuple[Target, ...]
     teacher_runs: tuple[str, ...]
     student_runs: tuple[str, ...]
     shared: tuple[str, ...]
@@ -43,45 +49,46 @@ class Step:
     student_keeps: frozenset[str]
 
 
-def plan_steps(teacher: Program, student: Program, targets: Sequence[Target], changed: set[str]) -> list[Step]:
-    """Lay out the sweep. `targets` in topological order of their layers; `changed` are the student nodes whose value is not the teacher's."""
-    drafts = _student_side(student, targets, changed)
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One batch at a group: student values up to the frontier, and the teacher's."""
+
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+def plan_steps(teacher: Program, student: Program, groups: Sequence[Sequence[Target]], changed: set[str]) -> list[Step]:
+    """Lay out the sweep. `groups` in topological order; `changed` are the student nodes whose value is not the
+    teacher's."""
+    drafts = _student_side(student, groups, changed)
     known = {n.name for n in teacher.graph.nodes if n.op == "placeholder"}
-    fetched = [{*d["shared"], *d["scratch_shared"], *d["target"].counterparts} for d in drafts]
+    fetched = [
+        {*d["shared"], *d["scratch_shared"], *(name for t in d["targets"] for name in t.counterparts)} for d in drafts
+    ]
     steps = []
     for index, draft in enumerate(drafts):
         runs = required(teacher, fetched[index], known)
         known |= set(runs)
-        later = set().union(*fetched[index + 1 :])
-        pending = required(teacher, later, known)
-        keeps = (later & known) | {
-            o.name for name in pending for o in teacher.nodes[name].all_input_nodes if o.name in known
-        }
+        keeps = _still_read(teacher, set().union(*fetched[index + 1 :]), known)
         known &= keeps
         steps.append(Step(**draft, teacher_runs=tuple(runs), teacher_keeps=frozenset(keeps)))
     return steps
 
 
-def _student_side(student: Program, targets: Sequence[Target], changed: set[str]) -> list[dict[str, Any]]:
+def _student_side(student: Program, groups: Sequence[Sequence[Target]], changed: set[str]) -> list[dict[str, Any]]:
     known: set[str] = {n.name for n in student.graph.nodes if n.op == "placeholder"}
+    fronts = [_live_at(student, student.order[group[0].layer.node]) for group in groups] + [set()]
     drafts = []
-    for index, target in enumerate(targets):
-        at = student.order[target.layer.node]
-        live = _live_at(student, at)
-        runs, shared = _split(student, live, known, changed)
+    for index, group in enumerate(groups):
+        runs, shared = _split(student, fronts[index], known, changed)
         known |= set(runs) | set(shared)
-        scratch, scratch_shared = _split(student, {target.anchor}, known, changed)
-        following = (
-            _live_at(student, student.order[targets[index + 1].layer.node]) if index + 1 < len(targets) else set()
-        )
-        needed = required(student, following, known)
-        keeps = (following & known) | {
-            o.name for name in needed for o in student.nodes[name].all_input_nodes if o.name in known
-        }
+        wanted = {name for target in group for name in (target.layer.input, target.anchor)}
+        scratch, scratch_shared = _split(student, wanted, known, changed)
+        keeps = _still_read(student, fronts[index + 1], known)
         known &= keeps
         drafts.append(
             {
-                "target": target,
+                "targets": tuple(group),
                 "student_runs": tuple(runs),
                 "shared": tuple(shared),
                 "scratch": tuple(scratch),
@@ -90,6 +97,12 @@ def _student_side(student: Program, targets: Sequence[Target], changed: set[str]
             }
         )
     return drafts
+
+
+def _still_read(program: Program, wanted: set[str], known: set[str]) -> set[str]:
+    """Those of the known values that are wanted themselves or that computing the wanted ones reads."""
+    pending = required(program, wanted, known)
+    return (wanted & known) | {o.name for n in pending for o in program.nodes[n].all_input_nodes if o.name in known}
 
 
 def _live_at(program: Program, position: int) -> set[str]:
@@ -112,7 +125,8 @@ def _split(student: Program, wanted: set[str], known: set[str], changed: set[str
 
 
 class Lockstep:
-    """Runs the steps of a sweep. Use as a context manager: temporary files are removed on leaving, also after Ctrl-C."""
+    """Runs the steps of a sweep. Use as a context manager: temporary files are removed on leaving, also after
+    Ctrl-C."""
 
     def __init__(
         self,
@@ -143,21 +157,20 @@ class Lockstep:
     def __len__(self) -> int:
         return len(self._frontiers)
 
-    def compare(self, step: Step, tensors: Tensors) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For each batch: (the layer's input, teacher's value, student's value) at the anchor; the frontier moves up to the layer."""
+    def advance(self, step: Step, tensors: Tensors) -> None:
+        """Move every frontier up to the group's first layer, with the weights as they are by now."""
         for index in range(len(self._frontiers)):
             teacher, student = self._load(index)
-            self._run(self.teacher, step.teacher_runs, teacher, None)
+            _run(self.teacher, step.teacher_runs, teacher, None)
             student.update({name: teacher[name] for name in step.shared})
-            self._run(self.student, step.student_runs, student, tensors)
+            _run(self.student, step.student_runs, student, tensors)
             self._store(index, (teacher, student))
-            yield self._at_anchor(step, teacher, student, tensors)
 
-    def again(self, step: Step, tensors: Tensors) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """As `compare`, from the frontier as it stands, with the weights as they are by now."""
+    def views(self, step: Step) -> Iterator[View]:
+        """For each batch, the values that the group's nodes start from."""
         for index in range(len(self._frontiers)):
             teacher, student = self._load(index)
-            yield self._at_anchor(step, teacher, student, tensors)
+            yield View(student={**student, **{name: teacher[name] for name in step.scratch_shared}}, teacher=teacher)
 
     def finish(self, step: Step) -> None:
         """Forget what no later step reads."""
@@ -168,19 +181,6 @@ class Lockstep:
                 {k: v for k, v in student.items() if k in step.student_keeps},
             )
             self._store(index, kept)
-
-    def _at_anchor(
-        self, step: Step, teacher: dict[str, Any], student: dict[str, Any], tensors: Tensors
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        scratch = {**student, **{name: teacher[name] for name in step.scratch_shared}}
-        self._run(self.student, step.scratch, scratch, tensors)
-        target = step.target
-        return scratch[target.layer.input], target.teacher_value(teacher), scratch[target.anchor]
-
-    def _run(self, program: Program, names: Iterable[str], values: dict[str, Any], tensors: Tensors | None) -> None:
-        with torch.no_grad():
-            for name in names:
-                values[name] = evaluate(program, program.nodes[name], values, tensors)
 
     def _load(self, index: int) -> Frontier:
         frontier = self._frontiers[index]
@@ -201,6 +201,12 @@ class Lockstep:
         torch.save(frontier, fresh)
         fresh.replace(path)
         self._frontiers[index] = path
+
+
+def _run(program: Program, names: Iterable[str], values: dict[str, Any], tensors: Tensors | None) -> None:
+    with torch.no_grad():
+        for name in names:
+            values[name] = evaluate(program, program.nodes[name], values, tensors)
 
 
 def _bytes(frontier: Frontier) -> int:

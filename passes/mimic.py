@@ -4,8 +4,10 @@ The loss is, over the features before the head and over *hints* (the last stream
 
     L = sum_f  ||S_f(x) - T_f(x)||^2 / ||T_f||^2     (+ the same for the outputs, times `outputs`)
 
-(the feature term is PRACTISE's, Wang & Wu, CVPR 2023, arXiv 2202.07861, section 3; here relative, with hints, in eval mode and
-from re-solved weights). Batch norms keep their statistics; they are folded into their convolutions for the time of the training and taken out afterwards.
+(the feature term is PRACTISE's, Wang & Wu, CVPR 2023, arXiv 2202.07861, section 3; here relative, with hints, in eval
+mode and
+from re-solved weights). Batch norms keep their statistics; they are folded into their convolutions for the time of
+the training and taken out afterwards.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from ..compiler.calibration_set import CalibrationSet
 from ..compiler.edit import expose, fold_batch_norms, set_tensors, signature, unfold_tensors
@@ -30,17 +33,21 @@ Augment = Callable[[Batch, torch.Generator], Batch]
 
 @dataclass(frozen=True, kw_only=True)
 class MimicSettings:
-    """`learning_rate` is relative to the root mean square of each weight tensor, so it needs no tuning per network; it falls by a cosine.
+    """`learning_rate` is relative to the root mean square of each weight tensor, so it needs no tuning per network;
+    it falls by a cosine.
 
-    `hints` and `outputs` weigh the losses at stage ends and outputs. `augment` draws a new version of each batch (the teacher then runs in every iteration; without
-    it, its features are computed once and kept while they fit into `cache_bytes`). `checks` times the held-out error is looked at; the best state wins.
-    `patience` checks without improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16 matrices in hardware.
+    `hints` and `outputs` weigh the losses at stage ends and outputs. `augment` draws a new version of each batch (the
+    teacher then runs in every iteration; without
+    it, its features are computed once and kept while they fit into `cache_bytes`). `checks` times the held-out error
+    is looked at; the best state wins.
+    `patience` checks without improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16
+    matrices in hardware.
     """
 
-    iterations: int = 200
-    batch_size: int = 64
+    iterations: int = 400
+    batch_size: int = 32
     learning_rate: float = 0.015
-    hints: float = 1.0
+    hints: float = 6.0
     outputs: float = 0.0
     augment: Augment | None = None
     checks: int = 8
@@ -53,7 +60,7 @@ class MimicSettings:
             raise CalibrationError(
                 "mimic settings out of range",
                 expected="iterations, batch_size, checks >= 1 and learning_rate > 0",
-                actual=f"iterations={self.iterations}, batch_size={self.batch_size}, learning_rate={self.learning_rate}, checks={self.checks}",
+                actual=str(self),
             )
 
 
@@ -79,7 +86,8 @@ def mimic(
 ) -> Mimicked:
     """Train all weights of `student` to reproduce the teacher's features on `calibration`.
 
-    The graph does not change. The returned weights are those of the least held-out feature error seen, the starting ones included, so the
+    The graph does not change. The returned weights are those of the least held-out feature error seen, the starting
+    ones included, so the
     held-out error never ends above where it began; a step that is not finite ends the training. Same seed, same result.
     """
     settings = settings or MimicSettings()
@@ -173,7 +181,10 @@ class _Run:
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
         self.cache = self._teacher_values() if settings.augment is None else None
         self._order = torch.empty(0, dtype=torch.long)
-        parameters = [p.requires_grad_() for p in self.student.parameters() if p.is_floating_point()]
+        frozen = _same_as_teacher(teacher, trainee)
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
         groups = [{"params": [p], "lr": settings.learning_rate * max(_rms(p), 1e-3)} for p in parameters]
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         warm = max(1, settings.iterations // 20)
@@ -230,7 +241,7 @@ class _Run:
         return indices
 
     def _values(self, module: fx.GraphModule, batch: Batch) -> list[torch.Tensor]:
-        args, kwargs = as_arguments(batch)
+        args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
         with (
             torch.set_grad_enabled(module is self.student),
             torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),
@@ -248,6 +259,34 @@ class _Run:
             ):
                 return None
         return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _same_as_teacher(teacher: Program, student: Program) -> set[str]:
+    """Parameters that only nodes with the teacher's own value read: in front of the first change there is nothing to
+    mend."""
+    theirs, ours = (dict(p.module.named_parameters()) for p in (teacher, student))
+    same: set[str] = set()
+    for name, node in student.nodes.items():
+        other = teacher.nodes.get(name)
+        if other is None or other.target != node.target or len(other.all_input_nodes) != len(node.all_input_nodes):
+            continue
+        pairs = zip(node.all_input_nodes, other.all_input_nodes, strict=True)
+        if node.op == "get_attr":
+            target = str(node.target)
+            if target in ours and not (target in theirs and torch.equal(ours[target], theirs[target])):
+                continue
+        elif not all(a.name == b.name and a.name in same for a, b in pairs):
+            continue
+        same.add(name)
+    attributes = [n for n in student.graph.nodes if n.op == "get_attr"]
+    return {str(n.target) for n in attributes if n.name in same and all(user.name in same for user in n.users)}
+
+
+def _channels_last(leaf: object) -> object:
+    """Images in the layout in which convolutions on CPUs need no reordering."""
+    if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 and leaf.is_floating_point():
+        return leaf.contiguous(memory_format=torch.channels_last)
+    return leaf
 
 
 def _rms(tensor: torch.Tensor) -> float:

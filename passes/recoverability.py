@@ -1,11 +1,14 @@
 """How well the rest of a network recovers from losing a region: the error left in the features before the head.
 
-Three ways to ask, from cheap to dear:
+Four ways to ask, from cheap to dear:
 - ``plain``: bypass the region and run on. No recovery at all.
-- ``local``: bypass it, re-solve the layer in front of it in closed form (its target becomes the mean of the teacher's stream before and after the
+- ``local``: bypass it, re-solve the layer in front of it in closed form (its target becomes the mean of the teacher's
+  stream before and after the
   region), run on. The default: nearly as cheap, and it ranks blocks as the full re-solve does.
 - ``exact``: bypass it and re-solve every layer behind it.
-The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the choice is joint.
+- ``adaptors``: bypass it and train the paper's 1x1 adaptors (`adaptors`): dear, for comparison.
+The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the
+choice is joint.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ..compiler.edit import bypass
 from ..compiler.execute import bind, descendants, required, run_until
 from ..compiler.program import Program
 from ..compiler.regions import Region
+from .adaptors import AdaptorSettings, train_adaptors
 from .calibrate import Moments
 from .drop_blocks import drop_blocks, entry_exit, standing_for
 from .features import head_features
@@ -29,7 +33,7 @@ from .resolve import solve
 from .resolve_network import ResolveSettings, batch_size_for, resolve_network, thinning
 from .targets import Target, counterparts, residual_at, trace_target
 
-Mode = Literal["plain", "local", "exact"]
+Mode = Literal["plain", "local", "exact", "adaptors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +41,17 @@ class RecoverabilitySettings:
     """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module."""
 
     mode: Mode = "local"
-    samples: int = 128
-    resolve: ResolveSettings = field(default_factory=lambda: ResolveSettings(rounds=1, rows_per_column=20))
+    samples: int = 64
+    adaptors: AdaptorSettings = field(default_factory=AdaptorSettings)
+    resolve: ResolveSettings = field(default_factory=lambda: ResolveSettings(refine=0, rows_per_column=20))
 
 
 class Recoverability:
     """Predicted relative feature error for a set of chosen regions and one more. Call it with (chosen, candidates).
 
     Error = sum ||F_S - F_T||^2 / sum ||F_T||^2 over the judging samples, F the features before the head. Only a part of
-    the calibration set is read. The student of the regions chosen so far is re-solved once and kept until the choice changes.
+    the calibration set is read. The student of the regions chosen so far is re-solved once and kept until the choice
+    changes.
     """
 
     def __init__(
@@ -98,7 +104,11 @@ class Recoverability:
         if self.settings.mode == "exact":
             pairs = entry_exit(regions)
             program = resolve_network(self.teacher, program, self.fit, pairs, settings=self.settings.resolve).program
-            return _Trial(program=program, features=features, changed={n.name for n in program.graph.nodes})
+            return _Trial(program=program, features=features, changed=set(program.nodes))
+        if self.settings.mode == "adaptors":
+            settings = self.settings.adaptors
+            program = train_adaptors(self.teacher, program, self.fit, entry=entry, drops=regions, settings=settings)
+            return _Trial(program=program, features=features, changed=set(program.nodes))
         target = self._layer_in_front(program, regions, entry) if self.settings.mode == "local" else None
         first = [target.layer.node] if target else [entry]
         changed = descendants(program, first) | (set(first) if target else set())
@@ -145,7 +155,7 @@ class Recoverability:
         return Moments.of(rows[:, :, ::step], target.layer.outputs(target.pull_back(residual))[:, :, ::step])
 
     def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
-        correction = solve(moments, ridge=self.settings.resolve.ridge, bias=False)
+        correction = solve(moments, ridge=self.settings.resolve.ridge_for(len(self.fit)), bias=False)
         weight = student.module.get_parameter(target.layer.weight).detach()
         return {target.layer.weight: (weight.double() + correction.weight.reshape(weight.shape)).to(weight.dtype)}
 
@@ -167,7 +177,8 @@ class Recoverability:
 
 @dataclass(kw_only=True)
 class _Trial:
-    """One candidate: the bypassed program, the nodes whose values differ from the student's, and the locally solved weights."""
+    """One candidate: the bypassed program, the nodes whose values differ from the student's, and the locally solved
+    weights."""
 
     program: Program
     features: tuple[str, ...]

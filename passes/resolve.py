@@ -21,7 +21,8 @@ from .calibrate import Moments
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What a solve changes: `weight` as (groups, out/groups, columns), `bias` as (out,) or None, errors before and after (sums of squares)."""
+    """What a solve changes: `weight` as (groups, out/groups, columns), `bias` as (out,) or None, errors before and
+    after (sums of squares)."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -32,9 +33,12 @@ class Correction:
 def solve(moments: Moments, *, ridge: float, bias: bool) -> Correction:
     """Solve for the change of one layer's weights, in float64.
 
-    `ridge` is relative to the mean diagonal of the Gram matrix; columns that are zero throughout get no change. With `bias` the column of
-    ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled: the ridge makes the system definite, and with ridge 0
-    the least-norm solution is taken. An output whose error would not fall keeps its weights, so `after` never exceeds `before`.
+    `ridge` is relative to the mean diagonal of the Gram matrix; columns that are zero throughout get no change. With
+    `bias` the column of
+    ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled: the ridge makes the
+    system definite, and with ridge 0
+    the least-norm solution is taken. An output whose error would not fall keeps its weights, so `after` never exceeds
+    `before`.
     """
     size = moments.gram.shape[1] - (0 if bias else 1)
     gram, cross = moments.gram[:, :size, :size], moments.cross[:, :size]

@@ -1,15 +1,21 @@
 """What a re-solved layer must reproduce.
 
-Behind a layer, values that depend on its output per channel and affinely (batch norm in eval mode, layer scale, a constant bias, a
-permutation or reshape) are followed up to the *anchor*: the residual addition that the layer feeds, or the last affine value.
+Behind a layer, values that depend on its output per channel and affinely (batch norm in eval mode, layer scale, a
+constant bias, a
+permutation or reshape) are followed up to the *anchor*: the residual addition that the layer feeds, or the last
+affine value.
 There the student is compared with the teacher,
 
     R = T(anchor') - S(anchor),
 
-and the residual is pulled back through the affine chain to the layer's output, where the solve corrects it. At an addition S holds the
-student's own shortcut, so R is (teacher's stream after the add) - (student's shortcut) - (branch): each solved add pulls the stream back to
-the teacher's. anchor' is the teacher's *counterpart* of the anchor: itself, or, where the node behind it now stands in for the exit of a
-dropped region, the matching node of that region, so the layer before a dropped block learns to do that block's work too.
+and the residual is pulled back through the affine chain to the layer's output, where the solve corrects it. At an
+addition S holds the
+student's own shortcut, so R is (teacher's stream after the add) - (student's shortcut) - (branch): each solved add
+pulls the stream back to
+the teacher's. anchor' is the teacher's *counterpart* of the anchor: itself, or, where the node behind it now stands
+in for the exit of a
+dropped region, the matching node of that region, so the layer before a dropped block learns to do that block's work
+too.
 """
 
 from __future__ import annotations
@@ -37,7 +43,8 @@ FlatZone = tuple[float, float]
 class Target:
     """Where a layer is compared with the teacher, and how the residual gets back to its output.
 
-    `anchor` is a student node, `counterpart` the teacher node it is compared with. `shift` names the tensor that can take a change of the layer's
+    `anchor` is a student node, `counterpart` the teacher node it is compared with. `shift` names the tensor that can
+    take a change of the layer's
     bias, `shift_scale` what to multiply it by (a batch norm's own bias sits behind its scale); None when nothing can.
     `zone` is the flat zone of the activation behind the anchor, when it is the anchor's only reader.
     """
@@ -56,7 +63,8 @@ class Target:
         return sum(others, first) / len(self.counterparts) if others else first
 
     def pull_back(self, residual: torch.Tensor) -> torch.Tensor:
-        """A residual at the anchor as the residual at the layer's output. Channels of scale zero get zero: nothing can be mended there."""
+        """A residual at the anchor as the residual at the layer's output. Channels of scale zero get zero: nothing
+        can be mended there."""
         for step in reversed(self.steps):
             residual = step(residual)
         return residual
@@ -96,7 +104,8 @@ def trace_target(program: Program, layer: Layer, counterparts: Mapping[str, str]
 def counterparts(student: Program, teacher: Program, dropped: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Student node -> the teacher node whose role it plays now, for the nodes where that is another one.
 
-    `dropped` lists (entry, exit) of the regions dropped, in teacher names. An entry plays its region's exit, along chains of
+    `dropped` lists (entry, exit) of the regions dropped, in teacher names. An entry plays its region's exit, along
+    chains of
     dropped regions; what feeds the entry through the same activation plays what feeds the exit.
     """
     following = dict(dropped)
@@ -162,7 +171,7 @@ def _affine_step(program: Program, following: fx.Node, node: fx.Node) -> Residua
     if is_call(following, aten.permute):
         inverse = [0] * len(following.args[1])  # type: ignore[arg-type]
         for position, dim in enumerate(following.args[1]):  # type: ignore[arg-type]
-            inverse[int(dim)] = position  # type: ignore[arg-type, call-overload]
+            inverse[int(dim)] = position
         return lambda residual: residual.permute(inverse)
     if is_call(following, aten.transpose):
         first, second = following.args[1:3]
@@ -172,12 +181,12 @@ def _affine_step(program: Program, following: fx.Node, node: fx.Node) -> Residua
         back = [-int(s) for s in shifts]  # type: ignore[union-attr, arg-type]
         return lambda residual: torch.roll(residual, back, dims)
     if is_call(following, aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.flatten):
-        trailing = _trailing_shape(program, node)
+        trailing = _trailing_shape(node)
         return None if trailing is None else (lambda residual: residual.reshape(-1, *trailing))
     return None
 
 
-def _trailing_shape(program: Program, node: fx.Node) -> tuple[int, ...] | None:
+def _trailing_shape(node: fx.Node) -> tuple[int, ...] | None:
     """All dims but the first as numbers, when they are static."""
     shape = node.meta["val"].shape
     return tuple(int(d) for d in shape[1:]) if all(isinstance(d, int) for d in shape[1:]) else None

@@ -1,7 +1,7 @@
 """foldcut: make a trained network faster from the network, a few hundred unlabelled inputs and a latency goal."""
 
 from .compiler.api import Compiled, compile
-from .compiler.calibration_set import CalibrationSet, read_calibration
+from .compiler.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
 from .compiler.capture import capture
 from .compiler.errors import (
     BackendError,
@@ -51,5 +51,7 @@ __all__ = [
     "capture",
     "compile",
     "find_regions",
+    "horizontal_flip",
+    "random_crop",
     "read_calibration",
 ]

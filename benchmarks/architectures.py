@@ -1,0 +1,120 @@
+"""Architectures that nobody hard-coded: regions found, two blocks dropped and re-solved, exported, compared, measured.
+
+    pip install --no-deps torchvision timm && pip install huggingface_hub pyyaml
+    python benchmarks/architectures.py [NAME ...]
+
+Random weights (the question is structure, not accuracy), eight random inputs. A name is a torchvision classifier,
+else a timm model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import foldcut
+import numpy as np
+import torch
+from foldcut.compiler.pipeline import PipelineSettings
+from foldcut.passes.recoverability import RecoverabilitySettings
+from foreign_ops import declare_torchvision_ops
+
+NAMES = [
+    "resnet50",
+    "mobilenet_v2",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "vit_b_16",
+    "densenet121",
+    "vgg11_bn",
+    "mixer_b16_224",
+    "poolformer_s12",
+    "coatnet_nano_rw_224",
+]
+TOLERANCE = 1e-4
+
+
+def make(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    import torchvision
+
+    torch.manual_seed(0)
+    if name in torchvision.models.list_models():
+        net, size = torchvision.models.get_model(name, weights=None), (3, 224, 224)
+    else:
+        import timm
+
+        net = timm.create_model(name, pretrained=False)
+        size = timm.data.resolve_model_data_config(net)["input_size"]
+    return net.eval(), torch.randn(8, *size, generator=torch.Generator().manual_seed(0))
+
+
+def run(name: str) -> dict[str, Any]:
+    net, images = make(name)
+    started = time.perf_counter()
+    settings = PipelineSettings(recoverability=RecoverabilitySettings(mode="plain", samples=2), held_out=0.25)
+    result = foldcut.compile(net, images, goal=foldcut.Blocks(2), mimic=None, progress=False, settings=settings)
+    report = result.report.to_dict()
+    analysis = result.outcome.analysis
+    return {
+        "name": name,
+        "regions": dict(Counter(r.kind for r in analysis.regions)),
+        "blocks": len(analysis.blocks),
+        "dropped": [d["path"] or d["region"] for d in report["decisions"]],
+        "macs_ratio": report["macs"]["after"] / report["macs"]["before"],
+        "latency": {key: report["latency"][key] for key in ("ratio", "low", "high", "before_ms")},
+        "difference": worst_difference(result, images),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def worst_difference(result: foldcut.Compiled, images: torch.Tensor) -> float:
+    """ONNX Runtime against torch at batch 1 and 3, relative to the largest output."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(result.onnx, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in (1, 3):
+        with torch.no_grad():
+            expected = result.module(images[:batch]).numpy()
+        actual = session.run(None, {session.get_inputs()[0].name: images[:batch].numpy()})[0]
+        worst = max(worst, float(np.abs(actual - expected).max() / np.abs(expected).max()))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    declare_torchvision_ops()
+    rows = []
+    print("| network | regions | blocks | dropped | MACs | latency ratio (95 %) | ONNX Runtime vs torch | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in arguments.names:
+        row = run(name)
+        rows.append(row)
+        latency = row["latency"]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["regions"].items()))
+        spread = f"{latency['ratio']:.3f} ({latency['low']:.3f} to {latency['high']:.3f})"
+        print(
+            f"| {name} | {kinds} | {row['blocks']} | {', '.join(row['dropped'])} | x{row['macs_ratio']:.3f} "
+            f"| {spread} | {row['difference']:.1e} | {row['seconds']:.0f} |",
+            flush=True,
+        )
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    slower = [row["name"] for row in rows if row["latency"]["high"] >= 1]
+    wrong = [row["name"] for row in rows if not row["difference"] <= TOLERANCE]
+    print(f"not measurably faster: {slower or 'none'}; outside {TOLERANCE:g}: {wrong or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

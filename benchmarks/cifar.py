@@ -1,0 +1,162 @@
+"""Accuracy, latency and CPU time on CIFAR-10: what README and docs quote.
+
+    python benchmarks/cifar.py --models ../shared/models --data ../shared/data --method drop_blocks
+
+For each number of calibration images and each goal: the blocks chosen, the accuracy on the test images after
+dropping, after the re-solve
+and after mimicking, the measured ONNX Runtime latency ratio, the CPU seconds of each stage, and beside it, from the
+same blocks in
+the same run, PRACTISE's final finetune. One torch thread; CPU seconds are process CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import foldcut
+import torch
+from cifar_data import Cifar, accuracy, load_cifar, load_resnet
+from foldcut.compiler.calibration_set import CalibrationSet, View
+from foldcut.compiler.capture import capture
+from foldcut.compiler.export import to_onnx
+from foldcut.compiler.latency_probe import LatencyProbe
+from foldcut.compiler.pipeline import PipelineSettings, choose
+from foldcut.compiler.plan import Goal
+from foldcut.compiler.progress import StageClock
+from foldcut.compiler.regions import find_regions
+from foldcut.passes.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.mimic import mimic
+from foldcut.passes.resolve_network import resolve_network
+from foldcut.runtime.backend import resolve_backend
+from practise import finetune
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    teacher = load_resnet(arguments.models, arguments.net)
+    data = load_cifar(arguments.data, max(arguments.samples), arguments.test_limit)
+    program = capture(teacher, data.calibration[:2])
+    probe = LatencyProbe(
+        program,
+        to_onnx(program),
+        resolve_backend("onnxruntime"),
+        CalibrationSet.of(data.calibration[:1]),
+        batch=1,
+        threads=1,
+        seed=arguments.seed,
+    )
+    dense = accuracy(teacher, data)
+    print(f"{arguments.net}: {dense:.2f} % on {len(data.labels)} test images", flush=True)
+    goals: list[Goal] = [foldcut.Blocks(k) for k in arguments.blocks] + [foldcut.Latency(r) for r in arguments.latency]
+    rows = []
+    for samples in arguments.samples:
+        for goal in goals:
+            row = run_point(teacher, program, data, probe, goal, samples, arguments)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    table(rows)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"dense": dense, "rows": rows}, indent=1) + "\n")
+
+
+def run_point(
+    teacher: Any,
+    program: Any,
+    data: Cifar,
+    probe: LatencyProbe,
+    goal: Goal,
+    samples: int,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """One goal with one number of images, stage by stage, and the reference from the same blocks."""
+    images = data.calibration[:samples]
+    calibration = CalibrationSet.of(images)
+    views = views_for(samples) if arguments.views else ()
+    settings = PipelineSettings(seed=arguments.seed, views=views)
+    fit, held_out = calibration.split(settings.seed, settings.held_out)
+    fit = fit.with_views(settings.views)
+    clock = StageClock()
+    choice = choose(program, find_regions(program), fit, goal, probe, settings=settings, clock=clock)
+    student = drop_blocks(program, choice.regions)
+    row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [d.path for d in choice.decisions]}
+    row["dropped"] = accuracy(student.module, data)
+    with clock.stage("re-solve"):
+        solve = fit.take(slice(0, settings.solve_samples))
+        pairs = entry_exit(choice.regions)
+        student = resolve_network(program, student, solve, pairs, settings=settings.resolve).program
+    row["re-solved"] = accuracy(student.module, data)
+    with clock.stage("mimic"):
+        student = mimic(program, student, fit, held_out, settings=settings.mimic, seed=settings.seed).program
+    row["mimicked"] = accuracy(student.module, data)
+    row["cpu_s"] = {name: round(seconds, 1) for name, seconds in clock.cpu_s.items()}
+    row["total_cpu_s"] = round(sum(clock.cpu_s[name] for name in ("choose", "re-solve", "mimic")), 1)
+    measured = probe.final(to_onnx(student))
+    row["latency"] = {"ratio": measured.ratio, "low": measured.low, "high": measured.high}
+    for iterations in reference_iterations(goal, samples, arguments):
+        started = time.process_time()
+        reference = finetune(teacher, row["blocks"], images, iterations=iterations, seed=arguments.seed)
+        seconds = time.process_time() - started
+        row[f"reference_{iterations}"] = {"accuracy": accuracy(reference, data), "cpu_s": round(seconds, 1)}
+    return row
+
+
+def views_for(samples: int) -> tuple[View, ...]:
+    """Mirrored images; where there are few, shifted ones as well."""
+    crops = tuple(foldcut.random_crop(3, seed) for seed in range(max(0, 400 // samples - 2)))
+    return (foldcut.horizontal_flip, *crops)
+
+
+def reference_iterations(goal: Goal, samples: int, arguments: argparse.Namespace) -> list[int]:
+    if arguments.no_reference or isinstance(goal, foldcut.Latency):
+        return []
+    if samples < 500:
+        return [300]
+    return [500, 2000] if arguments.long and goal == foldcut.Blocks(12) else [500]
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    columns = "images | goal | dropped | re-solved | mimicked | latency ratio | CPU s (choose + re-solve + mimic)"
+    print(f"\n| {columns} | finetune from the same blocks |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        references = [
+            f"{value['accuracy']:.2f} ({key.split('_')[1]} iterations, {value['cpu_s']:.0f} s)"
+            for key, value in row.items()
+            if key.startswith("reference_")
+        ]
+        cpu, latency = row["cpu_s"], row["latency"]
+        seconds = f"{row['total_cpu_s']:.0f} ({cpu['choose']:.0f} + {cpu['re-solve']:.0f} + {cpu['mimic']:.0f})"
+        spread = f"{latency['ratio']:.3f} ({latency['low']:.3f} to {latency['high']:.3f})"
+        print(
+            f"| {row['samples']} | {row['goal']} | {row['dropped']:.2f} | {row['re-solved']:.2f} "
+            f"| {row['mimicked']:.2f} | {spread} | {seconds} | {'; '.join(references) or '-'} |"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--method", choices=["drop_blocks"], default="drop_blocks")
+    parser.add_argument("--net", default="resnet56")
+    parser.add_argument("--samples", type=int, nargs="+", default=[500, 50])
+    parser.add_argument("--blocks", type=int, nargs="*", default=[4, 8, 12])
+    parser.add_argument("--latency", type=float, nargs="*", default=[0.8, 0.65, 0.5])
+    parser.add_argument("--test-limit", type=int, help="fewer test images, for a quick look")
+    parser.add_argument(
+        "--no-views", dest="views", action="store_false", help="no mirrored or shifted calibration images"
+    )
+    parser.add_argument("--no-reference", action="store_true", help="leave PRACTISE's finetune out")
+    parser.add_argument("--long", action="store_true", help="also its 2,000 iterations at 12 blocks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Refining the inner layers of a branch for the error that its end is left with.
+
+The inner layers were solved toward the teacher's own values, but after a drop those are no longer what the branch
+should compute. With e the
+residual at the branch's end, J the derivative of the end by an inner layer's output, A its input rows and u = J^T v
+for random signs v,
+
+    D = A^T (J^T e),     dW = (G + l I)^-1 D (Q + m I)^-1,     G = A^T A,  Q = sum u u^T,
+
+is a Gauss-Newton step for ||e||^2 with the Hessian in Kronecker form (Martens and Grosse, ICML 2015, arXiv
+1503.05671), taken for all
+inner layers at once with one line search along it. The layers at the end are then re-solved in closed form; the
+caller undoes
+a step that did not lower the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..compiler.execute import evaluate
+from ..compiler.program import Program
+from .lockstep import Lockstep, Step, View
+from .targets import Target, residual_at
+
+#: Ridge of the input side and of the output side, relative to the mean diagonals.
+INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 0.2
+#: The line search differentiates along the step numerically, with this change relative to the layers' outputs.
+PROBE = 0.03
+
+
+def propose_step(
+    lockstep: Lockstep, step: Step, tensors: dict[str, torch.Tensor], grams: Mapping[str, torch.Tensor], *, seed: int
+) -> dict[str, torch.Tensor]:
+    """New weights for the inner layers of a group, by tensor name; empty when there is nothing to gain.
+
+    `grams` holds each inner layer's Gram matrix (groups, columns, columns) from its solve. It conditions the step; a
+    slightly old one
+    does no harm, since the line search measures the step's effect.
+    """
+    end = step.targets[-1]
+    inner = [t for t in step.targets if t.anchor != end.anchor]
+    if not inner:
+        return {}
+    gradients, sides = _collect(lockstep, step, inner, tensors, seed)
+    changes = []
+    for target, gradient, side in zip(inner, gradients, sides, strict=True):
+        left = torch.linalg.solve(_damped(grams[target.layer.node], INPUT_RIDGE), gradient.transpose(1, 2))
+        changes.append(torch.linalg.solve(_damped(side, OUTPUT_RIDGE), left.transpose(1, 2)))
+    if not all(bool(c.isfinite().all()) and bool(c.any()) for c in changes):
+        return {}
+    length = _line_search(lockstep, step, inner, changes, tensors)
+    return {
+        target.layer.weight: _moved(_weight(lockstep.student, target, tensors), change, length)
+        for target, change in zip(inner, changes, strict=True)
+    }
+
+
+def _collect(
+    lockstep: Lockstep, step: Step, inner: Sequence[Target], tensors: dict[str, torch.Tensor], seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, summed in float64."""
+    student, end = lockstep.student, step.targets[-1]
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.zeros((), dtype=torch.float64)] * len(inner)
+    sides = list(gradients)
+    for view in lockstep.views(step):
+        weights = {t.layer.weight: _weight(student, t, tensors).clone().requires_grad_() for t in inner}
+        with torch.enable_grad():
+            values = _forward(student, step, view, {**tensors, **weights})
+        result = values[end.anchor]
+        residual = residual_at(end.teacher_value(view.teacher), result.detach(), end.zone)
+        signs = torch.randint(0, 2, result.shape, generator=generator).to(result.dtype) * 2 - 1
+        toward = torch.autograd.grad(result, list(weights.values()), residual, retain_graph=True)
+        probes = torch.autograd.grad(result, [values[t.layer.node] for t in inner], signs)
+        for index, target in enumerate(inner):
+            side = target.layer.outputs(probes[index])
+            gradients[index] = gradients[index] + target.layer.matrix(toward[index]).double()
+            sides[index] = sides[index] + torch.bmm(side, side.transpose(1, 2)).double()
+    return gradients, sides
+
+
+def _line_search(
+    lockstep: Lockstep,
+    step: Step,
+    inner: Sequence[Target],
+    changes: Sequence[torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+) -> float:
+    """argmin over t of ||e - t dz||^2 with dz the end's derivative along the step, by a finite difference."""
+    student, end = lockstep.student, step.targets[-1]
+    weights = [_weight(student, t, tensors) for t in inner]
+    small = min(PROBE * float(w.norm() / c.norm().clamp(min=1e-30)) for w, c in zip(weights, changes, strict=True))
+    moved = dict(tensors)
+    for target, weight, change in zip(inner, weights, changes, strict=True):
+        moved[target.layer.weight] = _moved(weight, change, small)
+    along = square = 0.0
+    for view in lockstep.views(step):
+        with torch.no_grad():
+            here = _forward(student, step, view, tensors)[end.anchor]
+            there = _forward(student, step, view, moved)[end.anchor]
+        derivative = (there - here) / small
+        residual = residual_at(end.teacher_value(view.teacher), here, end.zone)
+        along += float((residual * derivative).sum(dtype=torch.float64))
+        square += float(derivative.square().sum(dtype=torch.float64))
+    return along / square if square > 0 else 0.0
+
+
+def _forward(student: Program, step: Step, view: View, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The group's values, from the frontier to the end."""
+    values = dict(view.student)
+    for name in step.scratch:
+        values[name] = evaluate(student, student.nodes[name], values, tensors)
+    return values
+
+
+def _moved(weight: torch.Tensor, change: torch.Tensor, length: float) -> torch.Tensor:
+    return (weight.double() + length * change.reshape(weight.shape)).to(weight.dtype)
+
+
+def _weight(student: Program, target: Target, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    name = target.layer.weight
+    return tensors[name] if name in tensors else student.module.get_parameter(name).detach()
+
+
+def _damped(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    level = torch.diagonal(matrix, dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    return matrix + torch.diag_embed((ridge * level).unsqueeze(1).expand(-1, matrix.shape[1]))

@@ -1,0 +1,330 @@
+"""The calibration set: everything that it reads, everything that it refuses, and the split."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foldcut.compiler.calibration_set import CalibrationSet, horizontal_flip, read_calibration, view_of
+from foldcut.compiler.errors import CalibrationError
+from foldcut.compiler.program import Program
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def samples(count: int = 6, *shape: int) -> torch.Tensor:
+    return torch.arange(float(count)).view(-1, *[1] * len(shape)).expand(count, *shape).clone()
+
+
+def numbers(data: CalibrationSet, leaf: int = 0) -> list[float]:
+    """The first value of each sample."""
+    return data.leaves[leaf].flatten(1)[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        samples(6, 3, 4),
+        samples(6, 3, 4).numpy(),
+        (samples(6, 3, 4),),
+        list(samples(6, 3, 4).split(2)),
+        [b.numpy() for b in samples(6, 3, 4).split(4)],
+        iter(samples(6, 3, 4).split(1)),
+        [(batch, torch.zeros(len(batch))) for batch in samples(6, 3, 4).split(2)],
+        [[batch, torch.zeros(len(batch))] for batch in samples(6, 3, 4).split(2)],
+    ],
+    ids=["tensor", "array", "tuple", "list", "arrays", "iterator", "pairs", "list pairs"],
+)
+def test_one_input_in_many_forms(data: Any) -> None:
+    read = CalibrationSet.of(data)
+    assert len(read) == 6
+    assert numbers(read) == [0, 1, 2, 3, 4, 5]
+    assert read.leaves[0].shape == (6, 3, 4)
+
+
+def test_a_tensor_comes_back_as_a_tensor() -> None:
+    read = CalibrationSet.of(samples(5, 2))
+    assert isinstance(read.batch(slice(0, 2)), torch.Tensor)
+    assert [len(b) for b in read.batches(2)] == [2, 2, 1]
+    assert torch.equal(torch.cat(list(read.batches(2))), samples(5, 2))
+
+
+def test_tuples_and_dicts_keep_their_structure() -> None:
+    a, b = samples(4, 2), 10 + samples(4, 3)
+    first = CalibrationSet.of((a, b)).batch(slice(1, 3))
+    assert isinstance(first, tuple)
+    assert torch.equal(first[1], b[1:3])
+    second = CalibrationSet.of({"b": b, "a": a}).batch(slice(1, 3))
+    assert isinstance(second, dict)
+    assert torch.equal(second["a"], a[1:3])
+    assert torch.equal(second["b"], b[1:3])
+
+
+def test_a_data_loader_and_its_labels() -> None:
+    loader = DataLoader(TensorDataset(samples(6, 3), torch.arange(6)), batch_size=4)
+    assert len(CalibrationSet.of(loader).leaves) == 1
+    assert numbers(CalibrationSet.of(loader)) == [0, 1, 2, 3, 4, 5]
+    assert len(CalibrationSet.of(loader, inputs=2).leaves) == 2
+
+
+def test_a_generator_of_dicts() -> None:
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for part in samples(6, 3).split(4):
+            yield {"x": part, "y": 2 * part}
+
+    read = CalibrationSet.of(batches())
+    assert numbers(read, 1) == [0, 2, 4, 6, 8, 10]
+    assert isinstance(read.batch(slice(0, 1)), dict)
+
+
+def test_the_number_of_inputs_says_how_many_fields_are_no_labels() -> None:
+    triple = [(samples(3, 2), samples(3, 2) + 1, samples(3, 2) + 2)]
+    assert len(CalibrationSet.of(triple).leaves) == 2
+    assert len(CalibrationSet.of(triple, inputs=1).leaves) == 1
+    assert len(CalibrationSet.of(triple, inputs=3).leaves) == 3
+
+
+def test_a_set_is_given_back_as_it_is() -> None:
+    read = CalibrationSet.of(samples(3, 2))
+    assert CalibrationSet.of(read) is read
+
+
+def test_integer_inputs_are_kept() -> None:
+    assert CalibrationSet.of(np.arange(6).reshape(3, 2)).leaves[0].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(0, 3), "is empty"),
+        ([], "is empty"),
+        (iter([]), "is empty"),
+        ({}, "is empty"),
+        (np.zeros((0, 3)), "is empty"),
+        (torch.tensor(1.0), "calibration"),
+        ((torch.zeros(3, 2), torch.zeros(4, 2)), "number of samples"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], "differ in shape"),
+        ([torch.zeros(2, 3), torch.zeros(3)], "differ in shape"),
+        ([torch.zeros(2, 3), {"x": torch.zeros(2, 3)}], "differ in structure"),
+        (np.array(["a", "b"]), "not numbers"),
+        (["a", "b"], "not numbers"),
+        (np.array([object(), None]), "not numbers"),
+        (np.array([[1, 2], [3]], dtype=object), "not numbers"),
+        (7, "cannot read"),
+        (None, "cannot read"),
+        ("images/", "a path was given"),
+        (Path("images"), "a path was given"),
+    ],
+    ids=repr,
+)
+def test_what_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message) as caught:
+        CalibrationSet.of(data)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    data = samples(6, 3)
+    data[4, 1] = value
+    with pytest.raises(CalibrationError, match="input 0 holds NaN or infinite") as caught:
+        CalibrationSet.of(data)
+    assert caught.value.actual == "1 of 6 samples, the first at 4"
+    with pytest.raises(CalibrationError, match="input 1 holds NaN or infinite"):
+        CalibrationSet.of((samples(6, 3), data))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.longdouble, np.datetime64])
+def test_any_numeric_dtype_is_read_or_refused_by_name(dtype: type) -> None:
+    """A dtype that cannot be read must still end in a CalibrationError."""
+    try:
+        read = CalibrationSet.of(np.ones((3, 2)).astype("datetime64[s]" if dtype is np.datetime64 else dtype))
+    except CalibrationError:
+        return
+    assert len(read) == 3
+
+
+def test_the_fit_to_a_program(residual: Program) -> None:
+    CalibrationSet.of(samples(3, 3, 8, 8)).check(residual)
+    for data, message in [
+        (samples(3, 3, 8, 9), "wrong shape for input 'x'"),
+        (samples(3, 8, 8), "wrong shape for input 'x'"),
+        (samples(3, 8, 8, 3), "wrong shape for input 'x'"),
+        (samples(3, 3, 8, 8).double(), "wrong dtype for input 'x'"),
+        (samples(3, 3, 8, 8).to(torch.uint8), "wrong dtype for input 'x'"),
+        ((samples(3, 3, 8, 8), samples(3, 3, 8, 8)), "another number of inputs"),
+    ]:
+        with pytest.raises(CalibrationError, match=message) as caught:
+            CalibrationSet.of(data).check(residual)
+        assert caught.value.hint
+        assert caught.value.expected is not None
+
+
+@given(count=st.integers(2, 200), seed=st.integers(0, 5), fraction=st.floats(0.0, 0.9))
+def test_a_split_is_disjoint_and_covers_all(count: int, seed: int, fraction: float) -> None:
+    data = CalibrationSet.of(samples(count, 1))
+    fit, held_out = data.split(seed, fraction)
+    assert len(fit) >= 1
+    assert len(held_out) >= 1
+    assert sorted(numbers(fit) + numbers(held_out)) == numbers(data)
+    assert len(held_out) <= 64
+    again = data.split(seed, fraction)
+    assert [numbers(part) for part in again] == [numbers(fit), numbers(held_out)]
+
+
+def test_another_seed_splits_otherwise() -> None:
+    data = CalibrationSet.of(samples(100, 1))
+    assert numbers(data.split(0)[1]) != numbers(data.split(1)[1])
+    assert len(data.split(0)[1]) == 10
+
+
+def test_one_sample_is_on_both_sides() -> None:
+    data = CalibrationSet.of(samples(1, 1))
+    assert [len(part) for part in data.split(0)] == [1, 1]
+
+
+def test_the_fingerprint_depends_on_every_value() -> None:
+    data = samples(4, 2)
+    same, other = data.clone(), data.clone()
+    other[3, 1] += 1
+    prints = [CalibrationSet.of(d).fingerprint for d in (data, same, other, data.double())]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_views_follow_the_samples() -> None:
+    x = torch.randn(3, 3, 2, 4)
+    read = CalibrationSet.of(x).with_views([horizontal_flip, lambda batch: -batch])
+    assert torch.equal(read.leaves[0], torch.cat([x, x.flip(3), -x]))
+    assert CalibrationSet.of(x).with_views([]).fingerprint == CalibrationSet.of(x).fingerprint
+
+
+def test_only_images_are_flipped() -> None:
+    image, row = torch.randn(3, 3, 2, 4), torch.randn(3, 4)
+    first, second = horizontal_flip((image, row))
+    assert torch.equal(first, image.flip(-1))
+    assert torch.equal(second, row)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:1], lambda x: x[..., :1], lambda x: x.double(), lambda x: (x, x), lambda x: x / 0],
+    ids=["fewer", "smaller", "dtype", "structure", "not finite"],
+)
+def test_views_that_do_not_fit_are_refused(view: Any) -> None:
+    with pytest.raises(CalibrationError):
+        view_of(CalibrationSet.of(torch.ones(3, 3, 2, 4)), view)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three PNG files, one in a subfolder, and a file that is no image."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for level, name in enumerate(["b.png", "a.PNG", "more/c.png"]):
+        Image.new("RGB", (6, 4), (level * 51, 0, 255)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_a_folder_of_images(pictures: Path) -> None:
+    read = read_calibration(pictures)
+    assert read.leaves[0].shape == (3, 3, 4, 6)
+    assert read.leaves[0][:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.0, 0.4])
+    assert read.leaves[0][:, 2].unique().tolist() == [1.0]
+
+
+def test_images_are_resized_normalised_and_limited(pictures: Path) -> None:
+    read = read_calibration(pictures, size=(5, 7), mean=(0.2, 0, 0.5), std=(0.1, 1, 0.25), limit=2)
+    assert read.leaves[0].shape == (2, 3, 5, 7)
+    assert read.leaves[0][:, 0, 0, 0].tolist() == pytest.approx([0.0, -2.0], abs=1e-5)
+    assert read.leaves[0][:, 2].unique().tolist() == [2.0]
+
+
+def test_grey_images_become_rgb(tmp_path: Path) -> None:
+    Image.new("L", (2, 2), 255).save(tmp_path / "grey.png")
+    assert torch.equal(read_calibration(tmp_path).leaves[0], torch.ones(1, 3, 2, 2))
+
+
+def test_images_that_cannot_be_used(pictures: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (3, 3)).save(pictures / "other.png")
+    with pytest.raises(CalibrationError, match="differ in size") as caught:
+        read_calibration(pictures)
+    assert "--size" in str(caught.value.hint)
+    (pictures / "other.png").write_bytes(b"broken")
+    with pytest.raises(CalibrationError, match=r"cannot read image .*other\.png"):
+        read_calibration(pictures)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match="no images in"):
+        read_calibration(tmp_path / "empty")
+
+
+def test_array_files(tmp_path: Path) -> None:
+    array = samples(5, 2).numpy()
+    np.save(tmp_path / "one.npy", array)
+    np.savez(tmp_path / "one.npz", anything=array)
+    np.savez(tmp_path / "two.npz", a=array, b=array + 1)
+    torch.save(samples(5, 2), tmp_path / "one.pt")
+    torch.save({"a": samples(5, 2), "b": samples(5, 2) + 1}, tmp_path / "two.pt")
+    for name in ("one.npy", "one.npz", "one.pt"):
+        read = read_calibration(tmp_path / name)
+        assert isinstance(read.batch(slice(0, 1)), torch.Tensor)
+        assert numbers(read) == [0, 1, 2, 3, 4]
+    for name in ("two.npz", "two.pt"):
+        batch = read_calibration(tmp_path / name).batch(slice(0, 2))
+        assert isinstance(batch, dict)
+        assert sorted(batch) == ["a", "b"]
+        assert numbers(read_calibration(tmp_path / name, key="b")) == [1, 2, 3, 4, 5]
+    assert numbers(read_calibration(str(tmp_path / "one.npy"), limit=3)) == [0, 1, 2]
+
+
+class Executed:
+    """Unpickling this would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("pickle-was-run"),))
+
+
+def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("objects.npy", np.array([Executed()]), allow_pickle=True)
+    np.savez("objects.npz", x=np.array([Executed()]))
+    torch.save(Executed(), "objects.pt")
+    Path("plain.npy").write_bytes(pickle.dumps(Executed()))
+    for name in ("objects.npy", "objects.npz", "objects.pt", "plain.npy"):
+        with pytest.raises(CalibrationError, match="cannot read") as caught:
+            read_calibration(name)
+        assert caught.value.hint
+    assert not Path("pickle-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.npy", None, "no such file or folder"),
+        ("data.csv", b"1,2", r"cannot read calibration data from data\.csv"),
+        ("data.npy", b"garbage", "cannot read"),
+        ("data.npz", b"garbage", "cannot read"),
+        ("data.pt", b"garbage", "cannot read"),
+        ("data.npy", b"", "cannot read"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        read_calibration(tmp_path / name)
+
+
+def test_a_key_that_is_missing(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", a=np.zeros((2, 2)))
+    torch.save({"a": torch.zeros(2, 2)}, tmp_path / "data.pt")
+    for name in ("data.npz", "data.pt"):
+        with pytest.raises(CalibrationError, match="b") as caught:
+            read_calibration(tmp_path / name, key="b")
+        assert name in caught.value.message

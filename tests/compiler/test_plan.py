@@ -1,0 +1,131 @@
+"""Goals and plans as data."""
+
+import json
+from pathlib import Path
+
+import pytest
+from foldcut.compiler.errors import GoalError, PlanError
+from foldcut.compiler.plan import Blocks, DropBlock, Latency, Plan, goal_from_dict
+from hypothesis import given
+from hypothesis import strategies as st
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+DECISIONS = st.builds(
+    DropBlock, entry=NAMES, exit=NAMES, path=NAMES, error=st.none() | NUMBERS, saving=st.none() | NUMBERS
+)
+GOALS = st.builds(Latency, st.floats(0.01, 0.99)) | st.builds(Blocks, st.integers(1, 1000))
+PLANS = st.builds(
+    Plan,
+    decisions=st.lists(DECISIONS, max_size=4).map(tuple),
+    goal=GOALS,
+    fingerprint=NAMES,
+    predicted=st.dictionaries(NAMES, NUMBERS, max_size=3),
+)
+
+
+def plan() -> Plan:
+    drop = DropBlock(entry="relu", exit="relu_2", path="layer1.0", error=0.01, saving=0.1)
+    return Plan(decisions=(drop,), goal=Latency(0.7), fingerprint="abc", predicted={"latency_ratio": 0.9})
+
+
+@given(PLANS)
+def test_json_round_trip(made: Plan) -> None:
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_round_trip_through_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan().to_dict()))
+    assert Plan.load(path) == Plan.load(str(path)) == plan()
+
+
+def test_a_decision_says_what_it_is() -> None:
+    assert plan().to_dict()["decisions"] == [
+        {
+            "kind": "drop_block",
+            "region": "relu>relu_2",
+            "entry": "relu",
+            "exit": "relu_2",
+            "path": "layer1.0",
+            "error": 0.01,
+            "saving": 0.1,
+        }
+    ]
+    assert str(plan().decisions[0]) == "drop layer1.0"
+    assert str(DropBlock(entry="a", exit="b")) == "drop a>b"
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(PlanError, match="another version") as caught:
+        Plan.from_dict({**plan().to_dict(), "version": 99})
+    assert (caught.value.expected, caught.value.actual) == (1, 99)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"decisions": None},
+        {"decisions": [{"kind": "drop_block"}]},
+        {"decisions": [{"kind": "paint_it_blue"}]},
+        {"decisions": ["relu"]},
+        {"goal": {"kind": "speed"}},
+        {"goal": None},
+        {"goal": {"kind": "blocks", "count": 0}},
+        {"predicted": 3},
+        {"predicted": ["a"]},
+    ],
+    ids=str,
+)
+def test_a_damaged_plan_is_refused(damage: dict[str, object]) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_dict({**plan().to_dict(), **damage})
+
+
+@pytest.mark.parametrize("missing", ["version", "decisions", "goal", "fingerprint", "predicted"])
+def test_a_plan_with_a_field_missing_is_refused(missing: str) -> None:
+    data = plan().to_dict()
+    del data[missing]
+    with pytest.raises(PlanError, match=missing):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"text"', b"null", b"3"], ids=repr)
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError):
+        Plan.load(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot read"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_belongs_to_one_network() -> None:
+    plan().check("abc")
+    with pytest.raises(PlanError, match="another network") as caught:
+        plan().check("abd")
+    assert (caught.value.expected, caught.value.actual) == ("abc", "abd")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5, float("nan"), float("inf"), "0.7", None, True])
+def test_latency_goals_out_of_range(ratio: object) -> None:
+    with pytest.raises(GoalError, match="is not a goal") as caught:
+        Latency(ratio)  # type: ignore[arg-type]
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None, True])
+def test_block_goals_out_of_range(count: object) -> None:
+    with pytest.raises(GoalError, match="is not a goal"):
+        Blocks(count)  # type: ignore[arg-type]
+
+
+def test_goals_as_text_and_data() -> None:
+    assert str(Latency(0.7)) == "latency ratio 0.7"
+    assert [str(Blocks(n)) for n in (1, 2)] == ["1 block dropped", "2 blocks dropped"]
+    assert goal_from_dict(Blocks(3).to_dict()) == Blocks(3)
+    assert goal_from_dict(Latency(0.5).to_dict()) == Latency(0.5)

@@ -1,0 +1,219 @@
+"""Feature mimicking: never worse, repeatable, and it does mend what is broken."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.edit import set_tensors
+from foldcut.compiler.errors import CalibrationError
+from foldcut.compiler.execute import bind, run_until
+from foldcut.compiler.program import Batch, Program
+from foldcut.compiler.regions import find_regions
+from foldcut.passes.drop_blocks import drop_blocks
+from foldcut.passes.mimic import Mimicked, MimicSettings, mimic, stage_ends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+QUICK = {"iterations": 12, "batch_size": 8, "checks": 4, "bfloat16": False}
+
+
+@pytest.fixture(scope="module")
+def student(residual: Program) -> Program:
+    return drop_blocks(residual, [find_regions(residual).blocks[2]])
+
+
+@pytest.fixture(scope="module")
+def data(nets: SimpleNamespace) -> tuple[CalibrationSet, CalibrationSet]:
+    return CalibrationSet.of(nets.images(24, seed=1)), CalibrationSet.of(nets.images(8, seed=2))
+
+
+def train(
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int = 0, **options: object
+) -> Mimicked:
+    return mimic(teacher, student, *data, settings=MimicSettings(**{**QUICK, **options}), seed=seed)
+
+
+def feature_error(teacher: Program, student: Program, samples: CalibrationSet) -> float:
+    """Of the features before the head: relu_6 in the teacher, relu_4 in a student without the last block."""
+    batch = samples.batch(slice(None))
+    with torch.no_grad():
+        wanted = run_until(teacher, ["relu_6"], bind(teacher, batch))["relu_6"]
+        name = "relu_6" if "relu_6" in student.nodes else "relu_4"
+        value = run_until(student, [name], bind(student, batch))[name]
+    return float((value - wanted).square().sum() / wanted.square().sum())
+
+
+def same_weights(a: Program, b: Program) -> bool:
+    left, right = a.module.state_dict(), b.module.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_damaged_network_is_mended(residual: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: p.detach() * (1 + 0.3 * torch.randn(p.shape, generator=generator))
+        for name, p in residual.module.named_parameters()
+    }
+    damaged = set_tensors(residual, noise, note="damage")
+    result = train(residual, damaged, data, iterations=60)
+    assert result.after < 0.5 * result.before
+    assert result.after == pytest.approx(feature_error(residual, result.program, data[1]), rel=1e-3)
+    assert result.before == pytest.approx(feature_error(residual, damaged, data[1]), rel=1e-3)
+
+
+def test_a_dropped_block_is_made_up_for(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    result = train(residual, student, data, iterations=60)
+    assert result.after < 0.8 * result.before
+    assert result.after == pytest.approx(feature_error(residual, result.program, data[1]), rel=1e-3)
+    assert result.program.text() == student.text()
+    assert result.program.history[-1].startswith("mimic")
+
+
+@given(seed=st.integers(0, 1000), rate=st.sampled_from([1e-6, 1e-2, 0.3, 10.0, 1e6, 1e30]))
+@settings(max_examples=8)
+def test_it_never_ends_worse(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int, rate: float
+) -> None:
+    result = train(residual, student, data, seed=seed, learning_rate=rate)
+    assert result.after <= result.before
+    before, after = (feature_error(residual, p, data[1]) for p in (student, result.program))
+    assert after <= before * (1 + 1e-4)
+    assert all(value.isfinite().all() for value in result.program.module.state_dict().values())
+
+
+def test_an_exact_student_is_kept_bit_for_bit(residual: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+    result = train(residual, residual, data)
+    assert result.before == result.after == 0
+    assert same_weights(result.program, residual)
+
+
+def test_the_student_and_the_teacher_are_left_alone(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    states = [{k: v.clone() for k, v in p.module.state_dict().items()} for p in (residual, student)]
+    flags = [p.requires_grad for p in student.module.parameters()]
+    result = train(residual, student, data)
+    assert not same_weights(result.program, student)
+    for program, state in zip((residual, student), states, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in program.module.state_dict().items())
+    assert [p.requires_grad for p in student.module.parameters()] == flags
+
+
+def test_the_same_seed_gives_the_same_bits(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    first, again, other = (train(residual, student, data, seed=seed).program for seed in (5, 5, 6))
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_the_global_random_state_does_not_matter_and_is_kept(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = train(residual, student, data).program
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        assert same_weights(first, train(residual, student, data).program)
+
+
+def test_a_step_that_is_not_finite_ends_the_training(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    result = train(residual, student, data, iterations=50, patience=100, learning_rate=1e30)
+    assert result.iterations < 50
+    assert same_weights(result.program, student)
+    assert result.before == result.after
+
+
+def test_it_stops_when_nothing_gets_better(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    result = train(residual, student, data, iterations=40, checks=20, patience=2, learning_rate=10.0)
+    assert result.iterations == 4
+
+
+def test_the_augmentation_is_asked_for_every_batch(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    seen: list[int] = []
+
+    def flip(batch: Batch, generator: torch.Generator) -> Batch:
+        assert isinstance(batch, torch.Tensor)
+        seen.append(len(batch))
+        return batch.flip(-1) if float(torch.rand((), generator=generator)) < 0.5 else batch
+
+    first = train(residual, student, data, augment=flip)
+    assert seen == [8] * first.iterations
+    assert first.iterations == 12
+    assert same_weights(first.program, train(residual, student, data, augment=flip).program)
+    assert not same_weights(first.program, train(residual, student, data).program)
+
+
+def test_the_teacher_sees_the_augmented_batch(residual: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+    """An exact student has no loss on any input, so nothing is changed however the batches are."""
+    result = train(residual, residual, data, augment=lambda batch, _generator: batch * 3 + 1)
+    assert same_weights(result.program, residual)
+
+
+def test_values_that_do_not_fit_the_cache_are_computed_again(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    cached, computed = (train(residual, student, data, cache_bytes=size) for size in (1 << 30, 0))
+    assert computed.after == pytest.approx(cached.after, rel=1e-3)
+
+
+def test_fewer_samples_than_a_batch(residual: Program, student: Program, nets: SimpleNamespace) -> None:
+    few = CalibrationSet.of(nets.images(3))
+    result = train(residual, student, (few, few), batch_size=64)
+    assert result.after <= result.before
+
+
+@pytest.mark.parametrize("weights", [{"hints": 0.0}, {"outputs": 1.0}, {"hints": 0.0, "outputs": 2.0}], ids=str)
+def test_the_weights_of_the_losses(
+    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], weights: dict[str, float]
+) -> None:
+    result = train(residual, student, data, iterations=30, **weights)
+    assert result.after < result.before
+
+
+def test_a_transformer(transformer: Program, nets: SimpleNamespace) -> None:
+    student = drop_blocks(transformer, [find_regions(transformer).blocks[1]])
+    data = CalibrationSet.of(nets.tokens(24)), CalibrationSet.of(nets.tokens(8, seed=3))
+    result = train(transformer, student, data, iterations=40)
+    assert result.after < result.before
+    assert result.program.text() == student.text()
+
+
+def test_progress_is_shown(residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+    seen: list[tuple[str, int, int]] = []
+    mimic(residual, student, *data, settings=MimicSettings(**QUICK), progress=lambda *state: seen.append(state))
+    assert seen == [("mimic", i + 1, 12) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"iterations": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": -1.0},
+        {"learning_rate": math.nan},
+        {"checks": 0},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(CalibrationError, match="out of range") as caught:
+        MimicSettings(**options)
+    assert caught.value.expected is not None
+
+
+def test_stages_end_at_the_last_stream_of_each_shape(residual: Program, nets: SimpleNamespace) -> None:
+    assert stage_ends(residual) == ("relu_4",)
