@@ -19,11 +19,12 @@ from typing import Any
 
 import foldcut
 import torch
-from cifar_data import Cifar, accuracy, load_cifar, load_resnet
+from cifar_data import Cifar, accuracy, load_cifar, load_resnet, onnx_accuracy
 from foldcut.compiler.calibration_set import CalibrationSet, View
 from foldcut.compiler.capture import capture
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.latency_probe import LatencyProbe
+from foldcut.compiler.onnx_bypass import onnx_without
 from foldcut.compiler.pipeline import PipelineSettings, choose
 from foldcut.compiler.plan import Goal
 from foldcut.compiler.progress import StageClock
@@ -50,7 +51,7 @@ def main() -> None:
         threads=1,
         seed=arguments.seed,
     )
-    dense = accuracy(teacher, data)
+    dense = onnx_accuracy(probe.model, data)
     print(f"{arguments.net}: {dense:.2f} % on {len(data.labels)} test images", flush=True)
     goals: list[Goal] = [foldcut.Blocks(k) for k in arguments.blocks] + [foldcut.Latency(r) for r in arguments.latency]
     rows = []
@@ -84,18 +85,20 @@ def run_point(
     choice = choose(program, find_regions(program), fit, goal, probe, settings=settings, clock=clock)
     student = drop_blocks(program, choice.regions)
     row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [d.path for d in choice.decisions]}
-    row["dropped"] = accuracy(student.module, data)
+    dropped = onnx_without(probe.model, entry_exit(choice.regions)) or to_onnx(student)
+    row["dropped"] = onnx_accuracy(dropped, data)
     with clock.stage("re-solve"):
         solve = fit.take(slice(0, settings.solve_samples))
         pairs = entry_exit(choice.regions)
         student = resolve_network(program, student, solve, pairs, settings=settings.resolve).program
-    row["re-solved"] = accuracy(student.module, data)
+    row["re-solved"] = onnx_accuracy(to_onnx(student), data)
     with clock.stage("mimic"):
         student = mimic(program, student, fit, held_out, settings=settings.mimic, seed=settings.seed).program
-    row["mimicked"] = accuracy(student.module, data)
+    model = to_onnx(student)
+    row["mimicked"] = onnx_accuracy(model, data)
     row["cpu_s"] = {name: round(seconds, 1) for name, seconds in clock.cpu_s.items()}
     row["total_cpu_s"] = round(sum(clock.cpu_s[name] for name in ("choose", "re-solve", "mimic")), 1)
-    measured = probe.final(to_onnx(student))
+    measured = probe.final(model)
     row["latency"] = {"ratio": measured.ratio, "low": measured.low, "high": measured.high}
     for iterations in reference_iterations(goal, samples, arguments):
         started = time.process_time()

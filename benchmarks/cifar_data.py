@@ -84,6 +84,20 @@ def load_resnet(folder: Path, name: str) -> CifarResNet:
     return net.eval()
 
 
+def onnx_accuracy(model: bytes, data: Cifar, batch: int = 100) -> float:
+    """Top-1 in percent on all test images, run by ONNX Runtime on one thread, as deployed."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    name, correct = session.get_inputs()[0].name, 0
+    for i in range(0, len(data.labels), batch):
+        logits = session.run(None, {name: data.test[i : i + batch].numpy()})[0]
+        correct += int((logits.argmax(1) == data.labels[i : i + batch].numpy()).sum())
+    return 100 * correct / len(data.labels)
+
+
 @torch.no_grad()
 def accuracy(module: nn.Module, data: Cifar, batch: int = 250) -> float:
     """Top-1 in percent on all test images."""

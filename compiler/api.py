@@ -91,22 +91,18 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     measure.
 
     `model` is an `nn.Module`, an `ExportedProgram` or the path of a `.pt2` file; `calibration` a few hundred
-    unlabelled inputs (a tensor or array
-    with all samples, a tuple or dict for several inputs, a DataLoader or generator of batches). `goal` is
-    `Latency(ratio)`, measured
-    on `backend` at `batch` with `threads` CPU threads, or `Blocks(k)`. `mimic` False or None leaves out the gradient
-    stage, a `MimicSettings`
-    sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care
-    about the change. `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings`
-    overrides how every stage works.
+    unlabelled inputs (a tensor or array with all samples, a tuple or dict for several inputs, a DataLoader or
+    generator of batches). `goal` is `Latency(ratio)`, measured on `backend` at `batch` with `threads` CPU threads, or
+    `Blocks(k)`. `mimic` False or None leaves out the gradient stage, a `MimicSettings` sets it. `views` such as
+    `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
+    `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` overrides how every
+    stage works.
 
     The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
-    choice also
-    depends on measured times.
+    choice also depends on measured times.
 
     Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot
-    be met, the GoalError
-    carries the best result in `.best`.
+    be met, the GoalError carries the best result in `.best`.
     """
     _check_arguments(goal, rewrites, batch, threads)
     resolved_backend = resolve_backend(backend)

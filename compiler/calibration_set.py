@@ -80,11 +80,10 @@ class CalibrationSet:
     def of(cls, data: CalibrationData, *, inputs: int | None = None) -> CalibrationSet:
         """Read a calibration set.
 
-        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs), or an iterable
-        of batches (a DataLoader, a generator, a list). `inputs` is the number of inputs of the model when it is
-        known: items
-        with more fields, such as (images, labels), are cut to it, and labels are never looked at. Without it the
-        last field of a pair from an iterable counts as the label.
+        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs), or an
+        iterable of batches (a DataLoader, a generator, a list). `inputs` is the number of inputs of the model when it
+        is known: items with more fields, such as (images, labels), are cut to it, and labels are never looked at.
+        Without it the last field of a pair from an iterable counts as the label.
 
         Raises CalibrationError for what is empty, not numeric, ragged or not finite.
         """

@@ -9,12 +9,13 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
+from ..passes.mimic import MimicSettings
 from .api import Compiled
 from .api import compile as compile_model
 from .errors import CompilerError
 from .plan import Goal
 
-EPOCHS = 12
+EPOCHS = 8
 CALIBRATION_SAMPLES = 300
 
 
@@ -34,7 +35,7 @@ class ResidualBlock(nn.Module):
 class DigitNet(nn.Module):
     """A ResNet for 8 x 8 grey images: a stem, two stages of residual blocks, global pooling, ten classes."""
 
-    def __init__(self, blocks: int = 6, width: int = 32) -> None:
+    def __init__(self, blocks: int = 4, width: int = 24) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.stage1 = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
@@ -95,7 +96,9 @@ def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Comp
     console.print(f"training a residual network on {len(images)} handwritten digits ...")
     net = train_digits(images, labels, seed=seed)
     console.print(f"compiling it to {goal} from {CALIBRATION_SAMPLES} unlabelled images ...")
-    result = compile_model(net, images[:CALIBRATION_SAMPLES], goal=goal, seed=seed, progress=progress)
+    result = compile_model(
+        net, images[:CALIBRATION_SAMPLES], goal=goal, mimic=MimicSettings(iterations=120), seed=seed, progress=progress
+    )
     table = Table(title=f"foldcut demo: {goal}")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")

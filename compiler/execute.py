@@ -52,8 +52,7 @@ def run_until(
     """Evaluate what `wanted` needs, starting from `values`, and return the wanted values.
 
     Only ancestors of the wanted nodes that are not in `values` yet are run, in topological order. With `free`, a
-    value is
-    dropped from memory as soon as its last reader has run (`values` itself is not changed).
+    value is dropped from memory as soon as its last reader has run (`values` itself is not changed).
     """
     wanted = list(wanted)
     needed = required(program, wanted, values)

@@ -51,9 +51,8 @@ class LatencyProbe:
         """Share of the original's latency that each region saves.
 
         Regions of equal operations and shapes save the same, so a class is measured once, with all its members that
-        do not
-        overlap bypassed together: the noise is divided by their number. Variants alternate with the original in one
-        run.
+        do not overlap bypassed together: the noise is divided by their number. Variants alternate with the original
+        in one run.
         """
         classes: dict[str, list[Region]] = {}
         for region in regions:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
 from .cost import program_cost
-from .errors import CompilerError, ExportError, GoalError
+from .errors import ExportError, GoalError
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
 from .plan import Blocks, DropBlock, Goal, Latency, Plan
@@ -26,7 +25,7 @@ from .planner import Choice, choose_drops
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .regions import Region, RegionAnalysis, find_regions
-from .verify import relative_error
+from .verify import flatten_outputs, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
@@ -35,8 +34,7 @@ ONNX_TOLERANCE = 1e-3
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
     """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from
-    fitting;
-    `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
+    fitting; `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
     `solve_samples` caps what the re-solve reads, originals first."""
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
@@ -252,17 +250,6 @@ def make_plan(teacher: Program, goal: Goal, decisions: Sequence[DropBlock], erro
     )
 
 
-def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
-    """Relative mean squared error of the outputs over the samples."""
-    error = energy = 0.0
-    for batch in samples.batches(batch_size):
-        reference, other = teacher(batch), student(batch)
-        part = _energy(reference)
-        error += relative_error(reference, other) * part if part > 0 else 0.0
-        energy += part
-    return error / energy if energy > 0 else 0.0
-
-
 def onnx_difference(program: Program, onnx: bytes, probe: LatencyProbe, samples: CalibrationSet) -> float:
     """Largest difference between the backend's outputs and torch's, relative to the largest output. Raises
     ExportError above 1e-3."""
@@ -273,8 +260,6 @@ def onnx_difference(program: Program, onnx: bytes, probe: LatencyProbe, samples:
     finally:
         runner.close()
     batch: Batch = samples.batch(np.arange(len(next(iter(probe.inputs.values())))) % len(samples))  # type: ignore[arg-type]
-    from .verify import flatten_outputs
-
     worst = 0.0
     for reference, value in zip(flatten_outputs(program(batch)), ours, strict=True):
         expected = reference.detach().cpu().numpy()
@@ -314,12 +299,3 @@ def _require_regions(analysis: RegionAnalysis, goal: Goal) -> None:
         f"the network has no removable region: {looked}",
         hint="dropping blocks needs parts whose input and output have one shape",
     )
-
-
-def _energy(outputs: Any) -> float:
-    from .verify import flatten_outputs
-
-    return sum(float(t.detach().double().square().sum()) for t in flatten_outputs(outputs))
-
-
-__all__ = ["CompilerError", "Outcome", "PipelineSettings", "choose", "run_pipeline"]

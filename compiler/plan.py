@@ -68,9 +68,8 @@ class DropBlock:
     """Bypass one region: `exit` is replaced by `entry`.
 
     `path` is the module path for people. `error` is the relative output error that was predicted when the block was
-    chosen (with
-    the decisions before it in force), `saving` the predicted share of the original's latency (None where nothing was
-    measured).
+    chosen (with the decisions before it in force), `saving` the predicted share of the original's latency (None where
+    nothing was measured).
     """
 
     entry: str

@@ -1,10 +1,8 @@
 """Which blocks to drop: greedy, joint, one at a time. A policy over numbers; it never touches a tensor.
 
 After each drop the errors are those of the network as it then stands, so two blocks that can only stand in for each
-other are
-not both taken. With savings, the block with the least added error per saved latency goes first (PRACTISE's score,
-with the
-joint error in place of single drops); without, the one with the least error.
+other are not both taken. With savings, the block with the least added error per saved latency goes first (PRACTISE's
+score, with the joint error in place of single drops); without, the one with the least error.
 """
 
 from __future__ import annotations
@@ -49,8 +47,7 @@ def choose_drops(
     """Drop greedily until `enough` says so or no candidate is left.
 
     `savings` maps region names to the measured share of the latency that each saves, or is None when latency does not
-    matter.
-    `chosen` and `decisions` continue an earlier choice.
+    matter. `chosen` and `decisions` continue an earlier choice.
     """
     taken, made = list(chosen), list(decisions)
     current = made[-1].error or 0.0 if made else 0.0
@@ -79,8 +76,7 @@ def _best(
     """The best candidate and its error, looking again only at those whose last known added error could still win.
 
     Lazy greedy: what a drop adds seldom shrinks once others are gone, so an older figure serves as a bound. `stale`
-    keeps the
-    added errors from call to call.
+    keeps the added errors from call to call.
     """
     fresh: dict[str, float] = {}
     while True:

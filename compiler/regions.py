@@ -32,12 +32,10 @@ class Region:
     """A removable region. `entry` stays and takes the place of `exit`; `nodes` disappear.
 
     `kind`: ``residual`` when a contraction-free path joins entry and exit by addition (dropping leaves the shortcut),
-    ``gate`` when
-    it joins by multiplication (squeeze-excite), ``plain`` when all paths are contracted (a same-shape conv),
-    ``concat`` when entry and
-    exit are equal-shaped operands of one concatenation (a dense layer). `path` is the module path that the
-    nodes share, for people only. `cost` is what the region costs at batch 1. `parent` names the smallest region that
-    strictly contains it.
+    ``gate`` when it joins by multiplication (squeeze-excite), ``plain`` when all paths are contracted (a same-shape
+    conv), ``concat`` when entry and exit are equal-shaped operands of one concatenation (a dense layer). `path` is
+    the module path that the nodes share, for people only. `cost` is what the region costs at batch 1. `parent` names
+    the smallest region that strictly contains it.
     """
 
     entry: str
@@ -206,8 +204,7 @@ def _ancestors(tree: dict[str, str], node: str) -> Iterator[str]:
 
 def _preference(program: Program, entry: str, exit_: str) -> tuple[bool, int, int]:
     """Among pairs that remove the same contractions: entry and exit of one operation first (relu -> relu, add -> add:
-    the
-    values are then of one kind), then the later exit (it takes the activation along), then the nearer entry."""
+    the values are then of one kind), then the later exit (it takes the activation along), then the nearer entry."""
     first, last = program.nodes[entry], program.nodes[exit_]
     return _operation(first) == _operation(last), program.order[exit_], program.order[entry]
 

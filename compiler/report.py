@@ -12,9 +12,8 @@ class Report:
     """Everything measured about one compile. `to_dict()` is report.json.
 
     `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
-    and after, at batch 1; `output_error`
-    the relative mean squared error of the outputs on held-out calibration samples at each stage and at the end;
-    `seconds` wall and CPU seconds per stage.
+    and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
+    samples at each stage and at the end; `seconds` wall and CPU seconds per stage.
     """
 
     goal: Mapping[str, Any]

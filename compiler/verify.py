@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from .calibration_set import CalibrationSet
+    from .program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,16 @@ def compare(reference: Any, other: Any) -> Difference:
         relative = max(relative, worst / scale if scale > 0 else worst)
         cosine = min(cosine, _cosine(x, y))
     return Difference(absolute=absolute, relative=relative, cosine=cosine)
+
+
+def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
+    """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64."""
+    error = energy = 0.0
+    for batch in samples.batches(batch_size):
+        for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
+            error += float((s.double() - t.double()).square().sum())
+            energy += float(t.double().square().sum())
+    return error / energy if energy > 0 else error
 
 
 def relative_error(reference: Any, other: Any) -> float:

@@ -5,7 +5,7 @@ import foldcut
 from foldcut.compiler.cost import program_cost
 from foldcut.compiler.demo import load_digits, train_digits
 from foldcut.compiler.export import to_onnx
-from foldcut.compiler.pipeline import output_error
+from foldcut.compiler.verify import output_error
 from foldcut.passes.drop_blocks import drop_blocks, entry_exit
 from foldcut.passes.recoverability import Recoverability
 from foldcut.passes.resolve_network import resolve_network

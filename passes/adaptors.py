@@ -2,11 +2,9 @@
 the closed form.
 
 The paper (Wang & Wu, CVPR 2023, arXiv 2202.07861, section 3.2) drops a block, puts linear 1x1 adaptors, started at
-identity, after the last
-convolution of each block before it and in front of the first convolutions behind it, trains the adaptors alone, and
-takes the error left as the
-block's recoverability. An adaptor next to a convolution is linear and so is the convolution: here the pair is trained
-as one weight,
+identity, after the last convolution of each block before it and in front of the first convolutions behind it, trains
+the adaptors alone, and takes the error left as the block's recoverability. An adaptor next to a convolution is linear
+and so is the convolution: here the pair is trained as one weight,
 
     W' = A W  (after),      W' = W B  (in front),
 

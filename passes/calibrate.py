@@ -20,10 +20,9 @@ class Moments:
     """Second moments of one layer, in float64.
 
     With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct,
-    per group:
-    `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups); `energy` =
-    sum of
-    R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add up: ``a + b``.
+    per group: `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups);
+    `energy` = sum of R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add
+    up: ``a + b``.
     """
 
     gram: torch.Tensor
@@ -78,8 +77,8 @@ def collect_moments(
     """One streamed pass over the calibration set: the input moments of a set of layers.
 
     `cross` and `energy` are those of the layer's own output without bias (R = A W^T), so that `gram` and `cross`
-    describe the layer as it is. Memory: one
-    batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
+    describe the layer as it is. Memory: one batch of activations plus the moments. Raises CalibrationError when a
+    layer's input is not finite.
     """
     wanted = list(names or layers)
     totals: dict[str, Moments] = {}

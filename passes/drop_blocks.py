@@ -14,8 +14,8 @@ def drop_blocks(program: Program, drops: Iterable[Region | DropBlock]) -> Progra
     """Bypass regions, named by the nodes of `program`; they may follow each other and come in any order.
 
     Nodes, parameters and batch dimension that survive keep their names. Exact where a region's branch is zero;
-    otherwise the layers behind
-    have to be re-solved (`resolve_network`). Raises RewriteError when a region is not in the program or not well typed.
+    otherwise the layers behind have to be re-solved (`resolve_network`). Raises RewriteError when a region is not in
+    the program or not well typed.
     """
     result = program
     done: list[Region | DropBlock] = []

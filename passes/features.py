@@ -41,10 +41,9 @@ def head_features(program: Program) -> tuple[str, ...]:
     """For each output, the activation that the last layer's pooling reads; the output itself where no head is found.
 
     From the output back over pooling and data movement to the last linear layer or convolution, over that, and over
-    pooling again:
-    the last feature map of a classifier, the input of the last convolution of a segmentation network. Of a network
-    without such an end (a bare backbone)
-    the outputs are the features. Only floating-point values are returned, each once.
+    pooling again: the last feature map of a classifier, the input of the last convolution of a segmentation network.
+    Of a network without such an end (a bare backbone) the outputs are the features. Only floating-point values are
+    returned, each once.
     """
     names: list[str] = []
     for output in output_nodes(program.graph):

@@ -17,9 +17,8 @@ def group_targets(program: Program, targets: Sequence[Target]) -> list[list[Targ
     """Targets in topological order as consecutive groups.
 
     A group ends at a residual addition: its last layers have it as their anchor, the layers before them lie inside
-    the branch (all that they
-    compute goes through the addition, and its other operand does not depend on them). Layers outside any branch are
-    groups of one.
+    the branch (all that they compute goes through the addition, and its other operand does not depend on them).
+    Layers outside any branch are groups of one.
     """
     groups: list[list[Target]] = []
     ends = [_end(program, targets, index) for index in range(len(targets))]

@@ -21,8 +21,7 @@ class Layer:
     """A linear layer of a Program, seen as Y = A W^T + b, one matrix product per group.
 
     `weight` and `bias` name its tensors. For a convolution A holds the input patches, (groups, rows, in/groups * kh *
-    kw), a row
-    for each output position; for a linear layer the input vectors, one group.
+    kw), a row for each output position; for a linear layer the input vectors, one group.
     """
 
     node: str

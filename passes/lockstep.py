@@ -1,13 +1,10 @@
 """Teacher and student side by side, node by node, over the whole calibration set.
 
 A sequential re-solve needs, layer after layer, the student's input to the layer (with everything before it already
-solved) and the
-teacher's value to reach. Running both networks from the start for each layer would cost the square of the depth. Here
-each
-batch keeps just the values that are still needed (its frontier), and each node of either network runs once for the
-whole sweep;
-only the nodes of the branch being solved run again, from the frontier in front of it. Frontiers live in memory up to a
-budget and in temporary files beyond it.
+solved) and the teacher's value to reach. Running both networks from the start for each layer would cost the square of
+the depth. Here each batch keeps just the values that are still needed (its frontier), and each node of either network
+runs once for the whole sweep; only the nodes of the branch being solved run again, from the frontier in front of it.
+Frontiers live in memory up to a budget and in temporary files beyond it.
 """
 
 from __future__ import annotations
@@ -34,9 +31,8 @@ class Step:
     """What one group of layers needs: nodes to run in either network, in order, and what stays afterwards.
 
     `targets` are solved in order from one frontier in front of the first. `shared` are student values taken over from
-    the teacher, whose
-    computation the rewrite did not touch; `scratch` runs from the frontier through the group and is dropped, since
-    the solves change it.
+    the teacher, whose computation the rewrite did not touch; `scratch` runs from the frontier through the group and
+    is dropped, since the solves change it.
     """
 
     targets: tuple[Target, ...]

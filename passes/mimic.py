@@ -5,9 +5,8 @@ The loss is, over the features before the head and over *hints* (the last stream
     L = sum_f  ||S_f(x) - T_f(x)||^2 / ||T_f||^2     (+ the same for the outputs, times `outputs`)
 
 (the feature term is PRACTISE's, Wang & Wu, CVPR 2023, arXiv 2202.07861, section 3; here relative, with hints, in eval
-mode and
-from re-solved weights). Batch norms keep their statistics; they are folded into their convolutions for the time of
-the training and taken out afterwards.
+mode and from re-solved weights). Batch norms keep their statistics; they are folded into their convolutions for the
+time of the training and taken out afterwards.
 """
 
 from __future__ import annotations
@@ -37,11 +36,9 @@ class MimicSettings:
     it falls by a cosine.
 
     `hints` and `outputs` weigh the losses at stage ends and outputs. `augment` draws a new version of each batch (the
-    teacher then runs in every iteration; without
-    it, its features are computed once and kept while they fit into `cache_bytes`). `checks` times the held-out error
-    is looked at; the best state wins.
-    `patience` checks without improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16
-    matrices in hardware.
+    teacher then runs in every iteration; without it, its features are computed once and kept while they fit into
+    `cache_bytes`). `checks` times the held-out error is looked at; the best state wins. `patience` checks without
+    improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16 matrices in hardware.
     """
 
     iterations: int = 400
@@ -87,8 +84,8 @@ def mimic(
     """Train all weights of `student` to reproduce the teacher's features on `calibration`.
 
     The graph does not change. The returned weights are those of the least held-out feature error seen, the starting
-    ones included, so the
-    held-out error never ends above where it began; a step that is not finite ends the training. Same seed, same result.
+    ones included, so the held-out error never ends above where it began; a step that is not finite ends the training.
+    Same seed, same result.
     """
     settings = settings or MimicSettings()
     trainee, norms = fold_batch_norms(student)

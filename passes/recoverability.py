@@ -36,6 +36,10 @@ from .targets import Target, counterparts, residual_at, trace_target
 Mode = Literal["plain", "local", "exact", "adaptors"]
 
 
+#: How the student is re-solved between drops: enough to compare candidates.
+QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecoverabilitySettings:
     """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module."""
@@ -43,7 +47,7 @@ class RecoverabilitySettings:
     mode: Mode = "local"
     samples: int = 64
     adaptors: AdaptorSettings = field(default_factory=AdaptorSettings)
-    resolve: ResolveSettings = field(default_factory=lambda: ResolveSettings(refine=0, rows_per_column=20))
+    resolve: ResolveSettings = QUICK_RESOLVE
 
 
 class Recoverability:
@@ -97,31 +101,37 @@ class Recoverability:
         return self._state[1]
 
     def _trial(self, student: Program, chosen: Sequence[Region], region: Region) -> _Trial:
+        """Local and plain trials run on the student's own graph with the exit's value replaced: nothing is rewritten
+        to look."""
         entry = standing_for(region.entry, chosen)
-        program = bypass(student, entry, region.exit)
-        regions = [*chosen, region]
-        features = tuple(standing_for(name, regions) for name in self.features)
+        if self.settings.mode in {"exact", "adaptors"}:
+            return self._rewritten(student, [*chosen, region], entry)
+        features = tuple(standing_for(name, chosen) for name in self.features)
+        target = self._layer_in_front(student, [*chosen, region], entry) if self.settings.mode == "local" else None
+        moved = {target.layer.node, *descendants(student, [target.layer.node])} if target else set()
+        changed = moved | descendants(student, [region.exit]) | {region.exit}
+        return _Trial(program=student, features=features, changed=changed, bypass=(entry, region.exit), target=target)
+
+    def _rewritten(self, student: Program, regions: Sequence[Region], entry: str) -> _Trial:
+        program = bypass(student, entry, regions[-1].exit)
         if self.settings.mode == "exact":
             pairs = entry_exit(regions)
             program = resolve_network(self.teacher, program, self.fit, pairs, settings=self.settings.resolve).program
-            return _Trial(program=program, features=features, changed=set(program.nodes))
-        if self.settings.mode == "adaptors":
+        else:
             settings = self.settings.adaptors
             program = train_adaptors(self.teacher, program, self.fit, entry=entry, drops=regions, settings=settings)
-            return _Trial(program=program, features=features, changed=set(program.nodes))
-        target = self._layer_in_front(program, regions, entry) if self.settings.mode == "local" else None
-        first = [target.layer.node] if target else [entry]
-        changed = descendants(program, first) | (set(first) if target else set())
-        return _Trial(program=program, features=features, changed=changed, target=target)
+        features = tuple(standing_for(name, regions) for name in self.features)
+        calls = {n.name for n in program.graph.nodes if n.op == "call_function"}
+        return _Trial(program=program, features=features, changed=calls)
 
-    def _layer_in_front(self, program: Program, regions: Sequence[Region], entry: str) -> Target | None:
-        """The last layer whose anchor is the value that now plays the dropped region's exit."""
-        roles = counterparts(program, self.teacher, entry_exit(regions))
-        layers, _ = find_layers(program)
-        anchors = {entry, *(n.name for n in program.nodes[entry].all_input_nodes)} & roles.keys()
-        for name in sorted(layers, key=program.order.__getitem__, reverse=True):
-            if program.order[name] <= program.order[entry]:
-                target = trace_target(program, layers[name], roles)
+    def _layer_in_front(self, student: Program, regions: Sequence[Region], entry: str) -> Target | None:
+        """The last layer whose anchor is the value that would play the dropped region's exit."""
+        roles = counterparts(student, self.teacher, entry_exit(regions))
+        layers, _ = find_layers(student)
+        anchors = {entry, *(n.name for n in student.nodes[entry].all_input_nodes)} & roles.keys()
+        for name in sorted(layers, key=student.order.__getitem__, reverse=True):
+            if student.order[name] <= student.order[entry]:
+                target = trace_target(student, layers[name], roles)
                 if target.anchor in anchors:
                     return target
         return None
@@ -170,34 +180,46 @@ class Recoverability:
                 known = {**start, **run_until(student, shared, start)}
                 energy += sum(float(v.square().sum(dtype=torch.float64)) for v in wanted.values())
                 for index, trial in enumerate(trials):
-                    values = run_until(trial.program, trial.features, trial.usable(known), trial.tensors)
+                    values = trial.run(known)
                     error[index] += _squared_distance(wanted, self.features, values, trial.features)
         return [e / energy if energy > 0 else e for e in error]
 
 
 @dataclass(kw_only=True)
 class _Trial:
-    """One candidate: the bypassed program, the nodes whose values differ from the student's, and the locally solved
-    weights."""
+    """One candidate: the program to run, the nodes whose values differ from the student's, and the locally solved
+    weights.
+
+    With `bypass` (entry, exit), the exit takes the entry's value.
+    """
 
     program: Program
     features: tuple[str, ...]
     changed: set[str]
+    bypass: tuple[str, str] | None = None
     target: Target | None = None
     moments: Moments | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def boundary(self) -> set[str]:
-        """Values of the student that the changed part (or the features) read."""
-        nodes = [
-            self.program.nodes[n]
-            for n in required(self.program, self.features, self.program.nodes.keys() - self.changed)
-        ]
+        """Unchanged values that the changed part (or the features) read."""
+        unchanged = self.program.nodes.keys() - self.changed
+        wanted = [*self.features]
+        start = unchanged
+        if self.bypass is not None:
+            wanted.append(self.bypass[0])
+            start = unchanged | {self.bypass[1]}
+        nodes = [self.program.nodes[n] for n in required(self.program, wanted, start)]
         operands = {o.name for n in nodes for o in n.all_input_nodes if o.op == "call_function"}
-        return (operands | set(self.features)) - self.changed
+        return (operands | set(wanted)) - self.changed
 
-    def usable(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in known.items() if name in self.program.nodes and name not in self.changed}
+    def run(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The features' values."""
+        usable = {n: value for n, value in known.items() if n in self.program.nodes and n not in self.changed}
+        if self.bypass is not None:
+            entry, exit_ = self.bypass
+            usable[exit_] = run_until(self.program, [entry], usable, self.tensors)[entry]
+        return run_until(self.program, self.features, usable, self.tensors)
 
 
 def _squared_distance(

@@ -1,17 +1,14 @@
 """Refining the inner layers of a branch for the error that its end is left with.
 
 The inner layers were solved toward the teacher's own values, but after a drop those are no longer what the branch
-should compute. With e the
-residual at the branch's end, J the derivative of the end by an inner layer's output, A its input rows and u = J^T v
-for random signs v,
+should compute. With e the residual at the branch's end, J the derivative of the end by an inner layer's output, A its
+input rows and u = J^T v for random signs v,
 
     D = A^T (J^T e),     dW = (G + l I)^-1 D (Q + m I)^-1,     G = A^T A,  Q = sum u u^T,
 
 is a Gauss-Newton step for ||e||^2 with the Hessian in Kronecker form (Martens and Grosse, ICML 2015, arXiv
-1503.05671), taken for all
-inner layers at once with one line search along it. The layers at the end are then re-solved in closed form; the
-caller undoes
-a step that did not lower the error.
+1503.05671), taken for all inner layers at once with one line search along it. The layers at the end are then
+re-solved in closed form; the caller undoes a step that did not lower the error.
 """
 
 from __future__ import annotations
@@ -37,8 +34,7 @@ def propose_step(
     """New weights for the inner layers of a group, by tensor name; empty when there is nothing to gain.
 
     `grams` holds each inner layer's Gram matrix (groups, columns, columns) from its solve. It conditions the step; a
-    slightly old one
-    does no harm, since the line search measures the step's effect.
+    slightly old one does no harm, since the line search measures the step's effect.
     """
     end = step.targets[-1]
     inner = [t for t in step.targets if t.anchor != end.anchor]

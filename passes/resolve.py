@@ -34,11 +34,9 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> Correction:
     """Solve for the change of one layer's weights, in float64.
 
     `ridge` is relative to the mean diagonal of the Gram matrix; columns that are zero throughout get no change. With
-    `bias` the column of
-    ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled: the ridge makes the
-    system definite, and with ridge 0
-    the least-norm solution is taken. An output whose error would not fall keeps its weights, so `after` never exceeds
-    `before`.
+    `bias` the column of ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled:
+    the ridge makes the system definite, and with ridge 0 the least-norm solution is taken. An output whose error
+    would not fall keeps its weights, so `after` never exceeds `before`.
     """
     size = moments.gram.shape[1] - (0 if bias else 1)
     gram, cross = moments.gram[:, :size, :size], moments.cross[:, :size]

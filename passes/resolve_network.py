@@ -14,6 +14,7 @@ from ..compiler.errors import Reject
 from ..compiler.execute import descendants, run_until
 from ..compiler.program import Program, is_tensor
 from ..compiler.progress import Progress, silent
+from ..compiler.verify import output_error
 from .calibrate import Moments, check_finite
 from .groups import group_targets
 from .layers import Layer, find_layers
@@ -25,17 +26,18 @@ from .targets import Target, counterparts, residual_at, trace_target
 
 @dataclass(frozen=True, kw_only=True)
 class ResolveSettings:
-    """`ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour
-    from 50 to 500 samples); `refine` is the
-    number of rounds in which the inner layers of a branch are corrected for the error left at its end.
-    `rows_per_column` caps the rows of A that a
-    solve reads, relative to its columns (None: all). `batch_size` None lets memory decide; `ram_bytes` bounds the
-    frontiers kept in memory."""
+    """How layers are re-solved.
+
+    `ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour from
+    50 to 500 samples); `refine` is the number of rounds in which the inner layers of a branch are corrected for the
+    error left at its end. `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None:
+    all). `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept in memory."""
 
     ridge: float | None = None
     refine: int = 2
     rows_per_column: int | None = None
     batch_size: int | None = None
+    guard_samples: int = 128
     ram_bytes: int = 2 << 30
 
     def ridge_for(self, samples: int) -> float:
@@ -72,10 +74,10 @@ def resolve_network(
     """Re-solve every layer of `student` that the dropped regions touch, in topological order, in one streamed sweep.
 
     `dropped` lists (entry, exit) of the bypassed regions in teacher names. A layer takes part when its input or its
-    anchor differs from
-    the teacher's. Solves in float64 from float32 products; the graph does not change, only weights, biases and
-    batch-norm biases.
-    When nothing differs, every weight stays as it is, bit for bit. Each layer's error at its own anchor never grows.
+    anchor differs from the teacher's. Solves in float64 from float32 products; the graph does not change, only
+    weights, biases and batch-norm biases. When nothing differs, every weight stays as it is, bit for bit. Each
+    layer's error at its own anchor never grows, and when the output error on the first `guard_samples` samples did,
+    the student comes back as it was.
     """
     settings = settings or ResolveSettings()
     settings = replace(settings, ridge=settings.ridge_for(len(calibration)))
@@ -93,7 +95,14 @@ def resolve_network(
             lockstep.finish(step)
             progress("re-solve", index + 1, len(steps))
     program = set_tensors(student, tensors, note=f"re-solve {len(targets)} layers") if tensors else student
+    if tensors and not _improves(teacher, student, program, calibration.take(slice(0, settings.guard_samples))):
+        program = student
     return Resolved(program=program, layers=tuple(errors), locked=tuple(locked))
+
+
+def _improves(teacher: Program, before: Program, after: Program, samples: CalibrationSet) -> bool:
+    """Layers that each improve could still add up to a worse output: then the student keeps its weights."""
+    return not len(samples) or output_error(teacher, after, samples) <= output_error(teacher, before, samples)
 
 
 def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int = 256 << 20) -> int:

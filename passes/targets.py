@@ -1,21 +1,16 @@
 """What a re-solved layer must reproduce.
 
 Behind a layer, values that depend on its output per channel and affinely (batch norm in eval mode, layer scale, a
-constant bias, a
-permutation or reshape) are followed up to the *anchor*: the residual addition that the layer feeds, or the last
-affine value.
-There the student is compared with the teacher,
+constant bias, a permutation or reshape) are followed up to the *anchor*: the residual addition that the layer feeds,
+or the last affine value. There the student is compared with the teacher,
 
     R = T(anchor') - S(anchor),
 
 and the residual is pulled back through the affine chain to the layer's output, where the solve corrects it. At an
-addition S holds the
-student's own shortcut, so R is (teacher's stream after the add) - (student's shortcut) - (branch): each solved add
-pulls the stream back to
-the teacher's. anchor' is the teacher's *counterpart* of the anchor: itself, or, where the node behind it now stands
-in for the exit of a
-dropped region, the matching node of that region, so the layer before a dropped block learns to do that block's work
-too.
+addition S holds the student's own shortcut, so R is (teacher's stream after the add) - (student's shortcut) -
+(branch): each solved add pulls the stream back to the teacher's. anchor' is the teacher's *counterpart* of the
+anchor: itself, or, where the node behind it now stands in for the exit of a dropped region, the matching node of that
+region, so the layer before a dropped block learns to do that block's work too.
 """
 
 from __future__ import annotations
@@ -44,9 +39,9 @@ class Target:
     """Where a layer is compared with the teacher, and how the residual gets back to its output.
 
     `anchor` is a student node, `counterpart` the teacher node it is compared with. `shift` names the tensor that can
-    take a change of the layer's
-    bias, `shift_scale` what to multiply it by (a batch norm's own bias sits behind its scale); None when nothing can.
-    `zone` is the flat zone of the activation behind the anchor, when it is the anchor's only reader.
+    take a change of the layer's bias, `shift_scale` what to multiply it by (a batch norm's own bias sits behind its
+    scale); None when nothing can. `zone` is the flat zone of the activation behind the anchor, when it is the
+    anchor's only reader.
     """
 
     layer: Layer
@@ -105,8 +100,7 @@ def counterparts(student: Program, teacher: Program, dropped: Iterable[tuple[str
     """Student node -> the teacher node whose role it plays now, for the nodes where that is another one.
 
     `dropped` lists (entry, exit) of the regions dropped, in teacher names. An entry plays its region's exit, along
-    chains of
-    dropped regions; what feeds the entry through the same activation plays what feeds the exit.
+    chains of dropped regions; what feeds the entry through the same activation plays what feeds the exit.
     """
     following = dict(dropped)
     roles: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -265,7 +265,7 @@ def inverted(nets: SimpleNamespace) -> Program:
 
 
 class CountingRunner:
-    """Computes with ONNX Runtime; its clock shows one millisecond and ten more for each convolution or matrix product."""
+    """Computes with ONNX Runtime; its clock shows 1 ms and 10 ms more for each convolution or matrix product."""
 
     clock = "cuda"
 
@@ -311,15 +311,17 @@ class CountingBackend:
         return {"backend": self.name}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def counting_backend() -> CountingBackend:
     return CountingBackend()
 
 
-@pytest.fixture
-def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def quick_measurement() -> Iterator[None]:
     """No network is warmed up or timed for longer than a moment: for tests that do not look at the figures."""
     import foldcut.runtime.measure as measure
 
-    monkeypatch.setattr(measure, "warm_up", lambda runner, _ms: runner.run())
-    monkeypatch.setattr(measure, "choose_repeats", lambda _runner, _ms: 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "warm_up", lambda runner, _ms: runner.run())
+        patch.setattr(measure, "choose_repeats", lambda _runner, _ms: 1)
+        yield

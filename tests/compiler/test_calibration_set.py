@@ -120,7 +120,26 @@ def test_integer_inputs_are_kept() -> None:
         ("images/", "a path was given"),
         (Path("images"), "a path was given"),
     ],
-    ids=repr,
+    ids=[
+        "empty tensor",
+        "empty list",
+        "empty iterator",
+        "empty dict",
+        "empty array",
+        "scalar",
+        "unequal inputs",
+        "ragged",
+        "other rank",
+        "other structure",
+        "array of strings",
+        "strings",
+        "objects",
+        "ragged array",
+        "number",
+        "nothing",
+        "path text",
+        "path",
+    ],
 )
 def test_what_is_refused(data: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message) as caught:

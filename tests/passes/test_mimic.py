@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.capture import capture
 from foldcut.compiler.edit import set_tensors
 from foldcut.compiler.errors import CalibrationError
 from foldcut.compiler.execute import bind, run_until
@@ -20,8 +21,13 @@ QUICK = {"iterations": 12, "batch_size": 8, "checks": 4, "bfloat16": False}
 
 
 @pytest.fixture(scope="module")
-def student(residual: Program) -> Program:
-    return drop_blocks(residual, [find_regions(residual).blocks[2]])
+def teacher(nets: SimpleNamespace) -> Program:
+    return capture(nets.seeded(lambda: nets.ResNet(3), seed=1), nets.images())
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Program) -> Program:
+    return drop_blocks(teacher, [find_regions(teacher).blocks[0]])
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +42,11 @@ def train(
 
 
 def feature_error(teacher: Program, student: Program, samples: CalibrationSet) -> float:
-    """Of the features before the head: relu_6 in the teacher, relu_4 in a student without the last block."""
+    """Of the features before the head: what the pooling reads."""
     batch = samples.batch(slice(None))
     with torch.no_grad():
         wanted = run_until(teacher, ["relu_6"], bind(teacher, batch))["relu_6"]
-        name = "relu_6" if "relu_6" in student.nodes else "relu_4"
+        name = student.nodes["mean"].args[0].name
         value = run_until(student, [name], bind(student, batch))[name]
     return float((value - wanted).square().sum() / wanted.square().sum())
 
@@ -50,97 +56,115 @@ def same_weights(a: Program, b: Program) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def test_a_damaged_network_is_mended(residual: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+def test_a_damaged_network_is_mended(teacher: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = {
         name: p.detach() * (1 + 0.3 * torch.randn(p.shape, generator=generator))
-        for name, p in residual.module.named_parameters()
+        for name, p in teacher.module.named_parameters()
     }
-    damaged = set_tensors(residual, noise, note="damage")
-    result = train(residual, damaged, data, iterations=60)
+    damaged = set_tensors(teacher, noise, note="damage")
+    result = train(teacher, damaged, data, iterations=60)
     assert result.after < 0.5 * result.before
-    assert result.after == pytest.approx(feature_error(residual, result.program, data[1]), rel=1e-3)
-    assert result.before == pytest.approx(feature_error(residual, damaged, data[1]), rel=1e-3)
+    assert result.after == pytest.approx(feature_error(teacher, result.program, data[1]), rel=1e-3)
+    assert result.before == pytest.approx(feature_error(teacher, damaged, data[1]), rel=1e-3)
 
 
 def test_a_dropped_block_is_made_up_for(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
-    result = train(residual, student, data, iterations=60)
+    result = train(teacher, student, data, iterations=60)
     assert result.after < 0.8 * result.before
-    assert result.after == pytest.approx(feature_error(residual, result.program, data[1]), rel=1e-3)
+    assert result.after == pytest.approx(feature_error(teacher, result.program, data[1]), rel=1e-3)
     assert result.program.text() == student.text()
     assert result.program.history[-1].startswith("mimic")
 
 
 @given(seed=st.integers(0, 1000), rate=st.sampled_from([1e-6, 1e-2, 0.3, 10.0, 1e6, 1e30]))
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_it_never_ends_worse(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int, rate: float
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int, rate: float
 ) -> None:
-    result = train(residual, student, data, seed=seed, learning_rate=rate)
+    result = train(teacher, student, data, seed=seed, learning_rate=rate)
     assert result.after <= result.before
-    before, after = (feature_error(residual, p, data[1]) for p in (student, result.program))
+    before, after = (feature_error(teacher, p, data[1]) for p in (student, result.program))
     assert after <= before * (1 + 1e-4)
     assert all(value.isfinite().all() for value in result.program.module.state_dict().values())
 
 
-def test_an_exact_student_is_kept_bit_for_bit(residual: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
-    result = train(residual, residual, data)
+def test_channels_of_scale_zero_do_not_falsify_the_result(
+    residual: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    """What folds to a weight of zero must not be trained, for it cannot be taken back: a scale of zero undoes it."""
+    student = drop_blocks(residual, [find_regions(residual).blocks[0]])
+    result = train(residual, student, data, iterations=60)
+    assert result.after == pytest.approx(feature_error(residual, result.program, data[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_any_block_may_be_dropped(teacher: Program, data: tuple[CalibrationSet, CalibrationSet], index: int) -> None:
+    """Also the last one, behind which no layer takes part in the features."""
+    student = drop_blocks(teacher, [find_regions(teacher).blocks[index]])
+    result = train(teacher, student, data, iterations=30)
+    assert result.after <= result.before
+    assert result.after == pytest.approx(feature_error(teacher, result.program, data[1]), rel=1e-3)
+
+
+def test_an_exact_student_is_kept_bit_for_bit(teacher: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+    result = train(teacher, teacher, data)
     assert result.before == result.after == 0
-    assert same_weights(result.program, residual)
+    assert same_weights(result.program, teacher)
 
 
 def test_the_student_and_the_teacher_are_left_alone(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
-    states = [{k: v.clone() for k, v in p.module.state_dict().items()} for p in (residual, student)]
+    states = [{k: v.clone() for k, v in p.module.state_dict().items()} for p in (teacher, student)]
     flags = [p.requires_grad for p in student.module.parameters()]
-    result = train(residual, student, data)
+    result = train(teacher, student, data)
     assert not same_weights(result.program, student)
-    for program, state in zip((residual, student), states, strict=True):
+    for program, state in zip((teacher, student), states, strict=True):
         assert all(torch.equal(v, state[k]) for k, v in program.module.state_dict().items())
     assert [p.requires_grad for p in student.module.parameters()] == flags
 
 
 def test_the_same_seed_gives_the_same_bits(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
-    first, again, other = (train(residual, student, data, seed=seed).program for seed in (5, 5, 6))
+    first, again, other = (train(teacher, student, data, seed=seed).program for seed in (5, 5, 6))
     assert same_weights(first, again)
     assert not same_weights(first, other)
 
 
 def test_the_global_random_state_does_not_matter_and_is_kept(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         state = torch.get_rng_state()
-        first = train(residual, student, data).program
+        first = train(teacher, student, data).program
         assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(2)
-        assert same_weights(first, train(residual, student, data).program)
+        assert same_weights(first, train(teacher, student, data).program)
 
 
 def test_a_step_that_is_not_finite_ends_the_training(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
-    result = train(residual, student, data, iterations=50, patience=100, learning_rate=1e30)
+    result = train(teacher, student, data, iterations=50, patience=100, learning_rate=1e30)
     assert result.iterations < 50
     assert same_weights(result.program, student)
     assert result.before == result.after
 
 
 def test_it_stops_when_nothing_gets_better(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
-    result = train(residual, student, data, iterations=40, checks=20, patience=2, learning_rate=10.0)
+    result = train(teacher, student, data, iterations=40, checks=20, patience=2, learning_rate=10.0)
     assert result.iterations == 4
 
 
 def test_the_augmentation_is_asked_for_every_batch(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
     seen: list[int] = []
 
@@ -149,37 +173,40 @@ def test_the_augmentation_is_asked_for_every_batch(
         seen.append(len(batch))
         return batch.flip(-1) if float(torch.rand((), generator=generator)) < 0.5 else batch
 
-    first = train(residual, student, data, augment=flip)
+    first = train(teacher, student, data, augment=flip)
     assert seen == [8] * first.iterations
     assert first.iterations == 12
-    assert same_weights(first.program, train(residual, student, data, augment=flip).program)
-    assert not same_weights(first.program, train(residual, student, data).program)
+    assert same_weights(first.program, train(teacher, student, data, augment=flip).program)
+    assert not same_weights(first.program, train(teacher, student, data).program)
 
 
-def test_the_teacher_sees_the_augmented_batch(residual: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
-    """An exact student has no loss on any input, so nothing is changed however the batches are."""
-    result = train(residual, residual, data, augment=lambda batch, _generator: batch * 3 + 1)
-    assert same_weights(result.program, residual)
+def test_the_teacher_sees_the_augmented_batch(
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    """The same samples in another order: no difference if both see it, nonsense if only one does."""
+    plain = train(teacher, student, data, iterations=40)
+    turned = train(teacher, student, data, iterations=40, augment=lambda batch, _generator: batch.flip(0))
+    assert turned.after == pytest.approx(plain.after, rel=0.02)
 
 
 def test_values_that_do_not_fit_the_cache_are_computed_again(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
-    cached, computed = (train(residual, student, data, cache_bytes=size) for size in (1 << 30, 0))
+    cached, computed = (train(teacher, student, data, cache_bytes=size) for size in (1 << 30, 0))
     assert computed.after == pytest.approx(cached.after, rel=1e-3)
 
 
-def test_fewer_samples_than_a_batch(residual: Program, student: Program, nets: SimpleNamespace) -> None:
+def test_fewer_samples_than_a_batch(teacher: Program, student: Program, nets: SimpleNamespace) -> None:
     few = CalibrationSet.of(nets.images(3))
-    result = train(residual, student, (few, few), batch_size=64)
+    result = train(teacher, student, (few, few), batch_size=64)
     assert result.after <= result.before
 
 
 @pytest.mark.parametrize("weights", [{"hints": 0.0}, {"outputs": 1.0}, {"hints": 0.0, "outputs": 2.0}], ids=str)
 def test_the_weights_of_the_losses(
-    residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], weights: dict[str, float]
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], weights: dict[str, float]
 ) -> None:
-    result = train(residual, student, data, iterations=30, **weights)
+    result = train(teacher, student, data, iterations=30, **weights)
     assert result.after < result.before
 
 
@@ -191,9 +218,9 @@ def test_a_transformer(transformer: Program, nets: SimpleNamespace) -> None:
     assert result.program.text() == student.text()
 
 
-def test_progress_is_shown(residual: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
+def test_progress_is_shown(teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
     seen: list[tuple[str, int, int]] = []
-    mimic(residual, student, *data, settings=MimicSettings(**QUICK), progress=lambda *state: seen.append(state))
+    mimic(teacher, student, *data, settings=MimicSettings(**QUICK), progress=lambda *state: seen.append(state))
     assert seen == [("mimic", i + 1, 12) for i in range(12)]
 
 
@@ -215,5 +242,5 @@ def test_settings_out_of_range(options: dict[str, float]) -> None:
     assert caught.value.expected is not None
 
 
-def test_stages_end_at_the_last_stream_of_each_shape(residual: Program, nets: SimpleNamespace) -> None:
-    assert stage_ends(residual) == ("relu_4",)
+def test_stages_end_at_the_last_stream_of_each_shape(teacher: Program, nets: SimpleNamespace) -> None:
+    assert stage_ends(teacher) == ("relu_4",)

@@ -57,8 +57,9 @@ def test_the_plain_error_is_that_of_the_dropped_network(residual: Program, nets:
     errors = score(residual, data, "plain")([blocks[0]], blocks[2:])
     judged = data[10:]
     student = drop_blocks(residual, [blocks[0], blocks[2]])
-    wanted = run_until(residual, ["relu_6"], bind(residual, judged))["relu_6"]
-    value = run_until(student, ["relu_4"], bind(student, judged))["relu_4"]
+    with torch.no_grad():
+        wanted = run_until(residual, ["relu_6"], bind(residual, judged))["relu_6"]
+        value = run_until(student, ["relu_4"], bind(student, judged))["relu_4"]
     direct = float((value - wanted).square().sum() / wanted.square().sum())
     assert errors[blocks[2].name] == pytest.approx(direct, rel=1e-4)
 

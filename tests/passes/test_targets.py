@@ -80,7 +80,7 @@ def test_a_change_at_the_layer_comes_back_from_the_anchor(
 def test_the_shift_is_a_change_of_the_layers_output(
     chains: Program, residual: Program, inverted: Program, transformer: Program
 ) -> None:
-    """Adding b to the bias, or scale * b to the norm's bias, moves the anchor as adding b to the layer's output would."""
+    """Adding b to the bias, or scale * b to the norm's bias, moves the anchor as adding b to the output would."""
     through_norm = 0
     for program, x in programs(chains, residual, inverted, transformer):
         start = bind(program, x)

@@ -1,0 +1,83 @@
+"""What plans save, on a backend whose latency is known: 1 ms and 10 ms for each layer."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foldcut.compiler import latency_probe
+from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.edit import bypass
+from foldcut.compiler.export import to_onnx
+from foldcut.compiler.latency_probe import LatencyProbe, example_inputs
+from foldcut.compiler.program import Program
+from foldcut.compiler.regions import find_regions
+
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+#: seven convolutions and the head
+ALL = 81.0
+
+
+@pytest.fixture(scope="module")
+def probe(residual: Program, counting_backend: Any, nets: SimpleNamespace) -> Iterator[LatencyProbe]:
+    samples = CalibrationSet.of(nets.images(3))
+    made = LatencyProbe(residual, to_onnx(residual), counting_backend, samples, batch=2, threads=1, seed=0)
+    yield made
+    made.close()
+
+
+def test_each_block_saves_its_two_convolutions(probe: LatencyProbe, residual: Program) -> None:
+    blocks = find_regions(residual).blocks
+    assert probe.savings(blocks) == {r.name: pytest.approx(20 / ALL) for r in blocks}
+
+
+def test_regions_of_one_kind_are_measured_once(
+    probe: LatencyProbe, residual: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    real = latency_probe.measure_savings
+
+    def counted(reference: Any, variants: Any, **options: Any) -> Any:
+        measured.append(len(variants))
+        return real(reference, variants, **options)
+
+    monkeypatch.setattr(latency_probe, "measure_savings", counted)
+    regions = find_regions(residual).regions
+    savings = probe.savings(regions)
+    assert set(savings) == {r.name for r in regions}
+    assert measured == [2]
+    assert {r.kind: savings[r.name] for r in regions} == {
+        "residual": pytest.approx(20 / ALL),
+        "plain": pytest.approx(10 / ALL),
+    }
+
+
+def test_the_ratio_of_a_plan(probe: LatencyProbe, residual: Program) -> None:
+    blocks = find_regions(residual).blocks
+    assert probe.ratio([]).ratio == pytest.approx(1)
+    assert probe.ratio([blocks[2], blocks[0]]).ratio == pytest.approx((ALL - 40) / ALL)
+
+
+def test_the_finished_model(probe: LatencyProbe, residual: Program) -> None:
+    measured = probe.final(to_onnx(bypass(residual, "relu", "relu_2")))
+    assert measured.ratio == pytest.approx((ALL - 20) / ALL)
+    assert measured.environment == {"backend": "counting"}
+    assert measured.before_ms == pytest.approx(ALL)
+
+
+def test_progress_is_shown(probe: LatencyProbe, residual: Program) -> None:
+    seen: list[tuple[str, int, int]] = []
+    probe.savings(find_regions(residual).blocks[:1], progress=lambda *state: seen.append(state))
+    assert seen[-1][1] == seen[-1][2] == len(seen)
+
+
+def test_samples_are_repeated_to_fill_a_batch(residual: Program) -> None:
+    x = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    inputs = example_inputs(residual, CalibrationSet.of(x), 5)
+    assert list(inputs) == ["x"]
+    assert inputs["x"].shape == (5, 3, 8, 8)
+    assert inputs["x"][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0]
+    assert inputs["x"].flags["C_CONTIGUOUS"]
+    assert inputs["x"].dtype == np.float32
