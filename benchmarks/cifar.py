@@ -78,7 +78,9 @@ def run_point(
     images = data.calibration[:samples]
     calibration = CalibrationSet.of(images)
     views = views_for(samples) if arguments.views else ()
-    settings = PipelineSettings(seed=arguments.seed, views=views)
+    iterations = dict(zip(arguments.samples, arguments.iterations, strict=True))[samples]
+    brief = foldcut.MimicSettings(iterations=iterations)
+    settings = PipelineSettings(seed=arguments.seed, views=views, mimic=brief)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
     clock = StageClock()
@@ -148,6 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", choices=["drop_blocks"], default="drop_blocks")
     parser.add_argument("--net", default="resnet56")
     parser.add_argument("--samples", type=int, nargs="+", default=[500, 50])
+    parser.add_argument("--iterations", type=int, nargs="+", default=[800, 400], help="of mimicking, per --samples")
     parser.add_argument("--blocks", type=int, nargs="*", default=[4, 8, 12])
     parser.add_argument("--latency", type=float, nargs="*", default=[0.8, 0.65, 0.5])
     parser.add_argument("--test-limit", type=int, help="fewer test images, for a quick look")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -33,36 +34,62 @@ def check_writable(folder: Path) -> None:
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all files under temporary names in a folder beside `folder`, then rename them into place.
 
-    A folder that does not exist yet appears at once with all its files. Nothing is left behind on failure.
+    A folder that does not exist yet appears at once with all its files; in one that exists, the old files stay until
+    all new ones
+    are written, and come back when one cannot be put in place. Nothing is left behind on failure or Ctrl-C.
     """
     check_writable(folder)
     created = _missing_parents(folder)
+    staging: Path | None = None
+    done = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as cause:
-        raise OutputError(
-            f"cannot write {folder}: {cause.strerror}", hint="name a folder that you may write to"
-        ) from cause
-    try:
-        staging.chmod(0o755)
-        for name, content in files.items():
-            with (staging / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        _write_files(staging / "new", files)
         if folder.exists():
-            for name in files:
-                (staging / name).replace(folder / name)
+            _exchange(staging / "new", staging / "old", folder, files)
         else:
-            staging.rename(folder)
+            (staging / "new").rename(folder)
+        done = True
     except OSError as cause:
-        _remove_empty(created)
         raise OutputError(
-            f"cannot write {folder}: {cause.strerror}", hint="check free space and permissions"
+            f"cannot write {folder}: {cause.strerror}", hint="check the path, free space and permissions"
         ) from cause
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if not done:
+            _remove_empty(created)
+
+
+def _write_files(target: Path, files: Mapping[str, bytes]) -> None:
+    target.mkdir()
+    for name, content in files.items():
+        with (target / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _exchange(new: Path, old: Path, folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put the new files in place one by one; on a failure put the old ones back."""
+    old.mkdir()
+    placed: list[str] = []
+    try:
+        for name in files:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
+            if (folder / name).exists():
+                (folder / name).rename(old / name)
+            placed.append(name)
+            (new / name).rename(folder / name)
+    except BaseException:
+        for name in placed:
+            if (old / name).exists():
+                (old / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _missing_parents(folder: Path) -> list[Path]:

@@ -61,7 +61,7 @@ class CalibrationSet:
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
         """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
         are two."""
-        count = min(most, max(1, round(len(self) * fraction)))
+        count = min(most, len(self) - 1, max(1, round(len(self) * fraction)))
         if len(self) < 2:
             return self, self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -329,7 +329,14 @@ def _tensor(value: Any) -> torch.Tensor:
             actual=f"numpy {array.dtype}",
             hint="pass numeric arrays of one shape",
         )
-    return torch.from_numpy(np.ascontiguousarray(array))
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except TypeError as cause:
+        raise CalibrationError(
+            "calibration samples have a dtype that torch does not know",
+            actual=f"numpy {array.dtype}",
+            hint="convert them, for example with .astype('float32')",
+        ) from cause
 
 
 def _check_values(leaves: Sequence[torch.Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .edit import rebuild
 from .errors import CaptureError
+from .logs import quiet_exporters
 from .program import (
     Batch,
     Program,
@@ -70,17 +71,18 @@ def capture(model: Model, example: Batch | None = None) -> Program:
 
 def from_exported(exported: torch.export.ExportedProgram) -> Program:
     """A Program from an `ExportedProgram`: decomposed to functional ATen, guards erased, unused buffers left out."""
-    signature = exported.graph_signature
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if mutated:
-        raise CaptureError(
-            f"the network changes its own state when it runs: {', '.join(mutated[:4])}",
-            hint="call model.eval() before exporting; a network that counts or caches has to return its state",
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decomposed = exported.run_decompositions({})
-        module = decomposed.module(check_guards=False)
+    # what is written to shows only once the graph is functional
+    signature = decomposed.graph_signature
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if mutated:
+        raise CaptureError(
+            f"the network changes its own state or its inputs when it runs: {', '.join(mutated[:4])}",
+            hint="call model.eval() before exporting; a network that counts or caches has to return its state",
+        )
+    module = decomposed.module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
         raise CaptureError(f"torch.export returned a {type(module).__name__}", hint=_WAY_OUT)
     graph = copy.deepcopy(module.graph)
@@ -120,15 +122,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for dynamic in (True, False):
         for strict in (False, True):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    exported = torch.export.export(
-                        model,
-                        args,
-                        kwargs,
-                        dynamic_shapes=_batch_dims(args, kwargs) if dynamic else None,
-                        strict=strict,
-                    )
+                with quiet_exporters():
+                    # a failed attempt leaves marks of dynamic dims on the tensors it was given
+                    fresh_args, fresh_kwargs = pytree.tree_map(_fresh, (args, kwargs))
+                    dims = _batch_dims(args, kwargs) if dynamic else None
+                    exported = torch.export.export(model, fresh_args, fresh_kwargs, dynamic_shapes=dims, strict=strict)
             except Exception as cause:  # torch.export raises many unrelated types: all of them end in CaptureError
                 failures.append(cause)
                 continue
@@ -139,9 +137,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                     stacklevel=4,
                 )
             return exported
-    raise CaptureError(f"torch.export cannot take the model: {_first_line(failures[-2])}", hint=_WAY_OUT) from failures[
-        -2
-    ]
+    cause = failures[-2]  # the non-strict, static attempt: the most permissive one
+    raise CaptureError(f"torch.export cannot take the model: {_first_line(cause)}", hint=_WAY_OUT) from cause
+
+
+def _fresh(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _batch_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | tuple[Any, ...]:

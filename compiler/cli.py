@@ -227,7 +227,13 @@ def load_model(source: str, weights: Path | None) -> Model:
         raise CaptureError(
             f"cannot import {source}: {cause}", hint="give package.module:callable, importable from here"
         ) from cause
-    model = factory if isinstance(factory, torch.nn.Module) else factory()
+    try:
+        model = factory if isinstance(factory, torch.nn.Module) else factory()
+    except Exception as cause:  # the user's own code raises whatever it raises
+        raise CaptureError(
+            f"{source} failed: {type(cause).__name__}: {cause}",
+            hint="name a callable that builds the network without arguments",
+        ) from cause
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"{source} gave a {type(model).__name__}", expected="an nn.Module")
     if weights is not None:
@@ -276,6 +282,7 @@ def describe(program: Program) -> dict[str, Any]:
 
 
 def show_regions(found: dict[str, Any]) -> None:
+    """A table of what `describe` found."""
     table = Table(
         title=f"removable regions ({found['macs'] / 1e6:.1f} M MACs, {found['parameters'] / 1e6:.2f} M parameters)"
     )

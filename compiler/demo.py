@@ -20,6 +20,8 @@ CALIBRATION_SAMPLES = 300
 
 
 class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norms around an identity shortcut."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)

@@ -124,7 +124,7 @@ def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]
     folded: list[FoldedNorm] = []
     for name, node in program.nodes.items():
         norm = batch_norm_of(program, node) if node.op == "call_function" else None
-        if norm is None or norm.node != name or not _foldable(program, node):
+        if norm is None or norm.node != name or not _foldable(program, node, norm.scale):
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -143,7 +143,7 @@ def unfold_tensors(program: Program, folded: Program, norms: Sequence[FoldedNorm
     """The tensors of `folded` in terms of `program`, whose norms it took over: W = W' / scale, norm bias = b' + scale
     * (mean - b).
 
-    A channel of scale zero keeps its old weights (they have no effect). Only tensors that `program` has are returned.
+    Only tensors that `program` has are returned.
     """
     result = {
         n: p.detach() for n, p in folded.module.named_parameters() if n in dict(program.module.named_parameters())
@@ -153,11 +153,7 @@ def unfold_tensors(program: Program, folded: Program, norms: Sequence[FoldedNorm
         old = program.module.get_parameter(item.weight).detach()
         new = folded.module.get_parameter(item.weight).detach().double()
         shift = folded.module.get_parameter(item.bias).detach().double()
-        scale = norm.scale.view(-1, *[1] * (old.dim() - 1))
-        live = scale.abs() > scale.abs().max() * 1e-6
-        result[item.weight] = torch.where(
-            live, new / torch.where(live, scale, torch.ones_like(scale)), old.double()
-        ).to(old.dtype)
+        result[item.weight] = (new / norm.scale.view(-1, *[1] * (old.dim() - 1))).to(old.dtype)
         assert norm.bias is not None  # _foldable
         own = _conv_bias(program, item.weight)
         result[norm.bias] = (shift + norm.scale * (norm.mean - own)).to(old.dtype)
@@ -176,8 +172,13 @@ def _conv_bias(program: Program, weight: str) -> torch.Tensor:
     )
 
 
-def _foldable(program: Program, node: fx.Node) -> bool:
-    """A norm with a trained bias, fed by a convolution that feeds nothing else and owns its weight."""
+def _foldable(program: Program, node: fx.Node, scale: torch.Tensor) -> bool:
+    """A norm with a trained bias, fed by a convolution that feeds nothing else and owns its weight.
+
+    A norm with a channel of scale (almost) zero stays: new weights could not be taken back through it.
+    """
+    if not bool((scale.abs() > scale.abs().max() * 1e-6).all()):
+        return False
     source = node.args[0]
     if (
         not isinstance(source, fx.Node)
@@ -204,7 +205,7 @@ def _write_folded(program: Program, module: fx.GraphModule, norm: BatchNorm, wei
     owner = module.get_submodule(path)
     owner._parameters[leaf] = nn.Parameter((old.double() * scale).to(old.dtype))
     holder, _, name = bias.rpartition(".")
-    if holder and holder != path:
+    if holder and holder != path and not hasattr(module, holder):
         module.add_submodule(holder, nn.Module())
     module.get_submodule(holder).register_parameter(
         name, nn.Parameter((norm.offset + norm.scale * (own - norm.mean)).to(old.dtype))

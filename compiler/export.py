@@ -3,17 +3,14 @@ batch."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import BytesIO, StringIO
+from io import BytesIO
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from .errors import ExportError
+from .logs import quiet_exporters
 from .program import Program, is_tensor
 
 #: Protobuf cannot hold more in one message; larger models need their weights beside the file.
@@ -27,7 +24,7 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
     """
     args, kwargs, dynamic = _example(program)
     try:
-        with _quiet():
+        with quiet_exporters():
             return torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
     except Exception as cause:
         raise ExportError(
@@ -39,7 +36,7 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
 def to_pt2(exported: torch.export.ExportedProgram) -> bytes:
     """The content of a `.pt2` file, loadable with `torch.export.load`."""
     buffer = BytesIO()
-    with _quiet():
+    with quiet_exporters():
         torch.export.save(exported, buffer)
     return buffer.getvalue()
 
@@ -64,7 +61,7 @@ def to_onnx(
         )
     exported = exported or to_exported(program)
     try:
-        with _quiet():
+        with quiet_exporters():
             result = torch.onnx.export(
                 exported,
                 (),
@@ -121,22 +118,6 @@ def _example(program: Program) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     arg_dims, kwarg_dims = pytree.tree_unflatten(dims, spec)
     return args, kwargs, (dict(kwarg_dims) if kwargs else tuple(arg_dims))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters log and warn about their own internals; errors still come through as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _first_line(cause: BaseException) -> str:

@@ -7,13 +7,17 @@ graph by the value names, which torch.onnx takes from the Program's nodes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import onnx
-import onnx_graphsurgeon as gs
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
 
 
 def onnx_without(model: bytes, regions: Iterable[tuple[str, str]]) -> bytes | None:
     """The ONNX model with every (entry, exit) bypassed, or None when the exporter kept no value of such a name."""
+    import onnx
+    import onnx_graphsurgeon as gs
+
     graph = gs.import_onnx(onnx.load_model_from_string(model))
     tensors = graph.tensors()
     stands_for: dict[str, str] = {}

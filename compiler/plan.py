@@ -56,6 +56,7 @@ Goal = Latency | Blocks
 
 
 def goal_from_dict(data: Mapping[str, Any]) -> Goal:
+    """The goal that `to_dict` wrote. Raises PlanError for anything else."""
     if data.get("kind") == "latency":
         return Latency(data["ratio"])
     if data.get("kind") == "blocks":
@@ -129,7 +130,7 @@ class Plan:
                 fingerprint=str(data["fingerprint"]),
                 predicted=dict(data["predicted"]),
             )
-        except (KeyError, TypeError) as cause:
+        except (KeyError, TypeError, ValueError, AttributeError, GoalError) as cause:
             raise PlanError(f"not a plan: {cause!r}", hint="pass a plan.json written by foldcut") from cause
 
     @classmethod

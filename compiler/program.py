@@ -203,6 +203,7 @@ def output_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -89,7 +89,10 @@ def find_regions(program: Program) -> RegionAnalysis:
     regions: list[Region] = []
     rejects: list[Reject] = []
     taken: set[frozenset[str]] = set()
-    for members, pairs in flow.candidates():
+    for members, found in flow.candidates():
+        pairs = [pair for pair in found if flow.keeps_inputs(*pair)]
+        if not pairs:
+            continue
         entry, exit_ = max(pairs, key=lambda pair: _preference(program, *pair))
         regions.append(_region(program, flow, entry, exit_))
         taken.add(members)
@@ -143,12 +146,42 @@ class _Flow:
                 first = contractions
                 yield entry, contractions
 
+    def common_entry(self, node: str) -> str | None:
+        """The nearest value that all inputs' paths to the node run through, or None."""
+        trees = [tree for tree in self.dominators if node in tree]
+        if not trees:
+            return None
+        common = set.intersection(*(set(_ancestors(tree, node)) for tree in trees))
+        return next((e for e in _ancestors(trees[0], node) if e in common), None)
+
     def post_dominates(self, above: str, below: str) -> bool:
         """Whether every path from `below` to an output runs through `above` (a subtree test by visiting times)."""
         if above not in self._span or below not in self._span:
             return False
         (enter, leave), (inner, _) = self._span[above], self._span[below]
         return enter < inner <= leave
+
+    def keeps_inputs(self, entry: str, exit_: str) -> bool:
+        """Whether a bypass leaves every other input its part.
+
+        Another input may come in at the side, through a contraction of the branch (an attention mask), but no stream
+        of its
+        own may end at the exit, and no input may lose its last reader.
+        """
+        stack, seen = [exit_], {exit_, entry}
+        while stack:
+            node = stack.pop()
+            if node == _INPUT:
+                return False
+            if self.macs.get(node):
+                continue
+            for previous in self.graph.predecessors(node):
+                if previous not in seen:
+                    seen.add(previous)
+                    stack.append(previous)
+        removed = removed_nodes(self.program, entry, exit_)
+        inputs = [n for n in self.program.graph.nodes if n.op == "placeholder" and n.users and n.name != entry]
+        return not any(all(user.name in removed for user in n.users) for n in inputs)
 
     def between(self, entry: str, exit_: str) -> set[str]:
         """Nodes on a path from entry to exit, without the entry."""
@@ -309,10 +342,7 @@ def _rejected_joins(program: Program, flow: _Flow, covered: frozenset[str]) -> l
         operands = data_inputs(node)
         if not is_call(node, aten.add) or len(operands) < 2 or name in covered or not is_tensor(node):
             continue
-        entry = next(
-            (e for tree in flow.dominators for e in _ancestors(tree, name) if is_tensor(program.nodes[e])),
-            None,
-        )
+        entry = flow.common_entry(name)
         if entry is None:
             reason = "its operands come from different inputs"
         elif signature(program.nodes[entry]) != signature(node):

@@ -28,6 +28,7 @@ def program_text(program: Program) -> str:
 
 
 def node_excerpt(program: Program, node: fx.Node, context: int) -> str:
+    """The node's line, marked, with `context` lines before and after."""
     names = _symbol_names(program)
     body = [n for n in program.graph.nodes if n.op not in {"get_attr", "output"}]
     if node not in body:

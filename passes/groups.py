@@ -44,7 +44,7 @@ def _end(program: Program, targets: Sequence[Target], index: int) -> str | None:
     below = descendants(program, [target.layer.node])
     for later in targets[index + 1 :]:
         if is_join(program, later.anchor) and later.layer.node in below:
-            return later.anchor if _inside(program, later.anchor, below) else None
+            return later.anchor if _inside(program, later.anchor, below | {target.layer.node}) else None
     return None
 
 
@@ -55,4 +55,5 @@ def _inside(program: Program, join: str, below: set[str]) -> bool:
     if sum(depends) != 1:
         return False
     after = descendants(program, [join]) | {join}
-    return all(user.name in below for name in below - after for user in program.nodes[name].users)
+    readers = [user for name in below - after for user in program.nodes[name].users]
+    return all(user.name in below and user.op != "output" for user in readers)

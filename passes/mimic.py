@@ -63,7 +63,8 @@ class MimicSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Mimicked:
-    """The trained program, the held-out feature error before and after (relative), and the iterations run."""
+    """The trained program, the held-out error (relative, of features and outputs) before and after, and the
+    iterations run."""
 
     program: Program
     before: float
@@ -83,14 +84,16 @@ def mimic(
 ) -> Mimicked:
     """Train all weights of `student` to reproduce the teacher's features on `calibration`.
 
-    The graph does not change. The returned weights are those of the least held-out feature error seen, the starting
+    The graph does not change. The returned weights are those of the least held-out error seen, the starting
     ones included, so the held-out error never ends above where it began; a step that is not finite ends the training.
     Same seed, same result.
     """
     settings = settings or MimicSettings()
     trainee, norms = fold_batch_norms(student)
-    run = _Run(fold_batch_norms(teacher)[0], trainee, calibration, settings)
-    best_error = before = run.error(held_out)
+    run = _Run(fold_batch_norms(teacher)[0], trainee, calibration, held_out, settings)
+    if not run.parameters:
+        return Mimicked(program=student, before=run.error(), after=run.error(), iterations=0)
+    best_error = before = run.error()
     best = run.state()
     generator = torch.Generator().manual_seed(seed)
     every, misses, done = max(1, settings.iterations // settings.checks), 0, 0
@@ -100,7 +103,7 @@ def mimic(
         if not finite:
             break
         if done % every == 0 or done == settings.iterations:
-            error = run.error(held_out)
+            error = run.error()
             misses = 0 if error < best_error else misses + 1
             if error < best_error:
                 best_error, best = error, run.state()
@@ -123,7 +126,7 @@ class _Compared:
 
 
 def _compared(teacher: Program, student: Program, settings: MimicSettings) -> tuple[list[_Compared], int]:
-    """What is compared, the features first, and how many features there are."""
+    """What is compared: features and outputs, which also judge the result, then hints; and how many judge."""
     features = [(n, _stand_in(teacher, student, n)) for n in head_features(teacher)]
     taken = {pair[0] for pair in features}
     hints = [(n, n) for n in stage_ends(student) if n in teacher.nodes and n not in taken]
@@ -134,9 +137,10 @@ def _compared(teacher: Program, student: Program, settings: MimicSettings) -> tu
             strict=True,
         )
     )
-    weighted = [(features, 1.0), (hints, settings.hints), (outputs, settings.outputs)]
-    pairs = [_Compared(teacher=t, student=s, weight=w) for group, w in weighted if w > 0 for t, s in group]
-    return pairs, len(features)
+    judged = features + outputs
+    weights = [1.0] * len(features) + [settings.outputs] * len(outputs) + [settings.hints] * len(hints)
+    pairs = [_Compared(teacher=t, student=s, weight=w) for (t, s), w in zip(judged + hints, weights, strict=True)]
+    return pairs, len(judged)
 
 
 def _stand_in(teacher: Program, student: Program, name: str) -> str:
@@ -168,11 +172,17 @@ class _Run:
     """The two networks, the optimiser and the teacher's cached values of one training."""
 
     def __init__(
-        self, teacher: Program, trainee: Program, calibration: CalibrationSet, settings: MimicSettings
+        self,
+        teacher: Program,
+        trainee: Program,
+        calibration: CalibrationSet,
+        held_out: CalibrationSet,
+        settings: MimicSettings,
     ) -> None:
         self.settings = settings
         self.calibration = calibration
-        self.pairs, self.features = _compared(teacher, trainee, settings)
+        self.held_out = held_out
+        self.pairs, self.judges = _compared(teacher, trainee, settings)
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
@@ -181,8 +191,10 @@ class _Run:
         frozen = _same_as_teacher(teacher, trainee)
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        groups = [{"params": [p], "lr": settings.learning_rate * max(_rms(p), 1e-3)} for p in parameters]
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        if not self.parameters:
+            return
+        groups = [{"params": [p], "lr": settings.learning_rate * max(_rms(p), 1e-3)} for p in self.parameters]
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         warm = max(1, settings.iterations // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -210,21 +222,24 @@ class _Run:
         self.schedule.step()
         return True
 
-    def error(self, samples: CalibrationSet) -> float:
-        """Relative squared error of the features, in full precision."""
-        error = energy = 0.0
+    def error(self) -> float:
+        """Held-out error in full precision: relative squared error, averaged over features and outputs."""
+        error, energy = [0.0] * self.judges, [0.0] * self.judges
         with torch.no_grad():
-            for batch in samples.batches(self.settings.batch_size):
+            for batch in self.held_out.batches(self.settings.batch_size):
                 args, kwargs = as_arguments(batch)
                 ours, theirs = self.student(*args, **kwargs), self.teacher(*args, **kwargs)
-                for s, t in zip(ours[: self.features], theirs[: self.features], strict=True):
-                    error += float((s - t).square().sum(dtype=torch.float64))
-                    energy += float(t.square().sum(dtype=torch.float64))
-        return error / energy if energy > 0 else error
+                for index in range(self.judges):
+                    s, t = ours[index].double(), theirs[index].double()
+                    error[index] += float((s - t).square().sum())
+                    energy[index] += float(t.square().sum())
+        return sum(e / w if w > 0 else e for e, w in zip(error, energy, strict=True)) / max(1, self.judges)
 
     def _loss(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(())
         for pair, s, t in zip(self.pairs, ours, theirs, strict=True):
+            if pair.weight == 0:
+                continue
             wanted = t.float()
             total = total + pair.weight * (s.float() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
         return total

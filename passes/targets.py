@@ -224,13 +224,13 @@ def _flat_zone(node: fx.Node) -> FlatZone | None:
         return None
     if is_call(following, aten.relu):
         return (0.0, math.inf)
-    if is_call(following, aten.hardtanh, aten.clamp):
-        low = argument(following, 1, "min_val", argument(following, 1, "min", -1.0))
-        high = argument(following, 2, "max_val", argument(following, 2, "max", 1.0))
-        bounds = [
-            bound if isinstance(bound, (int, float)) else other for bound, other in ((low, -math.inf), (high, math.inf))
-        ]
-        return (float(bounds[0]), float(bounds[1]))
+    if is_call(following, aten.hardtanh):
+        return float(argument(following, 1, "min_val", -1.0)), float(argument(following, 2, "max_val", 1.0))
+    if is_call(following, aten.clamp, aten.clamp_min):
+        low, high = argument(following, 1, "min"), argument(following, 2, "max")
+        if any(isinstance(bound, fx.Node) for bound in (low, high)):
+            return None
+        return (-math.inf if low is None else float(low), math.inf if high is None else float(high))
     if is_call(following, aten.relu6):
         return (0.0, 6.0)
     return None
