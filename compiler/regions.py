@@ -168,18 +168,18 @@ class _Flow:
         of its
         own may end at the exit, and no input may lose its last reader.
         """
+        removed = removed_nodes(self.program, entry, exit_)
         stack, seen = [exit_], {exit_, entry}
         while stack:
             node = stack.pop()
             if node == _INPUT:
                 return False
-            if self.macs.get(node):
+            if self.macs.get(node) and node in removed:
                 continue
             for previous in self.graph.predecessors(node):
                 if previous not in seen:
                     seen.add(previous)
                     stack.append(previous)
-        removed = removed_nodes(self.program, entry, exit_)
         inputs = [n for n in self.program.graph.nodes if n.op == "placeholder" and n.users and n.name != entry]
         return not any(all(user.name in removed for user in n.users) for n in inputs)
 

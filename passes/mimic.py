@@ -213,6 +213,8 @@ class _Run:
             batch = self.settings.augment(batch, generator)
         wanted = self._values(self.teacher, batch) if self.cache is None else [v[indices] for v in self.cache]
         loss = self._loss(self._values(self.student, batch), wanted)
+        if not loss.requires_grad:
+            return False  # nothing that is trained bears on the features
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
