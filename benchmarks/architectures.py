@@ -3,7 +3,7 @@
     pip install --no-deps torchvision timm && pip install huggingface_hub pyyaml
     python benchmarks/architectures.py [NAME ...]
 
-Random weights (the question is structure, not accuracy), eight random inputs. A name is a torchvision classifier,
+Random weights (the question is structure, not accuracy), four random inputs. A name is a torchvision classifier,
 else a timm model.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from foldcut.compiler.pipeline import PipelineSettings
 from foldcut.passes.recoverability import RecoverabilitySettings
+from foldcut.passes.resolve_network import ResolveSettings
 from foreign_ops import declare_torchvision_ops
 
 NAMES = [
@@ -51,13 +52,14 @@ def make(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
         net = timm.create_model(name, pretrained=False)
         size = timm.data.resolve_model_data_config(net)["input_size"]
-    return net.eval(), torch.randn(8, *size, generator=torch.Generator().manual_seed(0))
+    return net.eval(), torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
 
 
 def run(name: str) -> dict[str, Any]:
     net, images = make(name)
     started = time.perf_counter()
-    settings = PipelineSettings(recoverability=RecoverabilitySettings(mode="plain", samples=2), held_out=0.25)
+    cheap = RecoverabilitySettings(mode="plain", samples=2)
+    settings = PipelineSettings(recoverability=cheap, resolve=ResolveSettings(refine=0), held_out=0.25)
     result = foldcut.compile(net, images, goal=foldcut.Blocks(2), mimic=None, progress=False, settings=settings)
     report = result.report.to_dict()
     analysis = result.outcome.analysis

@@ -117,10 +117,10 @@ def views_for(samples: int) -> tuple[View, ...]:
 
 
 def reference_iterations(goal: Goal, samples: int, arguments: argparse.Namespace) -> list[int]:
-    if arguments.no_reference or isinstance(goal, foldcut.Latency):
+    if not isinstance(goal, foldcut.Blocks) or goal.count not in arguments.reference:
         return []
     if samples < 500:
-        return [300]
+        return [300] if goal == foldcut.Blocks(8) else []
     return [500, 2000] if arguments.long and goal == foldcut.Blocks(12) else [500]
 
 
@@ -157,7 +157,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--no-views", dest="views", action="store_false", help="no mirrored or shifted calibration images"
     )
-    parser.add_argument("--no-reference", action="store_true", help="leave PRACTISE's finetune out")
+    parser.add_argument(
+        "--reference", type=int, nargs="*", default=[4, 8, 12], help="--blocks with PRACTISE's finetune"
+    )
     parser.add_argument("--long", action="store_true", help="also its 2,000 iterations at 12 blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the rows as JSON")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..passes.drop_blocks import drop_blocks
 from ..passes.mimic import MimicSettings
 from ..runtime.backend import Backend, resolve_backend
 from .atomic import write_folder
@@ -95,8 +96,9 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     generator of batches). `goal` is `Latency(ratio)`, measured on `backend` at `batch` with `threads` CPU threads, or
     `Blocks(k)`. `mimic` False or None leaves out the gradient stage, a `MimicSettings` sets it. `views` such as
     `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
-    `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` overrides how every
-    stage works.
+    `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
+    works; batch, threads, seed and views are taken from
+    the arguments.
 
     The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
     choice also depends on measured times.
@@ -107,8 +109,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     _check_arguments(goal, rewrites, batch, threads)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
-    with _progress(progress) as show, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with _progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
             samples = CalibrationSet.of(calibration, inputs=_input_count(model))
             teacher = capture(model, samples.batch(slice(0, 2)))
@@ -116,9 +117,6 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
         if not isinstance(mimic, bool) or not mimic:
             options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
         outcome = run_pipeline(teacher, samples, goal, resolved_backend, settings=options, clock=clock, progress=show)
-    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    for message in messages:
-        warnings.warn(message, stacklevel=2)
     result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, options, messages))
     if not outcome.met:
         raise GoalError(
@@ -127,6 +125,32 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             hint="the best result is in the error's .best; ask for less, or allow other rewrites",
         )
     return result
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """The user warnings raised inside, for the report; they are issued again on leaving, also after an error."""
+    messages: list[str] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                yield messages
+            finally:
+                messages += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    finally:
+        for message in messages:
+            warnings.warn(message, stacklevel=4)
+
+
+def apply_plan(program: Program, plan: Plan) -> Program:
+    """Bypass the regions of a plan. The weights stay those of `program`: re-solve them with a calibration set, or
+    load trained ones.
+
+    Raises PlanError when the plan was made for another network or other weights.
+    """
+    plan.check(program.fingerprint)
+    return drop_blocks(program, plan.decisions)
 
 
 def _check_arguments(goal: Goal, rewrites: Sequence[str], batch: int, threads: int) -> None:

@@ -32,7 +32,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names in a folder beside `folder`, then rename them into place.
+    """Write all files under temporary names in or beside `folder`, then rename them into place.
 
     A folder that does not exist yet appears at once with all its files; in one that exists, the old files stay until
     all new ones
@@ -44,7 +44,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     done = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        # inside a folder that exists: it may be a mount point, across which nothing can be renamed
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder if folder.exists() else folder.parent))
         _write_files(staging / "new", files)
         if folder.exists():
             _exchange(staging / "new", staging / "old", folder, files)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from .errors import CalibrationError
-from .program import Batch, Program, dtype_name
+from .errors import CalibrationError, CaptureError
+from .program import Batch, Program, TensorSpec, dtype_name
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
 CalibrationData = Any
@@ -75,6 +75,24 @@ class CalibrationSet:
             digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
             digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def aligned(self, program: Program) -> CalibrationSet:
+        """The same samples with the inputs in the program's own order and structure (keywords may come in any order).
+
+        Raises CalibrationError when the samples do not have the program's inputs.
+        """
+        try:
+            leaves = program.flatten(self.batch(slice(None)))
+        except (CaptureError, KeyError) as cause:
+            raise CalibrationError(
+                "the calibration set does not have the network's inputs",
+                expected=", ".join(map(str, program.inputs)),
+                actual=f"{len(self.leaves)} inputs",
+                hint="pass a tuple (or a dict by input name) with one entry for each input",
+            ) from cause
+        args, kwargs = program.structure(leaves)
+        leaves, spec = pytree.tree_flatten(kwargs if kwargs else args if len(args) != 1 else args[0])
+        return CalibrationSet(leaves=tuple(leaves), spec=spec)
 
     @classmethod
     def of(cls, data: CalibrationData, *, inputs: int | None = None) -> CalibrationSet:
@@ -140,6 +158,7 @@ class CalibrationSet:
                 hint="pass a tuple (or dict) with one entry for each input",
             )
         for leaf, spec in zip(self.leaves, program.inputs, strict=True):
+            _check_supported(spec)
             fits = leaf.dim() == len(spec.shape) and all(
                 isinstance(want, str) or i == 0 or want == have
                 for i, (want, have) in enumerate(zip(spec.shape, leaf.shape, strict=True))
@@ -317,6 +336,22 @@ def _without_labels(item: Any, inputs: int | None) -> Any:
         item = item[:keep]
         return item[0] if len(item) == 1 else item
     return item
+
+
+def _check_supported(spec: TensorSpec) -> None:
+    if spec.dtype == torch.bfloat16:
+        raise CalibrationError(
+            f"input {spec.name!r} is bfloat16, which the backends do not take",
+            hint="capture the network with float32 inputs, for example after net.float()",
+        )
+    if not spec.shape or not isinstance(spec.shape[0], str):
+        raise CalibrationError(
+            f"the network fixes the batch size of input {spec.name!r}",
+            expected="a dynamic first dimension",
+            actual=spec,
+            hint="export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), or pass the module; a loop over the "
+            "samples or a view with a constant batch fixes the size",
+        )
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .program import (
     dim_text,
     output_nodes,
 )
-from .verify import compare, flatten_outputs
+from .verify import compare
 
 Model = nn.Module | torch.export.ExportedProgram | str | Path
 
@@ -39,7 +39,8 @@ def capture(model: Model, example: Batch | None = None) -> Program:
     """Capture a trained network into a functional ATen graph with a dynamic batch dimension.
 
     `model` is a module, a `torch.export.ExportedProgram` or the path of a `.pt2` file. `example` is one batch of
-    inputs (a tensor, a tuple of arguments or a dict of keyword arguments) of batch size 1 or more; for an
+    inputs (a tensor, a tuple of arguments or a dict of keyword arguments), of which two samples are used (a single
+    one twice); for an
     exported program it may be omitted. A module in training mode is captured as in eval mode, with a warning,
     and is given back as it came. Weights are copied: training `model` further does not change the Program.
 
@@ -137,8 +138,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                     stacklevel=4,
                 )
             return exported
-    cause = failures[-2]  # the non-strict, static attempt: the most permissive one
-    raise CaptureError(f"torch.export cannot take the model: {_first_line(cause)}", hint=_WAY_OUT) from cause
+    refusal = failures[-2]  # the non-strict, static attempt: the most permissive one
+    raise CaptureError(f"torch.export cannot take the model: {_first_line(refusal)}", hint=_WAY_OUT) from refusal
 
 
 def _fresh(leaf: Any) -> Any:
@@ -208,9 +209,13 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         )
     for module in training:
         module.training = False
+    # the fused attention of torch's own modules zeroes padded rows, which the exported graph does not
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
 
@@ -261,6 +266,3 @@ def _describe(example: Batch) -> str:
 def _first_line(cause: BaseException) -> str:
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0].strip() if lines else 'no message'}"
-
-
-__all__ = ["Model", "capture", "flatten_outputs", "from_exported"]

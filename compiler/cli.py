@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .api import Compiled
@@ -66,6 +67,7 @@ def compile_command(
     batch: Annotated[int, typer.Option(help="Batch size that the latency is measured at.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")] = 1,
     weights: WeightsOption = None,
+    input_shape: ShapeOption = None,
     key: Annotated[str | None, typer.Option(help="Array to read from an .npz or entry of a .pt file.")] = None,
     mean: Annotated[str, typer.Option(help="Mean per channel, for image folders.")] = "0,0,0",
     std: Annotated[str, typer.Option(help="Standard deviation per channel, for image folders.")] = "1,1,1",
@@ -86,6 +88,7 @@ def compile_command(
         goal = _goal(latency, blocks)
         check_writable(output)
         samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
+        _check_shape(samples, input_shape)
         result, unmet = _compile(
             load_model(model, weights),
             samples,
@@ -105,10 +108,21 @@ def compile_command(
             show_report(result.report)
             out.print(f"wrote {output}/ ({', '.join(result.files)})")
         if unmet is not None:
-            err.print(f"[bold red]{unmet.stage}[/]: {unmet.message}", highlight=False)
+            err.print(f"[bold red]{unmet.stage}[/]: {escape(unmet.message)}", highlight=False)
             raise typer.Exit(3)
 
     _guarded(work, debug=debug)
+
+
+def _check_shape(samples: CalibrationSet, shape: str | None) -> None:
+    """A shape given on the command line must be the calibration set's."""
+    if shape is not None and list(samples.leaves[0].shape[1:]) != _sizes(shape):
+        raise CompilerError(
+            "--input-shape is not the shape of the calibration samples",
+            expected=shape,
+            actual=list(samples.leaves[0].shape[1:]),
+            hint="leave it out, or resize the samples",
+        )
 
 
 def _compile(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Compiled, GoalError | None]:
@@ -288,16 +302,17 @@ def _example(model: Model, shape: str | None, calib: Path | None) -> Any:
     if calib is not None:
         return read_calibration(calib).batch(slice(0, 2))
     if shape is not None:
-        try:
-            sizes = [int(s) for s in shape.split(",")]
-        except ValueError:
-            raise CaptureError(
-                f"--input-shape {shape!r} is not a shape", expected="numbers such as 3,224,224"
-            ) from None
-        return torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
+        return torch.randn(2, *_sizes(shape), generator=torch.Generator().manual_seed(0))
     if isinstance(model, torch.nn.Module):
         raise CaptureError("the input shape is not known", hint="give --input-shape C,H,W or --calib DATA")
     return None
+
+
+def _sizes(shape: str) -> list[int]:
+    try:
+        return [int(s) for s in shape.split(",")]
+    except ValueError:
+        raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers such as 3,224,224") from None
 
 
 def _read(path: Path) -> bytes:
@@ -334,7 +349,7 @@ def _guarded(work: Callable[[], None], *, debug: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
-            f"[yellow]warning[/]: {message}", highlight=False
+            f"[yellow]warning[/]: {escape(str(message))}", highlight=False
         )
         try:
             work()
@@ -342,13 +357,21 @@ def _guarded(work: Callable[[], None], *, debug: bool) -> None:
             if debug:
                 raise
             _fail(error)
+        except typer.Exit:
+            raise
+        except Exception as error:  # what foldcut did not foresee still ends in one line
+            if debug:
+                raise
+            err.print(f"[bold red]internal error[/]: {escape(f'{type(error).__name__}: {error}')}", highlight=False)
+            err.print("  hint: run again with --debug for the trace and report it with the model")
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             err.print("interrupted; nothing was written")
             raise typer.Exit(130) from None
 
 
 def _fail(error: CompilerError) -> NoReturn:
-    err.print(f"[bold red]{error.stage}[/]: {error.message}", highlight=False)
+    err.print(f"[bold red]{error.stage}[/]: {escape(error.message)}", highlight=False)
     for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
         if value is not None:
             err.print(f"  {label}: {value}", markup=False, highlight=False)

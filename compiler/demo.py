@@ -98,9 +98,9 @@ def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Comp
     console.print(f"training a residual network on {len(images)} handwritten digits ...")
     net = train_digits(images, labels, seed=seed)
     console.print(f"compiling it to {goal} from {CALIBRATION_SAMPLES} unlabelled images ...")
-    result = compile_model(
-        net, images[:CALIBRATION_SAMPLES], goal=goal, mimic=MimicSettings(iterations=120), seed=seed, progress=progress
-    )
+    brief = MimicSettings(iterations=120)
+    samples = images[:CALIBRATION_SAMPLES]
+    result = compile_model(net, samples, goal=goal, mimic=brief, seed=seed, progress=progress)
     table = Table(title=f"foldcut demo: {goal}")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")

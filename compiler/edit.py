@@ -93,6 +93,9 @@ def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False
     arguments."""
     graph = copy.deepcopy(program.graph)
     by_name = {n.name: n for n in graph.nodes}
+    for node in graph.nodes:
+        if is_call(node, aten.view):
+            node.target = aten.reshape.default  # a view asks for one memory layout; the module takes any
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (tuple(by_name[name] for name in names),)
     codegen = graph._codegen
@@ -115,7 +118,8 @@ class FoldedNorm:
 def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]:
     """Merge each batch norm into the convolution that alone feeds it: W' = scale * W, b' = offset + scale * (b - mean).
 
-    Exact up to rounding. The merged convolution is a new node; all others keep their names. `unfold_tensors` takes
+    Exact up to rounding. The merged convolution takes the name of the norm's output, whose value it has.
+    `unfold_tensors` takes
     new weights back to the program with its norms.
     """
     graph = copy.deepcopy(program.graph)
@@ -189,11 +193,10 @@ def _foldable(program: Program, node: fx.Node, scale: torch.Tensor) -> bool:
     weight = source.args[1]
     bias = source.args[2] if len(source.args) > 2 else None
     return (
-        is_constant(weight)
-        and len(weight.users) == 1  # type: ignore[union-attr]
-        and is_constant(node.args[2])
+        program.owned(weight)
+        and program.owned(node.args[2])
+        and (node.args[1] is None or program.owned(node.args[1]))
         and (bias is None or is_constant(bias))
-        and isinstance(program.constant(weight), nn.Parameter)  # type: ignore[arg-type]
     )
 
 
@@ -222,6 +225,7 @@ def _replace_with_biased(graph: fx.Graph, by_name: dict[str, fx.Node], conv: str
     merged.meta = dict(result.meta)
     result.replace_all_uses_with(merged)
     _erase_dead(graph)
+    merged.name = output
     by_name[output] = merged
 
 

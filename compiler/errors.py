@@ -64,12 +64,6 @@ class CalibrationError(CompilerError):
     stage = "calibrate"
 
 
-class ResolveError(CompilerError):
-    """A layer could not be re-solved (for example its input overflowed)."""
-
-    stage = "resolve"
-
-
 class RewriteError(CompilerError):
     """A rewrite was asked for something that the graph does not allow, or failed its own check."""
 

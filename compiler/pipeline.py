@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.mimic import MimicSettings, mimic
@@ -25,7 +26,7 @@ from .planner import Choice, choose_drops
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .regions import Region, RegionAnalysis, find_regions
-from .verify import flatten_outputs, output_error
+from .verify import compare, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
@@ -80,6 +81,7 @@ def run_pipeline(
     """Everything after capture. Raises GoalError when nothing can be removed; an unmet goal comes back as `met`
     False."""
     settings, clock = settings or PipelineSettings(), clock or StageClock()
+    calibration = calibration.aligned(teacher)
     calibration.check(teacher)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
@@ -116,7 +118,7 @@ def choose(
     progress: Progress = silent,
 ) -> Choice:
     """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them."""
-    recoverability = Recoverability(teacher, fit, settings=settings.recoverability)
+    recoverability = Recoverability(teacher, fit, regions=analysis.regions, settings=settings.recoverability)
     savings: dict[str, float] | None = None
     if isinstance(goal, Latency):
         with clock.stage("measure savings"):
@@ -164,7 +166,7 @@ def _stopping_rule(
         if predicted > target + 0.03:
             return False
         with clock.stage("measure plan"):
-            return probe.ratio(chosen).ratio <= target
+            return probe.ratio(chosen).high <= target
 
     return fast_enough
 
@@ -224,7 +226,7 @@ def _finish(
         teacher=teacher,
         program=student,
         plan=make_plan(teacher, goal, choice.decisions, errors),
-        met=choice.met,
+        met=choice.met and (not isinstance(goal, Latency) or measurement.ratio <= goal.ratio),
         analysis=analysis,
         resolved=resolved,
         measurement=measurement,
@@ -234,6 +236,27 @@ def _finish(
         onnx_difference=difference,
         clock=clock,
     )
+
+
+def _mimicked(
+    teacher: Program,
+    student: Program,
+    fit: CalibrationSet,
+    held_out: CalibrationSet,
+    settings: PipelineSettings,
+    progress: Progress,
+) -> Program:
+    """The student after mimicking; the re-solved one, with a warning, when the training fails (out of memory, an
+    operator
+    without a gradient): the work before it is not lost."""
+    try:
+        return mimic(
+            teacher, student, fit, held_out, settings=settings.mimic, seed=settings.seed, progress=progress
+        ).program
+    except (RuntimeError, NotImplementedError) as cause:
+        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        warnings.warn(f"mimicking failed, the re-solved network is kept: {first}", stacklevel=2)
+        return student
 
 
 def make_plan(teacher: Program, goal: Goal, decisions: Sequence[DropBlock], errors: Mapping[str, float]) -> Plan:
@@ -260,18 +283,14 @@ def onnx_difference(program: Program, onnx: bytes, probe: LatencyProbe, samples:
     finally:
         runner.close()
     batch: Batch = samples.batch(np.arange(len(next(iter(probe.inputs.values())))) % len(samples))  # type: ignore[arg-type]
-    worst = 0.0
-    for reference, value in zip(flatten_outputs(program(batch)), ours, strict=True):
-        expected = reference.detach().cpu().numpy()
-        scale = float(np.abs(expected).max()) or 1.0
-        worst = max(worst, float(np.abs(expected - value).max()) / scale)
-    if not worst <= ONNX_TOLERANCE:
+    found = compare(program(batch), [torch.from_numpy(np.asarray(value)) for value in ours])
+    if not found.same_structure or not found.relative <= ONNX_TOLERANCE:
         raise ExportError(
             "the exported model computes something else than torch",
             expected=f"within {ONNX_TOLERANCE:g} relative",
-            actual=worst,
+            actual=found,
         )
-    return worst
+    return found.relative
 
 
 def cost_report(outcome: Outcome) -> tuple[dict[str, int], dict[str, int]]:

@@ -85,6 +85,28 @@ class Program:
             digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def shared_storage(self) -> frozenset[int]:
+        """Data pointers of the tensors that more than one node reads: what changes one reader changes the others."""
+        readers: dict[int, int] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                value = self.constant(node)
+                if isinstance(value, torch.Tensor):
+                    readers[value.data_ptr()] = readers.get(value.data_ptr(), 0) + len(node.users)
+        return frozenset(pointer for pointer, count in readers.items() if count > 1)
+
+    def owned(self, node: Any) -> bool:
+        """Whether the node is a floating-point parameter that a single node reads."""
+        if not is_constant(node):
+            return False
+        value = self.constant(node)
+        return (
+            isinstance(value, torch.nn.Parameter)
+            and value.is_floating_point()
+            and value.data_ptr() not in self.shared_storage
+        )
+
     def parameter_count(self) -> int:
         """Number of trained values (`nn.Parameter`); tensors that share storage count once."""
         seen = {p.data_ptr(): p.numel() for p in self.module.parameters()}
@@ -147,6 +169,14 @@ class Program:
                 hint="pass batches built like the example that the model was captured with",
             )
         return leaves
+
+    def structure(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the module from the placeholders' values: the inverse of `flatten`."""
+        spec = getattr(self.module, "_in_spec", None)
+        if spec is None:
+            return tuple(leaves), {}
+        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+        return tuple(args), dict(kwargs)
 
 
 def as_arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

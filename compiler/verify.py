@@ -63,18 +63,30 @@ def output_error(teacher: Program, student: Program, samples: CalibrationSet, ba
     error = energy = 0.0
     for batch in samples.batches(batch_size):
         for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
-            error += float((s.double() - t.double()).square().sum())
-            energy += float(t.double().square().sum())
+            part, norm = squared_distance(t, s)
+            error, energy = error + part, energy + norm
     return error / energy if energy > 0 else error
+
+
+def squared_distance(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """(sum of (other - reference)^2, sum of reference^2) in float64.
+
+    Entries that are equal, infinities of one sign and NaN included (masked logits), add no error; infinite ones no
+    energy.
+    """
+    t, s = reference.detach().double(), other.detach().double()
+    equal = (t == s) | (t.isnan() & s.isnan())
+    error = torch.where(equal, torch.zeros_like(t), s - t).square().sum()
+    energy = torch.where(t.isfinite(), t, torch.zeros_like(t)).square().sum()
+    return float(error), float(energy)
 
 
 def relative_error(reference: Any, other: Any) -> float:
     """Relative mean squared error, sum ||b - a||^2 / sum ||a||^2 over all outputs, in float64."""
     error = energy = 0.0
     for a, b in zip(flatten_outputs(reference), flatten_outputs(other), strict=True):
-        x, y = a.detach().double(), b.detach().double()
-        error += float((x - y).square().sum())
-        energy += float(x.square().sum())
+        part, norm = squared_distance(a, b)
+        error, energy = error + part, energy + norm
     if energy > 0:
         return error / energy
     return 0.0 if error == 0 else float("inf")

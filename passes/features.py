@@ -45,12 +45,29 @@ def head_features(program: Program) -> tuple[str, ...]:
     Of a network without such an end (a bare backbone) the outputs are the features. Only floating-point values are
     returned, each once.
     """
-    names: list[str] = []
-    for output in output_nodes(program.graph):
-        node = _before_head(output)
-        if is_tensor(node) and node.meta["val"].is_floating_point() and node.name not in names:
-            names.append(node.name)
-    return tuple(names)
+    names = [_before_head(output).name for output in compared_outputs(program)]
+    return tuple(dict.fromkeys(names))
+
+
+def compared_outputs(program: Program) -> tuple[fx.Node, ...]:
+    """The computed floating-point outputs, each once; without any, the floating values that the others were made from
+    (an argmax).
+
+    Outputs that are inputs or parameters say nothing about the network and are left out.
+    """
+    outputs = output_nodes(program.graph)
+    floating = [node for node in outputs if _is_floating(node)] or [_floating_source(node) for node in outputs]
+    return tuple(dict.fromkeys(node for node in floating if node.op == "call_function"))
+
+
+def _floating_source(node: fx.Node) -> fx.Node:
+    while not _is_floating(node) and (operands := [n for n in data_inputs(node) if is_tensor(n)]):
+        node = operands[0]
+    return node
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return is_tensor(node) and bool(node.meta["val"].is_floating_point())
 
 
 def _before_head(output: fx.Node) -> fx.Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,11 +75,10 @@ def find_layers(program: Program) -> tuple[dict[str, Layer], list[Reject]]:
     """Re-solvable layers by node name in topological order, and those contractions that are locked, with the reason."""
     layers: dict[str, Layer] = {}
     rejects: list[Reject] = []
-    shared = _tied_weights(program)
     for name, node in program.nodes.items():
         if not is_call(node, aten.conv1d, aten.conv2d, aten.conv3d, aten.linear):
             continue
-        found = _describe(program, node, shared)
+        found = _describe(program, node)
         if isinstance(found, Layer):
             layers[name] = found
         else:
@@ -88,7 +86,7 @@ def find_layers(program: Program) -> tuple[dict[str, Layer], list[Reject]]:
     return layers, rejects
 
 
-def _describe(program: Program, node: fx.Node, shared: set[int]) -> Layer | str:
+def _describe(program: Program, node: fx.Node) -> Layer | str:
     source, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
     if not isinstance(source, fx.Node) or not is_tensor(source):
         return "its input is not an activation"
@@ -97,38 +95,30 @@ def _describe(program: Program, node: fx.Node, shared: set[int]) -> Layer | str:
     tensor = program.constant(weight)
     if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
         return "its weight is not a trained parameter"
-    if tensor.data_ptr() in shared:
+    if not program.owned(weight):
         return "its weight is shared with another layer"
-    biased = str(bias.target) if bias is not None else None
+    biased = str(bias.target) if program.owned(bias) else None
     linear = Layer(node=node.name, input=source.name, weight=str(weight.target), bias=biased)
     if is_call(node, aten.linear):
         return linear
     if tensor.dim() not in (3, 4):
         return "a convolution over three dimensions"
-    if isinstance(argument(node, 4, "padding"), str):
-        return "its padding is given by name"
-    stride, padding, dilation = (
-        _pair(node, index, label, default, tensor.dim() - 2) for index, label, default in _WINDOW
-    )
-    return replace(linear, groups=int(argument(node, 6, "groups", 1)), window=(stride, padding, dilation))
+    kernel = [int(k) for k in tensor.shape[2:]]
+    stride = _pair(argument(node, 3, "stride", 1), len(kernel), 1)
+    dilation = _pair(argument(node, 5, "dilation", 1), len(kernel), 1)
+    padding: Any = argument(node, 4, "padding", 0)
+    if isinstance(padding, str):
+        total = [
+            0 if padding == "valid" else d * (k - 1) for d, k in zip(dilation[-len(kernel) :], kernel, strict=True)
+        ]
+        if any(t % 2 for t in total):
+            return "its padding is not the same on both sides"
+        padding = [t // 2 for t in total]
+    window = (stride, _pair(padding, len(kernel), 0), dilation)
+    return replace(linear, groups=int(argument(node, 6, "groups", 1)), window=window)
 
 
-_WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-
-
-def _pair(node: fx.Node, index: int, label: str, default: int, dims: int) -> tuple[int, int]:
-    value: Any = argument(node, index, label, default)
+def _pair(value: Any, dims: int, neutral: int) -> tuple[int, int]:
+    """A window setting in two dims; a 1-d convolution is read as a 2-d one of height 1."""
     sizes = [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
-    # a 1-d convolution is read as a 2-d one of height 1
-    return (int(sizes[0]), int(sizes[1])) if dims == 2 else (0 if label == "padding" else 1, int(sizes[0]))
-
-
-def _tied_weights(program: Program) -> set[int]:
-    """Storage of weights that more than one node reads."""
-    readers: Counter[int] = Counter()
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            value = program.constant(node)
-            if isinstance(value, torch.Tensor):
-                readers[value.data_ptr()] += len(node.users)
-    return {pointer for pointer, count in readers.items() if count > 1}
+    return (int(sizes[0]), int(sizes[1])) if dims == 2 else (neutral, int(sizes[0]))

@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 from ..compiler.calibration_set import CalibrationSet
 from ..compiler.edit import expose, fold_batch_norms, set_tensors, signature, unfold_tensors
 from ..compiler.errors import CalibrationError
-from ..compiler.program import Batch, Program, as_arguments, is_tensor, output_nodes
+from ..compiler.program import Batch, Program, as_arguments, is_tensor
 from ..compiler.progress import Progress, silent
-from .features import head_features
+from ..compiler.verify import squared_distance
+from .features import compared_outputs, head_features
 
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -84,7 +85,8 @@ def mimic(
 ) -> Mimicked:
     """Train all weights of `student` to reproduce the teacher's features on `calibration`.
 
-    The graph does not change. The returned weights are those of the least held-out error seen, the starting
+    The graph does not change. The returned weights are those of the least held-out error of features and outputs at
+    which the outputs alone are no worse either, the starting
     ones included, so the held-out error never ends above where it began; a step that is not finite ends the training.
     Same seed, same result.
     """
@@ -92,20 +94,22 @@ def mimic(
     trainee, norms = fold_batch_norms(student)
     run = _Run(fold_batch_norms(teacher)[0], trainee, calibration, held_out, settings)
     if not run.parameters:
-        return Mimicked(program=student, before=run.error(), after=run.error(), iterations=0)
-    best_error = before = run.error()
-    best = run.state()
+        error, _ = run.error()
+        return Mimicked(program=student, before=error, after=error, iterations=0)
+    best_error, limit = run.error()
+    before, best = best_error, run.state()
     generator = torch.Generator().manual_seed(seed)
     every, misses, done = max(1, settings.iterations // settings.checks), 0, 0
     for done in range(1, settings.iterations + 1):
-        finite = run.step(done, generator)
+        finite = run.step(generator)
         progress("mimic", done, settings.iterations)
         if not finite:
             break
         if done % every == 0 or done == settings.iterations:
-            error = run.error()
-            misses = 0 if error < best_error else misses + 1
-            if error < best_error:
+            error, at_outputs = run.error()
+            better = error < best_error and at_outputs <= limit
+            misses = 0 if better else misses + 1
+            if better:
                 best_error, best = error, run.state()
             if misses >= settings.patience:
                 break
@@ -123,47 +127,53 @@ class _Compared:
     teacher: str
     student: str
     weight: float
+    output: bool = False
 
 
 def _compared(teacher: Program, student: Program, settings: MimicSettings) -> tuple[list[_Compared], int]:
-    """What is compared: features and outputs, which also judge the result, then hints; and how many judge."""
-    features = [(n, _stand_in(teacher, student, n)) for n in head_features(teacher)]
-    taken = {pair[0] for pair in features}
-    hints = [(n, n) for n in stage_ends(student) if n in teacher.nodes and n not in taken]
-    outputs = list(
-        zip(
-            (n.name for n in output_nodes(teacher.graph)),
-            (n.name for n in output_nodes(student.graph)),
-            strict=True,
-        )
-    )
-    judged = features + outputs
-    weights = [1.0] * len(features) + [settings.outputs] * len(outputs) + [settings.hints] * len(hints)
-    pairs = [_Compared(teacher=t, student=s, weight=w) for (t, s), w in zip(judged + hints, weights, strict=True)]
-    return pairs, len(judged)
+    """What is compared: features and outputs, which also judge the result, then hints; and how many judge.
+
+    A feature that went with a dropped region, or that the student cannot change, is left out; without features the
+    outputs are trained on.
+    """
+    own = {name: name for name in student.nodes} | _stand_ins(teacher, student)
+    outputs = [node.name for node in compared_outputs(teacher) if node.name in own]
+    features = [name for name in head_features(teacher) if name in own and name not in outputs]
+    weight = settings.outputs if features else max(1.0, settings.outputs)
+    pairs = [_Compared(teacher=name, student=own[name], weight=1.0) for name in features]
+    pairs += [_Compared(teacher=name, student=own[name], weight=weight, output=True) for name in outputs]
+    judges = len(pairs)
+    taken = {pair.teacher for pair in pairs}
+    hints = [n for n in stage_ends(student) if n in teacher.nodes and n not in taken]
+    pairs += [_Compared(teacher=n, student=n, weight=settings.hints) for n in hints]
+    return pairs, judges
 
 
-def _stand_in(teacher: Program, student: Program, name: str) -> str:
-    """The student's node that is read where the teacher reads `name`."""
-    if name in student.nodes:
-        return name
-    readers = {u.name: u.all_input_nodes.index(teacher.nodes[name]) for u in teacher.nodes[name].users}
-    for reader, position in readers.items():
-        if reader in student.nodes:
-            return student.nodes[reader].all_input_nodes[position].name
-    return output_nodes(student.graph)[0].name
+def _stand_ins(teacher: Program, student: Program) -> dict[str, str]:
+    """Teacher nodes that are gone and the student nodes that their readers, or the outputs, read in their place."""
+    found: dict[str, str] = {}
+    for name, node in student.nodes.items():
+        other = teacher.nodes.get(name)
+        if other is None or len(other.all_input_nodes) != len(node.all_input_nodes):
+            continue
+        for theirs, ours in zip(other.all_input_nodes, node.all_input_nodes, strict=True):
+            if theirs.name != ours.name and theirs.name not in student.nodes and signature(theirs) == signature(ours):
+                found[theirs.name] = ours.name
+    return found
+
+
+def batch_first(program: Program, node: fx.Node) -> bool:
+    """Whether dim 0 of the value is the batch, so that samples can be picked from it."""
+    shape = node.meta["val"].shape
+    return len(shape) > 0 and str(shape[0]) in program.batch_symbols
 
 
 def stage_ends(program: Program) -> tuple[str, ...]:
     """The last activation of each shape that is read more than once (a stream with a shortcut): where a stage ends."""
     last: dict[str, str] = {}
     for name, node in program.nodes.items():
-        if (
-            is_tensor(node)
-            and node.op == "call_function"
-            and len(node.users) > 1
-            and node.meta["val"].is_floating_point()
-        ):
+        read_twice = is_tensor(node) and node.op == "call_function" and len(node.users) > 1
+        if read_twice and node.meta["val"].is_floating_point() and batch_first(program, node):
             last[signature(node)] = name
     return tuple(last.values())
 
@@ -186,7 +196,8 @@ class _Run:
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
-        self.cache = self._teacher_values() if settings.augment is None else None
+        by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
+        self.cache = self._teacher_values() if settings.augment is None and by_sample else None
         self._order = torch.empty(0, dtype=torch.long)
         frozen = _same_as_teacher(teacher, trainee)
         for name, parameter in self.student.named_parameters():
@@ -205,7 +216,7 @@ class _Run:
     def state(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.student.named_parameters()}
 
-    def step(self, _iteration: int, generator: torch.Generator) -> bool:
+    def step(self, generator: torch.Generator) -> bool:
         """One iteration; False when loss or gradients are not finite (the weights are then left as they are)."""
         indices = self._next(generator)
         batch = self.calibration.batch(indices)
@@ -224,18 +235,21 @@ class _Run:
         self.schedule.step()
         return True
 
-    def error(self) -> float:
-        """Held-out error in full precision: relative squared error, averaged over features and outputs."""
+    def error(self) -> tuple[float, float]:
+        """Held-out relative squared error in full precision: (mean over features and outputs, mean over outputs
+        alone)."""
         error, energy = [0.0] * self.judges, [0.0] * self.judges
         with torch.no_grad():
             for batch in self.held_out.batches(self.settings.batch_size):
                 args, kwargs = as_arguments(batch)
                 ours, theirs = self.student(*args, **kwargs), self.teacher(*args, **kwargs)
                 for index in range(self.judges):
-                    s, t = ours[index].double(), theirs[index].double()
-                    error[index] += float((s - t).square().sum())
-                    energy[index] += float(t.square().sum())
-        return sum(e / w if w > 0 else e for e, w in zip(error, energy, strict=True)) / max(1, self.judges)
+                    part, norm = squared_distance(theirs[index], ours[index])
+                    error[index] += part
+                    energy[index] += norm
+        relative = [e / w if w > 0 else e for e, w in zip(error, energy, strict=True)]
+        outputs = [r for pair, r in zip(self.pairs, relative, strict=False) if pair.output]
+        return sum(relative) / max(1, len(relative)), sum(outputs) / max(1, len(outputs))
 
     def _loss(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(())

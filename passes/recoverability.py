@@ -27,7 +27,7 @@ from ..compiler.regions import Region
 from .adaptors import AdaptorSettings, train_adaptors
 from .calibrate import Moments
 from .drop_blocks import drop_blocks, entry_exit, standing_for
-from .features import head_features
+from .features import compared_outputs, head_features
 from .layers import find_layers
 from .resolve import solve
 from .resolve_network import ResolveSettings, batch_size_for, resolve_network, thinning
@@ -53,7 +53,9 @@ class RecoverabilitySettings:
 class Recoverability:
     """Predicted relative feature error for a set of chosen regions and one more. Call it with (chosen, candidates).
 
-    Error = sum ||F_S - F_T||^2 / sum ||F_T||^2 over the judging samples, F the features before the head. Only a part of
+    Error = sum ||F_S - F_T||^2 / sum ||F_T||^2 over the judging samples, F the features before the head (the outputs,
+    where one of
+    `regions` lies behind the features or contains them: they would not show its loss). Only a part of
     the calibration set is read. The student of the regions chosen so far is re-solved once and kept until the choice
     changes.
     """
@@ -63,11 +65,12 @@ class Recoverability:
         teacher: Program,
         calibration: CalibrationSet,
         *,
+        regions: Sequence[Region] = (),
         settings: RecoverabilitySettings | None = None,
     ) -> None:
         self.settings = settings or RecoverabilitySettings()
         self.teacher = teacher
-        self.features = head_features(teacher)
+        self.features = judged_values(teacher, regions)
         few = calibration.take(slice(0, self.settings.samples))
         half = max(1, len(few) // 2)
         self.fit, self.judge = (
@@ -183,6 +186,16 @@ class Recoverability:
                     values = trial.run(known)
                     error[index] += _squared_distance(wanted, self.features, values, trial.features)
         return [e / energy if energy > 0 else e for e in error]
+
+
+def judged_values(program: Program, regions: Sequence[Region]) -> tuple[str, ...]:
+    """The features before the head when every region's loss reaches them, else the outputs."""
+    features = head_features(program)
+    for region in regions:
+        reached = descendants(program, [region.exit]) | {region.exit}
+        if not reached.issuperset(features):
+            return tuple(node.name for node in compared_outputs(program))
+    return features
 
 
 @dataclass(kw_only=True)

@@ -41,6 +41,8 @@ def propose_step(
     if not inner:
         return {}
     gradients, sides = _collect(lockstep, step, inner, tensors, seed)
+    if not gradients:
+        return {}
     changes = []
     for target, gradient, side in zip(inner, gradients, sides, strict=True):
         left = torch.linalg.solve(_damped(grams[target.layer.node], INPUT_RIDGE), gradient.transpose(1, 2))
@@ -67,15 +69,24 @@ def _collect(
         with torch.enable_grad():
             values = _forward(student, step, view, {**tensors, **weights})
         result = values[end.anchor]
+        if not result.requires_grad:
+            return [], []
         residual = residual_at(end.teacher_value(view.teacher), result.detach(), end.zone)
         signs = torch.randint(0, 2, result.shape, generator=generator).to(result.dtype) * 2 - 1
-        toward = torch.autograd.grad(result, list(weights.values()), residual, retain_graph=True)
-        probes = torch.autograd.grad(result, [values[t.layer.node] for t in inner], signs)
+        outputs = [values[t.layer.node] for t in inner]
+        toward = _gradients(result, list(weights.values()), residual)
+        probes = _gradients(result, outputs, signs)
         for index, target in enumerate(inner):
             side = target.layer.outputs(probes[index])
             gradients[index] = gradients[index] + target.layer.matrix(toward[index]).double()
             sides[index] = sides[index] + torch.bmm(side, side.transpose(1, 2)).double()
     return gradients, sides
+
+
+def _gradients(result: torch.Tensor, inputs: list[torch.Tensor], along: torch.Tensor) -> list[torch.Tensor]:
+    """Vector-Jacobian products; zero where an operation without a derivative lies between."""
+    found = torch.autograd.grad(result, inputs, along, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def _line_search(

@@ -2,7 +2,7 @@
 
 For a layer with inputs A (a last column of ones stands for the bias), weights W0 and residual R = T - A W0^T,
 
-    D* = argmin_D  ||A D - R||_F^2 + rows * ridge * sum_j d_j ||D_j||^2,      W' = W0 + D*^T,
+    D* = argmin_D  ||A D - R||_F^2 + ridge * sum_j d_j ||D_j||^2,      W' = W0 + D*^T,
     (G + ridge * diag(d)) D* = A^T R,        G = A^T A,  d_j = mean diagonal of G
 
 so the ridge pulls toward the old weights, and a network without residual keeps them exactly. The source of the

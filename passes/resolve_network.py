@@ -96,7 +96,7 @@ def resolve_network(
             progress("re-solve", index + 1, len(steps))
     program = set_tensors(student, tensors, note=f"re-solve {len(targets)} layers") if tensors else student
     if tensors and not _improves(teacher, student, program, calibration.take(slice(0, settings.guard_samples))):
-        program = student
+        return Resolved(program=student, layers=(), locked=tuple(locked))
     return Resolved(program=program, layers=tuple(errors), locked=tuple(locked))
 
 

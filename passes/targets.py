@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compiler.edit import signature
 from ..compiler.norms import BatchNorm, batch_norm_of
 from ..compiler.program import Program, argument, is_call, is_constant, is_tensor
 from .layers import Layer
@@ -70,6 +71,7 @@ def trace_target(program: Program, layer: Layer, counterparts: Mapping[str, str]
     node = program.nodes[layer.node]
     steps: list[Residual] = []
     norm: BatchNorm | None = None
+    outputs = int(program.module.get_parameter(layer.weight).shape[0])
     while (following := _only_user(node)) is not None:
         if is_call(following, aten.add) and _is_residual_join(following, node):
             node = following
@@ -79,12 +81,12 @@ def trace_target(program: Program, layer: Layer, counterparts: Mapping[str, str]
             steps.append(_divide_by(_along_channels(found.scale, node)))
             node = program.nodes[found.output]
             continue
-        step = _affine_step(program, following, node)
+        step = _affine_step(program, following, node, outputs)
         if step is None:
             break
         steps.append(step)
         node = following
-    shift, scale = _shift(layer, norm)
+    shift, scale = _shift(program, layer, norm)
     return Target(
         layer=layer,
         anchor=node.name,
@@ -117,12 +119,21 @@ def _same_activation(student: Program, teacher: Program, entry: str, role: str) 
     """entry -> role, and so on upwards while both are made by the same one-operand operation."""
     roles = {entry: role}
     node, other = student.nodes[entry], teacher.nodes[role]
-    while node.target == other.target and len(node.all_input_nodes) == 1 and len(other.all_input_nodes) == 1:
+    while _same_operation(node, other):
         node, other = node.all_input_nodes[0], other.all_input_nodes[0]
         if node.op != "call_function" or len(node.users) != 1 or not is_tensor(node):
             break
         roles[node.name] = other.name
     return roles
+
+
+def _same_operation(node: fx.Node, other: fx.Node) -> bool:
+    """Whether both apply one operation with one setting to a single operand of one shape."""
+    if node.target != other.target or len(node.all_input_nodes) != 1 or len(other.all_input_nodes) != 1:
+        return False
+    settings = [[a for a in n.args if not isinstance(a, fx.Node)] for n in (node, other)]
+    operands = (node.all_input_nodes[0], other.all_input_nodes[0])
+    return settings[0] == settings[1] and signature(operands[0]) == signature(operands[1])
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -156,10 +167,10 @@ def _divide_by(scale: torch.Tensor) -> Residual:
     return step
 
 
-def _affine_step(program: Program, following: fx.Node, node: fx.Node) -> Residual | None:
+def _affine_step(program: Program, following: fx.Node, node: fx.Node, outputs: int) -> Residual | None:
     """The way back through one per-channel affine or data-movement node, or None where the chain ends."""
     if is_call(following, aten.mul, aten.add, aten.sub):
-        return _constant_step(program, following, node)
+        return _constant_step(program, following, node, outputs)
     if is_call(following, aten.clone, aten.contiguous, aten.dropout, aten.detach, aten.alias):
         return lambda residual: residual
     if is_call(following, aten.permute):
@@ -186,7 +197,7 @@ def _trailing_shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(int(d) for d in shape[1:]) if all(isinstance(d, int) for d in shape[1:]) else None
 
 
-def _constant_step(program: Program, following: fx.Node, node: fx.Node) -> Residual | None:
+def _constant_step(program: Program, following: fx.Node, node: fx.Node, outputs: int) -> Residual | None:
     if node.meta["val"].shape != following.meta["val"].shape or argument(following, 2, "alpha", 1) != 1:
         return None
     left, right = following.args[0], following.args[1]
@@ -198,7 +209,7 @@ def _constant_step(program: Program, following: fx.Node, node: fx.Node) -> Resid
         # only one factor per channel: a factor that changes along rows would weight the rows of the fit
         return (
             _divide_by(constant.double())
-            if constant.numel() <= max(node.meta["val"].shape[1], 1) or _varies_once(constant)
+            if constant.numel() == 1 or (constant.numel() == outputs and max(constant.shape) == outputs)
             else None
         )
     if is_call(following, aten.sub) and left is not node:
@@ -206,14 +217,11 @@ def _constant_step(program: Program, following: fx.Node, node: fx.Node) -> Resid
     return lambda residual: residual
 
 
-def _varies_once(constant: torch.Tensor) -> bool:
-    return sum(d > 1 for d in constant.shape) <= 1
-
-
-def _shift(layer: Layer, norm: BatchNorm | None) -> tuple[str | None, torch.Tensor | None]:
+def _shift(program: Program, layer: Layer, norm: BatchNorm | None) -> tuple[str | None, torch.Tensor | None]:
+    """The layer's own bias, else that of the norm behind it, when it is a parameter that nothing else reads."""
     if layer.bias is not None:
         return layer.bias, None
-    if norm is not None and norm.bias is not None:
+    if norm is not None and program.owned(program.nodes[norm.node].args[2]):
         return norm.bias, norm.scale
     return None, None
 

@@ -1,6 +1,6 @@
 """foldcut: make a trained network faster from the network, a few hundred unlabelled inputs and a latency goal."""
 
-from .compiler.api import Compiled, compile
+from .compiler.api import Compiled, apply_plan, compile
 from .compiler.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
 from .compiler.capture import capture
 from .compiler.errors import (
@@ -13,7 +13,6 @@ from .compiler.errors import (
     OutputError,
     PlanError,
     Reject,
-    ResolveError,
     RewriteError,
 )
 from .compiler.plan import Blocks, DropBlock, Latency, Plan
@@ -45,9 +44,9 @@ __all__ = [
     "RegionAnalysis",
     "Reject",
     "Report",
-    "ResolveError",
     "RewriteError",
     "TensorSpec",
+    "apply_plan",
     "capture",
     "compile",
     "find_regions",
