@@ -1,10 +1,13 @@
 """How well the rest of a network recovers from losing a region: the error left in the features before the head.
 
-Four ways to ask, from cheap to dear:
+Five ways to ask, from cheap to dear:
 - ``plain``: bypass the region and run on. No recovery at all.
 - ``local``: bypass it, re-solve the layer in front of it in closed form (its target becomes the mean of the teacher's
   stream before and after the
-  region), run on. The default: nearly as cheap, and it ranks blocks as the full re-solve does.
+  region), run on. Nearly as cheap.
+- ``calibrated``: the local error times the share of it that a full re-solve leaves, measured once for each region on
+  its own. The default: local
+  errors alone count early blocks too dear, since more layers behind them help to recover.
 - ``exact``: bypass it and re-solve every layer behind it.
 - ``adaptors``: bypass it and train the paper's 1x1 adaptors (`adaptors`): dear, for comparison.
 The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the
@@ -33,7 +36,7 @@ from .resolve import solve
 from .resolve_network import ResolveSettings, batch_size_for, resolve_network, thinning
 from .targets import Target, counterparts, residual_at, trace_target
 
-Mode = Literal["plain", "local", "exact", "adaptors"]
+Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
 
 
 #: How the student is re-solved between drops: enough to compare candidates.
@@ -44,7 +47,7 @@ QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
 class RecoverabilitySettings:
     """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module."""
 
-    mode: Mode = "local"
+    mode: Mode = "calibrated"
     samples: int = 64
     adaptors: AdaptorSettings = field(default_factory=AdaptorSettings)
     resolve: ResolveSettings = QUICK_RESOLVE
@@ -79,16 +82,40 @@ class Recoverability:
         )
         self.batch_size = batch_size_for(teacher, find_layers(teacher)[0].values())
         self._few = few
+        self._recovery: dict[str, float] = {}
         self._state: tuple[tuple[str, ...], Program] = ((), teacher)
 
     def __call__(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
         """Region name -> error with that region dropped as well. The candidates share two passes over the samples."""
+        if self.settings.mode != "calibrated":
+            return self._errors(chosen, candidates, self.settings.mode)
+        if not self._recovery:
+            self._calibrate(candidates)
+        base = self._base(chosen)
+        local = self._errors(chosen, candidates, "local")
+        usual = sorted(self._recovery.values())[len(self._recovery) // 2]
+        return {name: base + self._recovery.get(name, usual) * (error - base) for name, error in local.items()}
+
+    def _errors(self, chosen: Sequence[Region], candidates: Sequence[Region], mode: Mode) -> dict[str, float]:
         student = self._student(chosen)
-        trials = [self._trial(student, chosen, region) for region in candidates]
-        if self.settings.mode == "local":
+        trials = [self._trial(student, chosen, region, mode) for region in candidates]
+        if mode == "local":
             self._solve_local(student, trials)
         errors = self._judge(student, trials)
         return {region.name: error for region, error in zip(candidates, errors, strict=True)}
+
+    def _calibrate(self, candidates: Sequence[Region]) -> None:
+        """How much of each region's local error is left when the layers behind it are re-solved too: once, with
+        nothing else dropped."""
+        local, exact = (self._errors((), candidates, mode) for mode in ("local", "exact"))
+        self._recovery = {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}
+
+    def _base(self, chosen: Sequence[Region]) -> float:
+        """Error of the network as it stands."""
+        student = self._student(chosen)
+        features = tuple(standing_for(name, chosen) for name in self.features)
+        calls = {n.name for n in student.graph.nodes if n.op == "call_function"}
+        return self._judge(student, [_Trial(program=student, features=features, changed=calls)])[0] if chosen else 0.0
 
     def _student(self, chosen: Sequence[Region]) -> Program:
         """The network as it stands: `chosen` dropped and, but for the plain mode, re-solved on the few samples."""
@@ -103,21 +130,21 @@ class Recoverability:
             self._state = (key, student)
         return self._state[1]
 
-    def _trial(self, student: Program, chosen: Sequence[Region], region: Region) -> _Trial:
+    def _trial(self, student: Program, chosen: Sequence[Region], region: Region, mode: Mode) -> _Trial:
         """Local and plain trials run on the student's own graph with the exit's value replaced: nothing is rewritten
         to look."""
         entry = standing_for(region.entry, chosen)
-        if self.settings.mode in {"exact", "adaptors"}:
-            return self._rewritten(student, [*chosen, region], entry)
+        if mode in {"exact", "adaptors"}:
+            return self._rewritten(student, [*chosen, region], entry, mode)
         features = tuple(standing_for(name, chosen) for name in self.features)
-        target = self._layer_in_front(student, [*chosen, region], entry) if self.settings.mode == "local" else None
+        target = self._layer_in_front(student, [*chosen, region], entry) if mode == "local" else None
         moved = {target.layer.node, *descendants(student, [target.layer.node])} if target else set()
         changed = moved | descendants(student, [region.exit]) | {region.exit}
         return _Trial(program=student, features=features, changed=changed, bypass=(entry, region.exit), target=target)
 
-    def _rewritten(self, student: Program, regions: Sequence[Region], entry: str) -> _Trial:
+    def _rewritten(self, student: Program, regions: Sequence[Region], entry: str, mode: Mode) -> _Trial:
         program = bypass(student, entry, regions[-1].exit)
-        if self.settings.mode == "exact":
+        if mode == "exact":
             pairs = entry_exit(regions)
             program = resolve_network(self.teacher, program, self.fit, pairs, settings=self.settings.resolve).program
         else:

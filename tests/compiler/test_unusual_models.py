@@ -1,5 +1,6 @@
 """Models that are not plain classifiers go through the whole pipeline, or get one clear sentence."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,15 +96,22 @@ def build(head: nn.Module, seed: int = 0) -> nn.Module:
     return Body(head).eval()
 
 
-def compile_small(net: Any, data: Any, nets: SimpleNamespace, **options: Any) -> foldcut.Compiled:
-    options = {"goal": foldcut.Blocks(1), "mimic": QUICK, "progress": False, **options}
-    return foldcut.compile(net, data, **options)
+@pytest.fixture
+def compile_small(counting_backend: Any, quick_measurement: None) -> Callable[..., foldcut.Compiled]:
+    def run(net: Any, data: Any, **options: Any) -> foldcut.Compiled:
+        options = {"goal": foldcut.Blocks(1), "mimic": QUICK, "progress": False, **options}
+        return foldcut.compile(net, data, backend=counting_backend, **options)
+
+    return run
+
+
+Small = Callable[..., foldcut.Compiled]
 
 
 @pytest.mark.parametrize("head", [Flattened, Several, Labels, Masked, Regression, Threshold], ids=lambda h: h.__name__)
-def test_heads_of_every_kind(head: type[nn.Module], nets: SimpleNamespace) -> None:
+def test_heads_of_every_kind(head: type[nn.Module], nets: SimpleNamespace, compile_small: Small) -> None:
     net, images = build(head()), nets.images(20)
-    result = compile_small(net, images, nets)
+    result = compile_small(net, images)
     assert len(result.plan.decisions) == 1
     assert result.report.onnx_difference <= 1e-4
     assert 0 <= result.report.output_error < 1
@@ -111,19 +119,19 @@ def test_heads_of_every_kind(head: type[nn.Module], nets: SimpleNamespace) -> No
     assert type(once) is type(whole)
 
 
-def test_a_square_head_is_not_dropped_for_its_features(nets: SimpleNamespace) -> None:
+def test_a_square_head_is_not_dropped_for_its_features(nets: SimpleNamespace, compile_small: Small) -> None:
     """Features inside or in front of a removable region do not show its loss: the outputs judge."""
     torch.manual_seed(0)
     net = nn.Sequential(
         *(layer for _ in range(3) for layer in (nn.Linear(12, 12), nn.ReLU())), nn.Linear(12, 12)
     ).eval()
     data = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
-    result = compile_small(net, data, nets, mimic=None)
+    result = compile_small(net, data, mimic=None)
     assert result.plan.decisions[0].error is not None
     assert result.plan.decisions[0].error > 1e-3
 
 
-def test_an_encoder_with_a_padding_mask(nets: SimpleNamespace) -> None:
+def test_an_encoder_with_a_padding_mask(nets: SimpleNamespace, compile_small: Small) -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -137,11 +145,11 @@ def test_an_encoder_with_a_padding_mask(nets: SimpleNamespace) -> None:
     torch.manual_seed(0)
     x, padding = torch.randn(16, 5, 12), torch.zeros(16, 5, dtype=torch.bool)
     padding[:, 4] = True
-    result = compile_small(Encoder().eval(), (x, padding), nets)
+    result = compile_small(Encoder().eval(), (x, padding))
     assert result.module(x[:3], padding[:3]).shape == (3, 3)
 
 
-def test_keywords_in_any_order(nets: SimpleNamespace) -> None:
+def test_keywords_in_any_order(nets: SimpleNamespace, compile_small: Small) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,20 +166,20 @@ def test_keywords_in_any_order(nets: SimpleNamespace) -> None:
         {"image": image, "extra": extra},
         dynamic_shapes={"image": {0: torch.export.Dim.DYNAMIC}, "extra": {0: torch.export.Dim.DYNAMIC}},
     )
-    result = compile_small(exported, {"extra": extra, "image": image}, nets)
+    result = compile_small(exported, {"extra": extra, "image": image})
     assert result.module(image=image[:2], extra=extra[:2]).shape == (2, 6)
 
 
-def test_a_fixed_batch_is_one_clear_sentence(nets: SimpleNamespace) -> None:
+def test_a_fixed_batch_is_one_clear_sentence(nets: SimpleNamespace, compile_small: Small) -> None:
     exported = torch.export.export(build(Flattened()), (nets.images(2),))
     with pytest.raises(foldcut.CalibrationError, match="fixes the batch size") as caught:
-        compile_small(exported, nets.images(8), nets)
+        compile_small(exported, nets.images(8))
     assert "dynamic_shapes" in str(caught.value)
 
 
-def test_a_plan_is_applied_to_its_own_network_only(nets: SimpleNamespace) -> None:
+def test_a_plan_is_applied_to_its_own_network_only(nets: SimpleNamespace, compile_small: Small) -> None:
     net, images = build(Regression()), nets.images(12)
-    result = compile_small(net, images, nets, mimic=None)
+    result = compile_small(net, images, mimic=None)
     program = foldcut.capture(net, images[:2])
     assert len(foldcut.apply_plan(program, result.plan).nodes) == len(result.program.nodes)
     with pytest.raises(foldcut.PlanError, match="another network"):
