@@ -1,10 +1,10 @@
-"""Architectures that nobody hard-coded: regions found, two blocks dropped and re-solved, exported, compared, measured.
+"""Architectures that nobody hard-coded: regions found, two blocks dropped, exported, compared, measured.
 
     pip install --no-deps torchvision timm && pip install huggingface_hub pyyaml
     python benchmarks/architectures.py [NAME ...]
 
-Random weights (the question is structure, not accuracy), four random inputs. A name is a torchvision classifier,
-else a timm model.
+Random weights and inputs: the question is structure, not accuracy. The two costliest blocks go.
+A name is a torchvision classifier, else a timm model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import json
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import foldcut
 import numpy as np
 import torch
-from foldcut.compiler.pipeline import PipelineSettings
-from foldcut.passes.recoverability import RecoverabilitySettings
-from foldcut.passes.resolve_network import ResolveSettings
+from foldcut.compiler.cost import program_cost
+from foldcut.compiler.export import to_onnx
+from foldcut.compiler.latency_probe import LatencyProbe
+from foldcut.passes.drop_blocks import drop_blocks
+from foldcut.runtime.backend import resolve_backend
 from foreign_ops import declare_torchvision_ops
 
 NAMES = [
@@ -58,32 +61,49 @@ def make(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
 def run(name: str) -> dict[str, Any]:
     net, images = make(name)
     started = time.perf_counter()
-    cheap = RecoverabilitySettings(mode="plain", samples=2)
-    settings = PipelineSettings(recoverability=cheap, resolve=ResolveSettings(refine=0), held_out=0.25)
-    result = foldcut.compile(net, images, goal=foldcut.Blocks(2), mimic=None, progress=False, settings=settings)
-    report = result.report.to_dict()
-    analysis = result.outcome.analysis
+    program = foldcut.capture(net, images)
+    analysis = foldcut.find_regions(program)
+    dropped = costliest(analysis.blocks, 2)
+    student = drop_blocks(program, dropped)
+    model, samples = to_onnx(student), foldcut.CalibrationSet.of(images)
+    backend = resolve_backend("onnxruntime")
+    probe = LatencyProbe(program, to_onnx(program), backend, samples, batch=1, threads=1, seed=0)
+    measured = probe.final(model)
+    probe.close()
     return {
         "name": name,
         "regions": dict(Counter(r.kind for r in analysis.regions)),
         "blocks": len(analysis.blocks),
-        "dropped": [d["path"] or d["region"] for d in report["decisions"]],
-        "macs_ratio": report["macs"]["after"] / report["macs"]["before"],
-        "latency": {key: report["latency"][key] for key in ("ratio", "low", "high", "before_ms")},
-        "difference": worst_difference(result, images),
+        "dropped": [r.path or r.name for r in dropped],
+        "macs_ratio": program_cost(student).macs / program_cost(program).macs,
+        "latency": {
+            "ratio": measured.ratio,
+            "low": measured.low,
+            "high": measured.high,
+            "before_ms": measured.before_ms,
+        },
+        "difference": worst_difference(student, model, images),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def worst_difference(result: foldcut.Compiled, images: torch.Tensor) -> float:
+def costliest(blocks: Sequence[foldcut.Region], count: int) -> list[foldcut.Region]:
+    """The blocks with the most MACs that do not overlap."""
+    chosen: list[foldcut.Region] = []
+    for block in sorted(blocks, key=lambda r: -r.cost.macs):
+        if len(chosen) < count and not any(block.overlaps(other) for other in chosen):
+            chosen.append(block)
+    return chosen
+
+
+def worst_difference(student: foldcut.Program, model: bytes, images: torch.Tensor) -> float:
     """ONNX Runtime against torch at batch 1 and 3, relative to the largest output."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(result.onnx, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     worst = 0.0
     for batch in (1, 3):
-        with torch.no_grad():
-            expected = result.module(images[:batch]).numpy()
+        expected = student(images[:batch]).numpy()
         actual = session.run(None, {session.get_inputs()[0].name: images[:batch].numpy()})[0]
         worst = max(worst, float(np.abs(actual - expected).max() / np.abs(expected).max()))
     return worst
