@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..passes.mimic import MimicSettings
 from .api import Compiled
 from .api import compile as compile_model
-from .errors import CompilerError
+from .errors import CompilerError, GoalError
 from .plan import Goal
 
 EPOCHS = 8
@@ -100,7 +100,13 @@ def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Comp
     console.print(f"compiling it to {goal} from {CALIBRATION_SAMPLES} unlabelled images ...")
     brief = MimicSettings(iterations=120)
     samples = images[:CALIBRATION_SAMPLES]
-    result = compile_model(net, samples, goal=goal, mimic=brief, seed=seed, progress=progress)
+    try:
+        result = compile_model(net, samples, goal=goal, mimic=brief, seed=seed, progress=progress)
+    except GoalError as unmet:
+        if not isinstance(unmet.best, Compiled):
+            raise
+        console.print(unmet.message, markup=False)
+        result = unmet.best
     table = Table(title=f"foldcut demo: {goal}")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")

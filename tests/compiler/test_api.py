@@ -118,9 +118,13 @@ def test_the_folder_has_four_files_that_agree(
     assert (out / "model.onnx").read_bytes() == compiled.onnx
 
 
-def test_the_written_network_can_be_compiled_from(compiled: foldcut.Compiled) -> None:
+def test_the_written_network_can_be_compiled_from(compiled: foldcut.Compiled, nets: SimpleNamespace) -> None:
+    """torch.export names nodes anew, so the fingerprints may differ; weights and function do not."""
     again = foldcut.capture(torch.export.load(BytesIO(compiled.files["model.pt2"])))
-    assert again.fingerprint == compiled.program.fingerprint
+    first, second = compiled.module.state_dict(), again.module.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert torch.equal(again(nets.images(3)), compiled.program(nets.images(3)))
     assert len(foldcut.find_regions(again).blocks) == 1
 
 

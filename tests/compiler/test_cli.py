@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from foldcut.compiler import cli
 from foldcut.compiler.capture import capture
 from foldcut.compiler.export import to_exported, to_onnx, to_pt2
@@ -45,7 +44,7 @@ def broken():
 """
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object) -> Any:
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
