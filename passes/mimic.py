@@ -113,7 +113,6 @@ def mimic(
                 best_error, best = error, run.state()
             if misses >= settings.patience:
                 break
-    progress("mimic", settings.iterations, settings.iterations)
     if best_error >= before:
         return Mimicked(program=student, before=before, after=before, iterations=done)
     trained = set_tensors(trainee, best, note="mimic")
