@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .edit import rebuild
-from .errors import CaptureError
+from .errors import CaptureError, named_first_line
 from .logs import quiet_exporters
 from .program import (
     Batch,
@@ -101,7 +101,7 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
             reference = model(*args, **kwargs)
         except Exception as cause:
             raise CaptureError(
-                f"the model does not run on the example batch: {_first_line(cause)}",
+                f"the model does not run on the example batch: {named_first_line(cause)}",
                 actual=_describe(example),
                 hint="check shape, dtype and number of inputs; a tuple goes in as arguments, a dict as keywords",
             ) from cause
@@ -134,12 +134,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             if not dynamic:
                 warnings.warn(
                     "the network fixes its batch size; the captured graph runs at the example's batch size only. "
-                    f"The dynamic capture said: {_first_line(failures[0])}",
+                    f"The dynamic capture said: {named_first_line(failures[0])}",
                     stacklevel=4,
                 )
             return exported
     refusal = failures[-2]  # the non-strict, static attempt: the most permissive one
-    raise CaptureError(f"torch.export cannot take the model: {_first_line(refusal)}", hint=_WAY_OUT) from refusal
+    raise CaptureError(f"torch.export cannot take the model: {named_first_line(refusal)}", hint=_WAY_OUT) from refusal
 
 
 def _fresh(leaf: Any) -> Any:
@@ -174,7 +174,7 @@ def _load_exported(path: Path) -> torch.export.ExportedProgram:
         return torch.export.load(path)
     except Exception as cause:
         raise CaptureError(
-            f"{path} is not a readable .pt2 file: {_first_line(cause)}",
+            f"{path} is not a readable .pt2 file: {named_first_line(cause)}",
             hint="save it again with torch.export.save",
         ) from cause
 
@@ -261,8 +261,3 @@ def _describe(example: Batch) -> str:
         f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
         for leaf in pytree.tree_leaves(example)
     )
-
-
-def _first_line(cause: BaseException) -> str:
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0].strip() if lines else 'no message'}"

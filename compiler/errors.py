@@ -116,3 +116,14 @@ class Reject:
 
     def __str__(self) -> str:
         return f"{self.node}: {self.reason}"
+
+
+def first_line(cause: BaseException) -> str:
+    """What a foreign error says in its first non-empty line; its type when it says nothing."""
+    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+
+
+def named_first_line(cause: BaseException) -> str:
+    """The same with the error's type in front."""
+    said = first_line(cause) if str(cause).strip() else "no message"
+    return f"{type(cause).__name__}: {said}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .errors import ExportError
+from .errors import ExportError, named_first_line
 from .logs import quiet_exporters
 from .program import Program, is_tensor
 
@@ -28,7 +28,7 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
             return torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
     except Exception as cause:
         raise ExportError(
-            f"torch.export refused the rewritten network: {_first_line(cause)}",
+            f"torch.export refused the rewritten network: {named_first_line(cause)}",
             hint="report the model: every captured program should export again",
         ) from cause
 
@@ -72,7 +72,7 @@ def to_onnx(
             )
     except Exception as cause:
         raise ExportError(
-            f"torch.onnx cannot express the network: {_first_line(cause)}",
+            f"torch.onnx cannot express the network: {named_first_line(cause)}",
             hint="an operator without an ONNX form has to be replaced in the model, or another opset given",
         ) from cause
     assert result is not None  # None only with a file path
@@ -118,8 +118,3 @@ def _example(program: Program) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     arg_dims, kwarg_dims = pytree.tree_unflatten(dims, spec)
     return args, kwargs, (dict(kwarg_dims) if kwargs else tuple(arg_dims))
-
-
-def _first_line(cause: BaseException) -> str:
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

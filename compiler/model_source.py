@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .capture import Model
-from .errors import CaptureError
+from .errors import CaptureError, first_line
 
 
 def load_model(source: str, weights: Path | None) -> Model:
@@ -49,7 +49,6 @@ def _load_weights(model: Any, weights: Path) -> None:
         state = torch.load(weights, weights_only=True, map_location="cpu")
         model.load_state_dict(state)
     except Exception as cause:  # a foreign file raises whatever its reader raises
-        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise CaptureError(
-            f"cannot load {weights} into the model: {first}", hint="give a plain state_dict of this network"
+            f"cannot load {weights} into the model: {first_line(cause)}", hint="give a plain state_dict of this network"
         ) from cause

@@ -18,7 +18,7 @@ from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
 from .cost import program_cost
-from .errors import ExportError, GoalError
+from .errors import ExportError, GoalError, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
 from .plan import Blocks, DropBlock, Goal, Latency, Plan
@@ -247,15 +247,13 @@ def _mimicked(
     progress: Progress,
 ) -> Program:
     """The student after mimicking; the re-solved one, with a warning, when the training fails (out of memory, an
-    operator
-    without a gradient): the work before it is not lost."""
+    operator without a gradient): the work before it is not lost."""
     try:
         return mimic(
             teacher, student, fit, held_out, settings=settings.mimic, seed=settings.seed, progress=progress
         ).program
     except (RuntimeError, NotImplementedError) as cause:
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        warnings.warn(f"mimicking failed, the re-solved network is kept: {first}", stacklevel=2)
+        warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
         return student
 
 

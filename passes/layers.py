@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,3 +123,13 @@ def _pair(value: Any, dims: int, neutral: int) -> tuple[int, int]:
     """A window setting in two dims; a 1-d convolution is read as a 2-d one of height 1."""
     sizes = [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
     return (int(sizes[0]), int(sizes[1])) if dims == 2 else (neutral, int(sizes[0]))
+
+
+def current_parameter(program: Program, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A parameter as it stands during a solve: from `tensors` when it was changed already, else the program's own."""
+    return tensors[name] if name in tensors else program.module.get_parameter(name).detach()
+
+
+def moved(tensor: torch.Tensor, change: torch.Tensor, length: float = 1.0) -> torch.Tensor:
+    """tensor + length * change, added in float64, in the tensor's shape and dtype."""
+    return (tensor.double() + length * change.reshape(tensor.shape)).to(tensor.dtype)

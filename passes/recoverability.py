@@ -31,10 +31,10 @@ from .adaptors import AdaptorSettings, train_adaptors
 from .calibrate import Moments
 from .drop_blocks import drop_blocks, entry_exit, standing_for
 from .features import compared_outputs, head_features
-from .layers import find_layers
+from .layers import find_layers, moved
 from .resolve import solve
-from .resolve_network import ResolveSettings, batch_size_for, resolve_network, thinning
-from .targets import Target, counterparts, residual_at, trace_target
+from .resolve_network import ResolveSettings, batch_moments, batch_size_for, resolve_network
+from .targets import Target, counterparts, trace_target
 
 Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
 
@@ -171,33 +171,24 @@ class Recoverability:
         targets = [t.target for t in trials if t.target is not None]
         ours = {name for t in targets for name in (t.layer.input, t.anchor)}
         theirs = {name for t in targets for name in t.counterparts}
+        batches, thin = -(-len(self.fit) // self.batch_size), self.settings.resolve.rows_per_column
         for batch in self.fit.batches(self.batch_size):
             with torch.no_grad():
                 left = run_until(student, ours, bind(student, batch))
                 right = run_until(self.teacher, theirs, bind(self.teacher, batch))
             for trial in trials:
                 if trial.target is not None:
-                    part = self._moments(student, trial.target, left, right)
+                    part = batch_moments(student, trial.target, left, right, batches, thin)
                     trial.moments = part if trial.moments is None else trial.moments + part
         for trial in trials:
             if trial.target is not None and trial.moments is not None:
                 trial.tensors = self._weights(student, trial.target, trial.moments)
                 trial.moments = None
 
-    def _moments(self, student: Program, target: Target, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Moments:
-        residual = residual_at(target.teacher_value(theirs), ours[target.anchor], target.zone)
-        rows = target.layer.rows(student, ours[target.layer.input])
-        step = thinning(
-            rows.shape[2] * -(-len(self.fit) // self.batch_size),
-            rows.shape[1],
-            self.settings.resolve.rows_per_column,
-        )
-        return Moments.of(rows[:, :, ::step], target.layer.outputs(target.pull_back(residual))[:, :, ::step])
-
     def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
         correction = solve(moments, ridge=self.settings.resolve.ridge_for(len(self.fit)), bias=False)
         weight = student.module.get_parameter(target.layer.weight).detach()
-        return {target.layer.weight: (weight.double() + correction.weight.reshape(weight.shape)).to(weight.dtype)}
+        return {target.layer.weight: moved(weight, correction.weight)}
 
     def _judge(self, student: Program, trials: Sequence[_Trial]) -> list[float]:
         """Feature errors on the judging samples. What a trial does not change is run once for all of them."""

@@ -19,6 +19,7 @@ import torch
 
 from ..compiler.execute import evaluate
 from ..compiler.program import Program
+from .layers import current_parameter, moved
 from .lockstep import Lockstep, Step, View
 from .targets import Target, residual_at
 
@@ -51,7 +52,7 @@ def propose_step(
         return {}
     length = _line_search(lockstep, step, inner, changes, tensors)
     return {
-        target.layer.weight: _moved(_weight(lockstep.student, target, tensors), change, length)
+        target.layer.weight: moved(current_parameter(lockstep.student, target.layer.weight, tensors), change, length)
         for target, change in zip(inner, changes, strict=True)
     }
 
@@ -65,7 +66,9 @@ def _collect(
     gradients = [torch.zeros((), dtype=torch.float64)] * len(inner)
     sides = list(gradients)
     for view in lockstep.views(step):
-        weights = {t.layer.weight: _weight(student, t, tensors).clone().requires_grad_() for t in inner}
+        weights = {
+            t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
+        }
         with torch.enable_grad():
             values = _forward(student, step, view, {**tensors, **weights})
         result = values[end.anchor]
@@ -98,16 +101,16 @@ def _line_search(
 ) -> float:
     """argmin over t of ||e - t dz||^2 with dz the end's derivative along the step, by a finite difference."""
     student, end = lockstep.student, step.targets[-1]
-    weights = [_weight(student, t, tensors) for t in inner]
+    weights = [current_parameter(student, t.layer.weight, tensors) for t in inner]
     small = min(PROBE * float(w.norm() / c.norm().clamp(min=1e-30)) for w, c in zip(weights, changes, strict=True))
-    moved = dict(tensors)
+    ahead = dict(tensors)
     for target, weight, change in zip(inner, weights, changes, strict=True):
-        moved[target.layer.weight] = _moved(weight, change, small)
+        ahead[target.layer.weight] = moved(weight, change, small)
     along = square = 0.0
     for view in lockstep.views(step):
         with torch.no_grad():
             here = _forward(student, step, view, tensors)[end.anchor]
-            there = _forward(student, step, view, moved)[end.anchor]
+            there = _forward(student, step, view, ahead)[end.anchor]
         derivative = (there - here) / small
         residual = residual_at(end.teacher_value(view.teacher), here, end.zone)
         along += float((residual * derivative).sum(dtype=torch.float64))
@@ -121,15 +124,6 @@ def _forward(student: Program, step: Step, view: View, tensors: Mapping[str, tor
     for name in step.scratch:
         values[name] = evaluate(student, student.nodes[name], values, tensors)
     return values
-
-
-def _moved(weight: torch.Tensor, change: torch.Tensor, length: float) -> torch.Tensor:
-    return (weight.double() + length * change.reshape(weight.shape)).to(weight.dtype)
-
-
-def _weight(student: Program, target: Target, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    name = target.layer.weight
-    return tensors[name] if name in tensors else student.module.get_parameter(name).detach()
 
 
 def _damped(matrix: torch.Tensor, ridge: float) -> torch.Tensor:

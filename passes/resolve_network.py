@@ -17,7 +17,7 @@ from ..compiler.progress import Progress, silent
 from ..compiler.verify import output_error
 from .calibrate import Moments, check_finite
 from .groups import group_targets
-from .layers import Layer, find_layers
+from .layers import Layer, current_parameter, find_layers, moved
 from .lockstep import Lockstep, Step, plan_steps
 from .refine import propose_step
 from .resolve import solve
@@ -160,7 +160,7 @@ def _refine(
     proposed = propose_step(lockstep, step, tensors, grams, seed=turn)
     if not proposed:
         return False
-    old = {name: _current(lockstep.student, name, tensors) for name in proposed}
+    old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
     tensors.update(proposed)
     for index, target in enumerate(t for t in step.targets if t.anchor == step.targets[-1].anchor):
         moments = _moments(lockstep, step, target, tensors, settings)
@@ -182,14 +182,28 @@ def _moments(
     for view in lockstep.views(step):
         with torch.no_grad():
             ours = run_until(student, wanted, view.student, tensors)
-        teacher = target.teacher_value(view.teacher)
-        residual = target.layer.outputs(target.pull_back(residual_at(teacher, ours[target.anchor], target.zone)))
-        rows = target.layer.rows(student, ours[target.layer.input])
-        every = thinning(rows.shape[2] * len(lockstep), rows.shape[1], settings.rows_per_column)
-        part = Moments.of(rows[:, :, ::every], residual[:, :, ::every])
+        part = batch_moments(student, target, ours, view.teacher, len(lockstep), settings.rows_per_column)
         total = part if total is None else total + part
     assert total is not None  # a calibration set holds at least one sample
     return total
+
+
+def batch_moments(
+    student: Program,
+    target: Target,
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    batches: int,
+    rows_per_column: int | None,
+) -> Moments:
+    """Moments of one batch out of `batches` equal ones, from the student's and the teacher's values at the target."""
+    residual = residual_at(target.teacher_value(theirs), ours[target.anchor], target.zone)
+    rows, outputs = (
+        target.layer.rows(student, ours[target.layer.input]),
+        target.layer.outputs(target.pull_back(residual)),
+    )
+    every = thinning(rows.shape[2] * batches, rows.shape[1], rows_per_column)
+    return Moments.of(rows[:, :, ::every], outputs[:, :, ::every])
 
 
 def thinning(rows: int, columns: int, rows_per_column: int | None) -> int:
@@ -206,14 +220,10 @@ def _apply(
     """Solve, and put the new weight and shift into `tensors`."""
     layer = target.layer
     correction = solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
-    weight = _current(student, layer.weight, tensors)
-    tensors[layer.weight] = (weight.double() + correction.weight.reshape(weight.shape)).to(weight.dtype)
+    weight = current_parameter(student, layer.weight, tensors)
+    tensors[layer.weight] = moved(weight, correction.weight)
     if target.shift is not None and correction.bias is not None:
         change = correction.bias if target.shift_scale is None else correction.bias * target.shift_scale
-        shift = _current(student, target.shift, tensors)
-        tensors[target.shift] = (shift.double() + change).to(shift.dtype)
+        shift = current_parameter(student, target.shift, tensors)
+        tensors[target.shift] = moved(shift, change)
     return LayerError(node=layer.node, before=correction.before / moments.rows, after=correction.after / moments.rows)
-
-
-def _current(student: Program, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return tensors[name] if name in tensors else student.module.get_parameter(name).detach()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compiler.errors import BackendError
+from ..compiler.errors import BackendError, first_line
 from .backend import Array, Availability, Clock, Runner, check_threads
 from .environment import host_environment
 from .inputs import InputSpec, check_inputs, session_specs
@@ -31,7 +31,7 @@ class OnnxRuntimeBackend:
         try:
             import onnxruntime  # noqa: F401
         except ImportError as error:
-            reason = f"pip install onnxruntime ({_first_line(error)})"
+            reason = f"pip install onnxruntime ({first_line(error)})"
             return Availability(can_build=False, can_run=False, reason=reason)
         return Availability(can_build=True, can_run=True, reason="")
 
@@ -97,7 +97,7 @@ class OnnxRuntimeRunner:
             session.run_with_iobinding(binding)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime could not run the model: {_first_line(error)}",
+                f"ONNX Runtime could not run the model: {first_line(error)}",
                 hint="check that the inputs' sizes fit each other and the model",
             ) from error
 
@@ -132,7 +132,7 @@ def create_session(model: bytes, *, threads: int = 1) -> onnxruntime.InferenceSe
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(
-            f"ONNX Runtime {onnxruntime.__version__} refused the model: {_first_line(error)}",
+            f"ONNX Runtime {onnxruntime.__version__} refused the model: {first_line(error)}",
             hint="check the file with onnx.checker; a newer opset or IR version needs a newer onnxruntime",
         ) from error
 
@@ -173,10 +173,6 @@ def _model_bytes(model: object) -> bytes:
             hint="pass Path(file).read_bytes() or model_proto.SerializeToString()",
         )
     return bytes(model)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _closed() -> BackendError:
