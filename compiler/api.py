@@ -16,18 +16,22 @@ from torch import fx, nn
 
 from ..passes.drop_blocks import drop_blocks
 from ..passes.mimic import MimicSettings
+from ..passes.prune_channels import prune_channels
 from ..runtime.backend import Backend, resolve_backend
 from .atomic import write_folder
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture
+from .channel_pipeline import removed_units
+from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
 from .pipeline import Outcome, PipelineSettings, cost_report, run_pipeline
-from .plan import Blocks, Goal, Latency, Plan
+from .plan import Blocks, Channels, DropBlock, Goal, Latency, Macs, Plan, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
-from .report import Report
+from .provenance import find_units
+from .report import Report, unit_groups
 
-REWRITES = ("drop_blocks",)
+REWRITES = ("drop_blocks", "prune_channels")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +84,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     goal: Goal,
     backend: str | Backend = "onnxruntime",
     batch: int = 1,
-    rewrites: Sequence[str] = REWRITES,
+    rewrites: Sequence[str] | None = None,
     mimic: MimicSettings | bool | None = True,
     views: Sequence[View] = (),
     seed: int = 0,
@@ -94,7 +98,8 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     `model` is an `nn.Module`, an `ExportedProgram` or the path of a `.pt2` file; `calibration` a few hundred
     unlabelled inputs (a tensor or array with all samples, a tuple or dict for several inputs, a DataLoader or
     generator of batches). `goal` is `Latency(ratio)`, measured on `backend` at `batch` with `threads` CPU threads, or
-    `Blocks(k)`. `mimic` False or None leaves out the gradient stage, a `MimicSettings` sets it. `views` such as
+    `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`, which prune channels; `rewrites` restricts
+    which may be used. `mimic` False or None leaves out the gradient stage, a `MimicSettings` sets it. `views` such as
     `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
     `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
     works; batch, threads, seed and views are taken from
@@ -112,7 +117,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     with _progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
             samples = CalibrationSet.of(calibration, inputs=_input_count(model))
-            teacher = capture(model, samples.batch(slice(0, 2)))
+            teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))
         options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
         if not isinstance(mimic, bool) or not mimic:
             options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
@@ -144,23 +149,41 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 
 def apply_plan(program: Program, plan: Plan) -> Program:
-    """Bypass the regions of a plan. The weights stay those of `program`: re-solve them with a calibration set, or
+    """Bypass the regions of a plan, or remove its channels. The weights stay those of `program`: re-solve them with a
+    calibration set, or
     load trained ones.
 
     Raises PlanError when the plan was made for another network or other weights.
     """
+    if program.fingerprint != plan.fingerprint:
+        program = fold_parameters(program)  # as compile does before it plans
     plan.check(program.fingerprint)
-    return drop_blocks(program, plan.decisions)
+    cuts = [d for d in plan.decisions if isinstance(d, PruneChannels)]
+    if cuts:
+        provenance = find_units(program)
+        program = prune_channels(provenance, removed_units(provenance, cuts)).program
+    return drop_blocks(program, [d for d in plan.decisions if isinstance(d, DropBlock)])
 
 
-def _check_arguments(goal: Goal, rewrites: Sequence[str], batch: int, threads: int) -> None:
-    if not isinstance(goal, (Latency, Blocks)):
-        raise GoalError(f"{goal!r} is not a goal", hint="pass foldcut.Latency(ratio) or foldcut.Blocks(count)")
+def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
+    if not isinstance(goal, (Latency, Blocks, Channels, Macs)):
+        raise GoalError(
+            f"{goal!r} is not a goal",
+            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep) or Macs(ratio)",
+        )
+    if batch < 1 or threads < 1:
+        raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")
+    if rewrites is None:
+        return
     unknown = [r for r in rewrites if r not in REWRITES]
     if unknown or not rewrites:
         raise CompilerError(f"unknown rewrites {list(rewrites)}", expected=f"some of {list(REWRITES)}")
-    if batch < 1 or threads < 1:
-        raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")
+    needed = "prune_channels" if isinstance(goal, (Channels, Macs)) else "drop_blocks"
+    if needed not in rewrites:
+        raise GoalError(
+            f"the goal {goal} is reached by {needed}, which rewrites={list(rewrites)} leaves out",
+            hint=f"add {needed!r} to rewrites, or leave rewrites out",
+        )
 
 
 def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
@@ -187,6 +210,10 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
     dropped = len(outcome.plan.decisions)
     if isinstance(goal, Blocks):
         return f"only {dropped} of {goal.count} blocks can be dropped"
+    if isinstance(goal, Macs):
+        macs, _ = cost_report(outcome)
+        ratio = macs["after"] / max(1, macs["before"])
+        return f"{goal} cannot be met: with every prunable group at its least, the ratio is {ratio:.3f}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
     return f"{goal} cannot be met: with {dropped} regions dropped, all that save time, the ratio is {reached}"
@@ -214,7 +241,8 @@ def _report(
         output_error=list(outcome.output_errors.values())[-1],
         output_errors=outcome.output_errors,
         decisions=[d.to_dict() for d in outcome.plan.decisions],
-        rejects=[str(r) for r in (*outcome.analysis.rejects, *outcome.resolved.locked)],
+        rejects=[str(r) for r in outcome.rejects],
+        groups=unit_groups(outcome.provenance, outcome.plan.decisions) if outcome.provenance else [],
         onnx_difference=outcome.onnx_difference,
         calibration={
             "samples": len(samples),

@@ -15,20 +15,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from .api import Compiled
 from .api import compile as compile_model
 from .atomic import check_writable, write_folder
 from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
-from .cost import program_cost
+from .channel_budget import ChannelLimits
+from .channel_pipeline import ChannelSettings
+from .cli_tables import describe, show_groups, show_regions, show_report
+from .edit_folds import fold_parameters
 from .errors import CaptureError, CompilerError, GoalError
 from .model_source import load_model
-from .plan import Blocks, Goal, Latency
-from .program import Program
-from .regions import find_regions
-from .report import Report
+from .pipeline import PipelineSettings
+from .plan import Blocks, Channels, Goal, Latency, Macs
 
 app = typer.Typer(
     name="foldcut",
@@ -63,6 +63,19 @@ def compile_command(
         float | None, typer.Option(metavar="R", help="Goal: measured latency at most R times the original's.")
     ] = None,
     blocks: Annotated[int | None, typer.Option(metavar="K", help="Goal: drop K blocks.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(metavar="S", help="Goal: keep a share S of the channels of every group.")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(metavar="R", help="Goal: at most R times the original's multiply-accumulates.")
+    ] = None,
+    rewrites: Annotated[
+        str | None, typer.Option(help="Rewrites that may be used: drop_blocks, prune_channels, or both with a comma.")
+    ] = None,
+    multiple_of: Annotated[int, typer.Option(help="Pruned channel counts go to multiples of this.")] = 8,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Unit group (a pattern) or output whose channels stay; may be repeated.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Where the latency counts.")] = "onnxruntime",
     batch: Annotated[int, typer.Option(help="Batch size that the latency is measured at.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")] = 1,
@@ -85,7 +98,7 @@ def compile_command(
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
-        goal = _goal(latency, blocks)
+        goal = _goal(latency, blocks, keep, macs)
         check_writable(output)
         samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
         _check_shape(samples, input_shape)
@@ -99,13 +112,15 @@ def compile_command(
             mimic=mimic,
             views=(horizontal_flip,) if flip else (),
             seed=seed,
+            rewrites=None if rewrites is None else [r.strip() for r in rewrites.split(",")],
+            settings=_settings(multiple_of, ignore or []),
             progress=not (as_json or quiet),
         )
         result.save(output)
         if as_json:
             print(json.dumps(result.report.to_dict()))
         elif not quiet:
-            show_report(result.report)
+            show_report(result.report, out)
             out.print(f"wrote {output}/ ({', '.join(result.files)})")
         if unmet is not None:
             err.print(f"[bold red]{unmet.stage}[/]: {escape(unmet.message)}", highlight=False)
@@ -144,11 +159,11 @@ def inspect(
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show the removable regions of MODEL, their cost, and what was left alone and why."""
+    """Show the removable regions and the unit groups of MODEL, their cost, and what was left alone and why."""
 
     def work() -> None:
         loaded = load_model(model, weights)
-        program = capture(loaded, _example(loaded, input_shape, calib))
+        program = fold_parameters(capture(loaded, _example(loaded, input_shape, calib)))
         if graph:
             print(program.text(), end="")
             return
@@ -156,7 +171,8 @@ def inspect(
         if as_json:
             print(json.dumps(found))
         else:
-            show_regions(found)
+            show_regions(found, out)
+            show_groups(found, out)
 
     _guarded(work, debug=debug)
 
@@ -223,77 +239,24 @@ def demo(
     _guarded(work, debug=debug)
 
 
-def describe(program: Program) -> dict[str, Any]:
-    """What `foldcut inspect --json` prints."""
-    analysis, cost = find_regions(program), program_cost(program)
-    blocks = {r.name for r in analysis.blocks}
-    return {
-        "fingerprint": program.fingerprint,
-        "inputs": [str(s) for s in program.inputs],
-        "outputs": [str(s) for s in program.outputs],
-        "macs": cost.macs,
-        "parameters": program.parameter_count(),
-        "regions": [
-            {
-                "name": r.name,
-                "path": r.path,
-                "kind": r.kind,
-                "block": r.name in blocks,
-                "parent": r.parent,
-                "macs": r.cost.macs,
-                "parameters": r.cost.parameters,
-                "macs_share": r.cost.macs / cost.macs if cost.macs else 0.0,
-            }
-            for r in analysis.regions
-        ],
-        "rejects": [{"node": r.node, "reason": r.reason} for r in analysis.rejects],
-    }
+def _goal(latency: float | None, blocks: int | None, keep: float | None, macs: float | None) -> Goal:
+    given: list[Goal] = []
+    if latency is not None:
+        given.append(Latency(latency))
+    if blocks is not None:
+        given.append(Blocks(blocks))
+    if keep is not None:
+        given.append(Channels(keep))
+    if macs is not None:
+        given.append(Macs(macs))
+    if len(given) != 1:
+        raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5 or --macs 0.6")
+    return given[0]
 
 
-def show_regions(found: dict[str, Any]) -> None:
-    """A table of what `describe` found."""
-    table = Table(
-        title=f"removable regions ({found['macs'] / 1e6:.1f} M MACs, {found['parameters'] / 1e6:.2f} M parameters)"
-    )
-    for column in ("region", "path", "kind", "block", "MACs", "share", "parameters"):
-        table.add_column(column, justify="left" if column in {"region", "path", "kind", "block"} else "right")
-    for r in found["regions"]:
-        mark = "yes" if r["block"] else ""
-        table.add_row(
-            r["name"],
-            r["path"],
-            r["kind"],
-            mark,
-            f"{r['macs'] / 1e6:.2f} M",
-            f"{r['macs_share']:.1%}",
-            f"{r['parameters']:,}",
-        )
-    out.print(table)
-    for reject in found["rejects"]:
-        out.print(f"left alone: {reject['node']}: {reject['reason']}", highlight=False)
-
-
-def show_report(report: Report) -> None:
-    """The before/after table and what was dropped."""
-    table = Table(title="before and after")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in report.rows():
-        table.add_row(*row)
-    out.print(table)
-    for decision in report.decisions:
-        what = decision["path"] or decision["region"]
-        saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
-        out.print(
-            f"dropped {what} (predicted feature error {decision['error']:.4f}{saving})",
-            highlight=False,
-        )
-
-
-def _goal(latency: float | None, blocks: int | None) -> Goal:
-    if (latency is None) == (blocks is None):
-        raise GoalError("give one goal", hint="--latency 0.7 or --blocks 4")
-    return Latency(latency) if latency is not None else Blocks(int(blocks or 0))
+def _settings(multiple_of: int, ignore: list[str]) -> PipelineSettings:
+    limits = ChannelLimits(multiple_of=multiple_of, ignore=tuple(ignore))
+    return PipelineSettings(channels=ChannelSettings(limits=limits))
 
 
 def _example(model: Model, shape: str | None, calib: Path | None) -> Any:

@@ -1,18 +1,21 @@
-"""The only module that changes fx graphs and the tensors behind them. Everything here returns a new Program."""
+"""The only module that changes fx graphs and the tensors behind them, with `edit_folds`, its second half. Everything
+here returns a new
+Program."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from .errors import RewriteError
-from .norms import BatchNorm, batch_norm_of
-from .program import Program, is_call, is_constant, is_tensor
+from .errors import RewriteError, first_line
+from .program import Program, is_call, is_tensor, output_nodes
 
 aten = torch.ops.aten
 
@@ -59,7 +62,7 @@ def bypass(program: Program, entry: str, exit_: str, *, note: str | None = None)
     graph = copy.deepcopy(program.graph)
     by_name = {n.name: n for n in graph.nodes}
     by_name[exit_].replace_all_uses_with(by_name[entry])
-    _erase_dead(graph)
+    erase_dead(graph)
     module = rebuild(program.module, graph)
     graph.lint()
     return replace(program, module=module, history=(*program.history, note or f"bypass {entry} -> {exit_}"))
@@ -88,6 +91,114 @@ def set_tensors(program: Program, tensors: Mapping[str, torch.Tensor], *, note: 
     return replace(program, module=module, history=(*program.history, note))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call as it shall be: `args` and `kwargs` may name nodes of the old graph and hold tensors, which become
+    constants."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def replace_calls(
+    program: Program, calls: Mapping[str, Call], tensors: Mapping[str, torch.Tensor], *, note: str
+) -> Program:
+    """Give nodes other calls and parameters or buffers other values, of any shape, and work out all shapes anew.
+
+    Names that share one tensor share the new one. Raises RewriteError when the new graph does not fit together or
+    when an input or output would change its shape.
+    """
+    graph = copy.deepcopy(program.graph)
+    module = rebuild(program.module, graph)
+    by_name = {n.name: n for n in module.graph.nodes}
+    for target, value in _with_aliases(program, tensors).items():
+        _assign(module, target, value)
+    for name, call in calls.items():
+        node = by_name[name]
+
+        def here(leaf: Any, node: fx.Node = node) -> Any:
+            if isinstance(leaf, fx.Node):
+                return by_name[leaf.name]
+            return _constant_node(module, node, leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        node.target = call.target
+        node.args = fx.node.map_aggregate(call.args, here)
+        node.kwargs = fx.node.map_aggregate(dict(call.kwargs), here)
+    erase_dead(module.graph)
+    result = replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
+    _infer_shapes(result)
+    result.graph.lint()
+    for before, after in zip(output_nodes(program.graph), output_nodes(result.graph), strict=True):
+        if signature(before) != signature(after):
+            raise RewriteError(
+                "a rewrite may not change the outputs",
+                node=before.name,
+                expected=signature(before),
+                actual=signature(after),
+            )
+    return result
+
+
+def _with_aliases(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | nn.Parameter]:
+    """The new tensors under every name that the graph has for the old ones; parameters as parameters."""
+    fresh: dict[tuple[int, tuple[int, ...]], torch.Tensor | nn.Parameter] = {}
+    for target, value in tensors.items():
+        old = _lookup(program, target)
+        new = value.detach().to(old.dtype)
+        shared = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        fresh[(old.data_ptr(), tuple(old.shape))] = shared
+    targets = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} | set(tensors)
+    found = {t: _lookup(program, t) for t in sorted(targets)}
+    keys = {t: (v.data_ptr(), tuple(v.shape)) for t, v in found.items()}
+    return {t: fresh[key] for t, key in keys.items() if key in fresh}
+
+
+def _assign(module: fx.GraphModule, target: str, value: torch.Tensor | nn.Parameter) -> None:
+    path, _, leaf = target.rpartition(".")
+    owner = _own(module, path)
+    if isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner._buffers[leaf] = value
+
+
+def _constant_node(module: fx.GraphModule, before: fx.Node, value: torch.Tensor) -> fx.Node:
+    """A new buffer with this value, read in front of a node."""
+    number = 0
+    while hasattr(module, f"_constant_{number}"):
+        number += 1
+    module.register_buffer(f"_constant_{number}", value)
+    with module.graph.inserting_before(before):
+        return module.graph.get_attr(f"_constant_{number}")
+
+
+def _infer_shapes(program: Program) -> None:
+    """Write every node's shape and dtype, symbolic batch included, by running the graph on fake tensors."""
+    mode = next(
+        (n.meta["val"].fake_mode for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)), None
+    ) or FakeTensorMode(allow_non_fake_inputs=True)
+    values: dict[fx.Node, Any] = {}
+    with mode:
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = node.meta.get("val")
+            elif node.op == "get_attr":
+                values[node] = mode.from_tensor(program.constant(node).detach(), static_shapes=True)
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                try:
+                    values[node] = node.target(*args, **kwargs)
+                except (RuntimeError, ValueError, TypeError, IndexError) as cause:
+                    raise RewriteError(
+                        f"the rewritten graph does not fit together: {first_line(cause)}",
+                        node=node.name,
+                        excerpt=program.excerpt(node),
+                    ) from cause
+            if node.op != "output":
+                node.meta["val"] = values[node]
+
+
 def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False) -> fx.GraphModule:
     """A module that returns the values of the named nodes as a tuple, and computes nothing else. Takes the program's
     arguments."""
@@ -101,132 +212,8 @@ def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False
     codegen = graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tuple(range(len(names)))))
-    _erase_dead(graph)
+    erase_dead(graph)
     return rebuild(program.module, graph, copy_tensors=copy_tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoldedNorm:
-    """A batch norm that a convolution took over: the names before (`weight`, `bias` of the norm) and the
-    convolution's own."""
-
-    norm: BatchNorm
-    weight: str
-    bias: str
-
-
-def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]:
-    """Merge each batch norm into the convolution that alone feeds it: W' = scale * W, b' = offset + scale * (b - mean).
-
-    Exact up to rounding. The merged convolution takes the name of the norm's output, whose value it has.
-    `unfold_tensors` takes
-    new weights back to the program with its norms.
-    """
-    graph = copy.deepcopy(program.graph)
-    module = rebuild(program.module, graph)
-    by_name = {n.name: n for n in module.graph.nodes}
-    folded: list[FoldedNorm] = []
-    for name, node in program.nodes.items():
-        norm = batch_norm_of(program, node) if node.op == "call_function" else None
-        if norm is None or norm.node != name or not _foldable(program, node, norm.scale):
-            continue
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        weight = str(source.args[1].target)  # type: ignore[union-attr]
-        bias = f"{weight.rpartition('.')[0] or 'folded'}.folded_bias_{len(folded)}".lstrip(".")
-        _write_folded(program, module, norm, weight, bias)
-        _replace_with_biased(module.graph, by_name, source.name, norm.output, bias)
-        folded.append(FoldedNorm(norm=norm, weight=weight, bias=bias))
-    _erase_dead(module.graph)
-    return replace(
-        program, module=rebuild(module, module.graph), history=(*program.history, "fold batch norms")
-    ), tuple(folded)
-
-
-def unfold_tensors(program: Program, folded: Program, norms: Sequence[FoldedNorm]) -> dict[str, torch.Tensor]:
-    """The tensors of `folded` in terms of `program`, whose norms it took over: W = W' / scale, norm bias = b' + scale
-    * (mean - b).
-
-    Only tensors that `program` has are returned.
-    """
-    result = {
-        n: p.detach() for n, p in folded.module.named_parameters() if n in dict(program.module.named_parameters())
-    }
-    for item in norms:
-        norm = item.norm
-        old = program.module.get_parameter(item.weight).detach()
-        new = folded.module.get_parameter(item.weight).detach().double()
-        shift = folded.module.get_parameter(item.bias).detach().double()
-        result[item.weight] = (new / norm.scale.view(-1, *[1] * (old.dim() - 1))).to(old.dtype)
-        assert norm.bias is not None  # _foldable
-        own = _conv_bias(program, item.weight)
-        result[norm.bias] = (shift + norm.scale * (norm.mean - own)).to(old.dtype)
-    return result
-
-
-def _conv_bias(program: Program, weight: str) -> torch.Tensor:
-    node = next(
-        n
-        for n in program.graph.nodes
-        if n.op == "call_function" and any(str(i.target) == weight for i in n.all_input_nodes)
-    )
-    bias = node.args[2] if len(node.args) > 2 else None
-    return (
-        program.constant(bias).detach().double() if isinstance(bias, fx.Node) else torch.zeros((), dtype=torch.float64)
-    )
-
-
-def _foldable(program: Program, node: fx.Node, scale: torch.Tensor) -> bool:
-    """A norm with a trained bias, fed by a convolution that feeds nothing else and owns its weight.
-
-    A norm with a channel of scale (almost) zero stays: new weights could not be taken back through it.
-    """
-    if not bool((scale.abs() > scale.abs().max() * 1e-6).all()):
-        return False
-    source = node.args[0]
-    if (
-        not isinstance(source, fx.Node)
-        or not is_call(source, aten.conv1d, aten.conv2d, aten.conv3d)
-        or len(source.users) != 1
-    ):
-        return False
-    weight = source.args[1]
-    bias = source.args[2] if len(source.args) > 2 else None
-    return (
-        program.owned(weight)
-        and program.owned(node.args[2])
-        and (node.args[1] is None or program.owned(node.args[1]))
-        and (bias is None or is_constant(bias))
-    )
-
-
-def _write_folded(program: Program, module: fx.GraphModule, norm: BatchNorm, weight: str, bias: str) -> None:
-    old = program.module.get_parameter(weight).detach()
-    own = _conv_bias(program, weight)
-    scale = norm.scale.view(-1, *[1] * (old.dim() - 1))
-    path, _, leaf = weight.rpartition(".")
-    owner = module.get_submodule(path)
-    owner._parameters[leaf] = nn.Parameter((old.double() * scale).to(old.dtype))
-    holder, _, name = bias.rpartition(".")
-    if holder and holder != path and not hasattr(module, holder):
-        module.add_submodule(holder, nn.Module())
-    module.get_submodule(holder).register_parameter(
-        name, nn.Parameter((norm.offset + norm.scale * (own - norm.mean)).to(old.dtype))
-    )
-
-
-def _replace_with_biased(graph: fx.Graph, by_name: dict[str, fx.Node], conv: str, output: str, bias: str) -> None:
-    source, result = by_name[conv], by_name[output]
-    with graph.inserting_before(source):
-        parameter = graph.get_attr(bias)
-    with graph.inserting_after(source):
-        args = [*source.args[:2], parameter, *source.args[3:]]
-        merged = graph.call_function(source.target, tuple(args), dict(source.kwargs))  # type: ignore[arg-type]
-    merged.meta = dict(result.meta)
-    result.replace_all_uses_with(merged)
-    _erase_dead(graph)
-    merged.name = output
-    by_name[output] = merged
 
 
 def signature(node: fx.Node) -> str:
@@ -237,7 +224,7 @@ def signature(node: fx.Node) -> str:
     return f"{value.dtype}{[str(d) for d in value.shape]}"
 
 
-def _erase_dead(graph: fx.Graph) -> None:
+def erase_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op not in {"placeholder", "output"} and not node.users:
             graph.erase_node(node)

@@ -13,18 +13,21 @@ import torch
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.mimic import MimicSettings, mimic
 from ..passes.recoverability import Recoverability, RecoverabilitySettings
-from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from ..passes.resolve_network import ResolveSettings, resolve_network
+from ..passes.targets import Kept
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
+from .channel_pipeline import ChannelSettings, cut_channels, group_rejects
 from .cost import program_cost
-from .errors import ExportError, GoalError, first_line
+from .errors import ExportError, GoalError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
-from .plan import Blocks, DropBlock, Goal, Latency, Plan
+from .plan import Blocks, Channels, Decision, DropBlock, Goal, Latency, Macs, Plan
 from .planner import Choice, choose_drops
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
+from .provenance import Provenance
 from .regions import Region, RegionAnalysis, find_regions
 from .verify import compare, output_error
 
@@ -39,6 +42,7 @@ class PipelineSettings:
     `solve_samples` caps what the re-solve reads, originals first."""
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
+    channels: ChannelSettings = field(default_factory=ChannelSettings)
     recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
     mimic: MimicSettings | None = field(default_factory=MimicSettings)
     held_out: float = 0.1
@@ -51,6 +55,22 @@ class PipelineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """A smaller network before mimicking: what was decided, what was left alone and why, and the output errors so far.
+
+    `kept` names the channels left of each node that lost some; `provenance` is there when channels were looked at.
+    """
+
+    program: Program
+    decisions: tuple[Decision, ...]
+    met: bool
+    rejects: tuple[Reject, ...]
+    errors: dict[str, float]
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    provenance: Provenance | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way."""
 
@@ -58,8 +78,8 @@ class Outcome:
     program: Program
     plan: Plan
     met: bool
-    analysis: RegionAnalysis
-    resolved: Resolved
+    rejects: tuple[Reject, ...]
+    provenance: Provenance | None
     measurement: Measurement
     output_errors: Mapping[str, float]
     onnx: bytes
@@ -85,9 +105,11 @@ def run_pipeline(
     calibration.check(teacher)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
-    with clock.stage("analyse"):
-        analysis = find_regions(teacher)
-    _require_regions(analysis, goal)
+    drop = isinstance(goal, (Latency, Blocks))
+    if drop:
+        with clock.stage("analyse"):
+            analysis = find_regions(teacher)
+        _require_regions(analysis, goal)
     with clock.stage("export"):
         original = to_onnx(teacher, opset=settings.opset)
     probe = LatencyProbe(
@@ -100,8 +122,12 @@ def run_pipeline(
         seed=settings.seed,
     )
     try:
-        choice = choose(teacher, analysis, fit, goal, probe, settings=settings, clock=clock, progress=progress)
-        return _finish(teacher, analysis, choice, fit, held_out, goal, probe, settings, clock, progress)
+        if drop:
+            choice = choose(teacher, analysis, fit, goal, probe, settings=settings, clock=clock, progress=progress)
+            rewritten = _dropped(teacher, analysis, choice, fit, held_out, goal, settings, clock, progress)
+        else:
+            rewritten = _pruned(teacher, fit, held_out, goal, settings, clock, progress)
+        return _finish(teacher, rewritten, fit, held_out, goal, probe, settings, clock, progress)
     finally:
         probe.close()
 
@@ -156,7 +182,7 @@ def _stopping_rule(
             return len(chosen) >= goal.count
 
         return dropped_enough
-    assert savings is not None
+    assert savings is not None and isinstance(goal, Latency)
     target, shares = goal.ratio, savings
 
     def fast_enough(chosen: Sequence[Region]) -> bool:
@@ -171,18 +197,18 @@ def _stopping_rule(
     return fast_enough
 
 
-def _finish(
+def _dropped(
     teacher: Program,
     analysis: RegionAnalysis,
     choice: Choice,
     fit: CalibrationSet,
     held_out: CalibrationSet,
     goal: Goal,
-    probe: LatencyProbe,
     settings: PipelineSettings,
     clock: StageClock,
     progress: Progress,
-) -> Outcome:
+) -> Rewritten:
+    """The chosen regions bypassed, the layers around them re-solved."""
     if not choice.regions:
         raise GoalError(
             f"nothing can be dropped towards {goal}",
@@ -193,28 +219,72 @@ def _finish(
         student = drop_blocks(teacher, choice.regions)
         errors["dropped"] = output_error(teacher, student, held_out)
     with clock.stage("re-solve"):
-        pairs = entry_exit(choice.regions)
         resolved = resolve_network(
             teacher,
             student,
             fit.take(slice(0, settings.solve_samples)),
-            pairs,
+            entry_exit(choice.regions),
             settings=settings.resolve,
             progress=progress,
         )
-        student = resolved.program
-        errors["re-solved"] = output_error(teacher, student, held_out)
+        errors["re-solved"] = output_error(teacher, resolved.program, held_out)
+    return Rewritten(
+        program=resolved.program,
+        decisions=choice.decisions,
+        met=choice.met,
+        rejects=(*analysis.rejects, *resolved.locked),
+        errors=errors,
+    )
+
+
+def _pruned(
+    teacher: Program,
+    fit: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: Goal,
+    settings: PipelineSettings,
+    clock: StageClock,
+    progress: Progress,
+) -> Rewritten:
+    """Channels removed, the layers that consumed them re-solved."""
+    assert isinstance(goal, (Channels, Macs))
+    cut = cut_channels(
+        teacher,
+        fit.take(slice(0, settings.solve_samples)),
+        held_out,
+        goal,
+        settings=settings.channels,
+        resolve=settings.resolve,
+        clock=clock,
+        progress=progress,
+    )
+    return Rewritten(
+        program=cut.resolved.program,
+        decisions=cut.decisions,
+        met=cut.met,
+        rejects=(*group_rejects(cut.provenance), *cut.resolved.locked),
+        errors=dict(cut.errors),
+        kept=cut.pruned.kept,
+        provenance=cut.provenance,
+    )
+
+
+def _finish(
+    teacher: Program,
+    rewritten: Rewritten,
+    fit: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    settings: PipelineSettings,
+    clock: StageClock,
+    progress: Progress,
+) -> Outcome:
+    """Mimicking, export and the final measurement."""
+    student, errors = rewritten.program, dict(rewritten.errors)
     if settings.mimic is not None:
         with clock.stage("mimic"):
-            student = mimic(
-                teacher,
-                student,
-                fit,
-                held_out,
-                settings=settings.mimic,
-                seed=settings.seed,
-                progress=progress,
-            ).program
+            student = _mimicked(teacher, rewritten, fit, held_out, settings, progress)
             errors["mimicked"] = output_error(teacher, student, held_out)
     with clock.stage("export"):
         exported = to_exported(student)
@@ -225,10 +295,10 @@ def _finish(
     return Outcome(
         teacher=teacher,
         program=student,
-        plan=make_plan(teacher, goal, choice.decisions, errors),
-        met=choice.met and (not isinstance(goal, Latency) or measurement.ratio <= goal.ratio),
-        analysis=analysis,
-        resolved=resolved,
+        plan=make_plan(teacher, goal, rewritten.decisions, errors),
+        met=rewritten.met and (not isinstance(goal, Latency) or measurement.ratio <= goal.ratio),
+        rejects=rewritten.rejects,
+        provenance=rewritten.provenance,
         measurement=measurement,
         output_errors=errors,
         onnx=onnx,
@@ -240,7 +310,7 @@ def _finish(
 
 def _mimicked(
     teacher: Program,
-    student: Program,
+    rewritten: Rewritten,
     fit: CalibrationSet,
     held_out: CalibrationSet,
     settings: PipelineSettings,
@@ -250,17 +320,25 @@ def _mimicked(
     operator without a gradient): the work before it is not lost."""
     try:
         return mimic(
-            teacher, student, fit, held_out, settings=settings.mimic, seed=settings.seed, progress=progress
+            teacher,
+            rewritten.program,
+            fit,
+            held_out,
+            kept=rewritten.kept,
+            settings=settings.mimic,
+            seed=settings.seed,
+            progress=progress,
         ).program
     except (RuntimeError, NotImplementedError) as cause:
         warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
-        return student
+        return rewritten.program
 
 
-def make_plan(teacher: Program, goal: Goal, decisions: Sequence[DropBlock], errors: Mapping[str, float]) -> Plan:
+def make_plan(teacher: Program, goal: Goal, decisions: Sequence[Decision], errors: Mapping[str, float]) -> Plan:
     """The plan with what it was predicted to cost and to save."""
-    predicted = {"feature_error": decisions[-1].error or 0.0} if decisions else {}
-    known = [d.saving for d in decisions if d.saving is not None]
+    drops = [d for d in decisions if isinstance(d, DropBlock)]
+    predicted = {"feature_error": drops[-1].error or 0.0} if drops else {}
+    known = [d.saving for d in drops if d.saving is not None]
     if known:
         predicted["latency_ratio"] = 1 - sum(known)
     return Plan(

@@ -52,7 +52,51 @@ class Blocks:
         return f"{self.count} block{'s' if self.count > 1 else ''} dropped"
 
 
-Goal = Latency | Blocks
+@dataclass(frozen=True)
+class Channels:
+    """Keep a share `keep` of the units of every prunable group, as near as the channel lattice allows."""
+
+    keep: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, (int, float)) or isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+            raise GoalError(
+                f"Channels({self.keep!r}) is not a goal",
+                hint="give the share of channels to keep, above 0 and at most 1: Channels(0.5) keeps half",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "channels", "keep": float(self.keep)}
+
+    def __str__(self) -> str:
+        return f"{self.keep:g} of the channels kept"
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Come down to at most `ratio` times the original's multiply-accumulates, cut where it costs the least error."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ratio, (int, float)) or isinstance(self.ratio, bool) or not 0 < self.ratio < 1:
+            raise GoalError(
+                f"Macs({self.ratio!r}) is not a goal",
+                hint="give a ratio between 0 and 1: Macs(0.6) asks for 40 % fewer multiply-accumulates",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "macs", "ratio": float(self.ratio)}
+
+    def __str__(self) -> str:
+        return f"MACs ratio {self.ratio:g}"
+
+
+Goal = Latency | Blocks | Channels | Macs
+#: Goals that channel pruning reaches.
+ChannelGoal = Channels | Macs
+#: Goals that dropping blocks reaches.
+DropGoal = Latency | Blocks
 
 
 def goal_from_dict(data: Mapping[str, Any]) -> Goal:
@@ -61,6 +105,10 @@ def goal_from_dict(data: Mapping[str, Any]) -> Goal:
         return Latency(data["ratio"])
     if data.get("kind") == "blocks":
         return Blocks(data["count"])
+    if data.get("kind") == "channels":
+        return Channels(data["keep"])
+    if data.get("kind") == "macs":
+        return Macs(data["ratio"])
     raise PlanError(f"unknown goal {dict(data)!r}", hint="the plan was written by another version of foldcut")
 
 
@@ -92,7 +140,28 @@ class DropBlock:
         return f"drop {self.path or self.region}"
 
 
-Decision = DropBlock
+@dataclass(frozen=True, kw_only=True)
+class PruneChannels:
+    """Keep these units of one unit group (positions within the group, ascending) and remove the others.
+
+    `error` is the relative error of the layers that consume the group, as predicted when the units were chosen.
+    """
+
+    group: str
+    kept: tuple[int, ...]
+    total: int
+    error: float | None = None
+
+    kind = "prune_channels"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self), "kept": list(self.kept)}
+
+    def __str__(self) -> str:
+        return f"keep {len(self.kept)} of {self.total} units of {self.group}"
+
+
+Decision = DropBlock | PruneChannels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +222,9 @@ class Plan:
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:
+    if data["kind"] == PruneChannels.kind:
+        kept = tuple(int(i) for i in data["kept"])
+        return PruneChannels(group=str(data["group"]), kept=kept, total=int(data["total"]), error=data["error"])
     if data["kind"] != DropBlock.kind:
         raise PlanError(f"unknown decision {data['kind']!r}", hint="the plan was written by a newer version of foldcut")
     return DropBlock(

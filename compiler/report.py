@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .plan import Decision, PruneChannels
+from .provenance import Provenance
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -13,7 +16,8 @@ class Report:
 
     `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
     and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
-    samples at each stage and at the end; `seconds` wall and CPU seconds per stage.
+    samples at each stage and at the end; `groups` the unit groups, kept and total, where channels were pruned;
+    `seconds` wall and CPU seconds per stage.
     """
 
     goal: Mapping[str, Any]
@@ -33,6 +37,7 @@ class Report:
     environment: Mapping[str, Any]
     seed: int
     warnings: Sequence[str] = ()
+    groups: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -49,6 +54,7 @@ class Report:
             "output_errors": dict(self.output_errors),
             "decisions": [dict(d) for d in self.decisions],
             "rejects": list(self.rejects),
+            "groups": [dict(g) for g in self.groups],
             "onnx_difference": self.onnx_difference,
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
@@ -71,3 +77,20 @@ class Report:
             rows.append((label, f"{before / scale:.2f}{unit}", f"{after / scale:.2f}{unit}", ratio))
         rows.append(("output error (held out)", "0", f"{self.output_error:.4f}", "relative mean squared"))
         return rows
+
+
+def unit_groups(provenance: Provenance, decisions: Sequence[Decision] = ()) -> list[dict[str, Any]]:
+    """The unit groups of a program as plain data: sizes, what makes and consumes them, kept and total, why locked."""
+    kept = {d.group: len(d.kept) for d in decisions if isinstance(d, PruneChannels)}
+    return [
+        {
+            "group": g.name,
+            "kept": kept.get(g.name, len(g)),
+            "total": len(g),
+            "widths": list(g.widths),
+            "producers": [name for name, _ in g.producers],
+            "consumers": [name for name, _ in g.consumers],
+            "locked": g.reason,
+        }
+        for g in provenance.groups
+    ]

@@ -12,7 +12,7 @@ time of the training and taken out afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.calibration_set import CalibrationSet
-from ..compiler.edit import expose, fold_batch_norms, set_tensors, signature, unfold_tensors
+from ..compiler.edit import expose, set_tensors, signature
+from ..compiler.edit_folds import fold_batch_norms, unfold_tensors
 from ..compiler.errors import CalibrationError
 from ..compiler.program import Batch, Program, as_arguments, is_tensor
 from ..compiler.progress import Progress, silent
 from ..compiler.verify import squared_distance
 from .features import compared_outputs, head_features
+from .targets import Kept, select_kept
 
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -79,11 +81,13 @@ def mimic(
     calibration: CalibrationSet,
     held_out: CalibrationSet,
     *,
+    kept: Mapping[str, Kept] | None = None,
     settings: MimicSettings | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Mimicked:
-    """Train all weights of `student` to reproduce the teacher's features on `calibration`.
+    """Train all weights of `student` to reproduce the teacher's features on `calibration`, in the channels that it
+    has: `kept` names what channel cuts left of each node.
 
     The graph does not change. The returned weights are those of the least held-out error of features and outputs at
     which the outputs alone are no worse either, the starting
@@ -92,7 +96,7 @@ def mimic(
     """
     settings = settings or MimicSettings()
     trainee, norms = fold_batch_norms(student)
-    run = _Run(fold_batch_norms(teacher)[0], trainee, calibration, held_out, settings)
+    run = _Run(fold_batch_norms(teacher)[0], trainee, calibration, held_out, settings, kept or {})
     if not run.parameters:
         error, _ = run.error()
         return Mimicked(program=student, before=error, after=error, iterations=0)
@@ -188,11 +192,13 @@ class _Run:
         calibration: CalibrationSet,
         held_out: CalibrationSet,
         settings: MimicSettings,
+        kept: Mapping[str, Kept],
     ) -> None:
         self.settings = settings
         self.calibration = calibration
         self.held_out = held_out
         self.pairs, self.judges = _compared(teacher, trainee, settings)
+        self.kept = [kept.get(p.student, ()) for p in self.pairs]
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
@@ -242,7 +248,7 @@ class _Run:
         with torch.no_grad():
             for batch in self.held_out.batches(self.settings.batch_size):
                 args, kwargs = as_arguments(batch)
-                ours, theirs = self.student(*args, **kwargs), self.teacher(*args, **kwargs)
+                ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
                 for index in range(self.judges):
                     part, norm = squared_distance(theirs[index], ours[index])
                     error[index] += part
@@ -274,7 +280,12 @@ class _Run:
             torch.set_grad_enabled(module is self.student),
             torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),
         ):
-            return list(module(*args, **kwargs))
+            values = list(module(*args, **kwargs))
+        return values if module is self.student else self._shared(values)
+
+    def _shared(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """The teacher's values in the channels that the student still has."""
+        return [select_kept(value, kept) for value, kept in zip(values, self.kept, strict=True)]
 
     def _teacher_values(self) -> list[torch.Tensor] | None:
         """The teacher's values on all samples, or None when they would not fit."""

@@ -54,6 +54,34 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> Correction:
     )
 
 
+def solve_without(
+    moments: Moments, weight: torch.Tensor, gone: torch.Tensor, *, ridge: float, bias: bool
+) -> Correction:
+    """Solve with some columns removed: their weights become zero and the others take over what they can.
+
+    `weight` (groups, out/groups, columns) as it stands, `gone` a mask over columns. The change of the removed columns
+    is fixed at -W, so the others solve (G_kk + ridge) X = C_k + G_kr W_r. `before` is the error of plain slicing, which
+    `after` never exceeds. With no column gone this is `solve`.
+    """
+    columns = moments.gram.shape[1]
+    lost = torch.cat([gone, gone.new_zeros(columns - len(gone))])
+    stay, out = (~lost).nonzero().reshape(-1), lost.nonzero().reshape(-1)
+    old = weight.double().transpose(1, 2)[:, out]
+    gram, cross = moments.gram, moments.cross
+    energy = moments.energy + 2 * (old * cross[:, out]).sum(1) + (old * (gram[:, out][:, :, out] @ old)).sum(1)
+    rest = Moments(
+        gram=gram[:, stay][:, :, stay],
+        cross=cross[:, stay] + gram[:, stay][:, :, out] @ old,
+        energy=energy,
+        rows=moments.rows,
+    )
+    found = solve(rest, ridge=ridge, bias=bias)
+    change = torch.zeros(weight.shape, dtype=torch.float64)
+    change[:, :, stay[:-1]] = found.weight
+    change[:, :, out] = -old.transpose(1, 2)
+    return Correction(weight=change, bias=found.bias, before=found.before, after=found.after)
+
+
 def _ridge_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float, *, penalised: int) -> torch.Tensor:
     """(G + ridge * mean diag(G) * I) X = C per group; the columns from `penalised` on carry no ridge."""
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)

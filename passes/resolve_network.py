@@ -20,8 +20,8 @@ from .groups import group_targets
 from .layers import Layer, current_parameter, find_layers, moved
 from .lockstep import Lockstep, Step, plan_steps
 from .refine import propose_step
-from .resolve import solve
-from .targets import Target, counterparts, residual_at, trace_target
+from .resolve import Correction, solve
+from .targets import Kept, Target, counterparts, residual_at, trace_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,14 @@ def resolve_network(
     calibration: CalibrationSet,
     dropped: Iterable[tuple[str, str]],
     *,
+    kept: Mapping[str, Kept] | None = None,
     settings: ResolveSettings | None = None,
     progress: Progress = silent,
 ) -> Resolved:
     """Re-solve every layer of `student` that the dropped regions touch, in topological order, in one streamed sweep.
 
-    `dropped` lists (entry, exit) of the bypassed regions in teacher names. A layer takes part when its input or its
+    `dropped` lists (entry, exit) of the bypassed regions in teacher names, `kept` the channels left of each node that
+    lost some. A layer takes part when its input or its
     anchor differs from the teacher's. Solves in float64 from float32 products; the graph does not change, only
     weights, biases and batch-norm biases. When nothing differs, every weight stays as it is, bit for bit. Each
     layer's error at its own anchor never grows, and when the output error on the first `guard_samples` samples did,
@@ -83,7 +85,7 @@ def resolve_network(
     settings = replace(settings, ridge=settings.ridge_for(len(calibration)))
     layers, locked = find_layers(student)
     roles = counterparts(student, teacher, dropped)
-    targets, changed = _touched(student, layers, roles)
+    targets, changed = _touched(student, layers, roles, kept or {})
     steps = plan_steps(teacher, student, group_targets(student, targets), changed)
     tensors: dict[str, torch.Tensor] = {}
     errors: list[LayerError] = []
@@ -118,12 +120,15 @@ def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int 
     return max(1, min(64, budget_bytes // largest))
 
 
-def _touched(student: Program, layers: dict[str, Layer], roles: dict[str, str]) -> tuple[list[Target], set[str]]:
+def _touched(
+    student: Program, layers: dict[str, Layer], roles: dict[str, str], kept: Mapping[str, Kept]
+) -> tuple[list[Target], set[str]]:
     """Targets of the layers to solve, in order, and all student nodes whose value will differ from the teacher's."""
-    changed = descendants(student, roles)
+    smaller = {name for name in kept if name in student.nodes}
+    changed = descendants(student, {*roles, *smaller}) | smaller
     targets = []
     for name, layer in layers.items():
-        target = trace_target(student, layer, roles)
+        target = trace_target(student, layer, roles, kept)
         if layer.input in changed or layer.input in roles or target.anchor in changed or target.anchor in roles:
             targets.append(target)
             changed |= {name} | descendants(student, [name])
@@ -137,7 +142,7 @@ def _solve_group(
     errors: dict[str, LayerError] = {}
     grams: dict[str, torch.Tensor] = {}
     for target in step.targets:
-        moments = _moments(lockstep, step, target, tensors, settings)
+        moments = step_moments(lockstep, step, target, tensors, settings)
         check_finite(moments, lockstep.student, target.layer.node)
         grams[target.layer.node] = moments.gram[:, :-1, :-1]
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
@@ -163,7 +168,7 @@ def _refine(
     old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
     tensors.update(proposed)
     for index, target in enumerate(t for t in step.targets if t.anchor == step.targets[-1].anchor):
-        moments = _moments(lockstep, step, target, tensors, settings)
+        moments = step_moments(lockstep, step, target, tensors, settings)
         before = errors[target.layer.node]
         if index == 0 and not moments.error() / moments.rows < before.after:
             tensors.update(old)
@@ -173,7 +178,7 @@ def _refine(
     return True
 
 
-def _moments(
+def step_moments(
     lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> Moments:
     student = lockstep.student
@@ -218,12 +223,19 @@ def _apply(
     student: Program, target: Target, moments: Moments, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> LayerError:
     """Solve, and put the new weight and shift into `tensors`."""
-    layer = target.layer
     correction = solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
+    return write_correction(student, target, correction, moments.rows, tensors)
+
+
+def write_correction(
+    student: Program, target: Target, correction: Correction, rows: int, tensors: dict[str, torch.Tensor]
+) -> LayerError:
+    """Put what a solve found into `tensors`: the new weight, and the shift where the layer can take one."""
+    layer = target.layer
     weight = current_parameter(student, layer.weight, tensors)
     tensors[layer.weight] = moved(weight, correction.weight)
     if target.shift is not None and correction.bias is not None:
         change = correction.bias if target.shift_scale is None else correction.bias * target.shift_scale
         shift = current_parameter(student, target.shift, tensors)
         tensors[target.shift] = moved(shift, change)
-    return LayerError(node=layer.node, before=correction.before / moments.rows, after=correction.after / moments.rows)
+    return LayerError(node=layer.node, before=correction.before / rows, after=correction.after / rows)

@@ -31,6 +31,9 @@ from .layers import Layer
 aten = torch.ops.aten
 Residual = Callable[[torch.Tensor], torch.Tensor]
 
+#: Indices that a channel cut left along each dimension; None where all are left.
+Kept = tuple[torch.Tensor | None, ...]
+
 #: The zone of a following activation in which its output does not change: values at or below `low`, at or above `high`.
 FlatZone = tuple[float, float]
 
@@ -52,11 +55,13 @@ class Target:
     shift: str | None
     shift_scale: torch.Tensor | None
     zone: FlatZone | None
+    kept: Kept = ()
 
     def teacher_value(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What the anchor should be: the mean of its counterparts' values in the teacher."""
+        """What the anchor should be: the mean of its counterparts' values in the teacher, in those channels that the
+        student still has."""
         first, *others = (values[name] for name in self.counterparts)
-        return sum(others, first) / len(self.counterparts) if others else first
+        return select_kept(sum(others, first) / len(self.counterparts) if others else first, self.kept)
 
     def pull_back(self, residual: torch.Tensor) -> torch.Tensor:
         """A residual at the anchor as the residual at the layer's output. Channels of scale zero get zero: nothing
@@ -66,8 +71,19 @@ class Target:
         return residual
 
 
-def trace_target(program: Program, layer: Layer, counterparts: Mapping[str, str]) -> Target:
-    """Follow the affine chain behind a layer and build its target."""
+def select_kept(value: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """The part of a teacher's value that the student still has; the value itself when that is all of it."""
+    for dim, indices in enumerate(kept):
+        if indices is not None:
+            value = value.index_select(dim, indices)
+    return value
+
+
+def trace_target(
+    program: Program, layer: Layer, counterparts: Mapping[str, str], kept: Mapping[str, Kept] | None = None
+) -> Target:
+    """Follow the affine chain behind a layer and build its target. `kept` names what channel cuts left of each
+    node."""
     node = program.nodes[layer.node]
     steps: list[Residual] = []
     norm: BatchNorm | None = None
@@ -95,6 +111,7 @@ def trace_target(program: Program, layer: Layer, counterparts: Mapping[str, str]
         shift=shift,
         shift_scale=scale,
         zone=_flat_zone(node),
+        kept=(kept or {}).get(node.name, ()),
     )
 
 
@@ -260,4 +277,4 @@ def residual_at(teacher: torch.Tensor, student: torch.Tensor, zone: FlatZone | N
     return residual
 
 
-__all__ = ["FlatZone", "Target", "counterparts", "residual_at", "trace_target"]
+__all__ = ["FlatZone", "Kept", "Target", "counterparts", "residual_at", "select_kept", "trace_target"]

@@ -3,6 +3,8 @@
 from .compiler.api import Compiled, apply_plan, compile
 from .compiler.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
 from .compiler.capture import capture
+from .compiler.channel_budget import ChannelLimits
+from .compiler.channel_pipeline import ChannelSettings
 from .compiler.errors import (
     BackendError,
     CalibrationError,
@@ -15,10 +17,13 @@ from .compiler.errors import (
     Reject,
     RewriteError,
 )
-from .compiler.plan import Blocks, DropBlock, Latency, Plan
+from .compiler.pipeline import PipelineSettings
+from .compiler.plan import Blocks, Channels, DropBlock, Latency, Macs, Plan, PruneChannels
 from .compiler.program import Program, TensorSpec
+from .compiler.provenance import Provenance, find_units
 from .compiler.regions import Region, RegionAnalysis, find_regions
 from .compiler.report import Report
+from .compiler.unit_groups import UnitGroup
 from .passes.mimic import MimicSettings
 
 __version__ = "0.1.0"
@@ -29,27 +34,36 @@ __all__ = [
     "CalibrationError",
     "CalibrationSet",
     "CaptureError",
+    "ChannelLimits",
+    "ChannelSettings",
+    "Channels",
     "Compiled",
     "CompilerError",
     "DropBlock",
     "ExportError",
     "GoalError",
     "Latency",
+    "Macs",
     "MimicSettings",
     "OutputError",
+    "PipelineSettings",
     "Plan",
     "PlanError",
     "Program",
+    "Provenance",
+    "PruneChannels",
     "Region",
     "RegionAnalysis",
     "Reject",
     "Report",
     "RewriteError",
     "TensorSpec",
+    "UnitGroup",
     "apply_plan",
     "capture",
     "compile",
     "find_regions",
+    "find_units",
     "horizontal_flip",
     "random_crop",
     "read_calibration",

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import bypass, expose, fold_batch_norms, rebuild, set_tensors, unfold_tensors
+from foldcut.compiler.edit import bypass, expose, rebuild, set_tensors
+from foldcut.compiler.edit_folds import fold_batch_norms, unfold_tensors
 from foldcut.compiler.errors import RewriteError
 from foldcut.compiler.execute import bind, run_until
 from foldcut.compiler.program import Program

@@ -1,0 +1,197 @@
+"""How many units each group keeps: a uniform share, or a MACs goal allocated by the groups' error curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from .cost import node_macs
+from .errors import GoalError
+from .labels import slim
+from .program import Program, data_inputs, output_nodes
+from .provenance import Provenance
+from .unit_groups import UnitGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelLimits:
+    """What may be cut: channel counts go to multiples of `multiple_of` (a group that cannot keeps all), at least
+    `least` of a group's units stay, and `ignore` names what is left alone: patterns over group names (``head*``), or
+    names of outputs, for all that serves that output only."""
+
+    multiple_of: int = 8
+    least: float = 0.0
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1 or not 0 <= self.least <= 1:
+            raise GoalError("multiple_of starts at 1, and least is a share between 0 and 1", hint=str(self))
+
+
+def free_groups(provenance: Provenance, limits: ChannelLimits) -> list[UnitGroup]:
+    """The prunable groups that are not ignored. Raises GoalError when there is none or a pattern matches nothing."""
+    program = provenance.program
+    outputs = [spec.name for spec in program.outputs]
+    patterns = [p for p in limits.ignore if p not in outputs]
+    shielded = _serving_only(program, [o for o in limits.ignore if o in outputs])
+    for pattern in patterns:
+        if not any(fnmatchcase(g.name, pattern) for g in provenance.groups):
+            raise GoalError(
+                f"ignore: no unit group matches {pattern!r}",
+                hint=f"outputs: {', '.join(outputs)}; groups: `foldcut inspect` lists them",
+            )
+    found = [
+        g
+        for g in provenance.prunable
+        if not any(fnmatchcase(g.name, p) for p in patterns) and not shielded.intersection(p for p, _ in g.producers)
+    ]
+    if not found:
+        reasons = list(dict.fromkeys(g.reason for g in provenance.groups if g.reason))
+        raise GoalError(
+            f"nothing can be pruned: {'; '.join(reasons[:3]) or 'no layer makes channels that another consumes'}",
+            hint="`foldcut inspect` lists the unit groups and why they are locked",
+        )
+    return found
+
+
+def _serving_only(program: Program, names: Sequence[str]) -> set[str]:
+    """Parameters that only the named outputs depend on."""
+    if not names:
+        return set()
+    reach: dict[bool, set[fx.Node]] = {True: set(), False: set()}
+    for spec, node in zip(program.outputs, output_nodes(program.graph), strict=True):
+        stack, seen = [node], reach[spec.name in names]
+        while stack:
+            current = stack.pop()
+            if current not in seen:
+                seen.add(current)
+                stack += current.all_input_nodes
+    return {str(n.target) for n in reach[True] - reach[False] if n.op == "get_attr"}
+
+
+def uniform_counts(groups: Sequence[UnitGroup], keep: float, limits: ChannelLimits) -> dict[str, int]:
+    """Units to keep of each group for one share of all."""
+    return {g.name: max(g.count_for(keep, limits.multiple_of), _least(g, limits)) for g in groups}
+
+
+def _least(group: UnitGroup, limits: ChannelLimits) -> int:
+    step = group.step(limits.multiple_of)
+    return min(len(group), max(1, math.ceil(limits.least * len(group) / step)) * step)
+
+
+class MacsModel:
+    """MACs of a program as a function of the units kept, without building the smaller program.
+
+    Each contraction's MACs shrink by the share of its consumed, made and carried channels that stay.
+    """
+
+    def __init__(self, provenance: Provenance, groups: Sequence[UnitGroup]) -> None:
+        self.groups = groups
+        program = provenance.program
+        owner = torch.full((provenance.size,), -1)
+        for index, group in enumerate(groups):
+            owner[group.units] = index
+        nodes = [n for n in program.graph.nodes if node_macs(program, n)]
+        self.macs = torch.tensor([float(node_macs(program, n)) for n in nodes], dtype=torch.float64)
+        place = {n.name: i for i, n in enumerate(nodes)}
+        rows, factors = [], []
+        for slot in provenance.slots:
+            parameter = program.module.get_parameter(slot.parameter)
+            if parameter.dim() > 1 and slot.node in place:
+                rows.append(place[slot.node])
+                factors.append(self._factor(owner, slot.labels))
+        for node in nodes:
+            if not any(s.node == node.name for s in provenance.slots):
+                for operand in data_inputs(node)[:1]:
+                    labels = provenance.values.get(operand.name)
+                    if isinstance(labels, torch.Tensor):
+                        rows.append(place[node.name])
+                        factors.append(self._factor(owner, slim(labels).reshape(-1)))
+        self.rows = torch.tensor(rows, dtype=torch.long)
+        self.factors = torch.stack(factors) if factors else torch.zeros(0, len(groups), dtype=torch.float64)
+
+    def _factor(self, owner: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Share of the channels that each group has, per unit."""
+        owners = owner[labels]
+        counts = torch.bincount(owners[owners >= 0], minlength=len(self.groups)).double()
+        sizes = torch.tensor([len(g) for g in self.groups], dtype=torch.float64)
+        return counts / len(labels) / sizes
+
+    def __call__(self, counts: Sequence[int]) -> float:
+        return float(self._per_node(counts).sum())
+
+    def _per_node(self, counts: Sequence[int]) -> torch.Tensor:
+        gone = torch.tensor([len(g) - c for g, c in zip(self.groups, counts, strict=True)], dtype=torch.float64)
+        share = (1 - self.factors @ gone).clamp(min=0)
+        return self.macs * torch.ones_like(self.macs).scatter_reduce(0, self.rows, share, "prod")
+
+    def slopes(self, counts: Sequence[int]) -> torch.Tensor:
+        """MACs that one unit less of each group saves."""
+        gone = torch.tensor([len(g) - c for g, c in zip(self.groups, counts, strict=True)], dtype=torch.float64)
+        share = (1 - self.factors @ gone).clamp(min=1e-12)
+        return (self._per_node(counts)[self.rows] / share) @ self.factors
+
+
+def group_shares(provenance: Provenance) -> list[float]:
+    """For each group, the share of all MACs in the layers that make, carry or consume its units; shares overlap."""
+    model = MacsModel(provenance, provenance.groups)
+    total = float(model.macs.sum())
+    if not len(model.rows) or total == 0:
+        return [0.0] * len(provenance.groups)
+    touched = torch.zeros(len(model.macs), len(provenance.groups), dtype=torch.bool)
+    touched.index_put_((model.rows,), model.factors > 0, accumulate=True)
+    return [float(s) for s in (touched.double() * model.macs.unsqueeze(1)).sum(0) / total]
+
+
+def allocate(
+    model: MacsModel, curves: Mapping[str, torch.Tensor], target: float, limits: ChannelLimits
+) -> tuple[dict[str, int], bool]:
+    """Cut where a MAC costs the least error until at most `target` MACs are left; the counts, and whether that was
+    reached.
+
+    `curves` holds, for each group, the error with 0, 1, 2 ... units kept. Greedy on the slope of each curve's lower
+    convex hull ahead of where the group stands, so that a flat part behind a step is seen.
+    """
+    groups = model.groups
+    counts = [len(g) for g in groups]
+    while model(counts) > target:
+        slopes = model.slopes(counts)
+        best: tuple[float, int, int] | None = None
+        for index, group in enumerate(groups):
+            found = _best_cut(group, curves[group.name], counts[index], limits)
+            if found is None or slopes[index] <= 0:
+                continue
+            price = found[0] / float(slopes[index])
+            if best is None or price < best[0]:
+                best = (price, index, found[1])
+        if best is None:
+            return {g.name: c for g, c in zip(groups, counts, strict=True)}, False
+        _, index, goal = best
+        counts[index] = _enough(model, counts, index, goal, target, groups[index].step(limits.multiple_of))
+    return {g.name: c for g, c in zip(groups, counts, strict=True)}, True
+
+
+def _enough(model: MacsModel, counts: list[int], index: int, goal: int, target: float, step: int) -> int:
+    """The first count on the way down to `goal` that meets the target, else `goal`."""
+    lattice = list(range((counts[index] - 1) // step * step, goal - 1, -step))
+    for count in lattice:
+        if model([*counts[:index], count, *counts[index + 1 :]]) <= target:
+            return count
+    return goal
+
+
+def _best_cut(group: UnitGroup, curve: torch.Tensor, count: int, limits: ChannelLimits) -> tuple[float, int] | None:
+    """(added error per unit, count to go to) with the least slope among the lattice counts below."""
+    step, least = group.step(limits.multiple_of), _least(group, limits)
+    lower = torch.arange((count - 1) // step * step, least - 1, -step) if count > least else torch.empty(0)
+    if not len(lower):
+        return None
+    lower = lower.long()
+    slopes = (curve[lower] - curve[count]).clamp(min=0) / (count - lower)
+    best = int(slopes.argmin())
+    return float(slopes[best]), int(lower[best])

@@ -1,0 +1,201 @@
+"""Channel pruning end to end: budgets, selection, the physical cut, the re-solve of what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..passes.prune_channels import Pruned, prune_channels
+from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from ..passes.select_channels import Variant, choose_channels, select_layerwise
+from ..passes.submodular import Selection
+from .calibration_set import CalibrationSet
+from .channel_budget import ChannelLimits, MacsModel, allocate, free_groups, uniform_counts
+from .cost import program_cost
+from .errors import PlanError, Reject
+from .plan import ChannelGoal, Channels, PruneChannels
+from .program import Program
+from .progress import Progress, StageClock, silent
+from .provenance import Provenance, find_units
+from .unit_groups import UnitGroup
+from .verify import output_error
+
+#: How often a MACs goal is tightened when the smaller program has more MACs than the allocation predicted.
+MOST_CORRECTIONS = 4
+#: Samples that weigh the groups' error curves against each other.
+WEIGHING_SAMPLES, LEAST_WEIGHING = 64, 8
+#: And the multiply-accumulates that this may cost over all groups.
+WEIGHING_MACS = 2 * 10**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSettings:
+    """How channels are chosen: limits, the paper's variant, and whether the layers that are left are solved once more
+    and refined together after the cut (`polish`)."""
+
+    limits: ChannelLimits = field(default_factory=ChannelLimits)
+    variant: Variant = "asymmetric"
+    polish: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelCut:
+    """The pruned, re-solved program and how it came about. `met` says whether the goal was."""
+
+    pruned: Pruned
+    resolved: Resolved
+    decisions: tuple[PruneChannels, ...]
+    selections: Mapping[str, Selection]
+    provenance: Provenance
+    errors: Mapping[str, float]
+    met: bool
+
+
+def cut_channels(
+    teacher: Program,
+    calibration: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: ChannelGoal,
+    *,
+    settings: ChannelSettings,
+    resolve: ResolveSettings,
+    clock: StageClock,
+    progress: Progress = silent,
+) -> ChannelCut:
+    """Prune `teacher` to a `Channels` or `Macs` goal and re-solve what consumes the lost channels.
+
+    The errors are those of the outputs on `held_out`, relative, after plain removal, after the re-solve of the
+    consumers, and after the polish. Raises GoalError when nothing can be pruned.
+    """
+    with clock.stage("analyse"):
+        provenance = find_units(teacher)
+        groups = free_groups(provenance, settings.limits)
+    with clock.stage("choose"):
+        counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress)
+        choice = choose_channels(
+            provenance, calibration, counts, variant=settings.variant, settings=resolve, progress=progress
+        )
+    errors: dict[str, float] = {}
+    with clock.stage("prune"):
+        plain = prune_channels(provenance, choice.removed)
+        errors["pruned"] = output_error(teacher, plain.program, held_out)
+        pruned = prune_channels(provenance, choice.removed, choice.tensors)
+        errors["re-solved"] = output_error(teacher, pruned.program, held_out)
+        if errors["re-solved"] > errors["pruned"]:
+            pruned, errors["re-solved"] = plain, errors["pruned"]
+    resolved = Resolved(program=pruned.program, layers=choice.layers, locked=())
+    if settings.polish and pruned.kept:
+        with clock.stage("re-solve"):
+            resolved = resolve_network(
+                teacher, pruned.program, calibration, (), kept=pruned.kept, settings=resolve, progress=progress
+            )
+            errors["polished"] = output_error(teacher, resolved.program, held_out)
+            if errors["polished"] > errors["re-solved"]:
+                resolved, errors["polished"] = replace(resolved, program=pruned.program), errors["re-solved"]
+    return ChannelCut(
+        pruned=pruned,
+        resolved=resolved,
+        decisions=tuple(_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
+        selections=choice.selections,
+        provenance=provenance,
+        errors=errors,
+        met=met,
+    )
+
+
+def _counts(
+    provenance: Provenance,
+    calibration: CalibrationSet,
+    goal: ChannelGoal,
+    groups: Sequence[UnitGroup],
+    limits: ChannelLimits,
+    progress: Progress,
+) -> tuple[dict[str, int], bool]:
+    if isinstance(goal, Channels):
+        return uniform_counts(groups, goal.keep, limits), True
+    curves = error_curves(provenance, calibration, groups, progress=progress)
+    model = MacsModel(provenance, groups)
+    macs = program_cost(provenance.program).macs
+    target = goal.ratio * macs
+    for _ in range(MOST_CORRECTIONS):
+        counts, met = allocate(model, curves, target, limits)
+        left = _macs_left(provenance, groups, counts)
+        if not met or left <= goal.ratio * macs:
+            return counts, met
+        # what the model does not see (a product of two activations) takes its share too
+        target -= left - goal.ratio * macs
+    return counts, False
+
+
+def error_curves(
+    provenance: Provenance, calibration: CalibrationSet, groups: Sequence[UnitGroup], *, progress: Progress = silent
+) -> dict[str, torch.Tensor]:
+    """For each group the error at the network's outputs, as predicted, with 0, 1, 2 ... units kept.
+
+    The shape of a curve is that of the group's consumers (relative error after the greedy choice and re-solve); its
+    height comes from one trial: the group alone pruned to half and re-solved, and the output error measured on
+    `WEIGHING_SAMPLES` samples.
+    """
+    counts = {g.name: len(g) for g in groups}
+    found = {
+        group.name: selection
+        for group, selection in select_layerwise(provenance, calibration, groups, counts, progress=progress)
+    }
+    samples = calibration.take(slice(0, _weighing_samples(provenance.program, len(groups))))
+    curves = {}
+    for index, group in enumerate(groups):
+        curve, half = found[group.name].errors.clone(), max(1, len(group) // 2)
+        trial = choose_channels(provenance, samples, {group.name: half})
+        smaller = prune_channels(provenance, trial.removed, trial.tensors).program
+        height, shape = output_error(provenance.program, smaller, samples), float(curve[half])
+        curves[group.name] = curve * (height / shape if shape > 0 else 1.0)
+        progress("weigh groups", index + 1, len(groups))
+    return curves
+
+
+def _weighing_samples(program: Program, groups: int) -> int:
+    """As many samples as `WEIGHING_MACS` allow, a few at least."""
+    macs = max(1, program_cost(program).macs)
+    return max(LEAST_WEIGHING, min(WEIGHING_SAMPLES, WEIGHING_MACS // (groups * macs)))
+
+
+def _macs_left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> int:
+    units = torch.cat([g.units[counts[g.name] :] for g in groups])
+    return program_cost(prune_channels(provenance, units).program).macs
+
+
+def _decision(group: UnitGroup, selection: Selection) -> PruneChannels:
+    kept = tuple(sorted(int(i) for i in selection.order))
+    return PruneChannels(group=group.name, kept=kept, total=len(group), error=float(selection.errors[-1]))
+
+
+def removed_units(provenance: Provenance, decisions: Sequence[PruneChannels]) -> torch.Tensor:
+    """The units that the decisions of a plan remove. Raises PlanError when a group is not the one planned for."""
+    groups = {g.name: g for g in provenance.prunable}
+    removed = []
+    for decision in decisions:
+        group = groups.get(decision.group)
+        if group is None or len(group) != decision.total or max(decision.kept, default=-1) >= len(group):
+            raise PlanError(
+                f"no prunable unit group {decision.group!r} with {decision.total} units",
+                hint="apply the plan to the network that it was made for",
+            )
+        stay = torch.zeros(len(group), dtype=torch.bool)
+        stay[list(decision.kept)] = True
+        removed.append(group.units[~stay])
+    return torch.cat(removed) if removed else torch.zeros(0, dtype=torch.long)
+
+
+def group_rejects(provenance: Provenance) -> tuple[Reject, ...]:
+    """The locked groups with their reasons, and the operators that were not understood."""
+    locked = [Reject(reason=g.reason, node=g.name) for g in provenance.groups if g.reason]
+    unknown = [
+        Reject(reason=f"{target} is not understood ({len(nodes)} times)", node=nodes[0])
+        for target, nodes in provenance.unknown.items()
+    ]
+    return (*locked, *unknown)
+
+
+__all__ = ["ChannelCut", "ChannelSettings", "cut_channels", "error_curves", "group_rejects", "removed_units"]

@@ -1,0 +1,106 @@
+"""What the command line shows: tables of regions, unit groups and results, and the same as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .channel_budget import group_shares
+from .cost import program_cost
+from .plan import PruneChannels
+from .program import Program
+from .provenance import find_units
+from .regions import find_regions
+from .report import Report, unit_groups
+
+
+def describe(program: Program) -> dict[str, Any]:
+    """What `foldcut inspect --json` prints."""
+    analysis, cost, provenance = find_regions(program), program_cost(program), find_units(program)
+    blocks = {r.name for r in analysis.blocks}
+    return {
+        "fingerprint": program.fingerprint,
+        "inputs": [str(s) for s in program.inputs],
+        "outputs": [str(s) for s in program.outputs],
+        "macs": cost.macs,
+        "parameters": program.parameter_count(),
+        "regions": [
+            {
+                "name": r.name,
+                "path": r.path,
+                "kind": r.kind,
+                "block": r.name in blocks,
+                "parent": r.parent,
+                "macs": r.cost.macs,
+                "parameters": r.cost.parameters,
+                "macs_share": r.cost.macs / cost.macs if cost.macs else 0.0,
+            }
+            for r in analysis.regions
+        ],
+        "rejects": [{"node": r.node, "reason": r.reason} for r in analysis.rejects],
+        "groups": [
+            {**group, "macs_share": share}
+            for group, share in zip(unit_groups(provenance), group_shares(provenance), strict=True)
+        ],
+        "unknown": {target: list(nodes) for target, nodes in provenance.unknown.items()},
+    }
+
+
+def show_regions(found: dict[str, Any], out: Console) -> None:
+    """A table of what `describe` found."""
+    table = Table(
+        title=f"removable regions ({found['macs'] / 1e6:.1f} M MACs, {found['parameters'] / 1e6:.2f} M parameters)"
+    )
+    for column in ("region", "path", "kind", "block", "MACs", "share", "parameters"):
+        table.add_column(column, justify="left" if column in {"region", "path", "kind", "block"} else "right")
+    for r in found["regions"]:
+        mark = "yes" if r["block"] else ""
+        table.add_row(
+            r["name"],
+            r["path"],
+            r["kind"],
+            mark,
+            f"{r['macs'] / 1e6:.2f} M",
+            f"{r['macs_share']:.1%}",
+            f"{r['parameters']:,}",
+        )
+    out.print(table)
+    for reject in found["rejects"]:
+        out.print(f"left alone: {reject['node']}: {reject['reason']}", highlight=False)
+
+
+def show_groups(found: dict[str, Any], out: Console) -> None:
+    """A table of the unit groups: what can be pruned, and why the others cannot."""
+    table = Table(title="unit groups (channels that go together)")
+    for column in ("group", "units", "channels a unit", "consumers", "MACs share", "locked"):
+        table.add_column(column, justify="left" if column in {"group", "locked"} else "right")
+    for g in found["groups"]:
+        widths = "/".join(map(str, g["widths"]))
+        share = f"{g['macs_share']:.1%}"
+        table.add_row(g["group"], str(g["total"]), widths, str(len(g["consumers"])), share, g["locked"] or "")
+    out.print(table)
+    for target, nodes in found["unknown"].items():
+        out.print(f"not understood: {target} ({len(nodes)} times, first at {nodes[0]})", highlight=False)
+
+
+def show_report(report: Report, out: Console) -> None:
+    """The before/after table and what was dropped."""
+    table = Table(title="before and after")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in report.rows():
+        table.add_row(*row)
+    out.print(table)
+    for decision in report.decisions:
+        if decision["kind"] == PruneChannels.kind:
+            kept, total, error = len(decision["kept"]), decision["total"], decision["error"] or 0.0
+            out.print(f"kept {kept} of {total} units of {decision['group']} (error there {error:.4f})", highlight=False)
+            continue
+        what = decision["path"] or decision["region"]
+        saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
+        out.print(
+            f"dropped {what} (predicted feature error {decision['error']:.4f}{saving})",
+            highlight=False,
+        )

@@ -1,0 +1,308 @@
+"""Labels through everything that is not a contraction.
+
+Data movement runs itself on the labels: no rule per operator. Elementwise operators are known by torch's own tag.
+What no rule knows locks the labels that it meets.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .contraction_labels import CONTRACTIONS, carries_groups
+from .label_trace import Rule, Trace, Value
+from .labels import along, compress, slim, vector
+from .program import argument, is_constant, is_size, is_tensor
+
+aten = torch.ops.aten
+
+
+def rule_for(node: fx.Node) -> Rule | None:
+    """How labels pass a node; None when that is not known."""
+    if node.target is operator.getitem:
+        return _getitem
+    packet = getattr(node.target, "overloadpacket", None)
+    rule = CONTRACTIONS.get(packet) or _RULES.get(packet)
+    if rule is not None:
+        return rule
+    if isinstance(node.target, torch._ops.OpOverload):
+        if torch.Tag.pointwise in node.target.tags:
+            return _elementwise
+        if any(r.alias_info is not None for r in node.target._schema.returns):
+            return movement
+    return None
+
+
+def is_movement(node: fx.Node) -> bool:
+    """Whether the node only moves elements around."""
+    return rule_for(node) is movement
+
+
+def move(node: fx.Node, lookup: Any, *, as_float: bool = False) -> Any:
+    """Run a data-movement node on tensors that stand for its operands: `lookup` gives each graph operand's stand-in."""
+
+    def get(operand: fx.Node) -> Any:
+        value = lookup(operand)
+        return value.double() if as_float and isinstance(value, torch.Tensor) and value.dtype == torch.long else value
+
+    target: Any = node.target
+    if getattr(target, "overloadpacket", None) in (aten.view, aten._unsafe_view):
+        target = aten.reshape.default  # a view asks for one memory layout
+    return target(*fx.node.map_arg(node.args, get), **fx.node.map_arg(node.kwargs, get))
+
+
+def movement(trace: Trace, node: fx.Node) -> Value:
+    """Data movement: the operator itself runs on the labels of the elements; indices stay what they are."""
+
+    def stand_in(operand: fx.Node) -> Any:
+        if is_size(operand):
+            return trace.size(operand)
+        if operand in indices:
+            return indices[operand]
+        return trace.of(operand)
+
+    indices: dict[fx.Node, Any] = {}
+    for index in _index_operands(node):
+        indices[index] = trace.concrete(index)
+        if indices[index] is None:
+            return trace.lock_node(node, f"indexed by a computed value at {node.name}")
+    result = move(node, stand_in)
+    if isinstance(result, torch.Tensor):
+        return compress(result)
+    return tuple(compress(r) for r in result)
+
+
+def _index_operands(node: fx.Node) -> list[fx.Node]:
+    """Operands that say which elements to take."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in (aten.index, aten.index_select, aten.gather, aten.take):
+        found: list[fx.Node] = []
+        fx.node.map_arg((node.args[1:], node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+        return [n for n in found if is_tensor(n)]
+    return []
+
+
+def _getitem(trace: Trace, node: fx.Node) -> Value:
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    found = trace.values.get(source.name)
+    if isinstance(found, tuple) and isinstance(index, int):
+        return found[index]
+    return trace.lock_node(node, f"an item of something unknown at {node.name}")
+
+
+def _elementwise(trace: Trace, node: fx.Node) -> Value:
+    operands: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: operands.append(n) or n)  # type: ignore[func-returns-value]
+    tensors = [n for n in operands if is_tensor(n)]
+    return trace.meet([trace.of(n) for n in tensors], trace.shape(node), node.name)
+
+
+def _per_channel_activation(trace: Trace, node: fx.Node) -> Value:
+    """prelu: its weight runs along dim 1."""
+    x, weight = trace.of(node.args[0]), node.args[1]
+    if not (is_constant(weight) and trace.program.constant(weight).numel() == 1):  # type: ignore[arg-type]
+        trace.channel_parameters(x, [weight], 1, node.name)
+    return x
+
+
+def _same(trace: Trace, node: fx.Node) -> Value:
+    """Element by element in one operand."""
+    return trace.of(node.args[0])
+
+
+def _spatial(trace: Trace, node: fx.Node) -> Value:
+    """Pooling and resampling: each channel of dim 1 by itself."""
+    x = trace.of(node.args[0])
+    trace.labels.tie(x, [d for d in range(x.dim()) if d != 1], f"meets a value without channels at {node.name}")
+    channels = vector(x, 1)
+    results = [along(channels, 1, shape) for shape in trace.shapes(node)]
+    return results[0] if is_tensor(node) else tuple(results)
+
+
+def _batch_norm(trace: Trace, node: fx.Node) -> Value:
+    x = trace.of(node.args[0])
+    trace.channel_parameters(x, node.args[1:5], 1, node.name)
+    if is_tensor(node):
+        return x
+    return (x, *(trace.of(None) for _ in trace.shapes(node)[1:]))
+
+
+def _layer_norm(trace: Trace, node: fx.Node) -> Value:
+    """Normalised over the trailing dimensions. A cut changes mean and variance: what reads it is re-solved."""
+    x = trace.of(node.args[0])
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    for name in ("weight", "bias"):
+        parameter = argument(node, names.index(name), name) if name in names else None
+        if is_constant(parameter):
+            trace.met.append((trace.of(parameter), x, node.name))
+        elif isinstance(parameter, fx.Node):
+            trace.labels.lock(x, f"meets a computed parameter at {node.name}")
+    return x if is_tensor(node) else (x, *(trace.of(None) for _ in trace.shapes(node)[1:]))
+
+
+def _group_norm(trace: Trace, node: fx.Node) -> Value:
+    native = getattr(node.target, "overloadpacket", None) is aten.native_group_norm
+    groups = int(node.args[6 if native else 1])  # type: ignore[arg-type]
+    weight, bias = (
+        argument(node, i, n) for i, n in (((1, "weight"), (2, "bias")) if native else ((2, "weight"), (3, "bias")))
+    )
+    x = trace.of(node.args[0])
+    if groups > 1:
+        reason = f"meets a value without channels at {node.name}"
+        trace.labels.tie(x, [d for d in range(x.dim()) if d != 1], reason)
+        grid = vector(x, 1).view(groups, -1)
+        trace.labels.tie(grid, [1 if carries_groups(grid.numel(), groups) else 0], reason)
+    trace.channel_parameters(x, [weight, bias], 1, node.name)
+    return x if is_tensor(node) else (x, *(trace.of(None) for _ in trace.shapes(node)[1:]))
+
+
+def _reduced_dims(node: fx.Node, rank: int) -> list[int]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    dims = argument(node, names.index("dim"), "dim") if "dim" in names else None
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(rank))
+    return sorted(int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
+def _tie_reduced(trace: Trace, node: fx.Node, x: torch.Tensor) -> list[int]:
+    """Channels that are summed or normalised together go together; when nothing else tells them apart, they stay."""
+    dims = _reduced_dims(node, x.dim()) if x.dim() else []
+    varying = trace.labels.varying(x)
+    if set(dims) & set(varying):
+        reason = f"reduced over the channels by {node.name}"
+        if set(varying) <= set(dims):
+            trace.labels.lock(x, reason)
+        trace.labels.tie(x, dims, reason)
+    return dims
+
+
+def _reduction(trace: Trace, node: fx.Node) -> Value:
+    x = trace.of(node.args[0])
+    dims = _tie_reduced(trace, node, x)
+    for dim in dims:
+        x = x.narrow(dim, 0, 1)
+    results = []
+    for shape in trace.shapes(node):
+        small = x if len(shape) == x.dim() else x.reshape([s for d, s in enumerate(x.shape) if d not in dims])
+        results.append(compress(small.expand(shape)))
+    return results[0] if is_tensor(node) else tuple(results)
+
+
+def _normalised(trace: Trace, node: fx.Node) -> Value:
+    """softmax and the like: as long as before along the reduced dimension."""
+    x = trace.of(node.args[0])
+    _tie_reduced(trace, node, x)
+    results = [x.expand(shape) for shape in trace.shapes(node)]
+    return results[0] if is_tensor(node) else tuple(results)
+
+
+def _pad(trace: Trace, node: fx.Node) -> Value:
+    """Padding along the channels makes free channels of its own; along other dimensions it continues its neighbours."""
+    if getattr(node.target, "overloadpacket", None) is aten.pad and argument(node, 2, "mode", "constant") != "constant":
+        return _spatial(trace, node)
+    x, pads = trace.of(node.args[0]), [_number(trace, p) for p in node.args[1]]  # type: ignore[union-attr]
+    varying = trace.labels.varying(x)
+    for position in range(len(pads) // 2):
+        dim = x.dim() - 1 - position
+        x = _padded(trace, x, dim, pads[2 * position], pads[2 * position + 1], own=dim in varying)
+    return compress(x)
+
+
+def _number(trace: Trace, value: Any) -> int:
+    return int(trace.size(value)) if isinstance(value, fx.Node) else int(value)
+
+
+def _padded(trace: Trace, x: torch.Tensor, dim: int, before: int, after: int, *, own: bool) -> torch.Tensor:
+    size = x.shape[dim]
+    if before < 0 or after < 0:
+        x = x.narrow(dim, max(0, -before), size - max(0, -before) - max(0, -after))
+    parts = [x]
+    for count, edge, front in ((before, 0, True), (after, x.shape[dim] - 1, False)):
+        if count <= 0:
+            continue
+        shape = [count if d == dim else s for d, s in enumerate(x.shape)]
+        fill = along(trace.labels.fresh(count, free=True), dim, shape) if own else x.narrow(dim, edge, 1).expand(shape)
+        parts.insert(0 if front else len(parts), fill)
+    small = slim_together(parts, dim)
+    return torch.cat(small, dim).expand(
+        [sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(x.shape)]
+    )
+
+
+def slim_together(parts: Sequence[torch.Tensor], dim: int) -> list[torch.Tensor]:
+    """The parts with those dimensions but `dim` cut to size 1 along which none of them has a stride."""
+    result = list(parts)
+    for d in range(result[0].dim()):
+        if d != dim and all(p.stride(d) == 0 or p.shape[d] == 1 for p in result):
+            result = [p.narrow(d, 0, 1) for p in result]
+    return result
+
+
+def _created(trace: Trace, node: fx.Node) -> Value:
+    """Constants made in the graph: free, like parameters."""
+    shape = trace.shape(node)
+    count = torch.Size(shape).numel()
+    return trace.labels.fresh(count, free=True).view(shape) if count <= 1 << 16 else trace.fixed_like(node)
+
+
+def _concatenate(trace: Trace, node: fx.Node) -> Value:
+    parts = [trace.of(n) for n in node.args[0]]  # type: ignore[union-attr]
+    dim = int(argument(node, 1, "dim", 0)) % parts[0].dim()
+    shape = trace.shape(node)
+    return compress(torch.cat(slim_together(parts, dim), dim).expand(shape))
+
+
+_MOVEMENTS = (
+    "view reshape _unsafe_view permute transpose t unsqueeze squeeze expand repeat tile slice select index_select "
+    "index gather stack chunk split split_with_sizes tensor_split unbind roll flip pixel_shuffle pixel_unshuffle "
+    "channel_shuffle flatten unflatten movedim narrow repeat_interleave expand_as view_as swapaxes"
+)
+_SAME = (
+    "clone contiguous alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to _to_copy hardswish celu "
+    "log_sigmoid selu relu6 type_as zeros_like ones_like full_like"
+)
+_SPATIAL = (
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
+    "upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d upsample_nearest3d "
+    "upsample_trilinear3d "
+    "_upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
+    "replication_pad1d replication_pad2d"
+)
+_REDUCTIONS = (
+    "mean sum amax amin max min prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all argmax argmin"
+)
+_NORMALISED = "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp sort softmin"
+_CREATED = "zeros ones full arange scalar_tensor new_zeros new_ones new_full empty eye linspace"
+
+
+def _table() -> dict[object, Rule]:
+    table: dict[object, Rule] = {}
+    for names, rule in (
+        (_MOVEMENTS, movement),
+        (_SAME, _same),
+        (_SPATIAL, _spatial),
+        (_REDUCTIONS, _reduction),
+        (_NORMALISED, _normalised),
+        (_CREATED, _created),
+        ("_native_batch_norm_legit_no_training native_batch_norm batch_norm", _batch_norm),
+        ("layer_norm native_layer_norm rms_norm", _layer_norm),
+        ("group_norm native_group_norm", _group_norm),
+        ("constant_pad_nd pad", _pad),
+        ("cat", _concatenate),
+        ("prelu", _per_channel_activation),
+    ):
+        for name in names.split():
+            packet = getattr(aten, name, None)
+            if packet is not None:
+                table[packet] = rule
+    return table
+
+
+_RULES = _table()
+__all__ = ["is_movement", "move", "movement", "rule_for", "slim"]

@@ -1,0 +1,213 @@
+"""The state of one run of labels through a graph: what rules read and write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .execute import evaluate
+from .labels import FIXED, Labels, along, compress, fixed, slim
+from .program import Program, is_constant, is_size, is_tensor
+
+#: A constant with more elements than this gets no labels of its own when it meets activations or is moved.
+LARGEST_CONSTANT = 1 << 22
+
+#: Labels of one value: a tensor, a tuple of them for several outputs, None for what is no tensor.
+Value = Any
+Rule = Callable[["Trace", fx.Node], Value]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slot:
+    """One dimension of a parameter that follows the channels: `labels` has one entry per index.
+
+    `role` is ``out`` where the channels are made, ``in`` where they are consumed, ``carry`` where a grouped layer
+    passes them on.
+    """
+
+    parameter: str
+    dim: int
+    role: str
+    node: str
+    labels: torch.Tensor
+
+
+class Trace:
+    """Labels of every value so far, the slots found, and the constraints that have to wait until all is known."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.labels = Labels()
+        self.values: dict[str, Value] = {}
+        self.slots: list[Slot] = []
+        #: tensors that vary along more than one dimension, to be made rectangular
+        self.crossed: list[torch.Tensor] = []
+        #: (labels of a constant, labels of the activation that it meets), aligned from the last dimension
+        self.met: list[tuple[torch.Tensor, torch.Tensor, str]] = []
+        self.constants: dict[str, torch.Tensor] = {}
+        self.unknown: dict[str, list[str]] = {}
+        self._aliases: dict[tuple[int, tuple[int, ...]], str] = {}
+        self._concrete: dict[str, Any] = {}
+        #: nodes that no input reaches
+        self.inputless: set[str] = set()
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return self.program.shape(node)
+
+    def of(self, value: Any) -> torch.Tensor:
+        """The labels of an operand: an activation's, a constant's own, FIXED for a number."""
+        if not isinstance(value, fx.Node):
+            return torch.tensor(FIXED)
+        if is_constant(value):
+            return self.constant(value)
+        found = self.values.get(value.name)
+        return (
+            found
+            if isinstance(found, torch.Tensor)
+            else fixed(self.shape(value))
+            if is_tensor(value)
+            else torch.tensor(FIXED)
+        )
+
+    def constant(self, node: fx.Node) -> torch.Tensor:
+        """A constant's own labels, one per element, made when first asked for. Names of one tensor share them."""
+        name = self.name(node)
+        if name not in self.constants:
+            shape = tuple(self.program.constant(node).shape)
+            count = math.prod(shape)
+            self.constants[name] = (
+                self.labels.fresh(count, free=True).view(shape) if count <= LARGEST_CONSTANT else fixed(shape)
+            )
+        return self.constants[name]
+
+    def name(self, node: fx.Node) -> str:
+        """The first name under which the graph reads this tensor."""
+        value = self.program.constant(node)
+        return self._aliases.setdefault((value.data_ptr(), tuple(value.shape)), str(node.target))
+
+    def concrete(self, value: Any) -> Any:
+        """The value of an operand that depends on no input (an index made of constants), at batch 1; sizes as numbers.
+        None when it depends on an input."""
+        if not isinstance(value, fx.Node):
+            return value
+        if is_constant(value):
+            return self.program.constant(value)
+        if is_size(value):
+            return self.size(value)
+        if value.name not in self._concrete:
+            self._concrete[value.name] = None
+            operands = {n.name: self.concrete(n) for n in value.all_input_nodes}
+            if value.op == "call_function" and all(v is not None for v in operands.values()):
+                self._concrete[value.name] = evaluate(self.program, value, operands)
+        return self._concrete[value.name]
+
+    def size(self, node: fx.Node) -> Any:
+        """A scalar of the graph as a number, at batch 1."""
+        value = node.meta["val"]
+        return self.program.dim(value) if isinstance(value, (int, torch.SymInt)) else value
+
+    def slot(self, parameter: fx.Node, dim: int, role: str, node: fx.Node, labels: torch.Tensor) -> None:
+        self.slots.append(Slot(parameter=self.name(parameter), dim=dim, role=role, node=node.name, labels=labels))
+
+    def meet(self, operands: Sequence[torch.Tensor], shape: Sequence[int], where: str) -> torch.Tensor:
+        """Labels of an elementwise result. Operands that share a varying dimension are united; constants wait.
+
+        An operand of size 1 along every dimension in which the other varies puts no constraint on it.
+        """
+        shape = list(shape)
+        reason = f"meets a value without channels at {where}"
+        active = [o for o in operands if not (o.dim() == 0 and int(o) == FIXED)]
+        if not active:
+            return fixed(shape)
+        free = [o for o in active if self.labels.all_free(o)]
+        real = [o for o in active if not self.labels.all_free(o)] or free
+        result = _lifted(real[0], len(shape))
+        for other in real[1:]:
+            result = self._join(result, _lifted(other, len(shape)), reason)
+        if real is not free:
+            self.met.extend((_lifted(constant, len(shape)), result, where) for constant in free)
+        return compress(result.expand(shape))
+
+    def _join(self, first: torch.Tensor, second: torch.Tensor, reason: str) -> torch.Tensor:
+        one, two = self.labels.varying(first), self.labels.varying(second)
+        linked = any(first.shape[d] > 1 and second.shape[d] > 1 for d in {*one, *two})
+        if linked or (one and two):
+            self.labels.unite(first, second, reason)
+        shape = torch.broadcast_shapes(first.shape, second.shape)
+        lead = first if one or not two else second
+        return lead.expand(shape)
+
+    def channel_parameters(self, x: torch.Tensor, parameters: Sequence[Any], dim: int, where: str) -> None:
+        """Per-channel parameters (of a norm) meet an activation along one dimension."""
+        for parameter in parameters:
+            if is_constant(parameter):
+                own = self.constant(parameter).reshape(-1)
+                self.met.append(
+                    (along(own, dim, [own.numel() if d == dim % x.dim() else 1 for d in range(x.dim())]), x, where)
+                )
+            elif isinstance(parameter, fx.Node):
+                self.labels.lock(x, f"meets a computed parameter at {where}")
+
+    def lock_node(self, node: fx.Node, reason: str) -> Value:
+        """Lock everything that a node reads; its result has no channels."""
+        for operand in node.all_input_nodes:
+            if is_constant(operand):
+                if self.name(operand) in self.constants:
+                    self.labels.lock(self.constant(operand), reason)
+                self._lock_slots(operand, reason)
+            else:
+                for leaf in _leaves(self.values.get(operand.name)):
+                    self.labels.lock(leaf, reason)
+        return self.fixed_like(node)
+
+    def _lock_slots(self, parameter: fx.Node, reason: str) -> None:
+        """A parameter that something else reads as well keeps its size."""
+        value = self.program.constant(parameter)
+        self.locked_parameters[self.name(parameter)] = reason if value.dim() else ""
+
+    @property
+    def locked_parameters(self) -> dict[str, str]:
+        if not hasattr(self, "_locked_parameters"):
+            self._locked_parameters: dict[str, str] = {}
+        return self._locked_parameters
+
+    def fixed_like(self, node: fx.Node) -> Value:
+        """FIXED labels in the form of a node's value."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return fixed(self.shape(node))
+        if isinstance(value, (tuple, list)):
+            return tuple(
+                fixed([self.program.dim(d) for d in v.shape]) if isinstance(v, torch.Tensor) else None for v in value
+            )
+        return None
+
+    def shapes(self, node: fx.Node) -> list[tuple[int, ...]]:
+        """Shapes of a node's results at batch 1."""
+        value = node.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else [value]
+        return [tuple(self.program.dim(d) for d in v.shape) for v in values if isinstance(v, torch.Tensor)]
+
+    def store(self, node: fx.Node, value: Value) -> None:
+        """Keep the labels of a node; those that vary along several dimensions are noted for later."""
+        self.values[node.name] = value
+        for leaf in _leaves(value):
+            small = slim(leaf)
+            if len(self.labels.varying(small)) > 1:
+                self.crossed.append(small)
+
+
+def _lifted(labels: torch.Tensor, dims: int) -> torch.Tensor:
+    """With leading dimensions of size 1, so that broadcasting is dimension by dimension."""
+    return labels.reshape([1] * (dims - labels.dim()) + list(labels.shape)) if labels.dim() < dims else labels
+
+
+def _leaves(value: Value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in value if isinstance(leaf, torch.Tensor)] if isinstance(value, (tuple, list)) else []

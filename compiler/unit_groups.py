@@ -1,0 +1,99 @@
+"""Unit groups: the units that the same producers make, which budgets and reports speak of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .label_trace import Slot, Trace
+from .labels import FIXED
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnitGroup:
+    """Units that the same slots produce, each with the same number of channels in each of them.
+
+    `name` is that of the first producer, `units` the root labels in channel order. `producers` and `consumers` are
+    (parameter, dimension) slots. `widths` are the channels that one unit takes in each producer: 1 for a plain
+    channel, the head size for attention. `reason` says why the group is locked, None when it is prunable.
+    """
+
+    name: str
+    units: torch.Tensor = field(repr=False)
+    producers: tuple[tuple[str, int], ...]
+    consumers: tuple[tuple[str, int], ...]
+    widths: tuple[int, ...]
+    reason: str | None
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def step(self, multiple_of: int) -> int:
+        """The least number of units that is a whole number of multiples in every producer."""
+        return math.lcm(*(multiple_of // math.gcd(multiple_of, width) for width in self.widths))
+
+    def count_for(self, keep: float, multiple_of: int) -> int:
+        """Units to keep for a share `keep`: the nearest count on the lattice, at least one step; all when there is
+        none below."""
+        step = self.step(multiple_of)
+        count = max(1, round(keep * len(self) / step)) * step
+        return count if count < len(self) else len(self)
+
+
+def form_groups(trace: Trace, slots: Sequence[Slot]) -> tuple[UnitGroup, ...]:
+    """All groups in graph order. Units are told apart by which slots make them, how often, and whether they are
+    locked."""
+    makers = [s for s in slots if s.role == "out"]
+    size = len(trace.labels)
+    generator = torch.Generator().manual_seed(0)
+    signature = torch.zeros(size, dtype=torch.long)
+    first = torch.full((size,), len(makers), dtype=torch.long)
+    place = torch.zeros(size, dtype=torch.long)
+    for index, slot in enumerate(makers):
+        key = torch.randint(1 << 62, (1,), generator=generator)
+        signature.scatter_add_(0, slot.labels, key.expand(len(slot.labels)))
+        new = first[slot.labels] == len(makers)
+        fresh = slot.labels[new]
+        place.scatter_(0, fresh.flip(0), new.nonzero().reshape(-1).flip(0))
+        first[fresh] = index
+    units = (first < len(makers)).nonzero().reshape(-1)
+    units = units[units != FIXED]
+    locked = trace.labels.locked(units)
+    order = torch.argsort(first[units] * (int(place.max()) + 1) + place[units])
+    units, locked = units[order], locked[order]
+    keys = torch.stack([signature[units], locked.long()], 1)
+    _, inverse = keys.unique(dim=0, return_inverse=True)
+    groups = [units[inverse == value] for value in dict.fromkeys(inverse.tolist())]
+    readers = [s for s in slots if s.role == "in"]
+    return _distinct([_group(trace, members, makers, readers) for members in groups])
+
+
+def _distinct(groups: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:
+    """With a number behind the names that come up more than once: ``stem``, ``stem#2``."""
+    seen: dict[str, int] = {}
+    result = []
+    for group in groups:
+        number = seen[group.name] = seen.get(group.name, 0) + 1
+        result.append(group if number == 1 else replace(group, name=f"{group.name}#{number}"))
+    return tuple(result)
+
+
+def _group(trace: Trace, members: torch.Tensor, makers: Sequence[Slot], readers: Sequence[Slot]) -> UnitGroup:
+    lead = members[0]
+    made = [(s, int((s.labels == lead).sum())) for s in makers if bool((s.labels == lead).any())]
+    read = [s for s in readers if bool(torch.isin(members, s.labels).any())]
+    reason: str | None = trace.labels.reason(int(lead)) or None
+    if reason is None and len(members) == 1:
+        reason = "a single unit: nothing can be left out"
+    weights = [(s, count) for s, count in made if trace.program.module.get_parameter(s.parameter).dim() > 1] or made
+    return UnitGroup(
+        name=weights[0][0].parameter.removesuffix(".weight"),
+        units=members,
+        producers=tuple(dict.fromkeys((s.parameter, s.dim) for s, _ in made)),
+        consumers=tuple(dict.fromkeys((s.parameter, s.dim) for s in read)),
+        widths=tuple(dict.fromkeys(count for _, count in weights)),
+        reason=reason,
+    )

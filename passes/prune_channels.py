@@ -1,0 +1,186 @@
+"""The channel rewrite: units leave every tensor that they run through. Physically smaller, no masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compiler.edit import Call, replace_calls, set_tensors
+from ..compiler.errors import RewriteError
+from ..compiler.label_rules import is_movement, move
+from ..compiler.program import Program, is_constant, is_size
+from ..compiler.provenance import Provenance
+from .shape_arguments import Cut, new_call
+from .targets import Kept, select_kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """The smaller program, and for each node that lost channels the indices that stayed along each dimension.
+
+    `select` brings a value of the original network into the smaller one's shape.
+    """
+
+    program: Program
+    kept: Mapping[str, Kept] = field(repr=False)
+
+    def select(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return select_kept(value, self.kept.get(name, ()))
+
+
+def prune_channels(
+    provenance: Provenance,
+    units: torch.Tensor | Iterable[int],
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Pruned:
+    """Remove units from a program: slice every parameter that they run through, and recompute the shape constants.
+
+        Each data movement is proven first: the new call on the filtered labels must give the old result filtered.
+        Exact when the removed channels are zero wherever they are consumed and no normalisation runs over them. The
+        batch
+        stays dynamic, node names stay. `tensors` are new values of parameters, in their old shapes. With no units the
+        program comes back as it is. Raises RewriteError, before any
+    tensor is made, when a unit is locked or the graph does not allow the cut.
+    """
+    program = provenance.program
+    removed = provenance.removal(units)
+    if not bool(removed.any()):
+        changed = set_tensors(program, tensors, note="new weights") if tensors else program
+        return Pruned(program=changed, kept={})
+    cutter = _Cutter(provenance, removed)
+    calls = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and cutter.touches(node):
+            cut = cutter.cut(node)
+            call = new_call(cut)
+            if call is not None:
+                calls[node.name] = call
+            _prove(cutter, node, call)
+    current = {name: _tensor(program, name).detach() for name in cutter.parameters} | dict(tensors or {})
+    tensors = {name: select_kept(value, cutter.parameters.get(name, ())) for name, value in current.items()}
+    count = int(removed.sum())
+    smaller = replace_calls(program, calls, tensors, note=f"prune {count} units")
+    kept = {n.name: cutter.kept(n) for n in program.graph.nodes}
+    return Pruned(program=smaller, kept={name: k for name, k in kept.items() if any(i is not None for i in k)})
+
+
+class _Cutter:
+    """What a removal leaves of each node and parameter."""
+
+    def __init__(self, provenance: Provenance, removed: torch.Tensor) -> None:
+        self.provenance, self.removed = provenance, removed
+        self.program = provenance.program
+        self._kept: dict[str, Kept] = {}
+        self._names = _canonical_names(self.program)
+        self.parameters = self._parameters()
+
+    def _parameters(self) -> dict[str, Kept]:
+        found: dict[str, list[torch.Tensor | None]] = {}
+        for slot in self.provenance.slots:
+            gone = self.removed[slot.labels]
+            if bool(gone.any()):
+                rank = _tensor(self.program, slot.parameter).dim()
+                dims = found.setdefault(slot.parameter, [None] * rank)
+                stay = (~gone).nonzero().reshape(-1)
+                known = dims[slot.dim]
+                if known is not None and not torch.equal(known, stay):
+                    raise RewriteError(f"{slot.parameter} would be cut in two ways", node=slot.node)
+                dims[slot.dim] = stay
+        for name, labels in self.provenance.constants.items():
+            kept = self.provenance.kept(labels, self.removed)
+            if any(k is not None for k in kept):
+                dims = found.setdefault(name, [None] * len(kept))
+                found[name] = [k if k is not None else d for k, d in zip(kept, dims, strict=True)]
+        return {name: tuple(dims) for name, dims in found.items()}
+
+    def kept(self, node: fx.Node) -> Kept:
+        if node.name not in self._kept:
+            self._kept[node.name] = self.provenance.node_kept(node, self.removed)
+        return self._kept[node.name]
+
+    def parameter_kept(self, node: fx.Node) -> Kept:
+        rank = self.program.constant(node).dim()
+        return self.parameters.get(self._names[str(node.target)], (None,) * rank)
+
+    def results(self, node: fx.Node) -> tuple[Kept, ...]:
+        value = self.provenance.values.get(node.name)
+        if isinstance(value, tuple):
+            return tuple(self.provenance.kept(v, self.removed) if isinstance(v, torch.Tensor) else () for v in value)
+        return (self.kept(node),)
+
+    def touches(self, node: fx.Node) -> bool:
+        """Whether an operand or a result of the node changes."""
+        if any(k is not None for result in self.results(node) for k in result):
+            return True
+        operands = [self.parameter_kept(n) if is_constant(n) else self.kept(n) for n in node.all_input_nodes]
+        return any(k is not None for kept in operands for k in kept)
+
+    def cut(self, node: fx.Node) -> Cut:
+        return Cut(
+            program=self.program,
+            node=node,
+            kept=self.kept,
+            parameter_kept=self.parameter_kept,
+            results=self.results(node),
+        )
+
+
+def _prove(cutter: _Cutter, node: fx.Node, call: Call | None) -> None:
+    """The new data movement on the filtered labels must give the old labels filtered."""
+    if not is_movement(node):
+        return
+    program, provenance = cutter.program, cutter.provenance
+    if any(is_constant(n) and n.meta["val"].dtype.is_floating_point for n in node.all_input_nodes):
+        return  # a constant's own labels are settled with what it meets; its new shape is checked with all shapes
+
+    def stand_in(operand: fx.Node) -> Any:
+        if is_size(operand):
+            value = operand.meta["val"]
+            return program.dim(value) if isinstance(value, (int, torch.SymInt)) else value
+        if is_constant(operand):
+            return select_kept(program.constant(operand), cutter.parameter_kept(operand))
+        labels = provenance.values[operand.name]
+        return select_kept(labels, cutter.kept(operand)) if isinstance(labels, torch.Tensor) else labels
+
+    moved = node if call is None else _Stand(call)
+    found = move(moved, stand_in)  # type: ignore[arg-type]
+    old = provenance.values[node.name]
+    results = found if isinstance(found, (tuple, list)) else [found]
+    labels = old if isinstance(old, tuple) else [old]
+    for result, label, kept in zip(results, labels, cutter.results(node), strict=True):
+        if not torch.equal(result, select_kept(label, kept)):
+            raise RewriteError(
+                "moving the remaining channels gives another order than before",
+                node=node.name,
+                excerpt=program.excerpt(node),
+            )
+
+
+class _Stand:
+    """A call in the form that `move` reads."""
+
+    def __init__(self, call: Call) -> None:
+        self.target, self.args, self.kwargs = call.target, call.args, call.kwargs
+
+
+def _tensor(program: Program, name: str) -> torch.Tensor:
+    value: Any = program.module
+    for atom in name.split("."):
+        value = getattr(value, atom)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _canonical_names(program: Program) -> dict[str, str]:
+    """The first name of each tensor, for all its names."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    names = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            value = program.constant(node)
+            names[str(node.target)] = first.setdefault((value.data_ptr(), tuple(value.shape)), str(node.target))
+    return names

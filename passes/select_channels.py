@@ -1,0 +1,287 @@
+"""Which units to keep over a whole network, and the re-solved weights of the layers that consume them.
+
+One streamed sweep in topological order. At each layer that consumes units, its moments are collected, the units of its
+group are chosen, and the layer is solved without the others; what follows sees the layer as it then is. Removed units
+are left out of their consumers' weights (zero columns), so the graph keeps its shape until `prune_channels` cuts it.
+Three variants, as in El Halabi et al. (section 4): ``layerwise`` (the original network's activations),
+``sequential`` (those of the network pruned so far, its own output as the target) and ``asymmetric`` (those of the
+network pruned so far, the original's output as the target), the best there and here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..compiler.calibration_set import CalibrationSet
+from ..compiler.execute import descendants
+from ..compiler.program import Program
+from ..compiler.progress import Progress, silent
+from ..compiler.provenance import Provenance
+from ..compiler.unit_groups import UnitGroup
+from .calibrate import Moments, check_finite, collect_moments
+from .layers import Layer, find_layers
+from .lockstep import Lockstep, Step, plan_steps
+from .resolve import solve_without
+from .resolve_network import LayerError, ResolveSettings, batch_size_for, step_moments, write_correction
+from .submodular import Objective, Selection, select_units
+from .targets import Target, trace_target
+
+Variant = Literal["asymmetric", "sequential", "layerwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelChoice:
+    """`removed` units, the new weights of their consumers (old shapes, zero columns), what each group's selection
+    reports, and the consumers' errors per row before (plain slicing) and after their solve."""
+
+    removed: torch.Tensor
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    selections: Mapping[str, Selection] = field(repr=False)
+    layers: tuple[LayerError, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumer:
+    """A re-solvable layer and the units that its input channels carry, one label per channel of a group."""
+
+    layer: Layer
+    labels: torch.Tensor
+    kernel: int
+
+    def columns(self, units: torch.Tensor) -> torch.Tensor:
+        """(units, columns a unit): the columns of A that each unit takes, -1 where it has fewer than the widest."""
+        match = self.labels.unsqueeze(0) == units.unsqueeze(1)
+        counts = match.sum(1)
+        channels = match.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(counts.max()))]
+        missing = torch.arange(channels.shape[1]) >= counts.unsqueeze(1)
+        columns = channels.unsqueeze(2) * self.kernel + torch.arange(self.kernel)
+        return columns.masked_fill(missing.unsqueeze(2), -1).flatten(1)
+
+    def gone(self, removed: torch.Tensor) -> torch.Tensor:
+        """A mask over columns: those of removed units."""
+        return removed[self.labels].repeat_interleave(self.kernel)
+
+
+def find_consumers(provenance: Provenance) -> dict[str, Consumer]:
+    """The re-solvable layers that consume units, by node, in topological order."""
+    program = provenance.program
+    layers, _ = find_layers(program)
+    found = {}
+    for slot in provenance.slots:
+        layer = layers.get(slot.node)
+        if slot.role == "in" and layer is not None and layer.weight == slot.parameter:
+            kernel = program.module.get_parameter(layer.weight)[0, 0].numel()
+            found[slot.node] = Consumer(layer=layer, labels=slot.labels, kernel=kernel)
+    return dict(sorted(found.items(), key=lambda item: program.order[item[0]]))
+
+
+def choose_channels(
+    provenance: Provenance,
+    calibration: CalibrationSet,
+    counts: Mapping[str, int],
+    *,
+    variant: Variant = "asymmetric",
+    stream_target: bool = True,
+    settings: ResolveSettings | None = None,
+    progress: Progress = silent,
+) -> ChannelChoice:
+    """Choose the units to keep, `counts` by group name, and re-solve the layers that consume them.
+
+    A group whose units several layers consume is chosen from the original network's moments of all of them, their
+    relative objectives summed. With `stream_target` a layer that feeds a residual addition is solved toward the
+    teacher's stream minus the student's shortcut; without, toward its own output. A group that no re-solvable layer
+    consumes is chosen by the norm of its producers' weights. Raises CalibrationError when activations are not finite.
+    """
+    settings = settings or ResolveSettings()
+    groups = [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]
+    consumers = find_consumers(provenance)
+    readers = {g.name: [n for n, c in consumers.items() if bool(torch.isin(c.labels, g.units).any())] for g in groups}
+    removed = torch.zeros(provenance.size, dtype=torch.bool)
+    selections: dict[str, Selection] = {}
+    early = [g for g in groups if variant == "layerwise" or len(readers[g.name]) != 1]
+    for group, selection in select_layerwise(provenance, calibration, early, counts, progress=progress):
+        selections[group.name] = selection
+        _remove(removed, group, selection)
+    waiting = {readers[g.name][0]: g for g in groups if g.name not in selections}
+    nodes = [n for n in consumers if any(n in names for names in readers.values())]
+    sweep = _Sweep(provenance.program, consumers, waiting, counts, variant, stream_target, settings)
+    errors = sweep.run(calibration, nodes, removed, selections, progress)
+    return ChannelChoice(
+        removed=removed.nonzero().reshape(-1), tensors=sweep.tensors, selections=selections, layers=tuple(errors)
+    )
+
+
+def _remove(removed: torch.Tensor, group: UnitGroup, selection: Selection) -> None:
+    stay = torch.zeros(len(group), dtype=torch.bool)
+    stay[selection.order] = True
+    removed[group.units[~stay]] = True
+
+
+def select_layerwise(
+    provenance: Provenance,
+    calibration: CalibrationSet,
+    groups: Sequence[UnitGroup],
+    counts: Mapping[str, int],
+    *,
+    bound: bool = False,
+    memory_bytes: int = 1 << 30,
+    progress: Progress = silent,
+) -> list[tuple[UnitGroup, Selection]]:
+    """Selections from the original network's moments; consumers share passes over the data as memory allows."""
+    program, consumers = provenance.program, find_consumers(provenance)
+    found = []
+    for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, memory_bytes)):
+        layers = {n: consumers[n].layer for n in nodes}
+        size = batch_size_for(program, layers.values())
+        moments = collect_moments(program, layers, calibration, batch_size=size) if layers else {}
+        for group in batch:
+            objectives = [
+                _objective(program, consumers[n], group, _own_target(moments[n]), bias=False)
+                for n in nodes
+                if bool(torch.isin(consumers[n].labels, group.units).any())
+            ]
+            selection = (
+                select_units(objectives, counts[group.name], bound=bound)
+                if objectives
+                else _by_norm(provenance, group, counts[group.name])
+            )
+            found.append((group, selection))
+        progress("channel moments", index + 1, index + 1)
+    return found
+
+
+def _batches(
+    program: Program, consumers: Mapping[str, Consumer], groups: Sequence[UnitGroup], memory_bytes: int
+) -> Iterable[tuple[list[UnitGroup], list[str]]]:
+    """Groups together with the consumers that they need, as many at a time as the Gram matrices leave room for."""
+    batch: list[UnitGroup] = []
+    nodes: list[str] = []
+    held = 0
+    for group in groups:
+        needs = [n for n, c in consumers.items() if bool(torch.isin(c.labels, group.units).any())]
+        cost = sum(_gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)
+        if batch and held + cost > memory_bytes:
+            yield batch, nodes
+            batch, nodes, held = [], [], 0
+            cost = sum(_gram_bytes(program, consumers[n].layer) for n in needs)
+        batch.append(group)
+        nodes += [n for n in needs if n not in nodes]
+        held += cost
+    if batch:
+        yield batch, nodes
+
+
+def _gram_bytes(program: Program, layer: Layer) -> int:
+    weight = program.module.get_parameter(layer.weight)
+    columns = weight[0].numel()
+    return 8 * layer.groups * columns * (columns + weight.shape[0] // layer.groups)
+
+
+def _own_target(moments: Moments) -> Moments:
+    """The layer's own output as the target: nothing is left over before the cut."""
+    return Moments(
+        gram=moments.gram,
+        cross=torch.zeros_like(moments.cross),
+        energy=torch.zeros_like(moments.energy),
+        rows=moments.rows,
+    )
+
+
+def _objective(program: Program, consumer: Consumer, group: UnitGroup, moments: Moments, *, bias: bool) -> Objective:
+    weight = consumer.layer.matrix(program.module.get_parameter(consumer.layer.weight).detach())
+    return Objective.of(moments, weight, consumer.columns(group.units), bias=bias)
+
+
+def _by_norm(provenance: Provenance, group: UnitGroup, count: int) -> Selection:
+    """By the norm of the weights that make each unit, where no layer that could be re-solved consumes it."""
+    norms = torch.zeros(provenance.size, dtype=torch.float64)
+    for slot in provenance.slots:
+        if slot.role == "out" and (slot.parameter, slot.dim) in group.producers:
+            weight = provenance.program.module.get_parameter(slot.parameter).detach().double()
+            energy = weight.movedim(slot.dim, 0).flatten(1).square().sum(1) if weight.dim() > 1 else weight.square()
+            norms.scatter_add_(0, slot.labels, energy)
+    scores = norms[group.units]
+    order = scores.argsort(descending=True, stable=True)
+    left = 1 - torch.cat([scores.new_zeros(1), scores[order].cumsum(0)]) / scores.sum().clamp(min=1e-300)
+    return Selection(order=order[:count], errors=left[: count + 1].clamp(min=0))
+
+
+class _Sweep:
+    """The sequential part: consumers in topological order, each with the network as it stands before it."""
+
+    def __init__(
+        self,
+        program: Program,
+        consumers: Mapping[str, Consumer],
+        waiting: Mapping[str, UnitGroup],
+        counts: Mapping[str, int],
+        variant: Variant,
+        stream_target: bool,
+        settings: ResolveSettings,
+    ) -> None:
+        self.program, self.consumers, self.waiting, self.counts = program, consumers, waiting, counts
+        self.variant, self.stream_target, self.settings = variant, stream_target, settings
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def run(
+        self,
+        calibration: CalibrationSet,
+        nodes: Sequence[str],
+        removed: torch.Tensor,
+        selections: dict[str, Selection],
+        progress: Progress,
+    ) -> list[LayerError]:
+        if not nodes:
+            return []
+        targets = [self._target(self.consumers[n].layer) for n in nodes]
+        changed = descendants(self.program, nodes) | set(nodes)
+        steps = plan_steps(self.program, self.program, [[t] for t in targets], changed)
+        size = self.settings.batch_size or batch_size_for(self.program, [self.consumers[n].layer for n in nodes])
+        errors = []
+        with Lockstep(
+            self.program, self.program, calibration, batch_size=size, ram_bytes=self.settings.ram_bytes
+        ) as lockstep:
+            for index, (node, step) in enumerate(zip(nodes, steps, strict=True)):
+                lockstep.advance(step, self.tensors)
+                errors.append(self._step(lockstep, node, step, removed, selections, len(calibration)))
+                lockstep.finish(step)
+                progress("choose channels", index + 1, len(nodes))
+        return errors
+
+    def _target(self, layer: Layer) -> Target:
+        target = trace_target(self.program, layer, {})
+        if self.stream_target:
+            return target
+        own = target.shift if target.shift_scale is None else None
+        return Target(
+            layer=layer, anchor=layer.node, counterparts=(layer.node,), steps=(), shift=own, shift_scale=None, zone=None
+        )
+
+    def _step(
+        self,
+        lockstep: Lockstep,
+        node: str,
+        step: Step,
+        removed: torch.Tensor,
+        selections: dict[str, Selection],
+        samples: int,
+    ) -> LayerError:
+        consumer, target = self.consumers[node], step.targets[0]
+        moments = step_moments(lockstep, step, target, self.tensors, self.settings)
+        check_finite(moments, self.program, node)
+        if self.variant == "sequential":
+            moments = _own_target(moments)
+        group = self.waiting.get(node)
+        bias = target.shift is not None
+        if group is not None:
+            objective = _objective(self.program, consumer, group, moments, bias=bias)
+            selections[group.name] = select_units([objective], self.counts[group.name])
+            _remove(removed, group, selections[group.name])
+        weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())
+        ridge = self.settings.ridge_for(samples)
+        correction = solve_without(moments, weight, consumer.gone(removed), ridge=ridge, bias=bias)
+        return write_correction(self.program, target, correction, moments.rows, self.tensors)
