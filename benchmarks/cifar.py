@@ -1,6 +1,7 @@
 """Accuracy, latency and CPU time on CIFAR-10: what README and docs quote.
 
     python benchmarks/cifar.py --models ../shared/models --data ../shared/data --method drop_blocks
+    python benchmarks/cifar.py --models ../shared/models --data ../shared/data --method submodular --samples 500
 
 For each number of calibration images and each goal: the blocks chosen, the accuracy on the test images after
 dropping, after the re-solve
@@ -20,6 +21,8 @@ from typing import Any
 import foldcut
 import torch
 from cifar_data import Cifar, accuracy, load_cifar, load_resnet, onnx_accuracy
+from cifar_submodular import KEEPS
+from cifar_submodular import run as run_submodular
 from foldcut.compiler.calibration_set import CalibrationSet, View
 from foldcut.compiler.capture import capture
 from foldcut.compiler.export import to_onnx
@@ -38,6 +41,9 @@ from practise import finetune
 
 def main() -> None:
     arguments = parse()
+    if arguments.method == "submodular":
+        run_submodular(arguments)
+        return
     torch.set_num_threads(1)
     teacher = load_resnet(arguments.models, arguments.net)
     data = load_cifar(arguments.data, max(arguments.samples), arguments.test_limit)
@@ -147,7 +153,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--method", choices=["drop_blocks"], default="drop_blocks")
+    parser.add_argument("--method", choices=["drop_blocks", "submodular"], default="drop_blocks")
     parser.add_argument("--net", default="resnet56")
     parser.add_argument("--samples", type=int, nargs="+", default=[500, 50])
     parser.add_argument("--iterations", type=int, nargs="+", default=[800, 400], help="of mimicking, per --samples")
@@ -160,6 +166,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reference", type=int, nargs="*", default=[4, 8, 12], help="--blocks with PRACTISE's finetune"
     )
+    parser.add_argument("--keep", type=float, nargs="*", default=list(KEEPS), help="of --method submodular")
+    parser.add_argument("--refine", type=int, default=2, help="refinement rounds of --method submodular")
+    parser.add_argument("--no-peers", action="store_true", help="--method submodular without the peers' rows")
     parser.add_argument("--long", action="store_true", help="also its 2,000 iterations at 12 blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the rows as JSON")

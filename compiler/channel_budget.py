@@ -101,7 +101,7 @@ class MacsModel:
         place = {n.name: i for i, n in enumerate(nodes)}
         rows, factors = [], []
         for slot in provenance.slots:
-            parameter = program.module.get_parameter(slot.parameter)
+            parameter = program.tensor(slot.parameter)
             if parameter.dim() > 1 and slot.node in place:
                 rows.append(place[slot.node])
                 factors.append(self._factor(owner, slot.labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -76,6 +77,12 @@ def cut_channels(
         counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress)
         choice = choose_channels(
             provenance, calibration, counts, variant=settings.variant, settings=resolve, progress=progress
+        )
+    if not len(choice.removed) and goal != Channels(1.0):
+        warnings.warn(
+            f"nothing was cut: no group can keep fewer units for {goal} in steps of "
+            f"{settings.limits.multiple_of} channels with its minimum",
+            stacklevel=2,
         )
     errors: dict[str, float] = {}
     with clock.stage("prune"):

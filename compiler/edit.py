@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -179,7 +180,9 @@ def _infer_shapes(program: Program) -> None:
         (n.meta["val"].fake_mode for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)), None
     ) or FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
-    with mode:
+    before = {n.name: signature(n) for n in program.graph.nodes if n.op == "placeholder"}
+    # without the Python dispatcher some operators read the batch as a number and fix it for good
+    with mode, enable_python_dispatcher():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = node.meta.get("val")
@@ -197,6 +200,14 @@ def _infer_shapes(program: Program) -> None:
                     ) from cause
             if node.op != "output":
                 node.meta["val"] = values[node]
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and signature(node) != before[node.name]:
+            raise RewriteError(
+                "the rewrite would fix the batch size",
+                node=node.name,
+                expected=before[node.name],
+                actual=signature(node),
+            )
 
 
 def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False) -> fx.GraphModule:

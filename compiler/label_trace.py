@@ -53,6 +53,8 @@ class Trace:
         self.unknown: dict[str, list[str]] = {}
         self._aliases: dict[tuple[int, tuple[int, ...]], str] = {}
         self._concrete: dict[str, Any] = {}
+        #: constants that are settled along one dimension
+        self.rectangular: set[str] = set()
         #: nodes that no input reaches
         self.inputless: set[str] = set()
 

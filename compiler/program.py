@@ -114,10 +114,18 @@ class Program:
 
     def constant(self, node: fx.Node) -> torch.Tensor:
         """The tensor behind a `get_attr` node."""
+        return self.tensor(str(node.target))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter, buffer or constant by name."""
         value: Any = self.module
-        for atom in str(node.target).split("."):
+        for atom in name.split("."):
             value = getattr(value, atom)
         return cast(torch.Tensor, value)
+
+    def follows_batch(self, size: int | torch.SymInt) -> bool:
+        """Whether a dimension grows with the batch."""
+        return bool(_symbols(size) & self.batch_symbols)
 
     def shape(self, node: fx.Node, batch: int = 1) -> tuple[int, ...]:
         """The shape of a node's tensor, batch symbols set to `batch` and other dynamic dims to their traced size."""

@@ -155,8 +155,8 @@ def _settle(trace: Trace) -> None:
         changed |= _settle_met(trace)
         if not changed:
             return
-    for labels in (*trace.crossed, *(own for own, _, _ in trace.met)):
-        trace.labels.lock(labels, "its constraints do not settle")
+    for slot in trace.slots:
+        trace.labels.lock(slot.labels, "its constraints do not settle")
 
 
 def _settle_slots(trace: Trace) -> bool:
@@ -179,12 +179,15 @@ def _settle_slots(trace: Trace) -> bool:
 def _settle_crossed(trace: Trace) -> bool:
     """Tensors must stay rectangular: where classes cross, tie along all dimensions but the one that leaves the most."""
     changed = False
-    for labels in trace.crossed:
+    # classes only grow, so what is rectangular stays so
+    crossed, trace.crossed = trace.crossed, []
+    for labels in crossed:
         changed |= _make_rectangular(trace, labels, trace.labels.varying(labels))
-    for labels in trace.constants.values():
-        if not trace.labels.all_free(labels):
+    for name, labels in trace.constants.items():
+        if name not in trace.rectangular and not trace.labels.all_free(labels):
             varying = trace.labels.varying(labels)
             if varying:
+                trace.rectangular.add(name)
                 changed |= _make_rectangular(trace, labels, varying)
     return changed
 
@@ -200,12 +203,15 @@ def _make_rectangular(trace: Trace, labels: torch.Tensor, varying: tuple[int, ..
 def _settle_met(trace: Trace) -> bool:
     """A constant is cut along the dimension in which the activation that it meets is cut, where it has that
     dimension."""
-    changed = False
+    changed, waiting = False, []
     for own, labels, where in trace.met:
         varying = trace.labels.varying(labels)
-        own = own.reshape([1] * (labels.dim() - own.dim()) + list(own.shape)) if own.dim() < labels.dim() else own
-        if any(own.shape[d] > 1 for d in varying):
-            changed |= trace.labels.unite(own, labels, f"meets a value without channels at {where}")
+        laid = own.reshape([1] * (labels.dim() - own.dim()) + list(own.shape)) if own.dim() < labels.dim() else own
+        if any(laid.shape[d] > 1 for d in varying):
+            changed |= trace.labels.unite(laid, labels, f"meets a value without channels at {where}")
+        else:
+            waiting.append((own, labels, where))
+    trace.met = waiting
     return changed
 
 

@@ -88,7 +88,7 @@ def _group(trace: Trace, members: torch.Tensor, makers: Sequence[Slot], readers:
     reason: str | None = trace.labels.reason(int(lead)) or None
     if reason is None and len(members) == 1:
         reason = "a single unit: nothing can be left out"
-    weights = [(s, count) for s, count in made if trace.program.module.get_parameter(s.parameter).dim() > 1] or made
+    weights = [(s, count) for s, count in made if trace.program.tensor(s.parameter).dim() > 1] or made
     return UnitGroup(
         name=weights[0][0].parameter.removesuffix(".weight"),
         units=members,

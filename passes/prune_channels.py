@@ -60,12 +60,23 @@ def prune_channels(
             if call is not None:
                 calls[node.name] = call
             _prove(cutter, node, call)
-    current = {name: _tensor(program, name).detach() for name in cutter.parameters} | dict(tensors or {})
+    current = {name: program.tensor(name).detach() for name in cutter.parameters} | dict(tensors or {})
     tensors = {name: select_kept(value, cutter.parameters.get(name, ())) for name, value in current.items()}
     count = int(removed.sum())
     smaller = replace_calls(program, calls, tensors, note=f"prune {count} units")
-    kept = {n.name: cutter.kept(n) for n in program.graph.nodes}
-    return Pruned(program=smaller, kept={name: k for name, k in kept.items() if any(i is not None for i in k)})
+    return Pruned(program=smaller, kept=_selectable(cutter))
+
+
+def _selectable(cutter: _Cutter) -> dict[str, Kept]:
+    """What is kept of each node that lost channels. Where channels and batch share a dimension there are no such
+    indices."""
+    found = {}
+    for node in cutter.program.graph.nodes:
+        kept = cutter.kept(node)
+        cut = [dim for dim, indices in enumerate(kept) if indices is not None]
+        if cut and not any(cutter.program.follows_batch(node.meta["val"].shape[dim]) for dim in cut):
+            found[node.name] = kept
+    return found
 
 
 class _Cutter:
@@ -83,7 +94,7 @@ class _Cutter:
         for slot in self.provenance.slots:
             gone = self.removed[slot.labels]
             if bool(gone.any()):
-                rank = _tensor(self.program, slot.parameter).dim()
+                rank = self.program.tensor(slot.parameter).dim()
                 dims = found.setdefault(slot.parameter, [None] * rank)
                 stay = (~gone).nonzero().reshape(-1)
                 known = dims[slot.dim]
@@ -165,14 +176,6 @@ class _Stand:
 
     def __init__(self, call: Call) -> None:
         self.target, self.args, self.kwargs = call.target, call.args, call.kwargs
-
-
-def _tensor(program: Program, name: str) -> torch.Tensor:
-    value: Any = program.module
-    for atom in name.split("."):
-        value = getattr(value, atom)
-    assert isinstance(value, torch.Tensor)
-    return value
 
 
 def _canonical_names(program: Program) -> dict[str, str]:

@@ -86,6 +86,7 @@ def choose_channels(
     *,
     variant: Variant = "asymmetric",
     stream_target: bool = True,
+    given: Mapping[str, Selection] | None = None,
     settings: ResolveSettings | None = None,
     progress: Progress = silent,
 ) -> ChannelChoice:
@@ -93,7 +94,8 @@ def choose_channels(
 
     A group whose units several layers consume is chosen from the original network's moments of all of them, their
     relative objectives summed. With `stream_target` a layer that feeds a residual addition is solved toward the
-    teacher's stream minus the student's shortcut; without, toward its own output. A group that no re-solvable layer
+    teacher's stream minus the student's shortcut; without, toward its own output. `given` selections are taken as they
+    are, and only re-solved. A group that no re-solvable layer
     consumes is chosen by the norm of its producers' weights. Raises CalibrationError when activations are not finite.
     """
     settings = settings or ResolveSettings()
@@ -101,8 +103,11 @@ def choose_channels(
     consumers = find_consumers(provenance)
     readers = {g.name: [n for n, c in consumers.items() if bool(torch.isin(c.labels, g.units).any())] for g in groups}
     removed = torch.zeros(provenance.size, dtype=torch.bool)
-    selections: dict[str, Selection] = {}
-    early = [g for g in groups if variant == "layerwise" or len(readers[g.name]) != 1]
+    selections = {g.name: given[g.name] for g in groups if given and g.name in given}
+    for group in groups:
+        if group.name in selections:
+            _remove(removed, group, selections[group.name])
+    early = [g for g in groups if g.name not in selections and (variant == "layerwise" or len(readers[g.name]) != 1)]
     for group, selection in select_layerwise(provenance, calibration, early, counts, progress=progress):
         selections[group.name] = selection
         _remove(removed, group, selection)
@@ -147,7 +152,7 @@ def select_layerwise(
             selection = (
                 select_units(objectives, counts[group.name], bound=bound)
                 if objectives
-                else _by_norm(provenance, group, counts[group.name])
+                else select_by_norm(provenance, group, counts[group.name])
             )
             found.append((group, selection))
         progress("channel moments", index + 1, index + 1)
@@ -196,13 +201,14 @@ def _objective(program: Program, consumer: Consumer, group: UnitGroup, moments: 
     return Objective.of(moments, weight, consumer.columns(group.units), bias=bias)
 
 
-def _by_norm(provenance: Provenance, group: UnitGroup, count: int) -> Selection:
-    """By the norm of the weights that make each unit, where no layer that could be re-solved consumes it."""
+def select_by_norm(provenance: Provenance, group: UnitGroup, count: int, power: int = 2) -> Selection:
+    """The `count` units whose making weights have the largest norm (L1 with `power` 1, L2 with 2): what is left where
+    no layer that could be re-solved consumes them."""
     norms = torch.zeros(provenance.size, dtype=torch.float64)
     for slot in provenance.slots:
         if slot.role == "out" and (slot.parameter, slot.dim) in group.producers:
-            weight = provenance.program.module.get_parameter(slot.parameter).detach().double()
-            energy = weight.movedim(slot.dim, 0).flatten(1).square().sum(1) if weight.dim() > 1 else weight.square()
+            weight = provenance.program.tensor(slot.parameter).detach().double()
+            energy = weight.movedim(slot.dim, 0).flatten(1).abs().pow(power).sum(1) if weight.dim() > 1 else weight * 0
             norms.scatter_add_(0, slot.labels, energy)
     scores = norms[group.units]
     order = scores.argsort(descending=True, stable=True)

@@ -107,7 +107,8 @@ def submodularity_bound(objective: Objective) -> float:
     bound says nothing, though the greedy choice is usually far better than it.
     """
     diagonal = torch.diagonal(objective.gram, dim1=1, dim2=2)
-    columns = objective.units[objective.units >= 0]
+    # what the kept columns leave of the others has its eigenvalues within those of all together
+    columns = torch.cat([objective.units[objective.units >= 0], objective.always])
     least = 1.0
     for gram, energy in zip(objective.gram, diagonal, strict=True):
         alive = columns[energy[columns] > 0]

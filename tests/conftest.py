@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,9 @@ import onnx
 import pytest
 import torch
 from foldcut.compiler.capture import capture
+from foldcut.compiler.edit import set_tensors
 from foldcut.compiler.program import Program
+from foldcut.compiler.provenance import Provenance
 from foldcut.runtime.backend import Array, Availability
 from hypothesis import settings
 from torch import nn
@@ -202,6 +204,23 @@ def silence(block: Residual) -> None:
         block.bn2.bias.zero_()
 
 
+def zeroed(provenance: Provenance, units: Iterable[int]) -> Program:
+    """The program with all that makes or carries these units at zero: weights, biases, scales and shifts."""
+    program = provenance.program
+    removed = provenance.removal(units)
+    state = {name: value.clone() for name, value in program.module.state_dict().items()}
+    changed = set()
+    for slot in provenance.slots:
+        if slot.role != "in" and bool(removed[slot.labels].any()):
+            state[slot.parameter].movedim(slot.dim, 0)[removed[slot.labels]] = 0
+            changed.add(slot.parameter)
+    for name, labels in provenance.constants.items():
+        if bool(removed[labels].any()) and not name.endswith("running_var"):
+            state[name][removed[labels]] = 0
+            changed.add(name)
+    return set_tensors(program, {name: state[name] for name in changed}, note="zero units")
+
+
 def images(count: int = 2, size: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -228,6 +247,7 @@ def nets() -> SimpleNamespace:
         image_net=image_net,
         seeded=seeded,
         silence=silence,
+        zeroed=zeroed,
         images=images,
         tokens=tokens,
     )

@@ -109,12 +109,43 @@ def test_an_unmet_goal_writes_the_best_and_ends_with_3(folder: Path, tmp_path: P
     assert json.loads((tmp_path / "out" / "report.json").read_text())["met"] is False
 
 
+def test_channels_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    arguments = (
+        "--keep",
+        0.5,
+        "--multiple-of",
+        2,
+        "--rewrites",
+        "prune_channels",
+        "-o",
+        tmp_path / "out",
+        "--no-mimic",
+    )
+    result = run("compile", "net.pt2", "--calib", "samples.npy", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "kept 6 of 12 units of 1.up" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["goal"] == {"kind": "channels", "keep": 0.5}
+    assert {g["group"]: (g["kept"], g["total"]) for g in report["groups"]}["1.up"] == (6, 12)
+
+
+def test_inspect_lists_the_unit_groups(folder: Path) -> None:
+    found = json.loads(run("inspect", "net.pt2", "--json").stdout)
+    groups = {g["group"]: g for g in found["groups"]}
+    assert groups["1.up"]["total"] == 12
+    assert groups["1.up"]["locked"] is None
+    assert 0 < groups["1.up"]["macs_share"] < 1
+    assert "network output" in groups["3"]["locked"]
+    text = " ".join(run("inspect", "net.pt2").output.split())
+    assert "unit groups" in text and "1.up" in text
+
+
 def test_the_table(done: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
     from foldcut.compiler.report import Report
 
     data = json.loads((done[1] / "report.json").read_text())
     del data["version"]
-    cli.show_report(Report(**data))
+    cli.show_report(Report(**data), cli.out)
     text = capsys.readouterr().out
     assert "before and after" in text
     assert "latency" in text
@@ -170,10 +201,16 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        ((*COMPILE,), ("give one goal", "--latency 0.7 or --blocks 4")),
+        ((*COMPILE,), ("give one goal", "--latency 0.7, --blocks 4, --keep 0.5 or --macs 0.6")),
         ((*COMPILE, "--latency", "0.5", "--blocks", "1"), ("give one goal",)),
         ((*COMPILE, "--latency", "1.5"), ("Latency(1.5) is not a goal", "hint")),
         ((*COMPILE, "--blocks", "0"), ("Blocks(0) is not a goal",)),
+        ((*COMPILE, "--keep", "0"), ("Channels(0.0) is not a goal", "hint")),
+        ((*COMPILE, "--macs", "1.5"), ("Macs(1.5) is not a goal", "hint")),
+        ((*COMPILE, "--keep", "0.5", "--rewrites", "drop_blocks"), ("reached by prune_channels", "hint")),
+        ((*COMPILE, "--keep", "0.5", "--rewrites", "magic"), ("unknown rewrites",)),
+        ((*COMPILE, "--keep", "0.5", "--multiple-of", "0"), ("multiple_of starts at 1",)),
+        ((*COMPILE, "--keep", "0.5", "--ignore", "x.*"), ("no unit group matches 'x.*'", "hint")),
         ((*COMPILE, "--blocks", "1", "--backend", "abacus"), ("no backend named 'abacus'", "onnxruntime", "hint")),
         ((*COMPILE, "--blocks", "1", "--batch", "0"), ("batch and threads start at 1",)),
         ((*COMPILE, "--blocks", "1", "--size", "large"), ("--size 'large' is not a size",)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from foldcut.compiler.errors import GoalError, PlanError
-from foldcut.compiler.plan import Blocks, DropBlock, Latency, Plan, goal_from_dict
+from foldcut.compiler.plan import Blocks, Channels, DropBlock, Latency, Macs, Plan, PruneChannels, goal_from_dict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +13,19 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_si
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 DECISIONS = st.builds(
     DropBlock, entry=NAMES, exit=NAMES, path=NAMES, error=st.none() | NUMBERS, saving=st.none() | NUMBERS
+) | st.builds(
+    PruneChannels,
+    group=NAMES,
+    kept=st.lists(st.integers(0, 99), max_size=5).map(tuple),
+    total=st.integers(1, 100),
+    error=st.none() | NUMBERS,
 )
-GOALS = st.builds(Latency, st.floats(0.01, 0.99)) | st.builds(Blocks, st.integers(1, 1000))
+GOALS = (
+    st.builds(Latency, st.floats(0.01, 0.99))
+    | st.builds(Blocks, st.integers(1, 1000))
+    | st.builds(Channels, st.floats(0.01, 1))
+    | st.builds(Macs, st.floats(0.01, 0.99))
+)
 PLANS = st.builds(
     Plan,
     decisions=st.lists(DECISIONS, max_size=4).map(tuple),

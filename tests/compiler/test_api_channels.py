@@ -1,0 +1,196 @@
+"""Channel pruning end to end: goals, plans, reports, limits, and clear errors."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import foldcut
+import pytest
+import torch
+from foldcut.compiler.cost import program_cost
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+TWOS = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=foldcut.ChannelLimits(multiple_of=2)))
+
+
+def run(net: nn.Module, data: Any, backend: Any, goal: Any, **options: Any) -> foldcut.Compiled:
+    options = {"mimic": None, "progress": False, "settings": TWOS, "rewrites": ("prune_channels",), **options}
+    return foldcut.compile(net, data, goal=goal, backend=backend, **options)
+
+
+def limited(**limits: Any) -> foldcut.PipelineSettings:
+    return foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=foldcut.ChannelLimits(**limits)))
+
+
+@pytest.fixture(scope="module")
+def halved(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> foldcut.Compiled:
+    return run(residual_net, nets.images(40), counting_backend, foldcut.Channels(keep=0.5))
+
+
+def test_half_of_every_group_is_gone(halved: foldcut.Compiled) -> None:
+    prunable = [g for g in halved.report.groups if g["locked"] is None]
+    assert len(prunable) >= 3
+    assert all(g["kept"] * 2 == g["total"] for g in prunable)
+    assert [g["locked"] for g in halved.report.groups if g["group"] == "head"] == ["a network output (linear)"]
+    assert halved.report.parameters["after"] < 0.4 * halved.report.parameters["before"]
+
+
+def test_it_runs_at_any_batch_size_and_exports(halved: foldcut.Compiled, nets: SimpleNamespace) -> None:
+    for count in (1, 3):
+        assert halved.module(nets.images(count)).shape == (count, 4)
+    assert halved.report.onnx_difference < 1e-4
+    assert halved.files["model.onnx"]
+
+
+def test_each_stage_is_no_worse_than_the_one_before(halved: foldcut.Compiled) -> None:
+    errors = halved.report.output_errors
+    assert list(errors) == ["pruned", "re-solved", "polished"]
+    assert errors["pruned"] > errors["re-solved"] >= errors["polished"]
+
+
+def test_the_plan_goes_round_and_applies(
+    halved: foldcut.Compiled, residual_net: nn.Module, nets: SimpleNamespace
+) -> None:
+    plan = foldcut.Plan.from_dict(json.loads(json.dumps(halved.plan.to_dict())))
+    assert plan == halved.plan
+    assert all(isinstance(d, foldcut.PruneChannels) for d in plan.decisions)
+    smaller = foldcut.apply_plan(foldcut.capture(residual_net, nets.images(2)), plan)
+    assert smaller.parameter_count() == halved.program.parameter_count()
+
+
+def test_a_plan_for_other_groups_is_refused(halved: foldcut.Compiled, residual_net: nn.Module) -> None:
+    program = foldcut.capture(residual_net, torch.randn(2, 3, 8, 8))
+    strange = foldcut.PruneChannels(group="nowhere", kept=(0,), total=2)
+    plan = foldcut.Plan(decisions=(strange,), goal=halved.plan.goal, fingerprint=program.fingerprint, predicted={})
+    with pytest.raises(foldcut.PlanError, match="nowhere"):
+        foldcut.apply_plan(program, plan)
+
+
+def test_a_macs_goal_is_reached(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.6))
+    before = program_cost(made.outcome.teacher).macs
+    assert 0.3 * before < program_cost(made.program).macs <= 0.6 * before
+
+
+def test_mimicking_follows_where_asked(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+    brief = foldcut.MimicSettings(iterations=4, batch_size=16, checks=2, bfloat16=False)
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), mimic=brief)
+    errors = made.report.output_errors
+    assert errors["mimicked"] <= errors["polished"]
+
+
+def test_keeping_all_changes_nothing(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(1.0))
+    x = nets.images(3, seed=4)
+    assert not made.plan.decisions
+    assert torch.equal(made.module(x), made.outcome.teacher(x))
+
+
+def test_the_same_seed_gives_the_same_weights(
+    halved: foldcut.Compiled, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    again = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(keep=0.5))
+    for name, value in halved.module.state_dict().items():
+        assert torch.equal(value, again.module.state_dict()[name])
+
+
+def test_what_is_ignored_keeps_its_channels(
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    settings = limited(multiple_of=2, ignore=("blocks.0.*",))
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), settings=settings)
+    assert all(not d.group.startswith("blocks.0.") for d in made.plan.decisions)
+    assert made.plan.decisions
+
+
+def test_counts_go_to_multiples_and_keep_a_minimum(
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    settings = limited(multiple_of=4, least=0.75)
+    with pytest.warns(UserWarning, match="nothing was cut"):
+        made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.25), settings=settings)
+    assert not made.plan.decisions  # 6 of 8 is no multiple of 4
+    made = run(
+        residual_net,
+        nets.images(40),
+        counting_backend,
+        foldcut.Channels(0.25),
+        settings=limited(multiple_of=2, least=0.5),
+    )
+    assert {len(d.kept) for d in made.plan.decisions} == {4}
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.01, True, "half", float("nan")])
+def test_a_share_outside_0_to_1_is_refused(keep: Any) -> None:
+    with pytest.raises(foldcut.GoalError, match="is not a goal"):
+        foldcut.Channels(keep)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 1.5, -1, None])
+def test_a_macs_ratio_outside_0_to_1_is_refused(ratio: Any) -> None:
+    with pytest.raises(foldcut.GoalError, match="is not a goal"):
+        foldcut.Macs(ratio)
+
+
+def test_a_goal_needs_its_rewrite(residual_net: nn.Module, nets: SimpleNamespace) -> None:
+    with pytest.raises(foldcut.GoalError, match="prune_channels"):
+        foldcut.compile(residual_net, nets.images(8), goal=foldcut.Channels(0.5), rewrites=("drop_blocks",))
+    with pytest.raises(foldcut.GoalError, match="drop_blocks"):
+        foldcut.compile(residual_net, nets.images(8), goal=foldcut.Blocks(1), rewrites=("prune_channels",))
+
+
+def test_nothing_prunable_is_said_with_the_reason(counting_backend: Any) -> None:
+    with pytest.raises(foldcut.GoalError, match="nothing can be pruned: a network output"):
+        run(nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(8, 4), counting_backend, foldcut.Channels(0.5))
+
+
+def test_a_pattern_that_matches_nothing_is_said(
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    with pytest.raises(foldcut.GoalError, match="no unit group matches 'stage9"):
+        run(
+            residual_net,
+            nets.images(8),
+            counting_backend,
+            foldcut.Channels(0.5),
+            settings=limited(ignore=("stage9.*",)),
+        )
+
+
+def test_bad_calibration_is_refused(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+    goal = foldcut.Channels(0.5)
+    broken = nets.images(8)
+    broken[3, 0, 0, 0] = float("nan")
+    for data in (nets.images(0), torch.randn(8, 4, 8, 8), broken, nets.images(8).double()):
+        with pytest.raises(foldcut.CompilerError):
+            run(residual_net, data, counting_backend, goal)
+
+
+def test_activations_that_overflow_are_said(counting_backend: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        net[0].weight.mul_(1e30)  # type: ignore[union-attr, operator]
+        net[2].weight.mul_(1e30)  # type: ignore[union-attr, operator]
+    with pytest.raises(foldcut.CalibrationError, match="not finite"):
+        run(net, torch.randn(8, 3, 12, 12), counting_backend, foldcut.Channels(0.5))
+
+
+def test_an_output_can_be_shielded(counting_backend: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.mask, self.mask_out = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
+            self.box, self.box_out = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = torch.relu(self.stem(x))
+            return {
+                "mask": self.mask_out(torch.relu(self.mask(x))),
+                "box": self.box_out(torch.relu(self.box(x))),
+            }
+
+    settings = limited(multiple_of=2, ignore=("mask",))
+    made = run(Two().eval(), torch.randn(16, 3, 10, 10), counting_backend, foldcut.Channels(0.5), settings=settings)
+    assert {d.group for d in made.plan.decisions} == {"stem", "box"}
