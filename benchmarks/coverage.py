@@ -75,10 +75,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the running child along
     names = wanted(arguments)
     rows = finished(arguments) if arguments.resume else {}
-    print(
-        "| network | groups prunable + locked | parameters | MACs | rows | ONNX Runtime vs torch | CPU s | peak MiB |"
-    )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| network | groups free + locked | parameters | MACs | rows | ONNX Runtime vs torch | CPU s | peak MiB | |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for source, name in names:
         key = f"{source}/{name}"
         if key not in rows:
@@ -358,7 +356,7 @@ def table_row(row: Row) -> str:
         f"{row['peak_mib']:.0f}" if "peak_mib" in row else "",
     ]
     notes = [f"unknown: {describe(row['unknown'])}"] if row.get("unknown") else []
-    notes += [f"FAILED: {row['failure'].splitlines()[0]}"] if row.get("failure") else []
+    notes += [f"FAILED: {' '.join(row['failure'].splitlines()[:2])}"] if row.get("failure") else []
     return " | ".join([f"| {row['name']}", *cells, "; ".join(notes).replace("|", "/")]) + " |"
 
 
@@ -378,7 +376,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     slow = [row for row in measured if row["cpu_seconds"] > SLOW]
     print(f"\npassed: {len(rows) - len(failed)} of {len(rows)} (tolerance {TOLERANCE:g} relative)")
     for row in failed:
-        print(f"- {row['source']} {row['name']}: {row['failure'].splitlines()[0]}")
+        print(f"- {row['source']} {row['name']}: {' '.join(row['failure'].splitlines()[:2])}")
     print(f"lost at least {1 - ENOUGH:.0%} of their MACs: {len(measured) - len(little)} of {len(rows)}")
     for row in little:
         locks = describe(row["reasons"]) or "none"

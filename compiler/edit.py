@@ -128,7 +128,7 @@ def replace_calls(
         node.kwargs = fx.node.map_aggregate(dict(call.kwargs), here)
     erase_dead(module.graph)
     result = replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
-    _infer_shapes(result)
+    _infer_shapes(result, set(calls))
     result.graph.lint()
     for before, after in zip(output_nodes(program.graph), output_nodes(result.graph), strict=True):
         if signature(before) != signature(after):
@@ -174,40 +174,53 @@ def _constant_node(module: fx.GraphModule, before: fx.Node, value: torch.Tensor)
         return module.graph.get_attr(f"_constant_{number}")
 
 
-def _infer_shapes(program: Program) -> None:
-    """Write every node's shape and dtype, symbolic batch included, by running the graph on fake tensors."""
+def _infer_shapes(program: Program, rewritten: set[str]) -> None:
+    """Write the shape and dtype, symbolic batch included, of every node that a change reaches, by running those nodes
+    on fake tensors."""
     mode = next(
         (n.meta["val"].fake_mode for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)), None
     ) or FakeTensorMode(allow_non_fake_inputs=True)
-    values: dict[fx.Node, Any] = {}
-    before = {n.name: signature(n) for n in program.graph.nodes if n.op == "placeholder"}
+    inputs = {n.name: signature(n) for n in program.graph.nodes if n.op == "placeholder"}
+    changed: set[fx.Node] = set()
     # without the Python dispatcher some operators read the batch as a number and fix it for good
     with mode, enable_python_dispatcher():
         for node in program.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = node.meta.get("val")
-            elif node.op == "get_attr":
-                values[node] = mode.from_tensor(program.constant(node).detach(), static_shapes=True)
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                try:
-                    values[node] = node.target(*args, **kwargs)
-                except (RuntimeError, ValueError, TypeError, IndexError) as cause:
-                    raise RewriteError(
-                        f"the rewritten graph does not fit together: {first_line(cause)}",
-                        node=node.name,
-                        excerpt=program.excerpt(node),
-                    ) from cause
-            if node.op != "output":
-                node.meta["val"] = values[node]
+            if node.op == "get_attr":
+                value = program.constant(node).detach()
+                if "val" not in node.meta or node.meta["val"].shape != value.shape:
+                    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+                    changed.add(node)
+            elif node.op == "call_function" and (node.name in rewritten or changed.intersection(node.all_input_nodes)):
+                before = _shapes(node)
+                node.meta["val"] = _fake_result(program, node)
+                if _shapes(node) != before:
+                    changed.add(node)
     for node in program.graph.nodes:
-        if node.op == "placeholder" and signature(node) != before[node.name]:
+        if node.op == "placeholder" and signature(node) != inputs[node.name]:
             raise RewriteError(
                 "the rewrite would fix the batch size",
                 node=node.name,
-                expected=before[node.name],
+                expected=inputs[node.name],
                 actual=signature(node),
             )
+
+
+def _fake_result(program: Program, node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, ValueError, TypeError, IndexError) as cause:
+        raise RewriteError(
+            f"the rewritten graph does not fit together: {first_line(cause)}",
+            node=node.name,
+            excerpt=program.excerpt(node),
+        ) from cause
+
+
+def _shapes(node: fx.Node) -> str:
+    """Shapes and dtypes of all results as text."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return str([(str(v.dtype), [str(d) for d in v.shape]) if isinstance(v, torch.Tensor) else str(v) for v in leaves])
 
 
 def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False) -> fx.GraphModule:

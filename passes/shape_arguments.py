@@ -20,6 +20,10 @@ from .targets import Kept
 aten = torch.ops.aten
 
 
+#: How torch writes "to the end" in a slice.
+LAST = 9223372036854775807
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """What a removal leaves of one node's operands and results. `operand(i)` and `result` give what is kept."""
@@ -75,18 +79,26 @@ def _sizes(position: int) -> Callable[[Cut], Call | None]:
         lead = len(old) - len(kept)
         new = list(old)
         for dim, indices in enumerate(kept):
-            if indices is None:
-                continue
-            size = new[dim + lead]
-            if isinstance(size, int):
-                new[dim + lead] = size if size == -1 else len(indices)
-            elif not any(isinstance(s, int) and s == -1 for s in new):
+            if indices is not None and isinstance(new[dim + lead], int):
+                new[dim + lead] = new[dim + lead] if new[dim + lead] == -1 else len(indices)
+        for dim, indices in enumerate(kept):
+            if indices is not None and isinstance(new[dim + lead], fx.Node):
+                _spell_out(cut, new, lead)
                 new[dim + lead] = -1  # a size that grows with the batch follows from the others
-            else:
-                raise cut.fail("two sizes of this call cannot be known before it runs")
         return _call(cut, {position: new})
 
     return rule
+
+
+def _spell_out(cut: Cut, sizes: list[Any], lead: int) -> None:
+    """Write a size of -1 as the number that it stands for, so that another one may be -1."""
+    for index, size in enumerate(sizes):
+        if isinstance(size, int) and size == -1:
+            dim = index - lead
+            old, indices = cut.node.meta["val"].shape[dim], cut.results[0][dim]
+            if cut.program.follows_batch(old):
+                raise cut.fail("two sizes of this call cannot be known before it runs")
+            sizes[index] = cut.program.dim(old) if indices is None else len(indices)
 
 
 def _dim(cut: Cut, position: int, name: str = "dim", default: int = 0) -> int:
@@ -94,13 +106,25 @@ def _dim(cut: Cut, position: int, name: str = "dim", default: int = 0) -> int:
     return int(argument(cut.node, position, name, default)) % rank
 
 
+def _positions(cut: Cut, dim: int) -> torch.Tensor | None:
+    """What stays along a dimension that the call addresses by position. There are no fixed positions where the channels
+    share the dimension with the batch."""
+    kept = cut.operand(0)[dim]
+    source = cut.node.args[0]
+    if kept is not None and isinstance(source, fx.Node) and cut.program.follows_batch(source.meta["val"].shape[dim]):
+        raise cut.fail("it takes positions of a dimension that channels share with the batch")
+    return kept
+
+
 def _slice(cut: Cut) -> Call | None:
     dim = _dim(cut, 1)
-    kept = cut.operand(0)[dim]
+    start, end, step = (argument(cut.node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
+    if (start, step) == (0, 1) and (end is None or end == LAST):
+        return None
+    kept = _positions(cut, dim)
     if kept is None:
         return None
     size = cut.program.shape(cut.node.args[0])[dim]  # type: ignore[arg-type]
-    start, end, step = (argument(cut.node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
     if any(isinstance(v, fx.Node) for v in (start, end, step)):
         raise cut.fail("it slices the channels at positions that are computed")
     taken = torch.arange(size)[slice(start, end, step)]
@@ -115,7 +139,7 @@ def _slice(cut: Cut) -> Call | None:
 
 def _narrow(cut: Cut) -> Call | None:
     dim = _dim(cut, 1)
-    kept = cut.operand(0)[dim]
+    kept = _positions(cut, dim)
     if kept is None:
         return None
     start, length = int(cut.node.args[2]), int(cut.node.args[3])  # type: ignore[arg-type]
@@ -125,7 +149,7 @@ def _narrow(cut: Cut) -> Call | None:
 
 def _select(cut: Cut) -> Call | None:
     dim = _dim(cut, 1)
-    kept = cut.operand(0)[dim]
+    kept = _positions(cut, dim)
     if kept is None:
         return None
     size = cut.program.shape(cut.node.args[0])[dim]  # type: ignore[arg-type]
@@ -137,7 +161,7 @@ def _select(cut: Cut) -> Call | None:
 
 def _split(cut: Cut) -> Call | None:
     dim = _dim(cut, 2)
-    if cut.operand(0)[dim] is None:
+    if _positions(cut, dim) is None:
         return None
     values = cut.node.meta["val"]
     sizes = []
@@ -166,7 +190,7 @@ def _index(cut: Cut) -> Call | None:
 
 def _reindexed(cut: Cut, dim: int, index: Any, build: Callable[[torch.Tensor], Call]) -> Call | None:
     """Indices into a dimension that lost entries: those of what is kept, renumbered."""
-    kept = cut.operand(0)[dim]
+    kept = _positions(cut, dim)
     if kept is None:
         return None
     if not is_constant(index) or cut.program.constant(index).dim() != 1:

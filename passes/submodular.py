@@ -21,8 +21,9 @@ import torch
 
 from .calibrate import Moments
 
-#: A unit whose unexplained part is below this share of its own energy counts as explained.
-EXPLAINED = 1e-9
+#: Directions whose unexplained part is below this share of their own energy count as explained: products of float32
+#: activations leave noise of about 1e-7, which must not be divided by.
+EXPLAINED = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,8 @@ class _State:
 
     def gains(self) -> torch.Tensor:
         """What each unit would explain more, relative to the target's energy."""
-        factor = _cholesky(self.blocks, self.floor[:, self.columns])
-        rest = torch.linalg.solve_triangular(factor, self.cross[:, self.columns], upper=False)
+        whitener = _whitener(self.blocks, self.floor[:, self.columns])
+        rest = whitener.transpose(2, 3) @ self.cross[:, self.columns]
         return rest.square().sum((0, 2, 3)) / self.energy
 
     def take(self, unit: int) -> None:
@@ -164,9 +165,8 @@ class _State:
     def _take(self, columns: torch.Tensor) -> None:
         done = self.factor[:, :, : self.taken]
         fresh = self.gram[:, :, columns] - done @ done[:, columns].transpose(1, 2)
-        lower = _cholesky(fresh[:, columns], self.floor[:, columns])
-        rows = torch.linalg.solve_triangular(lower.transpose(1, 2), fresh, upper=True, left=False)
-        weights = torch.linalg.solve_triangular(lower, self.cross[:, columns], upper=False)
+        whitener = _whitener(fresh[:, columns], self.floor[:, columns])
+        rows, weights = fresh @ whitener, whitener.transpose(1, 2) @ self.cross[:, columns]
         self.explained += float(weights.square().sum())
         self.factor[:, :, self.taken : self.taken + len(columns)] = rows
         self.taken += len(columns)
@@ -175,20 +175,30 @@ class _State:
         self.blocks -= parts @ parts.transpose(2, 3)
 
 
-def _cholesky(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    """Cholesky factors of Schur complements, safe where nothing is left: what is below EXPLAINED of a column's own
-    energy is rounding."""
-    blocks = blocks + torch.diag_embed(EXPLAINED * energy)
+def _whitener(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """M with M^T B M = 1 for each block B, and zero columns for directions that are explained already.
+
+    By Cholesky where all directions of a block have enough left (M = L^-T), by eigendecomposition of the others.
+    """
     factor, info = torch.linalg.cholesky_ex(blocks)
-    if not bool(info.any()):
-        return factor
-    values, vectors = torch.linalg.eigh(blocks)
-    least = EXPLAINED * energy.amax(-1, keepdim=True)
-    # L with L L^T = V max(values, least) V^T, by QR of its square root
-    root = vectors * torch.maximum(values, least).sqrt().unsqueeze(-2)
-    _, upper = torch.linalg.qr(root.transpose(-1, -2))
-    sign = torch.diagonal(upper, dim1=-2, dim2=-1).sign()
-    return (upper * sign.unsqueeze(-1)).transpose(-1, -2)
+    pivots = torch.diagonal(factor, dim1=-2, dim2=-1).square()
+    sound = (info == 0) & (pivots > EXPLAINED * energy).all(-1)
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+    safe = torch.where(sound[..., None, None], factor, identity)
+    whitener = torch.linalg.solve_triangular(safe, identity.expand_as(safe), upper=False).transpose(-1, -2)
+    if bool(sound.all()):
+        return whitener
+    whitener = whitener.clone()
+    whitener[~sound] = _truncated(blocks[~sound], energy[~sound])
+    return whitener
+
+
+def _truncated(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """The whiteners of blocks with explained directions, in units of each column's own energy."""
+    scale = energy.rsqrt()
+    values, vectors = torch.linalg.eigh(blocks * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    inverse = torch.where(values > EXPLAINED, values.clamp(min=EXPLAINED).rsqrt(), torch.zeros_like(values))
+    return scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)
 
 
 def _thin(cross: torch.Tensor) -> torch.Tensor:

@@ -297,3 +297,32 @@ def test_onnx_computes_what_the_pruned_program_computes(
     stored = {i.name: list(i.dims) for i in onnx.load_model_from_string(model).graph.initializer}
     whole = programs[name].parameter_count()
     assert sum(int(np.prod(d)) for d in stored.values()) < whole
+
+
+class SharedWithBatch(nn.Module):
+    """Heads in the batch dimension, sliced and reshaped there, as relative-position logits are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, 4, 2).permute(2, 0, 3, 1, 4).reshape(3, n * 4, length, 2).unbind(0)
+        scores = (q @ k.transpose(1, 2))[:, :length].softmax(-1)
+        mixed = F.pad(scores, (0, 1))[:, :, :length] @ v
+        return self.out(mixed.reshape(n, 4, -1, 2).transpose(1, 2).reshape(n, length, 8))
+
+
+def test_heads_that_share_a_dimension_with_the_batch() -> None:
+    torch.manual_seed(0)
+    program = capture(SharedWithBatch().eval(), torch.randn(2, 5, 8))
+    found = find_units(program)
+    (heads,) = found.prunable
+    assert len(heads) == 4
+    pruned = prune_channels(found, heads.units[[1, 2]])
+    x = torch.randn(3, 5, 8)
+    whole = pruned.program(x)
+    assert whole.shape == (3, 5, 3)
+    for index in range(3):
+        assert torch.allclose(pruned.program(x[index : index + 1]), whole[index : index + 1], atol=1e-5)
