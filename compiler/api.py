@@ -242,7 +242,7 @@ def _report(
         output_errors=outcome.output_errors,
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.rejects],
-        groups=unit_groups(outcome.provenance, outcome.plan.decisions) if outcome.provenance else [],
+        groups=_groups(outcome),
         onnx_difference=outcome.onnx_difference,
         calibration={
             "samples": len(samples),
@@ -254,6 +254,19 @@ def _report(
         seed=options.seed,
         warnings=tuple(messages),
     )
+
+
+def _groups(outcome: Outcome) -> list[dict[str, Any]]:
+    """The unit groups, with the error curve of each selection and what the greedy choice is sure to reach."""
+    if outcome.provenance is None:
+        return []
+    groups = unit_groups(outcome.provenance, outcome.plan.decisions)
+    for group in groups:
+        selection = outcome.selections.get(group["group"])
+        if selection is not None:
+            group["errors"] = [round(float(e), 6) for e in selection.errors]
+            group["submodularity_ratio"], group["guarantee"] = selection.ratio_bound, selection.guarantee
+    return groups
 
 
 def _json(data: Any) -> bytes:

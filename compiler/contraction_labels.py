@@ -26,6 +26,7 @@ def carries_groups(channels: int, groups: int) -> bool:
 
 
 def linear(trace: Trace, node: fx.Node) -> Value:
+    """A stored weight over the last dimension."""
     weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
     return _with_constant(trace, node, argument(node, 0, "input"), weight, bias, consumed=1, made=0)
 
@@ -69,6 +70,7 @@ def _reduce_to_last(trace: Trace, labels: torch.Tensor, where: str) -> bool:
 
 
 def convolution(trace: Trace, node: fx.Node) -> Value:
+    """Channels of dim 1 are consumed, or passed on by groups; transposed ones have their weight the other way round."""
     weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
     transposed = _transposed(node)
     groups = int(argument(node, 8 if _general(node) else 6, "groups", 1))
@@ -120,6 +122,7 @@ def _grouped(
 
 
 def embedding(trace: Trace, node: fx.Node) -> Value:
+    """The table's columns are made fresh; its rows are looked up."""
     weight = argument(node, 0, "weight")
     if not is_constant(weight):
         return trace.lock_node(node, f"its table is computed at {node.name}")
@@ -128,6 +131,7 @@ def embedding(trace: Trace, node: fx.Node) -> Value:
 
 
 def matmul(trace: Trace, node: fx.Node) -> Value:
+    """A stored 2-d matrix is a weight; anything else is a product of two activations."""
     first, second = node.args[0], node.args[1]
     if is_constant(second) and trace.program.constant(second).dim() == 2 and not is_constant(first):  # type: ignore[arg-type]
         return _with_constant(trace, node, first, second, None, consumed=0, made=1)
@@ -138,6 +142,7 @@ def matmul(trace: Trace, node: fx.Node) -> Value:
 
 
 def addmm(trace: Trace, node: fx.Node) -> Value:
+    """A product and a bias."""
     bias, first, second = node.args[:3]
     if is_constant(second) and not is_constant(first):
         return _with_constant(trace, node, first, second, bias, consumed=0, made=1)
@@ -176,6 +181,7 @@ def contract(trace: Trace, a: torch.Tensor, b: torch.Tensor, where: str) -> torc
 
 
 def attention(trace: Trace, node: fx.Node) -> Value:
+    """Scores from queries and keys, softmax, then the values: two contractions."""
     query, key, value = (trace.of(argument(node, i, n)) for i, n in enumerate(("query", "key", "value")))
     mask = argument(node, 3, "attn_mask")
     if argument(node, 7, "enable_gqa", False) or query.dim() < 3:

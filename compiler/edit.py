@@ -249,6 +249,7 @@ def signature(node: fx.Node) -> str:
 
 
 def erase_dead(graph: fx.Graph) -> None:
+    """Remove what nobody reads any more; inputs stay."""
     for node in reversed(list(graph.nodes)):
         if node.op not in {"placeholder", "output"} and not node.users:
             graph.erase_node(node)

@@ -55,6 +55,8 @@ class Trace:
         self._concrete: dict[str, Any] = {}
         #: constants that are settled along one dimension
         self.rectangular: set[str] = set()
+        #: parameter -> why no dimension of it may be cut
+        self.locked_parameters: dict[str, str] = {}
         #: nodes that no input reaches
         self.inputless: set[str] = set()
 
@@ -161,22 +163,12 @@ class Trace:
             if is_constant(operand):
                 if self.name(operand) in self.constants:
                     self.labels.lock(self.constant(operand), reason)
-                self._lock_slots(operand, reason)
+                if self.program.constant(operand).dim():  # something else reads it: it keeps its size
+                    self.locked_parameters[self.name(operand)] = reason
             else:
-                for leaf in _leaves(self.values.get(operand.name)):
+                for leaf in leaves_of(self.values.get(operand.name)):
                     self.labels.lock(leaf, reason)
         return self.fixed_like(node)
-
-    def _lock_slots(self, parameter: fx.Node, reason: str) -> None:
-        """A parameter that something else reads as well keeps its size."""
-        value = self.program.constant(parameter)
-        self.locked_parameters[self.name(parameter)] = reason if value.dim() else ""
-
-    @property
-    def locked_parameters(self) -> dict[str, str]:
-        if not hasattr(self, "_locked_parameters"):
-            self._locked_parameters: dict[str, str] = {}
-        return self._locked_parameters
 
     def fixed_like(self, node: fx.Node) -> Value:
         """FIXED labels in the form of a node's value."""
@@ -198,7 +190,7 @@ class Trace:
     def store(self, node: fx.Node, value: Value) -> None:
         """Keep the labels of a node; those that vary along several dimensions are noted for later."""
         self.values[node.name] = value
-        for leaf in _leaves(value):
+        for leaf in leaves_of(value):
             small = slim(leaf)
             if len(self.labels.varying(small)) > 1:
                 self.crossed.append(small)
@@ -209,7 +201,8 @@ def _lifted(labels: torch.Tensor, dims: int) -> torch.Tensor:
     return labels.reshape([1] * (dims - labels.dim()) + list(labels.shape)) if labels.dim() < dims else labels
 
 
-def _leaves(value: Value) -> list[torch.Tensor]:
+def leaves_of(value: Value) -> list[torch.Tensor]:
+    """The label tensors of a value with one result or several."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in value if isinstance(leaf, torch.Tensor)] if isinstance(value, (tuple, list)) else []

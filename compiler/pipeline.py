@@ -14,6 +14,7 @@ from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.mimic import MimicSettings, mimic
 from ..passes.recoverability import Recoverability, RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings, resolve_network
+from ..passes.submodular import Selection
 from ..passes.targets import Kept
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
@@ -24,7 +25,7 @@ from .errors import ExportError, GoalError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
 from .plan import Blocks, Channels, Decision, DropBlock, Goal, Latency, Macs, Plan
-from .planner import Choice, choose_drops
+from .planner import Choice, choose_drops, require_regions
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance
@@ -68,6 +69,7 @@ class Rewritten:
     errors: dict[str, float]
     kept: Mapping[str, Kept] = field(default_factory=dict)
     provenance: Provenance | None = None
+    selections: Mapping[str, Selection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class Outcome:
     met: bool
     rejects: tuple[Reject, ...]
     provenance: Provenance | None
+    selections: Mapping[str, Selection]
     measurement: Measurement
     output_errors: Mapping[str, float]
     onnx: bytes
@@ -109,7 +112,7 @@ def run_pipeline(
     if drop:
         with clock.stage("analyse"):
             analysis = find_regions(teacher)
-        _require_regions(analysis, goal)
+        require_regions(analysis, goal)
     with clock.stage("export"):
         original = to_onnx(teacher, opset=settings.opset)
     probe = LatencyProbe(
@@ -266,6 +269,7 @@ def _pruned(
         errors=dict(cut.errors),
         kept=cut.pruned.kept,
         provenance=cut.provenance,
+        selections=cut.selections,
     )
 
 
@@ -299,6 +303,7 @@ def _finish(
         met=rewritten.met and (not isinstance(goal, Latency) or measurement.ratio <= goal.ratio),
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
+        selections=rewritten.selections,
         measurement=measurement,
         output_errors=errors,
         onnx=onnx,
@@ -375,22 +380,4 @@ def cost_report(outcome: Outcome) -> tuple[dict[str, int], dict[str, int]]:
     return (
         {"before": before.macs, "after": after.macs},
         {"before": outcome.teacher.parameter_count(), "after": outcome.program.parameter_count()},
-    )
-
-
-def _require_regions(analysis: RegionAnalysis, goal: Goal) -> None:
-    if analysis.regions:
-        if isinstance(goal, Blocks) and goal.count > len(analysis.regions):
-            warnings.warn(
-                f"the network has {len(analysis.regions)} removable regions, fewer than {goal.count}",
-                stacklevel=3,
-            )
-        return
-    looked = (
-        "; ".join(str(r) for r in analysis.rejects[:3])
-        or "no two points of the graph have one shape with a layer in between"
-    )
-    raise GoalError(
-        f"the network has no removable region: {looked}",
-        hint="dropping blocks needs parts whose input and output have one shape",
     )

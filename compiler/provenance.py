@@ -18,7 +18,7 @@ from torch import fx
 
 from .errors import RewriteError
 from .label_rules import rule_for
-from .label_trace import Slot, Trace, Value, _leaves
+from .label_trace import Slot, Trace, Value, leaves_of
 from .labels import FIXED, slim
 from .program import Program, is_tensor, output_nodes
 from .unit_groups import UnitGroup, form_groups
@@ -116,7 +116,7 @@ def find_units(program: Program) -> Provenance:
     for node in program.graph.nodes:
         _visit(trace, node)
     for node in output_nodes(program.graph):
-        for leaf in _leaves(trace.values.get(node.name)):
+        for leaf in leaves_of(trace.values.get(node.name)):
             trace.labels.lock(leaf, f"a network output ({node.name})")
     _settle(trace)
     return _resolved(trace)
@@ -171,7 +171,7 @@ def _settle_slots(trace: Trace) -> bool:
         if own is not None:
             laid = slot.labels.view([-1 if d == slot.dim else 1 for d in range(own.dim())])
             changed |= trace.labels.unite(own, laid, f"{slot.parameter} has another reader")
-        if trace.locked_parameters.get(slot.parameter):
+        if slot.parameter in trace.locked_parameters:
             trace.labels.lock(slot.labels, trace.locked_parameters[slot.parameter])
     return changed
 

@@ -19,9 +19,7 @@ for group in provenance.groups:
 # half of every group, no gradient at all; `ignore` leaves a group alone
 limits = foldcut.ChannelLimits(multiple_of=4, ignore=(provenance.prunable[0].name,))
 settings = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=limits))
-out = foldcut.compile(
-    net, images[:300], goal=foldcut.Channels(keep=0.5), mimic=None, settings=settings, progress=False
-)
+out = foldcut.compile(net, images[:300], goal=foldcut.Channels(keep=0.5), mimic=None, settings=settings, progress=False)
 for stage, error in out.report.output_errors.items():
     print(f"output error {stage:10} {error:.4f}")
 print(f"accuracy {accuracy(net.eval()):.3f} -> {accuracy(out.module):.3f}")

@@ -181,6 +181,7 @@ def _refine(
 def step_moments(
     lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> Moments:
+    """Moments of one layer of a group over the whole calibration set, with the weights as they stand."""
     student = lockstep.student
     wanted = [target.layer.input, target.anchor]
     total: Moments | None = None

@@ -30,6 +30,9 @@ from .resolve_network import LayerError, ResolveSettings, batch_size_for, step_m
 from .submodular import Objective, Selection, select_units
 from .targets import Target, trace_target
 
+#: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection.
+BOUND_COLUMNS = 1200
+
 Variant = Literal["asymmetric", "sequential", "layerwise"]
 
 
@@ -132,7 +135,6 @@ def select_layerwise(
     groups: Sequence[UnitGroup],
     counts: Mapping[str, int],
     *,
-    bound: bool = False,
     memory_bytes: int = 1 << 30,
     progress: Progress = silent,
 ) -> list[tuple[UnitGroup, Selection]]:
@@ -150,7 +152,7 @@ def select_layerwise(
                 if bool(torch.isin(consumers[n].labels, group.units).any())
             ]
             selection = (
-                select_units(objectives, counts[group.name], bound=bound)
+                select_units(objectives, counts[group.name], bound=all(map(_cheap, objectives)))
                 if objectives
                 else select_by_norm(provenance, group, counts[group.name])
             )
@@ -184,6 +186,10 @@ def _gram_bytes(program: Program, layer: Layer) -> int:
     weight = program.module.get_parameter(layer.weight)
     columns = weight[0].numel()
     return 8 * layer.groups * columns * (columns + weight.shape[0] // layer.groups)
+
+
+def _cheap(objective: Objective) -> bool:
+    return objective.gram.shape[1] <= BOUND_COLUMNS
 
 
 def _own_target(moments: Moments) -> Moments:
@@ -285,7 +291,7 @@ class _Sweep:
         bias = target.shift is not None
         if group is not None:
             objective = _objective(self.program, consumer, group, moments, bias=bias)
-            selections[group.name] = select_units([objective], self.counts[group.name])
+            selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))
             _remove(removed, group, selections[group.name])
         weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())
         ridge = self.settings.ridge_for(samples)

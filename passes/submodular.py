@@ -14,6 +14,7 @@ submodular function may grow, so a lazy queue would not be exact; all candidates
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,7 +73,7 @@ class Selection:
 
     @property
     def guarantee(self) -> float | None:
-        return None if self.ratio_bound is None else float(1 - torch.exp(torch.tensor(-self.ratio_bound)))
+        return None if self.ratio_bound is None else -math.expm1(-self.ratio_bound)
 
 
 def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = False) -> Selection:

@@ -1,6 +1,7 @@
 """Channel pruning end to end: goals, plans, reports, limits, and clear errors."""
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,17 @@ def test_half_of_every_group_is_gone(halved: foldcut.Compiled) -> None:
     assert all(g["kept"] * 2 == g["total"] for g in prunable)
     assert [g["locked"] for g in halved.report.groups if g["group"] == "head"] == ["a network output (linear)"]
     assert halved.report.parameters["after"] < 0.4 * halved.report.parameters["before"]
+
+
+def test_the_error_curve_and_the_guarantee_are_reported(halved: foldcut.Compiled) -> None:
+    for group in halved.report.groups:
+        if group["locked"] is None:
+            errors = group["errors"]
+            assert len(errors) == group["kept"] + 1
+            assert errors == sorted(errors, reverse=True)
+            assert 0 <= group["submodularity_ratio"] <= 1
+            assert group["guarantee"] == pytest.approx(1 - math.exp(-group["submodularity_ratio"]))
+    json.dumps(halved.report.to_dict())
 
 
 def test_it_runs_at_any_batch_size_and_exports(halved: foldcut.Compiled, nets: SimpleNamespace) -> None:
