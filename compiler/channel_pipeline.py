@@ -33,11 +33,13 @@ WEIGHING_MACS = 2 * 10**12
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSettings:
-    """How channels are chosen: limits, the paper's variant, and whether the layers that are left are solved once more
-    and refined together after the cut (`polish`)."""
+    """How channels are chosen: limits, the paper's variant, whether a layer that feeds a residual addition is solved
+    for the stream behind it (`stream_target`) or for its own output, and whether the layers that are left are solved once
+    more and refined together after the cut (`polish`)."""
 
     limits: ChannelLimits = field(default_factory=ChannelLimits)
     variant: Variant = "asymmetric"
+    stream_target: bool = True
     polish: bool = True
 
 
@@ -76,7 +78,13 @@ def cut_channels(
     with clock.stage("choose"):
         counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress)
         choice = choose_channels(
-            provenance, calibration, counts, variant=settings.variant, settings=resolve, progress=progress
+            provenance,
+            calibration,
+            counts,
+            variant=settings.variant,
+            stream_target=settings.stream_target,
+            settings=resolve,
+            progress=progress,
         )
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(

@@ -79,6 +79,18 @@ def test_a_plan_for_other_groups_is_refused(halved: foldcut.Compiled, residual_n
         foldcut.apply_plan(program, plan)
 
 
+@pytest.mark.parametrize("options", [{"variant": "layerwise"}, {"variant": "sequential"}, {"stream_target": False}])
+def test_the_variants_of_the_paper(
+    options: dict[str, Any], residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    limits = foldcut.ChannelLimits(multiple_of=2)
+    settings = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=limits, polish=False, **options))
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), settings=settings)
+    errors = made.report.output_errors
+    assert list(errors) == ["pruned", "re-solved"]
+    assert errors["re-solved"] <= errors["pruned"]
+
+
 def test_a_macs_goal_is_reached(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
     made = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.6))
     before = program_cost(made.outcome.teacher).macs
