@@ -34,8 +34,8 @@ WEIGHING_MACS = 2 * 10**12
 @dataclass(frozen=True, kw_only=True)
 class ChannelSettings:
     """How channels are chosen: limits, the paper's variant, whether a layer that feeds a residual addition is solved
-    for the stream behind it (`stream_target`) or for its own output, and whether the layers that are left are solved once
-    more and refined together after the cut (`polish`)."""
+    for the stream behind it (`stream_target`) or for its own output, and whether the layers that are left are solved
+    once more and refined together after the cut (`polish`)."""
 
     limits: ChannelLimits = field(default_factory=ChannelLimits)
     variant: Variant = "asymmetric"
