@@ -33,7 +33,7 @@ from foldcut.compiler.cost import program_cost
 from foldcut.compiler.edit_folds import fold_parameters
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.passes.prune_channels import cuttable_groups, prune_channels
 from foreign_ops import declare_torchvision_ops
 from torch.utils import _pytree as pytree
 
@@ -250,14 +250,16 @@ def prune_half(program: foldcut.Program, record: Record) -> foldcut.Program:
     provenance = find_units(program)
     analysed = time.process_time()
     record.note(stage="rewrite", find_seconds=round(analysed - started, 2), **describe_groups(provenance))
-    chosen = [group.units[group.count_for(KEEP, MULTIPLE) :] for group in provenance.prunable]
-    units = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
     resumed = time.process_time()
+    groups, stuck = cuttable_groups(provenance, provenance.prunable)
+    chosen = [group.units[group.count_for(KEEP, MULTIPLE) :] for group in groups]
+    units = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
     smaller = prune_channels(provenance, units).program
     seconds = analysed - started + time.process_time() - resumed
     record.note(
         cpu_seconds=round(seconds, 2),
         units_removed=len(units),
+        stuck={group.name: cause.message for group, cause in stuck},
         parameters=program.parameter_count(),
         parameters_left=smaller.parameter_count() / program.parameter_count(),
         macs=program_cost(program).macs,

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..passes.prune_channels import Pruned, prune_channels
+from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
 from ..passes.select_channels import Variant, choose_channels, select_layerwise
 from ..passes.submodular import Selection
 from .calibration_set import CalibrationSet
 from .channel_budget import ChannelLimits, MacsModel, allocate, free_groups, uniform_counts
 from .cost import program_cost
-from .errors import PlanError, Reject
+from .errors import GoalError, PlanError, Reject
 from .plan import ChannelGoal, Channels, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, silent
@@ -52,6 +52,7 @@ class ChannelCut:
     decisions: tuple[PruneChannels, ...]
     selections: Mapping[str, Selection]
     provenance: Provenance
+    rejects: tuple[Reject, ...]
     errors: Mapping[str, float]
     met: bool
 
@@ -74,7 +75,9 @@ def cut_channels(
     """
     with clock.stage("analyse"):
         provenance = find_units(teacher)
-        groups = free_groups(provenance, settings.limits)
+        groups, stuck = cuttable_groups(provenance, free_groups(provenance, settings.limits))
+        if not groups:
+            raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
     with clock.stage("choose"):
         counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress)
         choice = choose_channels(
@@ -115,6 +118,7 @@ def cut_channels(
         decisions=tuple(_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
         selections=choice.selections,
         provenance=provenance,
+        rejects=(*group_rejects(provenance), *(Reject(reason=str(e.message), node=g.name) for g, e in stuck)),
         errors=errors,
         met=met,
     )

@@ -19,7 +19,7 @@ from ..passes.targets import Kept
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
-from .channel_pipeline import ChannelSettings, cut_channels, group_rejects
+from .channel_pipeline import ChannelSettings, cut_channels
 from .cost import program_cost
 from .errors import ExportError, GoalError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
@@ -265,7 +265,7 @@ def _pruned(
         program=cut.resolved.program,
         decisions=cut.decisions,
         met=cut.met,
-        rejects=(*group_rejects(cut.provenance), *cut.resolved.locked),
+        rejects=(*cut.rejects, *cut.resolved.locked),
         errors=dict(cut.errors),
         kept=cut.pruned.kept,
         provenance=cut.provenance,

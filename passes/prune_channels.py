@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..compiler.errors import RewriteError
 from ..compiler.label_rules import is_movement, move
 from ..compiler.program import Program, is_constant, is_size
 from ..compiler.provenance import Provenance
+from ..compiler.unit_groups import UnitGroup
 from .shape_arguments import Cut, new_call
 from .targets import Kept, select_kept
 
@@ -65,6 +66,25 @@ def prune_channels(
     count = int(removed.sum())
     smaller = replace_calls(program, calls, tensors, note=f"prune {count} units")
     return Pruned(program=smaller, kept=_selectable(cutter))
+
+
+def cuttable_groups(
+    provenance: Provenance, groups: Sequence[UnitGroup]
+) -> tuple[list[UnitGroup], list[tuple[UnitGroup, RewriteError]]]:
+    """The groups that the rewriter can cut, tried with half of their units gone, and the others with its reason.
+
+    All are tried together; only when that fails are they halved until each culprit stands alone.
+    """
+    try:
+        if groups:
+            prune_channels(provenance, torch.cat([g.units[(len(g) + 1) // 2 :] for g in groups]))
+        return list(groups), []
+    except RewriteError as cause:
+        if len(groups) == 1:
+            return [], [(groups[0], cause)]
+    middle = len(groups) // 2
+    first, second = cuttable_groups(provenance, groups[:middle]), cuttable_groups(provenance, groups[middle:])
+    return first[0] + second[0], first[1] + second[1]
 
 
 def _selectable(cutter: _Cutter) -> dict[str, Kept]:
