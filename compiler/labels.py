@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 #: The label of everything that has no channel that could be cut: inputs, positions, values of operators not understood.
 FIXED = 0
@@ -98,10 +96,7 @@ class Labels:
         if not len(pairs):
             return len(self._reasons) > before
         members, compact = pairs.unique(return_inverse=True)
-        edges = compact.numpy()
-        graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(members),) * 2)
-        _, component = connected_components(graph, directed=False)
-        self._merge(members, torch.from_numpy(component).long())
+        self._merge(members, _components(compact, len(members)))
         return True
 
     def _merge(self, members: torch.Tensor, component: torch.Tensor) -> None:
@@ -143,6 +138,16 @@ class Labels:
             return len((roots.amin(others) if others else roots).unique())
 
         return max(dims, key=lambda dim: (classes(dim), dim))
+
+
+def _components(edges: torch.Tensor, count: int) -> torch.Tensor:
+    """The connected component of each of `count` vertices."""
+    from scipy.sparse import coo_matrix  # imported when needed: importing foldcut stays light
+    from scipy.sparse.csgraph import connected_components
+
+    ends = edges.numpy()
+    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(count, count))
+    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
 
 
 def slim(labels: torch.Tensor) -> torch.Tensor:
