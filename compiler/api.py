@@ -216,7 +216,7 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
         return f"{goal} cannot be met: with every prunable group at its least, the ratio is {ratio:.3f}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
-    return f"{goal} cannot be met: with {dropped} regions dropped, all that save time, the ratio is {reached}"
+    return f"{goal} is not met: with {dropped} regions dropped, the ratio is {reached}"
 
 
 def _report(

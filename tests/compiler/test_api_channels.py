@@ -9,6 +9,8 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.cost import program_cost
+from foldcut.compiler.pipeline import reached
+from foldcut.runtime.measurement import Measurement
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -143,6 +145,24 @@ def test_counts_go_to_multiples_and_keep_a_minimum(
         settings=limited(multiple_of=2, least=0.5),
     )
     assert {len(d.kept) for d in made.plan.decisions} == {4}
+
+
+@pytest.mark.parametrize(("low", "stands"), [(0.65, True), (0.7, True), (0.701, False)])
+def test_a_measurement_has_to_contradict_the_choice(low: float, stands: bool) -> None:
+    measured = Measurement(
+        ratio=0.703,
+        low=low,
+        high=0.71,
+        pairs=20,
+        clock="wall",
+        before_ms=1.0,
+        after_ms=0.7,
+        samples=(),
+        environment={},
+        contended=False,
+    )
+    assert reached(foldcut.Latency(0.7), measured) is stands
+    assert reached(foldcut.Channels(0.5), measured)
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, True, "half", float("nan")])
