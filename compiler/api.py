@@ -102,8 +102,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     which may be used. `mimic` False or None leaves out the gradient stage, a `MimicSettings` sets it. `views` such as
     `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
     `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
-    works; batch, threads, seed and views are taken from
-    the arguments.
+    works; batch, threads, seed and views are taken from the arguments.
 
     The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
     choice also depends on measured times.
@@ -150,8 +149,7 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 def apply_plan(program: Program, plan: Plan) -> Program:
     """Bypass the regions of a plan, or remove its channels. The weights stay those of `program`: re-solve them with a
-    calibration set, or
-    load trained ones.
+    calibration set, or load trained ones.
 
     Raises PlanError when the plan was made for another network or other weights.
     """

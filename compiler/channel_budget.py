@@ -105,8 +105,9 @@ class MacsModel:
             if parameter.dim() > 1 and slot.node in place:
                 rows.append(place[slot.node])
                 factors.append(self._factor(owner, slot.labels))
+        stored = {slot.node for slot in provenance.slots}
         for node in nodes:
-            if not any(s.node == node.name for s in provenance.slots):
+            if node.name not in stored:
                 for operand in data_inputs(node)[:1]:
                     labels = provenance.values.get(operand.name)
                     if isinstance(labels, torch.Tensor):
@@ -123,18 +124,20 @@ class MacsModel:
         return counts / len(labels) / sizes
 
     def __call__(self, counts: Sequence[int]) -> float:
-        return float(self._per_node(counts).sum())
+        return float(self._per_node(self._shares(counts)).sum())
 
-    def _per_node(self, counts: Sequence[int]) -> torch.Tensor:
+    def _shares(self, counts: Sequence[int]) -> torch.Tensor:
+        """What is left of each factor's channels."""
         gone = torch.tensor([len(g) - c for g, c in zip(self.groups, counts, strict=True)], dtype=torch.float64)
-        share = (1 - self.factors @ gone).clamp(min=0)
-        return self.macs * torch.ones_like(self.macs).scatter_reduce(0, self.rows, share, "prod")
+        return (1 - self.factors @ gone).clamp(min=0)
+
+    def _per_node(self, shares: torch.Tensor) -> torch.Tensor:
+        return self.macs * torch.ones_like(self.macs).scatter_reduce(0, self.rows, shares, "prod")
 
     def slopes(self, counts: Sequence[int]) -> torch.Tensor:
         """MACs that one unit less of each group saves."""
-        gone = torch.tensor([len(g) - c for g, c in zip(self.groups, counts, strict=True)], dtype=torch.float64)
-        share = (1 - self.factors @ gone).clamp(min=1e-12)
-        return (self._per_node(counts)[self.rows] / share) @ self.factors
+        shares = self._shares(counts)
+        return (self._per_node(shares)[self.rows] / shares.clamp(min=1e-12)) @ self.factors
 
 
 def group_shares(provenance: Provenance) -> list[float]:

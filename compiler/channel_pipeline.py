@@ -201,9 +201,7 @@ def removed_units(provenance: Provenance, decisions: Sequence[PruneChannels]) ->
                 f"no prunable unit group {decision.group!r} with {decision.total} units",
                 hint="apply the plan to the network that it was made for",
             )
-        stay = torch.zeros(len(group), dtype=torch.bool)
-        stay[list(decision.kept)] = True
-        removed.append(group.units[~stay])
+        removed.append(group.without(decision.kept))
     return torch.cat(removed) if removed else torch.zeros(0, dtype=torch.long)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .label_trace import Rule, Trace, Value
-from .labels import along, compress, fixed, vector
+from .label_trace import Rule, Trace, Value, meets_fixed
+from .labels import along, compress, fixed, lifted, vector
 from .program import argument, is_constant
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ def _reduce_to_last(trace: Trace, labels: torch.Tensor, where: str) -> bool:
     last = labels.dim() - 1
     varying = trace.labels.varying(labels)
     kept = [d for d in varying if d != last]
-    reason = f"meets a value without channels at {where}"
+    reason = meets_fixed(where)
     if kept and (last not in varying or trace.labels.kept_dim(labels, varying) != last):
         trace.labels.tie(labels, [last], reason)
         return True
@@ -77,8 +77,7 @@ def convolution(trace: Trace, node: fx.Node) -> Value:
     if not is_constant(weight) or not (bias is None or is_constant(bias)):
         return trace.lock_node(node, f"its weight is computed at {node.name}")
     labels, shape = trace.of(argument(node, 0, "input")), trace.shape(node)
-    reason = f"meets a value without channels at {node.name}"
-    trace.labels.tie(labels, [d for d in range(labels.dim()) if d != 1], reason)
+    trace.tie_others(labels, 1, node.name)
     channels = vector(labels, 1)
     if groups > 1:
         return _grouped(trace, node, channels, weight, bias, groups, transposed)
@@ -102,7 +101,7 @@ def _grouped(
 ) -> Value:
     """Whole groups are passed on, or each group is cut alike inside."""
     shape = trace.shape(node)
-    reason = f"meets a value without channels at {node.name}"
+    reason = meets_fixed(node.name)
     grid = channels.view(groups, -1)
     if carries_groups(len(channels), groups):
         trace.labels.tie(grid, [1], reason)
@@ -155,9 +154,9 @@ def contract(trace: Trace, a: torch.Tensor, b: torch.Tensor, where: str) -> torc
     varies."""
     labels = trace.labels
     dims = max(a.dim(), b.dim())
-    a, b = (x.reshape([1] * (dims - x.dim()) + list(x.shape)) for x in (a, b))
+    a, b = lifted(a, dims), lifted(b, dims)
     m, k = dims - 2, dims - 1
-    reason = f"meets a value without channels at {where}"
+    reason = meets_fixed(where)
     varies_a, varies_b = labels.varying(a), labels.varying(b)
     consumed = False
     if k in varies_a or m in varies_b:

@@ -7,7 +7,7 @@ What no rule knows locks the labels that it meets.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 
 from .contraction_labels import CONTRACTIONS, carries_groups
 from .label_trace import Rule, Trace, Value
-from .labels import along, compress, slim, vector
+from .labels import along, compress, vector
 from .program import argument, is_constant, is_size, is_tensor
 
 aten = torch.ops.aten
@@ -42,17 +42,15 @@ def is_movement(node: fx.Node) -> bool:
     return rule_for(node) is movement
 
 
-def move(node: fx.Node, lookup: Any, *, as_float: bool = False) -> Any:
-    """Run a data-movement node on tensors that stand for its operands: `lookup` gives each graph operand's stand-in."""
+def move(call: Any, lookup: Callable[[fx.Node], Any]) -> Any:
+    """Run a data-movement call on tensors that stand for its operands: `lookup` gives each graph operand's stand-in.
 
-    def get(operand: fx.Node) -> Any:
-        value = lookup(operand)
-        return value.double() if as_float and isinstance(value, torch.Tensor) and value.dtype == torch.long else value
-
-    target: Any = node.target
+    `call` has target, args and kwargs: a node, or the call that is to take its place.
+    """
+    target = call.target
     if getattr(target, "overloadpacket", None) in (aten.view, aten._unsafe_view):
         target = aten.reshape.default  # a view asks for one memory layout
-    return target(*fx.node.map_arg(node.args, get), **fx.node.map_arg(node.kwargs, get))
+    return target(*fx.node.map_arg(call.args, lookup), **fx.node.map_arg(call.kwargs, lookup))
 
 
 def movement(trace: Trace, node: fx.Node) -> Value:
@@ -60,7 +58,7 @@ def movement(trace: Trace, node: fx.Node) -> Value:
 
     def stand_in(operand: fx.Node) -> Any:
         if is_size(operand):
-            return trace.size(operand)
+            return trace.program.scalar(operand)
         if operand in indices:
             return indices[operand]
         return trace.of(operand)
@@ -96,10 +94,8 @@ def _getitem(trace: Trace, node: fx.Node) -> Value:
 
 
 def _elementwise(trace: Trace, node: fx.Node) -> Value:
-    operands: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: operands.append(n) or n)  # type: ignore[func-returns-value]
-    tensors = [n for n in operands if is_tensor(n)]
-    return trace.meet([trace.of(n) for n in tensors], trace.shape(node), node.name)
+    operands = [trace.of(n) for n in node.all_input_nodes if is_tensor(n)]
+    return trace.meet(operands, trace.shape(node), node.name)
 
 
 def _per_channel_activation(trace: Trace, node: fx.Node) -> Value:
@@ -118,18 +114,25 @@ def _same(trace: Trace, node: fx.Node) -> Value:
 def _spatial(trace: Trace, node: fx.Node) -> Value:
     """Pooling and resampling: each channel of dim 1 by itself."""
     x = trace.of(node.args[0])
-    trace.labels.tie(x, [d for d in range(x.dim()) if d != 1], f"meets a value without channels at {node.name}")
+    trace.tie_others(x, 1, node.name)
     channels = vector(x, 1)
-    results = [along(channels, 1, shape) for shape in trace.shapes(node)]
+    return _value_of(node, [along(channels, 1, shape) for shape in trace.shapes(node)])
+
+
+def _value_of(node: fx.Node, results: Sequence[torch.Tensor]) -> Value:
+    """The labels of a node's results in the form of its value."""
     return results[0] if is_tensor(node) else tuple(results)
+
+
+def _like_first(trace: Trace, node: fx.Node, x: torch.Tensor) -> Value:
+    """A norm's value: its first result has the labels of its operand, saved statistics have none."""
+    return _value_of(node, [x, *(trace.of(None) for _ in trace.shapes(node)[1:])])
 
 
 def _batch_norm(trace: Trace, node: fx.Node) -> Value:
     x = trace.of(node.args[0])
     trace.channel_parameters(x, node.args[1:5], 1, node.name)
-    if is_tensor(node):
-        return x
-    return (x, *(trace.of(None) for _ in trace.shapes(node)[1:]))
+    return _like_first(trace, node, x)
 
 
 def _layer_norm(trace: Trace, node: fx.Node) -> Value:
@@ -142,7 +145,7 @@ def _layer_norm(trace: Trace, node: fx.Node) -> Value:
             trace.met.append((trace.of(parameter), x, node.name))
         elif isinstance(parameter, fx.Node):
             trace.labels.lock(x, f"meets a computed parameter at {node.name}")
-    return x if is_tensor(node) else (x, *(trace.of(None) for _ in trace.shapes(node)[1:]))
+    return _like_first(trace, node, x)
 
 
 def _group_norm(trace: Trace, node: fx.Node) -> Value:
@@ -153,12 +156,11 @@ def _group_norm(trace: Trace, node: fx.Node) -> Value:
     )
     x = trace.of(node.args[0])
     if groups > 1:
-        reason = f"meets a value without channels at {node.name}"
-        trace.labels.tie(x, [d for d in range(x.dim()) if d != 1], reason)
+        trace.tie_others(x, 1, node.name)
         grid = vector(x, 1).view(groups, -1)
-        trace.labels.tie(grid, [1 if carries_groups(grid.numel(), groups) else 0], reason)
+        trace.tie_others(grid, 0 if carries_groups(grid.numel(), groups) else 1, node.name)
     trace.channel_parameters(x, [weight, bias], 1, node.name)
-    return x if is_tensor(node) else (x, *(trace.of(None) for _ in trace.shapes(node)[1:]))
+    return _like_first(trace, node, x)
 
 
 def _reduced_dims(node: fx.Node, rank: int) -> list[int]:
@@ -190,31 +192,26 @@ def _reduction(trace: Trace, node: fx.Node) -> Value:
     for shape in trace.shapes(node):
         small = x if len(shape) == x.dim() else x.reshape([s for d, s in enumerate(x.shape) if d not in dims])
         results.append(compress(small.expand(shape)))
-    return results[0] if is_tensor(node) else tuple(results)
+    return _value_of(node, results)
 
 
 def _normalised(trace: Trace, node: fx.Node) -> Value:
     """softmax and the like: as long as before along the reduced dimension."""
     x = trace.of(node.args[0])
     _tie_reduced(trace, node, x)
-    results = [x.expand(shape) for shape in trace.shapes(node)]
-    return results[0] if is_tensor(node) else tuple(results)
+    return _value_of(node, [x.expand(shape) for shape in trace.shapes(node)])
 
 
 def _pad(trace: Trace, node: fx.Node) -> Value:
     """Padding along the channels makes free channels of its own; along other dimensions it continues its neighbours."""
     if getattr(node.target, "overloadpacket", None) is aten.pad and argument(node, 2, "mode", "constant") != "constant":
         return _spatial(trace, node)
-    x, pads = trace.of(node.args[0]), [_number(trace, p) for p in node.args[1]]  # type: ignore[union-attr]
+    x, pads = trace.of(node.args[0]), [int(trace.concrete(p)) for p in node.args[1]]  # type: ignore[union-attr]
     varying = trace.labels.varying(x)
     for position in range(len(pads) // 2):
         dim = x.dim() - 1 - position
         x = _padded(trace, x, dim, pads[2 * position], pads[2 * position + 1], own=dim in varying)
     return compress(x)
-
-
-def _number(trace: Trace, value: Any) -> int:
-    return int(trace.size(value)) if isinstance(value, fx.Node) else int(value)
 
 
 def _padded(trace: Trace, x: torch.Tensor, dim: int, before: int, after: int, *, own: bool) -> torch.Tensor:
@@ -305,4 +302,4 @@ def _table() -> dict[object, Rule]:
 
 
 _RULES = _table()
-__all__ = ["is_movement", "move", "movement", "rule_for", "slim"]
+__all__ = ["is_movement", "move", "rule_for"]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .execute import evaluate
-from .labels import FIXED, Labels, along, compress, fixed, slim
+from .labels import FIXED, Labels, along, compress, fixed, lifted, slim
 from .program import Program, is_constant, is_size, is_tensor
 
 #: A constant with more elements than this gets no labels of its own when it meets activations or is moved.
@@ -51,7 +51,6 @@ class Trace:
         self.met: list[tuple[torch.Tensor, torch.Tensor, str]] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.unknown: dict[str, list[str]] = {}
-        self._aliases: dict[tuple[int, tuple[int, ...]], str] = {}
         self._concrete: dict[str, Any] = {}
         #: constants that are settled along one dimension
         self.rectangular: set[str] = set()
@@ -70,13 +69,9 @@ class Trace:
         if is_constant(value):
             return self.constant(value)
         found = self.values.get(value.name)
-        return (
-            found
-            if isinstance(found, torch.Tensor)
-            else fixed(self.shape(value))
-            if is_tensor(value)
-            else torch.tensor(FIXED)
-        )
+        if isinstance(found, torch.Tensor):
+            return found
+        return fixed(self.shape(value)) if is_tensor(value) else torch.tensor(FIXED)
 
     def constant(self, node: fx.Node) -> torch.Tensor:
         """A constant's own labels, one per element, made when first asked for. Names of one tensor share them."""
@@ -91,8 +86,7 @@ class Trace:
 
     def name(self, node: fx.Node) -> str:
         """The first name under which the graph reads this tensor."""
-        value = self.program.constant(node)
-        return self._aliases.setdefault((value.data_ptr(), tuple(value.shape)), str(node.target))
+        return self.program.first_names[str(node.target)]
 
     def concrete(self, value: Any) -> Any:
         """The value of an operand that depends on no input (an index made of constants), at batch 1; sizes as numbers.
@@ -102,18 +96,13 @@ class Trace:
         if is_constant(value):
             return self.program.constant(value)
         if is_size(value):
-            return self.size(value)
+            return self.program.scalar(value)
         if value.name not in self._concrete:
             self._concrete[value.name] = None
             operands = {n.name: self.concrete(n) for n in value.all_input_nodes}
             if value.op == "call_function" and all(v is not None for v in operands.values()):
                 self._concrete[value.name] = evaluate(self.program, value, operands)
         return self._concrete[value.name]
-
-    def size(self, node: fx.Node) -> Any:
-        """A scalar of the graph as a number, at batch 1."""
-        value = node.meta["val"]
-        return self.program.dim(value) if isinstance(value, (int, torch.SymInt)) else value
 
     def slot(self, parameter: fx.Node, dim: int, role: str, node: fx.Node, labels: torch.Tensor) -> None:
         self.slots.append(Slot(parameter=self.name(parameter), dim=dim, role=role, node=node.name, labels=labels))
@@ -124,17 +113,17 @@ class Trace:
         An operand of size 1 along every dimension in which the other varies puts no constraint on it.
         """
         shape = list(shape)
-        reason = f"meets a value without channels at {where}"
+        reason = meets_fixed(where)
         active = [o for o in operands if not (o.dim() == 0 and int(o) == FIXED)]
         if not active:
             return fixed(shape)
         free = [o for o in active if self.labels.all_free(o)]
         real = [o for o in active if not self.labels.all_free(o)] or free
-        result = _lifted(real[0], len(shape))
+        result = lifted(real[0], len(shape))
         for other in real[1:]:
-            result = self._join(result, _lifted(other, len(shape)), reason)
+            result = self._join(result, lifted(other, len(shape)), reason)
         if real is not free:
-            self.met.extend((_lifted(constant, len(shape)), result, where) for constant in free)
+            self.met.extend((lifted(constant, len(shape)), result, where) for constant in free)
         return compress(result.expand(shape))
 
     def _join(self, first: torch.Tensor, second: torch.Tensor, reason: str) -> torch.Tensor:
@@ -145,6 +134,10 @@ class Trace:
         shape = torch.broadcast_shapes(first.shape, second.shape)
         lead = first if one or not two else second
         return lead.expand(shape)
+
+    def tie_others(self, labels: torch.Tensor, dim: int, where: str) -> None:
+        """Tie along all dimensions but one, for an operator that treats each channel of it alike."""
+        self.labels.tie(labels, [d for d in range(labels.dim()) if d != dim], meets_fixed(where))
 
     def channel_parameters(self, x: torch.Tensor, parameters: Sequence[Any], dim: int, where: str) -> None:
         """Per-channel parameters (of a norm) meet an activation along one dimension."""
@@ -196,9 +189,9 @@ class Trace:
                 self.crossed.append(small)
 
 
-def _lifted(labels: torch.Tensor, dims: int) -> torch.Tensor:
-    """With leading dimensions of size 1, so that broadcasting is dimension by dimension."""
-    return labels.reshape([1] * (dims - labels.dim()) + list(labels.shape)) if labels.dim() < dims else labels
+def meets_fixed(where: str) -> str:
+    """Why labels are locked that were to be united with FIXED at a node."""
+    return f"meets a value without channels at {where}"
 
 
 def leaves_of(value: Value) -> list[torch.Tensor]:

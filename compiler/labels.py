@@ -182,6 +182,11 @@ def along(vector: torch.Tensor, dim: int, shape: Sequence[int]) -> torch.Tensor:
     return vector.view(sizes).expand(list(shape))
 
 
+def lifted(labels: torch.Tensor, dims: int) -> torch.Tensor:
+    """With leading dimensions of size 1, so that broadcasting is dimension by dimension."""
+    return labels.reshape([1] * (dims - labels.dim()) + list(labels.shape)) if labels.dim() < dims else labels
+
+
 def vector(labels: torch.Tensor, dim: int) -> torch.Tensor:
     """The labels along one dimension, read at index 0 of the others."""
     for other in range(labels.dim()):

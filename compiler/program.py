@@ -123,6 +123,22 @@ class Program:
             value = getattr(value, atom)
         return cast(torch.Tensor, value)
 
+    @cached_property
+    def first_names(self) -> Mapping[str, str]:
+        """Each tensor that the graph reads by name -> the first name under which it reads the same tensor."""
+        first: dict[tuple[int, tuple[int, ...]], str] = {}
+        names = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                value, name = self.constant(node), str(node.target)
+                names[name] = first.setdefault((value.data_ptr(), tuple(value.shape)), name)
+        return names
+
+    def scalar(self, node: fx.Node, batch: int = 1) -> Any:
+        """A scalar of the graph (a size, a flag) as a number, batch symbols set to `batch`."""
+        value = node.meta["val"]
+        return self.dim(value, batch) if isinstance(value, (int, torch.SymInt)) else value
+
     def follows_batch(self, size: int | torch.SymInt) -> bool:
         """Whether a dimension grows with the batch."""
         return bool(_symbols(size) & self.batch_symbols)

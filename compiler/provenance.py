@@ -18,8 +18,8 @@ from torch import fx
 
 from .errors import RewriteError
 from .label_rules import rule_for
-from .label_trace import Slot, Trace, Value, leaves_of
-from .labels import FIXED, slim
+from .label_trace import Slot, Trace, Value, leaves_of, meets_fixed
+from .labels import FIXED, lifted, slim
 from .program import Program, is_tensor, output_nodes
 from .unit_groups import UnitGroup, form_groups
 
@@ -206,9 +206,9 @@ def _settle_met(trace: Trace) -> bool:
     changed, waiting = False, []
     for own, labels, where in trace.met:
         varying = trace.labels.varying(labels)
-        laid = own.reshape([1] * (labels.dim() - own.dim()) + list(own.shape)) if own.dim() < labels.dim() else own
+        laid = lifted(own, labels.dim())
         if any(laid.shape[d] > 1 for d in varying):
-            changed |= trace.labels.unite(laid, labels, f"meets a value without channels at {where}")
+            changed |= trace.labels.unite(laid, labels, meets_fixed(where))
         else:
             waiting.append((own, labels, where))
     trace.met = waiting

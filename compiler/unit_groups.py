@@ -31,6 +31,12 @@ class UnitGroup:
     def __len__(self) -> int:
         return len(self.units)
 
+    def without(self, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """The units to remove when those at the `kept` positions stay."""
+        gone = torch.ones(len(self), dtype=torch.bool)
+        gone[torch.as_tensor(kept, dtype=torch.long)] = False
+        return self.units[gone]
+
     def step(self, multiple_of: int) -> int:
         """The least number of units that is a whole number of multiples in every producer."""
         return math.lcm(*(multiple_of // math.gcd(multiple_of, width) for width in self.widths))

@@ -40,12 +40,11 @@ def prune_channels(
 ) -> Pruned:
     """Remove units from a program: slice every parameter that they run through, and recompute the shape constants.
 
-        Each data movement is proven first: the new call on the filtered labels must give the old result filtered.
-        Exact when the removed channels are zero wherever they are consumed and no normalisation runs over them. The
-        batch
-        stays dynamic, node names stay. `tensors` are new values of parameters, in their old shapes. With no units the
-        program comes back as it is. Raises RewriteError, before any
-    tensor is made, when a unit is locked or the graph does not allow the cut.
+    Each data movement is proven first: the new call on the filtered labels must give the old result filtered. Exact
+    when the removed channels are zero wherever they are consumed and no normalisation runs over them. The batch stays
+    dynamic, node names stay. `tensors` are new values of parameters, in their old shapes. With no units the program
+    comes back as it is. Raises RewriteError, before any tensor is made, when a unit is locked or the graph does not
+    allow the cut.
     """
     program = provenance.program
     removed = provenance.removal(units)
@@ -106,7 +105,6 @@ class _Cutter:
         self.provenance, self.removed = provenance, removed
         self.program = provenance.program
         self._kept: dict[str, Kept] = {}
-        self._names = _canonical_names(self.program)
         self.parameters = self._parameters()
 
     def _parameters(self) -> dict[str, Kept]:
@@ -135,7 +133,7 @@ class _Cutter:
 
     def parameter_kept(self, node: fx.Node) -> Kept:
         rank = self.program.constant(node).dim()
-        return self.parameters.get(self._names[str(node.target)], (None,) * rank)
+        return self.parameters.get(self.program.first_names[str(node.target)], (None,) * rank)
 
     def results(self, node: fx.Node) -> tuple[Kept, ...]:
         value = self.provenance.values.get(node.name)
@@ -170,15 +168,13 @@ def _prove(cutter: _Cutter, node: fx.Node, call: Call | None) -> None:
 
     def stand_in(operand: fx.Node) -> Any:
         if is_size(operand):
-            value = operand.meta["val"]
-            return program.dim(value) if isinstance(value, (int, torch.SymInt)) else value
+            return program.scalar(operand)
         if is_constant(operand):
             return select_kept(program.constant(operand), cutter.parameter_kept(operand))
         labels = provenance.values[operand.name]
         return select_kept(labels, cutter.kept(operand)) if isinstance(labels, torch.Tensor) else labels
 
-    moved = node if call is None else _Stand(call)
-    found = move(moved, stand_in)  # type: ignore[arg-type]
+    found = move(call or node, stand_in)
     old = provenance.values[node.name]
     results = found if isinstance(found, (tuple, list)) else [found]
     labels = old if isinstance(old, tuple) else [old]
@@ -189,21 +185,3 @@ def _prove(cutter: _Cutter, node: fx.Node, call: Call | None) -> None:
                 node=node.name,
                 excerpt=program.excerpt(node),
             )
-
-
-class _Stand:
-    """A call in the form that `move` reads."""
-
-    def __init__(self, call: Call) -> None:
-        self.target, self.args, self.kwargs = call.target, call.args, call.kwargs
-
-
-def _canonical_names(program: Program) -> dict[str, str]:
-    """The first name of each tensor, for all its names."""
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
-    names = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            value = program.constant(node)
-            names[str(node.target)] = first.setdefault((value.data_ptr(), tuple(value.shape)), str(node.target))
-    return names

@@ -82,6 +82,11 @@ def find_consumers(provenance: Provenance) -> dict[str, Consumer]:
     return dict(sorted(found.items(), key=lambda item: program.order[item[0]]))
 
 
+def _readers(consumers: Mapping[str, Consumer], group: UnitGroup) -> list[str]:
+    """The nodes that consume units of a group."""
+    return [n for n, c in consumers.items() if bool(torch.isin(c.labels, group.units).any())]
+
+
 def choose_channels(
     provenance: Provenance,
     calibration: CalibrationSet,
@@ -98,22 +103,22 @@ def choose_channels(
     A group whose units several layers consume is chosen from the original network's moments of all of them, their
     relative objectives summed. With `stream_target` a layer that feeds a residual addition is solved toward the
     teacher's stream minus the student's shortcut; without, toward its own output. `given` selections are taken as they
-    are, and only re-solved. A group that no re-solvable layer
-    consumes is chosen by the norm of its producers' weights. Raises CalibrationError when activations are not finite.
+    are, and only re-solved. A group that no re-solvable layer consumes is chosen by the norm of its producers' weights.
+    Raises CalibrationError when activations are not finite.
     """
     settings = settings or ResolveSettings()
     groups = [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]
     consumers = find_consumers(provenance)
-    readers = {g.name: [n for n, c in consumers.items() if bool(torch.isin(c.labels, g.units).any())] for g in groups}
+    readers = {g.name: _readers(consumers, g) for g in groups}
     removed = torch.zeros(provenance.size, dtype=torch.bool)
     selections = {g.name: given[g.name] for g in groups if given and g.name in given}
     for group in groups:
         if group.name in selections:
-            _remove(removed, group, selections[group.name])
+            removed[group.without(selections[group.name].order)] = True
     early = [g for g in groups if g.name not in selections and (variant == "layerwise" or len(readers[g.name]) != 1)]
     for group, selection in select_layerwise(provenance, calibration, early, counts, progress=progress):
         selections[group.name] = selection
-        _remove(removed, group, selection)
+        removed[group.without(selection.order)] = True
     waiting = {readers[g.name][0]: g for g in groups if g.name not in selections}
     nodes = [n for n in consumers if any(n in names for names in readers.values())]
     sweep = _Sweep(provenance.program, consumers, waiting, counts, variant, stream_target, settings)
@@ -121,12 +126,6 @@ def choose_channels(
     return ChannelChoice(
         removed=removed.nonzero().reshape(-1), tensors=sweep.tensors, selections=selections, layers=tuple(errors)
     )
-
-
-def _remove(removed: torch.Tensor, group: UnitGroup, selection: Selection) -> None:
-    stay = torch.zeros(len(group), dtype=torch.bool)
-    stay[selection.order] = True
-    removed[group.units[~stay]] = True
 
 
 def select_layerwise(
@@ -148,8 +147,7 @@ def select_layerwise(
         for group in batch:
             objectives = [
                 _objective(program, consumers[n], group, _own_target(moments[n]), bias=False)
-                for n in nodes
-                if bool(torch.isin(consumers[n].labels, group.units).any())
+                for n in _readers(consumers, group)
             ]
             selection = (
                 select_units(objectives, counts[group.name], bound=all(map(_cheap, objectives)))
@@ -169,7 +167,7 @@ def _batches(
     nodes: list[str] = []
     held = 0
     for group in groups:
-        needs = [n for n, c in consumers.items() if bool(torch.isin(c.labels, group.units).any())]
+        needs = _readers(consumers, group)
         cost = sum(_gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)
         if batch and held + cost > memory_bytes:
             yield batch, nodes
@@ -292,7 +290,7 @@ class _Sweep:
         if group is not None:
             objective = _objective(self.program, consumer, group, moments, bias=bias)
             selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))
-            _remove(removed, group, selections[group.name])
+            removed[group.without(selections[group.name].order)] = True
         weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())
         ridge = self.settings.ridge_for(samples)
         correction = solve_without(moments, weight, consumer.gone(removed), ridge=ridge, bias=bias)

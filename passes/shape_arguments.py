@@ -79,8 +79,8 @@ def _sizes(position: int) -> Callable[[Cut], Call | None]:
         lead = len(old) - len(kept)
         new = list(old)
         for dim, indices in enumerate(kept):
-            if indices is not None and isinstance(new[dim + lead], int):
-                new[dim + lead] = new[dim + lead] if new[dim + lead] == -1 else len(indices)
+            if indices is not None and isinstance(new[dim + lead], int) and new[dim + lead] != -1:
+                new[dim + lead] = len(indices)
         for dim, indices in enumerate(kept):
             if indices is not None and isinstance(new[dim + lead], fx.Node):
                 _spell_out(cut, new, lead)
