@@ -1,4 +1,4 @@
-"""Capture: an `nn.Module`, an `ExportedProgram` or a `.pt2` file becomes a `Program`."""
+"""Capture: an `nn.Module`, an `ExportedProgram`, a `.pt2` or an ONNX file becomes a `Program`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -27,7 +27,10 @@ from .program import (
 )
 from .verify import compare
 
-Model = nn.Module | torch.export.ExportedProgram | str | Path
+if TYPE_CHECKING:
+    import onnx
+
+Model: TypeAlias = "nn.Module | torch.export.ExportedProgram | onnx.ModelProto | str | Path"
 
 _WAY_OUT = (
     "keep Python control flow on tensor values out of forward(), or export the model yourself with "
@@ -38,11 +41,12 @@ _WAY_OUT = (
 def capture(model: Model, example: Batch | None = None) -> Program:
     """Capture a trained network into a functional ATen graph with a dynamic batch dimension.
 
-    `model` is a module, a `torch.export.ExportedProgram` or the path of a `.pt2` file. `example` is one batch of
-    inputs (a tensor, a tuple of arguments or a dict of keyword arguments), of which two samples are used (a single
-    one twice); for an
-    exported program it may be omitted. A module in training mode is captured as in eval mode, with a warning,
-    and is given back as it came. Weights are copied: training `model` further does not change the Program.
+    `model` is a module, a `torch.export.ExportedProgram`, the path of a `.pt2` or `.onnx` file, or an
+    `onnx.ModelProto` (both by `import_onnx`). `example` is one batch of inputs (a tensor, a tuple of arguments or a
+    dict of keyword arguments), of which two samples are used (a single one twice); for an exported program it may be
+    omitted, and for an ONNX model whose only dynamic dimensions are batches. A module in training mode is captured as
+    in eval mode, with a warning, and is given back as it came. Weights are copied: training `model` further does not
+    change the Program.
 
     The batch dimension (dim 0 of every tensor input) is dynamic; where the network fixes it, the batch of the
     example stays fixed and a warning says so. The captured graph is run against the module on the example and
@@ -59,15 +63,26 @@ def capture(model: Model, example: Batch | None = None) -> Program:
         if example is None:
             raise CaptureError("an example batch is needed to capture a module", hint="pass one batch of inputs")
         return _capture_module(model, _at_least_two(example))
+    if is_onnx(model):
+        from .onnx_import import import_onnx
+
+        return import_onnx(model, example)  # type: ignore[arg-type]
     if isinstance(model, (str, Path)):
         model = _load_exported(Path(model))
     if isinstance(model, torch.export.ExportedProgram):
         return from_exported(model)
     raise CaptureError(
         f"cannot capture a {type(model).__name__}",
-        expected="a torch.nn.Module, a torch.export.ExportedProgram or the path of a .pt2 file",
+        expected="a torch.nn.Module, a torch.export.ExportedProgram, or the path of a .pt2 or .onnx file",
         hint="load the network first; a bare state_dict holds weights but no network",
     )
+
+
+def is_onnx(model: object) -> bool:
+    """Whether the model is an ONNX file's path (by its suffix) or an `onnx.ModelProto`."""
+    if isinstance(model, (str, Path)):
+        return Path(model).suffix.lower() == ".onnx"
+    return type(model).__module__.split(".")[0] == "onnx"
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> Program:
@@ -166,7 +181,7 @@ def _load_exported(path: Path) -> torch.export.ExportedProgram:
     if path.suffix != ".pt2":
         raise CaptureError(
             f"cannot read {path.name} as a network",
-            expected="a .pt2 file",
+            expected="a .pt2 or .onnx file",
             actual=path.suffix or "no suffix",
             hint="a .pt state_dict holds weights without a network: pass package.module:callable and --weights",
         )

@@ -4,14 +4,21 @@ batch."""
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from .atomic import write_folder
 from .errors import ExportError, named_first_line
 from .logs import quiet_exporters
+from .onnx_opset import EXPORTER_OPSET, lower_opset
+from .onnx_verbatim import restore_nodes, translations
 from .program import Program, is_tensor
+
+if TYPE_CHECKING:
+    import onnx
 
 #: Protobuf cannot hold more in one message; larger models need their weights beside the file.
 MAX_PROTOBUF_BYTES = 2_000_000_000
@@ -46,19 +53,53 @@ def to_onnx(
 ) -> bytes:
     """The Program as an ONNX model (torch.onnx, dynamo), constants folded and batch norm merged into convolutions.
 
-    Input and output names and dynamic dims are the Program's; `opset` None takes the exporter's default. Values that
-    survive the exporter's optimiser keep their node names. Weights are embedded.
+    Input and output names and dynamic dims are the Program's. A Program that came from an ONNX file goes out with the
+    file's opset, metadata, doc strings, fixed dims and names of dynamic dims; opaque nodes go out as they came in.
+    `opset` asks for another one; None takes the file's, or the exporter's default. Values that survive the exporter's
+    optimiser keep their node names. Weights are embedded.
 
-    Raises ExportError, quoting torch.onnx, when an operator has no ONNX form, and for models above 2 GB.
+    Raises ExportError, quoting torch.onnx, when an operator has no ONNX form (in that opset), and for models above
+    2 GB: `save_onnx` writes those.
     """
-    size = sum(t.numel() * t.element_size() for t in program.module.state_dict().values())
-    if size > MAX_PROTOBUF_BYTES:
+    model = to_onnx_model(program, opset=opset, exported=exported)
+    if weight_bytes(program) > MAX_PROTOBUF_BYTES:
         raise ExportError(
             "the weights do not fit into one ONNX file",
             expected="at most 2 GB",
-            actual=f"{size / 1e9:.2f} GB",
-            hint="save the .pt2 file and convert it with external data",
+            actual=f"{weight_bytes(program) / 1e9:.2f} GB",
+            hint="write it with foldcut.compiler.export.save_onnx, which puts the weights beside the file",
         )
+    return bytes(model.SerializeToString())
+
+
+def save_onnx(
+    program: Program, path: str | Path, *, opset: int | None = None, inline_bytes: int = MAX_PROTOBUF_BYTES
+) -> tuple[Path, ...]:
+    """Write the Program as an ONNX file; weights above `inline_bytes` in all go to ``<name>.data`` beside it.
+
+    Both files are written under temporary names and renamed together; other files of the folder stay. Returns the
+    paths, the model first. Raises ExportError and OutputError.
+    """
+    path = Path(path)
+    model = to_onnx_model(program, opset=opset)
+    files: dict[str, bytes] = {}
+    if weight_bytes(program) > inline_bytes:
+        files[f"{path.name}.data"] = _externalise(model, f"{path.name}.data")
+    files[path.name] = bytes(model.SerializeToString())
+    write_folder(path.parent, files)
+    return tuple(path.parent / name for name in reversed(files))
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes of all weights."""
+    return sum(t.numel() * t.element_size() for t in program.module.state_dict().values())
+
+
+def to_onnx_model(
+    program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
+) -> onnx.ModelProto:
+    """What `to_onnx` gives, as a ModelProto of any size."""
+    target = opset or (program.origin.opset if program.origin else None)
     exported = exported or to_exported(program)
     try:
         with quiet_exporters():
@@ -67,8 +108,9 @@ def to_onnx(
                 (),
                 dynamo=True,
                 verbose=False,
-                opset_version=opset,
+                opset_version=None if target is None else max(target, EXPORTER_OPSET),
                 optimize=True,
+                custom_translation_table=translations(),
             )
     except Exception as cause:
         raise ExportError(
@@ -77,7 +119,31 @@ def to_onnx(
         ) from cause
     assert result is not None  # None only with a file path
     _name_signature(result.model.graph, program)
-    return bytes(result.model_proto.SerializeToString())
+    model = result.model_proto
+    if target is not None and target < EXPORTER_OPSET:
+        lower_opset(model, target)
+    restore_nodes(model)
+    if program.origin is not None:
+        program.origin.write(model, {s.name: s.shape for s in (*program.inputs, *program.outputs)})
+    return model
+
+
+def _externalise(model: onnx.ModelProto, location: str) -> bytes:
+    """Move the large weights out of the model, in place; returns the content of the file that they go to."""
+    import onnx
+
+    content = bytearray()
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < 1024:
+            continue
+        content.extend(bytes(-len(content) % 4096))  # pages: runtimes map the file into memory
+        offset, raw = len(content), tensor.raw_data
+        content.extend(raw)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
+            tensor.external_data.add(key=key, value=str(value))
+    return bytes(content)
 
 
 def _name_signature(graph: Any, program: Program) -> None:

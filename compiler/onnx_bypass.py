@@ -19,6 +19,7 @@ def onnx_without(model: bytes, regions: Iterable[tuple[str, str]]) -> bytes | No
     import onnx_graphsurgeon as gs
 
     graph = gs.import_onnx(onnx.load_model_from_string(model))
+    graph.ir_version = max(8, graph.ir_version or 0)  # older versions want every initializer among the inputs
     tensors = graph.tensors()
     stands_for: dict[str, str] = {}
     for entry, exit_ in regions:

@@ -7,13 +7,16 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from .onnx_signature import OnnxSignature
 
 Dim = int | str
 #: One batch in the form that the model takes it: a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -46,6 +49,8 @@ class Program:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     history: tuple[str, ...] = field(default=())
+    #: The interface, opset and words of the ONNX file that the program came from, None for a torch module.
+    origin: OnnxSignature | None = None
 
     def __call__(self, batch: Batch) -> Any:
         """Run on one batch in eval mode, without gradients, and return the model's own output structure."""
@@ -156,7 +161,11 @@ class Program:
         return int(expr.xreplace(values))
 
     def path(self, node: fx.Node) -> str:
-        """The module path that the node was traced from (``layer1.0.conv1``), or "" when it is not known."""
+        """The module path that the node was traced from (``layer1.0.conv1``), for an ONNX file the name of the ONNX
+        node, or "" when it is not known."""
+        named = node.meta.get("custom", {}).get("onnx_node")
+        if named:
+            return str(named)
         stack = node.meta.get("nn_module_stack")
         if not stack:
             return ""

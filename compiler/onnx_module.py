@@ -1,0 +1,209 @@
+"""An ONNX graph as a torch module that `torch.export` can trace: every node through its builder of the table."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import traceback
+
+from . import onnx_math, onnx_nn, onnx_shape, onnx_sizes  # noqa: F401 - they fill the table
+from .errors import CaptureError, first_line
+from .onnx_call import Constant, OnnxCall, Size, Sizes, Unsupported, Value, builder_of, sizes_builder_of
+from .onnx_opaque import can_be_opaque, opaque
+from .onnx_shape import known
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+#: What an initializer's name may hold as an attribute: fx writes names into the Python code that it runs.
+_UNSAFE = re.compile(r"[^A-Za-z0-9_/:\-]")
+#: Inputs that hold statistics, not trained values.
+_STATISTICS = {"BatchNormalization": (3, 4)}
+STANDARD_DOMAINS = ("", "ai.onnx", None)
+
+
+class OnnxModule(nn.Module):
+    """Runs a normalised ONNX graph with torch. Initializers become parameters (statistics and integers: buffers) of
+    their own names, dots opening submodules; a matrix that only multiplies from the right is stored transposed."""
+
+    def __init__(self, graph: gs.Graph, opset: int, fixed_batch: int | None = None) -> None:
+        super().__init__()
+        self._graph_nodes = list(graph.nodes)
+        self._input_names = [t.name for t in graph.inputs]
+        self._output_names = [t.name for t in graph.outputs]
+        self._opset, self._fixed_batch = opset, fixed_batch
+        self._paths: dict[str, str] = {}
+        self._read = {t.name for node in graph.nodes for t in node.inputs} | set(self._output_names)
+        self._constants = self._register(graph)
+        self.train(False)
+
+    def free_batch(self, fixed: int | None) -> OnnxModule:
+        """Whether the batch that the file fixes is to be any batch: its size, or None. Returns the module."""
+        self._fixed_batch = fixed
+        return self
+
+    @property
+    def constant_names(self) -> Mapping[str, str]:
+        """Parameter or buffer path -> initializer name."""
+        return {path: name for name, path in self._paths.items()}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The parameter or buffer of an initializer, as it is now (tracing swaps them)."""
+        path, _, leaf = self._paths[name].rpartition(".")
+        value: torch.Tensor = getattr(self.get_submodule(path), leaf)
+        return value
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """All outputs: the tensor itself where there is one, else a tuple."""
+        env: dict[str, Value | None] = {**self._constants, **dict(zip(self._input_names, inputs, strict=True))}
+        batch = next((x.shape[0] for x in inputs if x.dim()), None)
+        for node in self._graph_nodes:
+            with traceback.annotate({"onnx_node": node.name or node.outputs[0].name}):
+                for output, value in zip(node.outputs, self._outputs(node, env, batch), strict=False):
+                    if output.name:
+                        env[output.name] = value
+        results = tuple(self._result(env, name) for name in self._output_names)
+        return results[0] if len(results) == 1 else results
+
+    @staticmethod
+    def _result(env: Mapping[str, Value | None], name: str) -> torch.Tensor:
+        value = env.get(name)
+        if value is None:
+            raise CaptureError(f"nothing computes the output {name!r}", hint="the file is damaged")
+        return value if isinstance(value, torch.Tensor) else value.tensor()
+
+    def _outputs(self, node: gs.Node, env: Mapping[str, Value | None], batch: Size | None) -> list[Value | None]:
+        try:
+            inputs = tuple(env[t.name] if t.name else None for t in node.inputs)
+        except KeyError as cause:
+            raise CaptureError(f"nothing computes the value {cause}", node=node.name) from cause
+        used = tuple(i for i, t in enumerate(node.outputs) if t.name in self._read) or (0,)
+        call = OnnxCall(node, inputs, self._opset, self._fixed_batch, batch, used)
+        built = self._build(call)
+        return list(built) if isinstance(built, (list, tuple)) else [built]
+
+    def _build(self, call: OnnxCall) -> Any:
+        """By the rule for known numbers, else by the table, else opaque."""
+        node = call.node
+        standard = node.domain in STANDARD_DOMAINS
+        try:
+            if standard and _all_known(call):
+                rule = sizes_builder_of(node.op)
+                if rule is not None:
+                    try:
+                        return rule(call)
+                    except Unsupported:
+                        pass
+            builder = builder_of(node.op, self._opset) if standard else None
+            reason = f"{node.op} is not in the table"
+            if builder is not None:
+                try:
+                    return builder(call)
+                except Unsupported as refusal:
+                    reason = str(refusal)
+            if not can_be_opaque(node.op, node.domain or "", self._opset):
+                raise Unsupported(reason)
+            return opaque(call)
+        except Unsupported as refusal:
+            raise CaptureError(
+                f"{node.op} cannot be imported: {refusal}", node=node.name, hint="replace the node before exporting"
+            ) from refusal
+        except CaptureError:
+            raise
+        except Exception as cause:  # shapes that do not fit raise whatever torch raises
+            raise CaptureError(f"{node.op} does not work out: {first_line(cause)}", node=node.name) from cause
+
+    def _register(self, graph: gs.Graph) -> dict[str, Constant]:
+        import onnx_graphsurgeon as gs
+
+        roles = _roles(graph)
+        constants = {}
+        for name, tensor in graph.tensors().items():
+            if not isinstance(tensor, gs.Constant):
+                continue
+            array = np.asarray(tensor.values)
+            statistic, transposed = roles.get(name, (False, False))
+            value = _torch_tensor(name, array)
+            value = value.t().contiguous() if transposed else value
+            trained = value.is_floating_point() and value.numel() > 1 and not statistic
+            self._paths[name] = self._enter(name, nn.Parameter(value) if trained else value)
+            constants[name] = Constant(name, array, self, transposed)
+        return constants
+
+    def _enter(self, name: str, value: torch.Tensor) -> str:
+        """Register under the initializer's own name as far as Python and torch allow it; returns the path."""
+        atoms = [_UNSAFE.sub("_", atom) for atom in name.split(".")]
+        if not all(atoms):
+            atoms = [_UNSAFE.sub("_", name.replace(".", "_"))]
+        owner: nn.Module = self
+        for index, atom in enumerate(atoms[:-1]):
+            while hasattr(owner, atom) and atom not in owner._modules:
+                atom += "_"
+            if atom not in owner._modules:
+                owner.add_module(atom, nn.Module())
+            owner = owner._modules[atom]  # type: ignore[assignment]
+            atoms[index] = atom
+        leaf = atoms[-1] or "_"
+        while hasattr(owner, leaf):
+            leaf += "_"
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)
+        return ".".join([*atoms[:-1], leaf])
+
+
+def unsupported(graph: gs.Graph, opset: int) -> dict[str, list[str]]:
+    """Operators that neither the table nor ONNX Runtime covers -> the names of their nodes."""
+    found: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        standard = node.domain in STANDARD_DOMAINS
+        if standard and builder_of(node.op, opset) is not None:
+            continue
+        if not can_be_opaque(node.op, node.domain or "", opset):
+            op = node.op if standard else f"{node.domain}.{node.op}"
+            found.setdefault(op, []).append(node.name or node.outputs[0].name)
+    return found
+
+
+def _all_known(call: OnnxCall) -> bool:
+    given = [v for v in call.inputs if v is not None]
+    return bool(given) and any(isinstance(v, Sizes) for v in given) and all(known(v) for v in given)
+
+
+def _roles(graph: gs.Graph) -> dict[str, tuple[bool, bool]]:
+    """For each constant: whether it holds statistics, and whether every reader multiplies by it from the right."""
+    uses: dict[str, list[tuple[bool, bool]]] = {}
+    for node in graph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            right = index == 1 and (node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0)))
+            matrix = right and tensor.shape is not None and len(tensor.shape) == 2
+            uses.setdefault(tensor.name, []).append((index in _STATISTICS.get(node.op, ()), matrix))
+    for tensor in graph.outputs:
+        uses.setdefault(tensor.name, []).append((False, False))
+    return {name: (all(s for s, _ in found), all(m for _, m in found)) for name, found in uses.items()}
+
+
+def _torch_tensor(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The same values in torch; types that numpy borrows from ml_dtypes go over by their bits."""
+    array = np.ascontiguousarray(array)
+    borrowed = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # read-only memory: the capture copies what it keeps
+        try:
+            if array.dtype.name in borrowed:
+                bits = array.view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
+                return torch.from_numpy(bits).view(borrowed[array.dtype.name])
+            return torch.from_numpy(array)
+        except (TypeError, ValueError) as cause:
+            raise CaptureError(
+                f"the initializer {name!r} has a type that torch does not know",
+                actual=array.dtype,
+                hint="strings and four-bit weights cannot be imported",
+            ) from cause

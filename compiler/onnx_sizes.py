@@ -1,0 +1,239 @@
+"""Shape arithmetic: Shape, Gather, Concat and what exporters compute with them, on numbers known while tracing.
+
+Nothing of it reaches the graph except through the Reshape, Expand or Slice that reads the result.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+
+from .onnx_call import OnnxCall, Sizes, Unsupported, builds, builds_sizes, torch_dtype
+
+Array = np.ndarray[Any, np.dtype[np.object_]]
+
+
+@builds("Shape")
+def shape(call: OnnxCall) -> Sizes:
+    value = call.value(0)
+    sizes = list(value.values.shape) if isinstance(value, Sizes) else list(call.tensor(0).shape)
+    rank = len(sizes)
+    start, end = call.attr("start", 0), call.attr("end", rank)
+    start, end = (min(max(i + rank if i < 0 else i, 0), rank) for i in (start, end))
+    return Sizes.of(sizes[start:end])
+
+
+@builds("Size")
+def size(call: OnnxCall) -> Sizes:
+    return Sizes.of(reduce(operator.mul, call.tensor(0).shape, 1))
+
+
+def _elementwise(operation: Callable[[Any, Any], Any]) -> Callable[[OnnxCall], Sizes]:
+    def build(call: OnnxCall) -> Sizes:
+        arrays = [call.known(i) for i in range(len(call.inputs))]
+        result = reduce(lambda a, b: _map(operation, a, b), arrays)
+        return Sizes(result, call.dtype(0))
+
+    return build
+
+
+def _map(operation: Callable[..., Any], *arrays: Array) -> Array:
+    """Elementwise with broadcasting; numpy's own functions would try to look into symbolic numbers."""
+    wide = np.broadcast_arrays(*arrays) if len(arrays) > 1 else arrays
+    result = np.empty(wide[0].shape, dtype=object)
+    for index in np.ndindex(result.shape):
+        result[index] = operation(*(a[index] for a in wide))
+    return result
+
+
+def _integral(*values: Any) -> bool:
+    return all(isinstance(v, (int, torch.SymInt)) for v in values)
+
+
+def _divide(a: Any, b: Any) -> Any:
+    """ONNX divides integers toward zero; sizes are not negative, so the floor is the same wherever symbols occur."""
+    if not _integral(a, b):
+        return a / b
+    if b == 0:
+        raise Unsupported("a size is divided by zero")
+    if isinstance(a, int) and isinstance(b, int):
+        quotient = abs(a) // abs(b)
+        return quotient if (a < 0) == (b < 0) else -quotient
+    return a // b
+
+
+for _op, _operation in {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Div": _divide,
+    "Mod": operator.mod,
+    "Min": torch.sym_min,
+    "Max": torch.sym_max,
+}.items():
+    builds_sizes(_op)(_elementwise(_operation))
+
+
+def _comparison(operation: Callable[[Any, Any], Any]) -> Callable[[OnnxCall], Sizes]:
+    def build(call: OnnxCall) -> Sizes:
+        return Sizes(_map(lambda a, b: bool(operation(a, b)), call.known(0), call.known(1)), torch.bool)
+
+    return build
+
+
+for _op, _operation in {
+    "Equal": operator.eq,
+    "Greater": operator.gt,
+    "Less": operator.lt,
+    "GreaterOrEqual": operator.ge,
+    "LessOrEqual": operator.le,
+    "And": lambda a, b: a and b,
+    "Or": lambda a, b: a or b,
+}.items():
+    builds_sizes(_op)(_comparison(_operation))
+
+
+def _unary(operation: Callable[[Any], Any]) -> Callable[[OnnxCall], Sizes]:
+    def build(call: OnnxCall) -> Sizes:
+        return Sizes(_map(operation, call.known(0)), call.dtype(0))
+
+    return build
+
+
+for _op, _unary_operation in {
+    "Neg": operator.neg,
+    "Identity": lambda a: a,
+    "Floor": lambda a: a if _integral(a) else float(math.floor(a)) if isinstance(a, float) else math.floor(a),
+    "Ceil": lambda a: a if _integral(a) else float(math.ceil(a)) if isinstance(a, float) else math.ceil(a),
+}.items():
+    builds_sizes(_op)(_unary(_unary_operation))
+
+
+@builds_sizes("Not")
+def negation(call: OnnxCall) -> Sizes:
+    return Sizes(_map(lambda a: not a, call.known(0)), torch.bool)
+
+
+@builds_sizes("Where")
+def where(call: OnnxCall) -> Sizes:
+    chosen = _map(lambda c, a, b: a if c else b, call.known(0), call.known(1), call.known(2))
+    return Sizes(chosen, call.dtype(1))
+
+
+@builds_sizes("Cast")
+def cast(call: OnnxCall) -> Sizes:
+    dtype = torch_dtype(call.attr("to"))
+
+    def convert(value: Any) -> Any:
+        if dtype == torch.bool:
+            return bool(value)
+        if dtype.is_floating_point:
+            return torch.sym_float(value)
+        return int(value) if isinstance(value, (float, bool)) else torch.sym_int(value)
+
+    return Sizes(_map(convert, call.known(0)), dtype)
+
+
+@builds_sizes("Gather")
+def gather(call: OnnxCall) -> Sizes:
+    data, indices = call.known(0), call.known(1)
+    try:
+        picked = np.take(data, indices.astype(np.int64), axis=call.attr("axis", 0))
+    except (IndexError, ValueError, TypeError) as cause:
+        raise Unsupported(f"Gather of sizes: {cause}") from cause
+    return Sizes(np.asarray(picked, dtype=object).reshape(np.shape(picked)), call.dtype(0))
+
+
+@builds_sizes("Concat")
+def concat(call: OnnxCall) -> Sizes:
+    parts = [call.known(i) for i in range(len(call.inputs))]
+    return Sizes(np.concatenate(parts, axis=call.attr("axis", 0)), call.dtype(0))
+
+
+@builds_sizes("Unsqueeze")
+def unsqueeze(call: OnnxCall) -> Sizes:
+    values = call.known(0)
+    axes = call.attr("axes") or [int(a) for a in call.sizes(1)]
+    rank = values.ndim + len(axes)
+    return Sizes(np.expand_dims(values, tuple(int(a) % rank for a in axes)), call.dtype(0))
+
+
+@builds_sizes("Squeeze")
+def squeeze(call: OnnxCall) -> Sizes:
+    values = call.known(0)
+    axes = call.attr("axes")
+    if axes is None and call.has(1):
+        axes = [int(a) for a in call.sizes(1)]
+    squeezed = np.squeeze(values) if axes is None else np.squeeze(values, tuple(int(a) % values.ndim for a in axes))
+    return Sizes(np.asarray(squeezed, dtype=object).reshape(np.shape(squeezed)), call.dtype(0))
+
+
+@builds_sizes("Reshape")
+def reshape(call: OnnxCall) -> Sizes:
+    return Sizes(call.known(0).reshape([int(s) for s in call.sizes(1)]), call.dtype(0))
+
+
+@builds_sizes("Slice")
+def slice_(call: OnnxCall) -> Sizes:
+    values = call.known(0)
+    if call.has(1):
+        starts, ends = call.sizes(1), call.sizes(2)
+        axes = call.sizes(3) if call.has(3) else list(range(len(starts)))
+        steps = call.sizes(4) if call.has(4) else [1] * len(starts)
+    else:
+        starts, ends = call.attr("starts"), call.attr("ends")
+        axes, steps = call.attr("axes", list(range(len(starts)))), [1] * len(starts)
+    index: list[slice] = [slice(None)] * values.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[int(axis)] = slice(int(start), int(end), int(step))
+    return Sizes(values[tuple(index)], call.dtype(0))
+
+
+@builds_sizes("Split")
+def split(call: OnnxCall) -> list[Sizes]:
+    values = call.known(0)
+    sizes = call.attr("split") or (call.sizes(1) if call.has(1) else None)
+    if sizes is None:
+        chunk = -(-len(values) // call.outputs)
+        sizes = [min(chunk, len(values) - i * chunk) for i in range(call.outputs)]
+    cuts = np.cumsum([int(s) for s in sizes])[:-1]
+    return [Sizes(part, call.dtype(0)) for part in np.split(values, cuts)]
+
+
+@builds_sizes("ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin")
+def reduction(call: OnnxCall) -> Sizes:
+    operation: Any = {
+        "ReduceProd": operator.mul,
+        "ReduceSum": operator.add,
+        "ReduceMax": torch.sym_max,
+        "ReduceMin": torch.sym_min,
+    }[call.node.op]
+    values = call.known(0)
+    if values.ndim > 1 or values.size == 0:
+        raise Unsupported("a reduction of sizes of rank above 1")
+    result = reduce(operation, values.reshape(-1))
+    return Sizes.of([result] if call.attr("keepdims", 1) and values.ndim else result, call.dtype(0))
+
+
+@builds_sizes("Range")
+def range_(call: OnnxCall) -> Sizes:
+    start, limit, delta = (call.number(i) for i in range(3))
+    if not all(isinstance(v, int) for v in (start, limit, delta)) or abs(limit - start) > 4096 * abs(delta):
+        raise Unsupported("a range of unknown or large extent")
+    return Sizes.of(list(range(start, limit, delta)), call.dtype(0))
+
+
+@builds_sizes("ConstantOfShape")
+def constant_of_shape(call: OnnxCall) -> Sizes:
+    shape = call.sizes(0)
+    value = call.attr("value")
+    fill = 0.0 if value is None else value.values.reshape(-1)[0].item()
+    if not all(isinstance(s, int) for s in shape) or len(shape) > 1 or math.prod(shape) > 64 or isinstance(fill, float):
+        raise Unsupported("not a vector of sizes")
+    return Sizes.of([fill] * math.prod(shape) if shape else fill)
