@@ -38,8 +38,8 @@ class _Window:
         self.ceil = bool(call.attr("ceil_mode", 0))
         if not len(self.kernel) == len(self.stride) == len(self.dilation) == self.rank:
             raise Unsupported("kernel, strides and dilations differ in length")
-        self.before: Sequence[Any]
-        self.after: Sequence[Any]
+        self.before: list[Any]
+        self.after: list[Any]
         self.before, self.after = self._padding(call, x)
 
     def _padding(self, call: OnnxCall, x: Tensor) -> tuple[list[Size], list[Size]]:
@@ -70,7 +70,7 @@ class _Window:
     def padded(self, x: Tensor, value: float = 0.0) -> Tensor:
         """The input with the padding written out."""
         pairs = [p for pair in zip(reversed(self.before), reversed(self.after), strict=True) for p in pair]
-        return functional.pad(x, pairs, value=value)  # type: ignore[arg-type]
+        return functional.pad(x, pairs, value=value)
 
 
 @builds("Conv")
