@@ -28,7 +28,7 @@ from .lockstep import Lockstep, Step, plan_steps
 from .resolve import solve_without
 from .resolve_network import LayerError, ResolveSettings, batch_size_for, step_moments, write_correction
 from .submodular import Objective, Selection, select_units
-from .targets import Target, trace_target
+from .targets import Target, output_gain, trace_target
 
 #: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection.
 BOUND_COLUMNS = 1200
@@ -146,7 +146,14 @@ def select_layerwise(
         moments = collect_moments(program, layers, calibration, batch_size=size) if layers else {}
         for group in batch:
             objectives = [
-                _objective(program, consumers[n], group, _own_target(moments[n]), bias=False)
+                _objective(
+                    program,
+                    consumers[n],
+                    group,
+                    _own_target(moments[n]),
+                    trace_target(program, consumers[n].layer, {}),
+                    bias=False,
+                )
                 for n in _readers(consumers, group)
             ]
             selection = (
@@ -200,9 +207,13 @@ def _own_target(moments: Moments) -> Moments:
     )
 
 
-def _objective(program: Program, consumer: Consumer, group: UnitGroup, moments: Moments, *, bias: bool) -> Objective:
+def _objective(
+    program: Program, consumer: Consumer, group: UnitGroup, moments: Moments, target: Target, *, bias: bool
+) -> Objective:
+    """The consumer's objective, its outputs weighed by what follows them (`output_gain`)."""
     weight = consumer.layer.matrix(program.module.get_parameter(consumer.layer.weight).detach())
-    return Objective.of(moments, weight, consumer.columns(group.units), bias=bias)
+    gain = output_gain(program, target)
+    return Objective.of(moments, weight, consumer.columns(group.units), bias=bias, gain=gain)
 
 
 def select_by_norm(provenance: Provenance, group: UnitGroup, count: int, power: int = 2) -> Selection:
@@ -288,7 +299,8 @@ class _Sweep:
         group = self.waiting.get(node)
         bias = target.shift is not None
         if group is not None:
-            objective = _objective(self.program, consumer, group, moments, bias=bias)
+            whole = trace_target(self.program, consumer.layer, {})
+            objective = _objective(self.program, consumer, group, moments, whole, bias=bias)
             selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))
             removed[group.without(selections[group.name].order)] = True
         weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())

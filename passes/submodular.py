@@ -42,17 +42,29 @@ class Objective:
     always: torch.Tensor
 
     @classmethod
-    def of(cls, moments: Moments, weight: torch.Tensor, units: torch.Tensor, *, bias: bool) -> Objective:
+    def of(
+        cls,
+        moments: Moments,
+        weight: torch.Tensor,
+        units: torch.Tensor,
+        *,
+        bias: bool,
+        gain: torch.Tensor | None = None,
+    ) -> Objective:
         """From the moments of the residual R = T - A W^T, the weights (groups, out, columns) and the units' columns.
 
-        T = R + A W^T, so C = A^T R + G W^T. With `bias` the column of ones is always kept.
+        T = R + A W^T, so C = A^T R + G W^T. With `bias` the column of ones is always kept. `gain` (groups, out) weighs
+        the outputs' errors: what each is multiplied by behind the layer.
         """
         groups, size, _ = moments.gram.shape
         full = torch.zeros(groups, size, weight.shape[1], dtype=torch.float64)
         full[:, :-1] = weight.double().transpose(1, 2)
         image = moments.gram @ full
         cross = moments.cross + image
-        energy = float(moments.energy.sum() + 2 * (full * moments.cross).sum() + (full * image).sum())
+        energies = moments.energy + 2 * (full * moments.cross).sum(1) + (full * image).sum(1)
+        if gain is not None:
+            cross, energies = cross * gain.unsqueeze(1), energies * gain.square()
+        energy = float(energies.sum())
         columns = torch.arange(size if bias else size - 1)
         always = columns[~torch.isin(columns, units)]
         return cls(gram=moments.gram, cross=cross, energy=energy, units=units, always=always)

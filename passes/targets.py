@@ -71,6 +71,20 @@ class Target:
         return residual
 
 
+def output_gain(program: Program, target: Target) -> torch.Tensor:
+    """How much each output of a layer is multiplied by on its way to the anchor, (groups, out/groups), not negative.
+
+    Errors of different outputs are compared behind that factor: a batch norm folded into the layer then changes no
+    comparison, and an output that the norm silences does not count.
+    """
+    node = program.nodes[target.anchor]
+    back = target.pull_back(torch.ones(program.shape(node, batch=1), dtype=torch.float64))
+    ratio = target.layer.outputs(back)[:, :, 0]
+    return torch.where(
+        ratio == 0, torch.zeros_like(ratio), 1 / torch.where(ratio == 0, torch.ones_like(ratio), ratio)
+    ).abs()
+
+
 def select_kept(value: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The part of a teacher's value that the student still has; the value itself when that is all of it."""
     for dim, indices in enumerate(kept):
@@ -277,4 +291,4 @@ def residual_at(teacher: torch.Tensor, student: torch.Tensor, zone: FlatZone | N
     return residual
 
 
-__all__ = ["FlatZone", "Kept", "Target", "counterparts", "residual_at", "select_kept", "trace_target"]
+__all__ = ["FlatZone", "Kept", "Target", "counterparts", "output_gain", "residual_at", "select_kept", "trace_target"]
