@@ -20,10 +20,11 @@ from ..passes.prune_channels import prune_channels
 from ..runtime.backend import Backend, resolve_backend
 from .atomic import write_folder
 from .calibration_set import CalibrationData, CalibrationSet, View
-from .capture import Model, capture
+from .capture import Model, capture, is_onnx
 from .channel_pipeline import removed_units
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
+from .onnx_file import has_external_data, input_count
 from .pipeline import Outcome, PipelineSettings, cost_report, run_pipeline
 from .plan import Blocks, Channels, DropBlock, Goal, Latency, Macs, Plan, PruneChannels
 from .program import Program
@@ -95,11 +96,13 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     """Make a trained network faster: drop blocks, re-solve the layers around them, mimic the original's features,
     measure.
 
-    `model` is an `nn.Module`, an `ExportedProgram` or the path of a `.pt2` file; `calibration` a few hundred
-    unlabelled inputs (a tensor or array with all samples, a tuple or dict for several inputs, a DataLoader or
-    generator of batches). `goal` is `Latency(ratio)`, measured on `backend` at `batch` with `threads` CPU threads, or
-    `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`, which prune channels; `rewrites` restricts
-    which may be used. `mimic` False or None leaves out the gradient stage, a `MimicSettings` sets it. `views` such as
+    `model` is an `nn.Module`, an `ExportedProgram`, the path of a `.pt2` or `.onnx` file, or an `onnx.ModelProto`;
+    `calibration` a few hundred unlabelled inputs (a tensor or array with all samples, a tuple or dict for several
+    inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
+    out with its names, dims, opset and metadata. `goal` is `Latency(ratio)`, measured on `backend` at `batch` with
+    `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`, which prune
+    channels; `rewrites` restricts which may be used. `mimic` False or None leaves out the gradient stage, a
+    `MimicSettings` sets it. `views` such as
     `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
     `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
     works; batch, threads, seed and views are taken from the arguments.
@@ -117,10 +120,20 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
         with clock.stage("capture"):
             samples = CalibrationSet.of(calibration, inputs=_input_count(model))
             teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))
+            _check_fixed_batch(teacher, batch)
         options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
         if not isinstance(mimic, bool) or not mimic:
             options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
-        outcome = run_pipeline(teacher, samples, goal, resolved_backend, settings=options, clock=clock, progress=show)
+        outcome = run_pipeline(
+            teacher,
+            samples,
+            goal,
+            resolved_backend,
+            settings=options,
+            deployed=_deployed(model),
+            clock=clock,
+            progress=show,
+        )
     result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, options, messages))
     if not outcome.met:
         raise GoalError(
@@ -184,6 +197,25 @@ def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thr
         )
 
 
+def _check_fixed_batch(program: Program, batch: int) -> None:
+    """A file with a fixed batch is measured at that batch: it does not run at another."""
+    fixed = program.origin.fixed_batch if program.origin is not None else None
+    if fixed is not None and fixed != batch:
+        raise CompilerError(
+            f"the ONNX file fixes its batch size at {fixed}",
+            actual=f"batch={batch}",
+            hint=f"measure with batch={fixed}, or export the file with a dynamic batch",
+        )
+
+
+def _deployed(model: Any) -> bytes | None:
+    """The user's own ONNX model where it is one in a single piece: what the latency is compared with."""
+    if not is_onnx(model):
+        return None
+    content = Path(model).read_bytes() if isinstance(model, (str, Path)) else bytes(model.SerializeToString())
+    return None if has_external_data(content) else content
+
+
 def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
     if progress is True:
         return rich_progress()
@@ -192,6 +224,8 @@ def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
 
 def _input_count(model: Any) -> int | None:
     """How many inputs the model needs, read off forward(); None when that does not say."""
+    if is_onnx(model):
+        return input_count(model)
     if not isinstance(model, nn.Module):
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,7 +1,7 @@
-"""The command line: `foldcut compile`, `inspect`, `measure` and `demo`.
+"""The command line: `foldcut compile`, `inspect`, `measure`, `verify` and `demo`.
 
 Exit codes: 0 done, 1 a foldcut error (bad input, nothing written), 2 wrong usage, 3 goal not met (the best result is
-written), 130 interrupted.
+written) or files that differ, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
 from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
-from .cli_tables import describe, show_groups, show_regions, show_report
+from .cli_tables import describe, show_comparison, show_groups, show_regions, show_report
 from .edit_folds import fold_parameters
 from .errors import CaptureError, CompilerError, GoalError
 from .model_source import load_model
+from .onnx_compare import compare_onnx, random_samples
 from .pipeline import PipelineSettings
 from .plan import Blocks, Channels, Goal, Latency, Macs
 
@@ -41,7 +42,7 @@ out, err = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A .pt2 file, or package.module:callable that returns an nn.Module."),
+    typer.Argument(metavar="MODEL", help="A .onnx or .pt2 file, or package.module:callable that returns an nn.Module."),
 ]
 WeightsOption = Annotated[Path | None, typer.Option(help="A state_dict (.pt) to load into the module.")]
 ShapeOption = Annotated[
@@ -214,6 +215,37 @@ def measure(
             f"ratio x{result.ratio:.3f}   95 %: {result.low:.3f} to {result.high:.3f}   {verdict}",
             highlight=False,
         )
+
+    _guarded(work, debug=debug)
+
+
+@app.command()
+def verify(
+    before: Annotated[Path, typer.Argument(help="ONNX file of the original.")],
+    after: Annotated[Path, typer.Argument(help="ONNX file to compare with it.")],
+    inputs: Annotated[
+        Path | None, typer.Option(help="Samples: .npy, .npz (one array for each input), .pt or a folder of images.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference, relative to an output's largest entry.")] = 1e-4,
+    batch: Annotated[int | None, typer.Option(help="Samples at once.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many samples.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs, where none are given.")] = 0,
+    as_json: JsonOption = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare what two ONNX files compute, and their inputs and outputs. Exit code 3 when they differ."""
+
+    def work() -> None:
+        for path in (before, after):
+            _read(path)
+        samples = read_calibration(inputs, limit=limit) if inputs else random_samples(before, limit or 8, seed)
+        found = compare_onnx(before, after, samples, batch=batch)
+        if as_json:
+            print(json.dumps({**found.to_dict(), "same": found.same(tolerance)}))
+        else:
+            show_comparison(found, tolerance, out)
+        if not found.same(tolerance):
+            raise typer.Exit(3)
 
     _guarded(work, debug=debug)
 

@@ -5,15 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .channel_budget import group_shares
 from .cost import program_cost
+from .onnx_compare import Comparison
 from .plan import PruneChannels
 from .program import Program
 from .provenance import find_units
 from .regions import find_regions
 from .report import Report, unit_groups
+
+
+def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
+    """The differences of two ONNX files: a row for each output, a line for each difference of the interface."""
+    table = Table("output", "max abs", "relative", "cosine", box=None, header_style="bold")
+    for name, difference in found.outputs.items():
+        cells = [f"{difference.absolute:.2e}", f"{difference.relative:.2e}", f"{difference.cosine:.6f}"]
+        table.add_row(escape(name), *(cells if difference.same_structure else ["shape or dtype differ", "", ""]))
+    console.print(table)
+    for line in found.interface:
+        console.print(f"  {line}", markup=False, highlight=False)
+    verdict = "the same" if found.same(tolerance) else "different"
+    console.print(f"{verdict} on {found.samples} samples (tolerance {tolerance:g} relative)", highlight=False)
 
 
 def describe(program: Program) -> dict[str, Any]:

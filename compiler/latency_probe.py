@@ -35,6 +35,7 @@ class LatencyProbe:
         batch: int,
         threads: int,
         seed: int,
+        deployed: bytes | None = None,
     ) -> None:
         self.program = program
         self.model = model
@@ -42,7 +43,8 @@ class LatencyProbe:
         self.threads = threads
         self.seed = seed
         self.inputs = example_inputs(program, samples, batch)
-        self.original = self.load(model)
+        self.exported = self.load(model)
+        self.original = self.exported if deployed is None else self.load(deployed)
 
     def load(self, model: bytes) -> Runner:
         return self.backend.load(self.backend.build(model), self.inputs, threads=self.threads)
@@ -61,7 +63,7 @@ class LatencyProbe:
         variants = [self.load(self._without(members)) for members in dropped.values()]
         try:
             measured = measure_savings(
-                self.original,
+                self.exported,
                 variants,
                 seed=self.seed,
                 progress=lambda done, total: progress("measure savings", done, total),
@@ -89,6 +91,7 @@ class LatencyProbe:
             runner.close()
 
     def close(self) -> None:
+        self.exported.close()
         self.original.close()
 
     def _without(self, regions: Sequence[Region]) -> bytes:

@@ -207,21 +207,27 @@ def _check_model(model: onnx.ModelProto) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(_without_payload(model), full_check=False)
+        onnx.checker.check_model(_to_check(model), full_check=False)
     except Exception as cause:  # ValidationError, or a RuntimeError out of the C++ part
         raise CaptureError(
             f"onnx.checker refuses the model: {first_line(cause)}", hint="export the model again"
         ) from cause
 
 
-def _without_payload(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large weights replaced by inputs of the same type, so that checking does not serialise
-    gigabytes. Weights were compared with their shapes before."""
+def _to_check(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as `onnx.checker` gets it.
+
+    Large weights are replaced by inputs of the same type, so that checking does not serialise gigabytes; they were
+    compared with their shapes before. Inputs and outputs of undeclared rank, which ONNX Runtime takes and the checker
+    does not, get any shape.
+    """
     import onnx
 
     light = onnx.ModelProto()
     heavy = {t.name for t in model.graph.initializer if len(t.raw_data) > 1024}
-    if not heavy:
+    interface = (*model.graph.input, *model.graph.output)
+    shapeless = {v.name for v in interface if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")}
+    if not heavy and not shapeless:
         return model
     for descriptor, value in model.ListFields():
         if descriptor.name != "graph":
@@ -237,6 +243,9 @@ def _without_payload(model: onnx.ModelProto) -> onnx.ModelProto:
             light.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             )
+    for value in (*light.graph.input, *light.graph.output):
+        if value.name in shapeless:
+            value.type.tensor_type.shape.SetInParent()
     return light
 
 
@@ -258,3 +267,18 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         return inliner.inline_local_functions(model, convert_version=True)
     except Exception as cause:  # C++ raises what it likes
         raise CaptureError(f"the model's own functions cannot be inlined: {first_line(cause)}") from cause
+
+
+def input_count(source: str | Path | onnx.ModelProto) -> int:
+    """How many inputs a model takes: graph inputs that no initializer fills. Raises CaptureError."""
+    model, _ = _parse(source)
+    weights = {t.name for t in model.graph.initializer}
+    return sum(value.name not in weights for value in model.graph.input)
+
+
+def has_external_data(content: bytes) -> bool:
+    """Whether some of the model's weights lie in other files. Raises CaptureError."""
+    import onnx
+
+    model, _ = _parse(content)
+    return any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(model.graph))

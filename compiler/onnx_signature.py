@@ -38,6 +38,13 @@ class OnnxSignature:
     graph_doc_string: str = ""
     metadata: tuple[tuple[str, str], ...] = field(default=())
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the file fixes, None where an input leaves it open or has no dimensions."""
+        leading = [v.shape[0] for v in self.inputs if v.shape]
+        sizes = [d for d in leading if isinstance(d, int)]
+        return sizes[0] if sizes and len(sizes) == len(leading) else None
+
     @staticmethod
     def of(model: onnx.ModelProto) -> OnnxSignature:
         """Read it off a model. Inputs that only give an initializer's type (IR version 3) are none."""

@@ -98,11 +98,13 @@ def run_pipeline(
     backend: Backend,
     *,
     settings: PipelineSettings | None = None,
+    deployed: bytes | None = None,
     clock: StageClock | None = None,
     progress: Progress = silent,
 ) -> Outcome:
-    """Everything after capture. Raises GoalError when nothing can be removed; an unmet goal comes back as `met`
-    False."""
+    """Everything after capture. `deployed` is the model that runs today, where it came as a file: latency is compared
+    with it, else with the exported original. Raises GoalError when nothing can be removed; an unmet goal comes back as
+    `met` False."""
     settings, clock = settings or PipelineSettings(), clock or StageClock()
     calibration = calibration.aligned(teacher)
     calibration.check(teacher)
@@ -123,6 +125,7 @@ def run_pipeline(
         batch=settings.batch,
         threads=settings.threads,
         seed=settings.seed,
+        deployed=deployed,
     )
     try:
         if drop:
