@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,15 +110,17 @@ def to_onnx_model(
                 dynamo=True,
                 verbose=False,
                 opset_version=None if target is None else max(target, EXPORTER_OPSET),
-                optimize=True,
+                optimize=False,
                 custom_translation_table=translations(),
             )
+            assert result is not None  # None only with a file path
+            _clear_names(result.model.graph)
+            result.optimize()
     except Exception as cause:
         raise ExportError(
             f"torch.onnx cannot express the network: {named_first_line(cause)}",
             hint="an operator without an ONNX form has to be replaced in the model, or another opset given",
         ) from cause
-    assert result is not None  # None only with a file path
     _name_signature(result.model.graph, program)
     model = result.model_proto
     if target is not None and target < EXPORTER_OPSET:
@@ -144,6 +147,14 @@ def _externalise(model: onnx.ModelProto, location: str) -> bytes:
         for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
             tensor.external_data.add(key=key, value=str(value))
     return bytes(content)
+
+
+def _clear_names(graph: Any) -> None:
+    """Rename weights whose names the exporter makes up for values of its own (a file that torch.onnx wrote has them
+    too): its optimiser would take the one for the other."""
+    for name, value in list(graph.initializers.items()):
+        if re.fullmatch(r"val_\d+", name):
+            value.name = f"{name}_weight"
 
 
 def _name_signature(graph: Any, program: Program) -> None:

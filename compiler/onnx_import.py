@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.fx.traceback import preserve_node_meta
 
 from .capture import from_exported
 from .errors import CaptureError, CompilerError, first_line
 from .logs import quiet_exporters
 from .onnx_call import DTYPES, ELEMENT_TYPES
 from .onnx_file import read_onnx
+from .onnx_fusion import fuse_layer_norms
 from .onnx_module import OnnxModule, unsupported
 from .onnx_normalise import normalised
 from .onnx_session import reference_session, run_reference
@@ -61,6 +63,7 @@ def import_onnx(
     model = read_onnx(source)
     signature = OnnxSignature.of(model)
     graph = normalised(model)
+    fuse_layer_norms(graph)
     _refuse_unsupported(unsupported(graph, signature.opset))
     module = OnnxModule(graph, signature.opset)
     del graph
@@ -139,7 +142,7 @@ def _modes(signature: OnnxSignature) -> list[_Mode]:
 
 def _traced(module: OnnxModule, arguments: tuple[torch.Tensor, ...], mode: _Mode, signature: OnnxSignature) -> Program:
     try:
-        with quiet_exporters(), torch.no_grad():
+        with quiet_exporters(), torch.no_grad(), preserve_node_meta():
             exported = torch.export.export(module, arguments, dynamic_shapes=(mode.dims,), strict=False)
             program = from_exported(exported)
     except CompilerError:

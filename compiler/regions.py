@@ -8,6 +8,7 @@ in between. Bypassing it replaces the exit by the entry and removes the nodes th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -356,16 +357,19 @@ def _rejected_joins(program: Program, flow: _Flow, covered: frozenset[str]) -> l
 
 
 def _common_path(program: Program, names: Iterable[str]) -> str:
-    """The longest module path that the nodes share."""
-    paths = [program.path(program.nodes[n]).split(".") for n in sorted(names)]
+    """The longest module path that the nodes share; for an ONNX file without such paths, the first and last name."""
+    paths = [program.path(program.nodes[n]) for n in sorted(names, key=program.order.__getitem__)]
     if not paths:
         return ""
     common = []
-    for atoms in zip(*paths, strict=False):
+    for atoms in zip(*(re.split("([./])", path) for path in paths), strict=False):
         if len(set(atoms)) > 1:
             break
         common.append(atoms[0])
-    return ".".join(common)
+    shared = "".join(common).strip("./")
+    if shared or program.origin is None:
+        return shared
+    return f"{paths[0]} ... {paths[-1]}"
 
 
 def _with_parents(regions: list[Region]) -> list[Region]:
