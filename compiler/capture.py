@@ -85,8 +85,9 @@ def is_onnx(model: object) -> bool:
     return type(model).__module__.split(".")[0] == "onnx"
 
 
-def from_exported(exported: torch.export.ExportedProgram) -> Program:
-    """A Program from an `ExportedProgram`: decomposed to functional ATen, guards erased, unused buffers left out."""
+def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool = True) -> Program:
+    """A Program from an `ExportedProgram`: decomposed to functional ATen, guards erased, unused buffers left out. Its
+    tensors are copied, unless nobody else holds them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decomposed = exported.run_decompositions({})
@@ -105,7 +106,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> Program:
     for node in reversed(list(graph.nodes)):
         if (node.op == "get_attr" and not node.users) or (node.op == "call_module" and node.target == "_guards_fn"):
             graph.erase_node(node)
-    module = rebuild(module, graph, copy_tensors=True)
+    module = rebuild(module, graph, copy_tensors=copy_tensors)
     return Program(module=module, inputs=_input_specs(module), outputs=_output_specs(module), history=())
 
 

@@ -68,7 +68,7 @@ def to_onnx(
             "the weights do not fit into one ONNX file",
             expected="at most 2 GB",
             actual=f"{weight_bytes(program) / 1e9:.2f} GB",
-            hint="write it with foldcut.compiler.export.save_onnx, which puts the weights beside the file",
+            hint="write it with foldcut.compiler.export.save_onnx, which writes external data",
         )
     return bytes(model.SerializeToString())
 
@@ -164,6 +164,10 @@ def _name_signature(graph: Any, program: Program) -> None:
     """
     import onnx_ir as ir
 
+    if program.origin is not None:  # in a file, an output of an input's name is that input
+        given = {spec.name: value for value, spec in zip(graph.inputs, program.inputs, strict=True)}
+        for index, spec in enumerate(program.outputs):
+            graph.outputs[index] = given.get(spec.name, graph.outputs[index])
     named = [*zip(graph.inputs, program.inputs, strict=True), *zip(graph.outputs, program.outputs, strict=True)]
     wanted = {spec.name: value for value, spec in named}
     for node in graph:

@@ -14,6 +14,7 @@ _LOGGERS = (
     "torch._guards",
     "torch.fx.experimental",
     "torch._dynamo",
+    "torch._subclasses.fake_tensor",
     "onnxscript",
     "onnx_ir",
 )

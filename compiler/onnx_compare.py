@@ -125,7 +125,7 @@ def _outputs(session: Any, signature: OnnxSignature, piece: CalibrationSet) -> l
             hint="an .npz with one array for each input, under the inputs' names",
         )
     feeds = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
-    return [torch.from_numpy(np.ascontiguousarray(o)) for o in run_reference(session, feeds)]
+    return [torch.from_numpy(np.asarray(o, order="C")) for o in run_reference(session, feeds)]
 
 
 def _paired(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -207,28 +207,37 @@ def _check_model(model: onnx.ModelProto) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(_to_check(model), full_check=False)
+        onnx.checker.check_model(checkable(model), full_check=False)
     except Exception as cause:  # ValidationError, or a RuntimeError out of the C++ part
         raise CaptureError(
             f"onnx.checker refuses the model: {first_line(cause)}", hint="export the model again"
         ) from cause
 
 
-def _to_check(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model as `onnx.checker` gets it.
+def checkable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as onnx's checks and inference get it: itself, or a copy that they can take.
 
     Large weights are replaced by inputs of the same type, so that checking does not serialise gigabytes; they were
     compared with their shapes before. Inputs and outputs of undeclared rank, which ONNX Runtime takes and the checker
     does not, get any shape.
     """
+    heavy = {t.name for t in model.graph.initializer if len(t.raw_data) > 1024}
+    if not heavy and not any(map(_shapeless, (*model.graph.input, *model.graph.output))):
+        return model
+    light = _without_payload(model, heavy)
+    for value in filter(_shapeless, (*light.graph.input, *light.graph.output)):
+        value.type.tensor_type.shape.SetInParent()
+    return light
+
+
+def _shapeless(value: onnx.ValueInfoProto) -> bool:
+    return value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+
+
+def _without_payload(model: onnx.ModelProto, heavy: Container[str]) -> onnx.ModelProto:
     import onnx
 
     light = onnx.ModelProto()
-    heavy = {t.name for t in model.graph.initializer if len(t.raw_data) > 1024}
-    interface = (*model.graph.input, *model.graph.output)
-    shapeless = {v.name for v in interface if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")}
-    if not heavy and not shapeless:
-        return model
     for descriptor, value in model.ListFields():
         if descriptor.name != "graph":
             _copy_field(light, descriptor.name, value)
@@ -243,9 +252,6 @@ def _to_check(model: onnx.ModelProto) -> onnx.ModelProto:
             light.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             )
-    for value in (*light.graph.input, *light.graph.output):
-        if value.name in shapeless:
-            value.type.tensor_type.shape.SetInParent()
     return light
 
 

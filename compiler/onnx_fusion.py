@@ -58,15 +58,16 @@ def _match(mean: gs.Node, kept: set[int]) -> tuple[Any, Any, Any, float, gs.Node
     if square is None or divide is None or {id(n) for n in readers} != {id(square), id(divide)}:
         return None
     variance = _only(square, "ReduceMean", kept)
-    shifted = _only(variance, "Add", kept) if variance is not None and _axes(variance) == _axes(mean) else None
-    epsilon = _number(shifted, variance.outputs[0]) if shifted is not None and variance is not None else None
-    root = _only(shifted, "Sqrt", kept) if epsilon is not None else None
-    if (
-        root is None
-        or epsilon is None
-        or _only(root, "Div", kept) is not divide
-        or divide.inputs[1] is not root.outputs[0]
-    ):
+    if variance is None or _axes(variance) != _axes(mean):
+        return None
+    shifted = _only(variance, "Add", kept)
+    if shifted is None:
+        return None
+    epsilon = _number(shifted, variance.outputs[0])
+    root = _only(shifted, "Sqrt", kept)
+    if epsilon is None or root is None:
+        return None
+    if divide.inputs[1] is not root.outputs[0] or len(root.outputs[0].outputs) != 1 or id(root.outputs[0]) in kept:
         return None
     scaled = _only(divide, "Mul", kept)
     scale = None if scaled is None else _vector(scaled, divide.outputs[0])

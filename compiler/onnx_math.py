@@ -15,11 +15,19 @@ from .onnx_call import Constant, OnnxCall, Sizes, Unsupported, Value, axes_of, b
 Tensor = torch.Tensor
 
 
+def _computable(call: OnnxCall) -> OnnxCall:
+    """The call itself. Raises Unsupported for types that torch stores but does not compute with."""
+    for index in range(len(call.inputs)):
+        if call.has(index) and call.dtype(index) in {torch.uint16, torch.uint32, torch.uint64}:
+            raise Unsupported(f"torch does not compute with {call.dtype(index)}")
+    return call
+
+
 def _enter_unary(table: dict[str, Callable[[Tensor], Tensor]]) -> None:
     for op, function in table.items():
 
         def build(call: OnnxCall, function: Callable[[Tensor], Tensor] = function) -> Tensor:
-            return function(call.tensor(0))
+            return function(_computable(call).tensor(0))
 
         builds(op)(build)
 
@@ -62,37 +70,23 @@ _enter_unary(
 )
 
 
-@builds("Identity")
-def identity(call: OnnxCall) -> Value:
-    return call.value(0)
-
-
-@builds("Dropout")
-def dropout(call: OnnxCall) -> Value:
-    """Inference: the input as it is. The mask, where it is read, is all true."""
-    if call.has(2) and call.number(2):
-        raise Unsupported("dropout in training mode")
-    value = call.value(0)
-    return value if max(call.used) == 0 else [value, torch.ones_like(call.tensor(0), dtype=torch.bool)]  # type: ignore[return-value]
-
-
 @builds("LeakyRelu")
-def leaky_relu(call: OnnxCall) -> Tensor:
+def _leaky_relu(call: OnnxCall) -> Tensor:
     return functional.leaky_relu(call.tensor(0), call.attr("alpha", 0.01))
 
 
 @builds("Elu")
-def elu(call: OnnxCall) -> Tensor:
+def _elu(call: OnnxCall) -> Tensor:
     return functional.elu(call.tensor(0), call.attr("alpha", 1.0))
 
 
 @builds("Celu")
-def celu(call: OnnxCall) -> Tensor:
+def _celu(call: OnnxCall) -> Tensor:
     return functional.celu(call.tensor(0), call.attr("alpha", 1.0))
 
 
 @builds("Selu")
-def selu(call: OnnxCall) -> Tensor:
+def _selu(call: OnnxCall) -> Tensor:
     alpha, gamma = call.attr("alpha", 1.67326319217681884765625), call.attr("gamma", 1.05070102214813232421875)
     if abs(alpha - 1.6732632) > 1e-6 or abs(gamma - 1.0507010) > 1e-6:
         return gamma * functional.elu(call.tensor(0), alpha)
@@ -100,12 +94,12 @@ def selu(call: OnnxCall) -> Tensor:
 
 
 @builds("ThresholdedRelu")
-def thresholded_relu(call: OnnxCall) -> Tensor:
+def _thresholded_relu(call: OnnxCall) -> Tensor:
     return functional.threshold(call.tensor(0), call.attr("alpha", 1.0), 0.0)
 
 
 @builds("HardSigmoid")
-def hard_sigmoid(call: OnnxCall) -> Tensor:
+def _hard_sigmoid(call: OnnxCall) -> Tensor:
     alpha, beta = call.attr("alpha", 0.2), call.attr("beta", 0.5)
     if abs(alpha - 1 / 6) < 1e-6 and abs(beta - 0.5) < 1e-6:
         return functional.hardsigmoid(call.tensor(0))
@@ -113,19 +107,19 @@ def hard_sigmoid(call: OnnxCall) -> Tensor:
 
 
 @builds("Gelu")
-def gelu(call: OnnxCall) -> Tensor:
+def _gelu(call: OnnxCall) -> Tensor:
     approximate = call.attr("approximate", "none")
     return functional.gelu(call.tensor(0), approximate=approximate)
 
 
 @builds("Swish")
-def swish(call: OnnxCall) -> Tensor:
+def _swish(call: OnnxCall) -> Tensor:
     alpha, x = call.attr("alpha", 1.0), call.tensor(0)
     return functional.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
 
 
 @builds("PRelu")
-def prelu(call: OnnxCall) -> Tensor:
+def _prelu(call: OnnxCall) -> Tensor:
     x, slope = call.tensor(0), call.operand(1, call.tensor(0).dim())
     if isinstance(slope, torch.Tensor):
         per_channel = slope.dim() == x.dim() - 1 and all(s == 1 for s in slope.shape[1:])
@@ -136,7 +130,7 @@ def prelu(call: OnnxCall) -> Tensor:
 
 
 @builds("Clip")
-def clip(call: OnnxCall) -> Tensor:
+def _clip(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     low, high = call.attr("min"), call.attr("max")
     if call.opset >= 11:
@@ -151,7 +145,7 @@ def clip(call: OnnxCall) -> Tensor:
 
 
 @builds("IsInf")
-def is_inf(call: OnnxCall) -> Tensor:
+def _is_inf(call: OnnxCall) -> Tensor:
     positive, negative = call.attr("detect_positive", 1), call.attr("detect_negative", 1)
     x = call.tensor(0)
     if positive and negative:
@@ -162,18 +156,29 @@ def is_inf(call: OnnxCall) -> Tensor:
 
 
 @builds("Cast")
-def cast(call: OnnxCall) -> Tensor:
-    return call.tensor(0).to(torch_dtype(call.attr("to")))
+def _cast(call: OnnxCall) -> Tensor:
+    return _converted(call, torch_dtype(call.attr("to")))
 
 
 @builds("CastLike")
-def cast_like(call: OnnxCall) -> Tensor:
-    return call.tensor(0).to(call.dtype(1))
+def _cast_like(call: OnnxCall) -> Tensor:
+    return _converted(call, call.dtype(1))
+
+
+def _converted(call: OnnxCall, dtype: torch.dtype) -> Tensor:
+    """Into eight-bit floats ONNX cuts off at the largest number unless told otherwise; torch has one way for each."""
+    x = call.tensor(0)
+    if dtype in {torch.float8_e4m3fn, torch.float8_e5m2}:
+        if not call.attr("saturate", 1):
+            raise Unsupported("a cast to eight-bit floats that lets large numbers overflow")
+        largest = torch.finfo(dtype).max
+        x = torch.clamp(x, -largest, largest)
+    return x.to(dtype)
 
 
 def _binary(function: Callable[[Any, Any], Tensor]) -> Callable[[OnnxCall], Tensor]:
     def build(call: OnnxCall) -> Tensor:
-        a, b = _operands(call)
+        a, b = _operands(_computable(call))
         return function(a, b)
 
     return build
@@ -237,33 +242,30 @@ for _op, _pairwise in {
 
 
 @builds("Div")
-def div(call: OnnxCall) -> Tensor:
-    a, b = _operands(call)
-    if _is_number(a):
-        dtype = b.dtype
-        return (
-            b.reciprocal() * a
-            if dtype.is_floating_point and a != 1
-            else (b.reciprocal() if dtype.is_floating_point else torch.div(call.tensor(0), b, rounding_mode="trunc"))
-        )
-    return _divide(a, b)
+def _div(call: OnnxCall) -> Tensor:
+    a, b = _operands(_computable(call))
+    if not _is_number(a):
+        return _divide(a, b)
+    if not b.dtype.is_floating_point:
+        return torch.div(call.tensor(0), b, rounding_mode="trunc")
+    return b.reciprocal() if a == 1 else b.reciprocal() * a
 
 
 @builds("Pow")
-def power(call: OnnxCall) -> Tensor:
+def _power(call: OnnxCall) -> Tensor:
     base, exponent = _operands(call)
     result = torch.pow(base, exponent)
     return result.to(call.dtype(0))  # the type of the base, whatever the exponent's
 
 
 @builds("Mod")
-def modulo(call: OnnxCall) -> Tensor:
-    a, b = call.tensor(0), call.operand(1, _rank(call, 0))
+def _modulo(call: OnnxCall) -> Tensor:
+    a, b = _computable(call).tensor(0), call.operand(1, _rank(call, 0))
     return torch.fmod(a, b) if call.attr("fmod", 0) else torch.remainder(a, b)
 
 
 def _fold(function: Callable[[Any, Any], Tensor]) -> Callable[[OnnxCall], Tensor]:
-    return lambda call: reduce(function, call.tensors())
+    return lambda call: reduce(function, _computable(call).tensors())
 
 
 for _op, _variadic in {
@@ -275,13 +277,13 @@ for _op, _variadic in {
 
 
 @builds("Mean")
-def mean(call: OnnxCall) -> Tensor:
+def _mean(call: OnnxCall) -> Tensor:
     parts = call.tensors()
     return reduce(lambda a, b: a + b, parts) / len(parts)
 
 
 @builds("Where")
-def where(call: OnnxCall) -> Tensor:
+def _where(call: OnnxCall) -> Tensor:
     condition = call.tensor(0)
     a, b = (call.operand(i, max(condition.dim(), _rank(call, 3 - i))) for i in (1, 2))
     if _is_number(a) and _is_number(b):
@@ -314,6 +316,8 @@ def _reduction(function: Callable[..., Tensor]) -> Callable[[OnnxCall], Value]:
             axes = list(range(x.dim()))
         if not axes:
             raise Unsupported("a reduction of a scalar")
+        if any(isinstance(x.shape[a], int) and x.shape[a] == 0 for a in axes):
+            raise Unsupported("a reduction of nothing")
         return function(x, axes, keepdim=bool(call.attr("keepdims", 1))).to(x.dtype)
 
     return build
@@ -324,7 +328,7 @@ for _op, _reducer in _REDUCTIONS.items():
 
 
 @builds("ReduceProd")
-def reduce_prod(call: OnnxCall) -> Tensor:
+def _reduce_prod(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     axes = axes_of(call, x.dim())
     if not axes:
@@ -374,7 +378,7 @@ _normalised(functional.log_softmax)
 
 
 @builds("CumSum")
-def cumulative_sum(call: OnnxCall) -> Tensor:
+def _cumulative_sum(call: OnnxCall) -> Tensor:
     x, axis = call.tensor(0), int(call.number(1))
     backwards, exclusive = call.attr("reverse", 0), call.attr("exclusive", 0)
     x = x.flip(axis) if backwards else x
@@ -383,22 +387,13 @@ def cumulative_sum(call: OnnxCall) -> Tensor:
     return total.flip(axis) if backwards else total
 
 
-@builds("TopK")
-def top_k(call: OnnxCall) -> list[Tensor]:
-    k = call.number(1) if call.opset >= 10 else call.attr("k")
-    values, indices = torch.topk(
-        call.tensor(0), k, call.attr("axis", -1), bool(call.attr("largest", 1)), bool(call.attr("sorted", 1))
-    )
-    return [values, indices]
-
-
 @builds("Einsum")
-def einsum(call: OnnxCall) -> Tensor:
+def _einsum(call: OnnxCall) -> Tensor:
     return torch.einsum(call.attr("equation"), call.tensors())
 
 
 @builds("LpNormalization")
-def lp_normalization(call: OnnxCall) -> Tensor:
+def _lp_normalization(call: OnnxCall) -> Tensor:
     x, order, axis = call.tensor(0), call.attr("p", 2), call.attr("axis", -1)
     norm = torch.linalg.vector_norm(x, order, axis, keepdim=True)
     return x / torch.where(norm == 0, torch.ones_like(norm), norm)  # a zero vector stays zero

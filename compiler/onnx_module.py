@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +17,15 @@ from .errors import CaptureError, first_line
 from .onnx_call import Constant, OnnxCall, Size, Sizes, Unsupported, Value, builder_of, sizes_builder_of
 from .onnx_opaque import can_be_opaque, opaque
 from .onnx_shape import known
+from .onnx_weights import trained_names
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
 #: What an initializer's name may hold as an attribute: fx writes names into the Python code that it runs.
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/:\-]")
-#: Inputs that hold statistics, not trained values.
-_STATISTICS = {"BatchNormalization": (3, 4)}
+#: Types that numpy takes from ml_dtypes.
+BORROWED = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 STANDARD_DOMAINS = ("", "ai.onnx", None)
 
 
@@ -32,7 +33,15 @@ class OnnxModule(nn.Module):
     """Runs a normalised ONNX graph with torch. Initializers become parameters (statistics and integers: buffers) of
     their own names, dots opening submodules; a matrix that only multiplies from the right is stored transposed."""
 
-    def __init__(self, graph: gs.Graph, opset: int, fixed_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        opset: int,
+        fixed_batch: int | None = None,
+        *,
+        initializers: Iterable[str] | None = None,
+    ) -> None:
+        """`initializers` names the file's own weights; without it every float constant counts as one."""
         super().__init__()
         self._graph_nodes = list(graph.nodes)
         self._input_names = [t.name for t in graph.inputs]
@@ -40,7 +49,8 @@ class OnnxModule(nn.Module):
         self._opset, self._fixed_batch = opset, fixed_batch
         self._paths: dict[str, str] = {}
         self._read = {t.name for node in graph.nodes for t in node.inputs} | set(self._output_names)
-        self._constants = self._register(graph)
+        names = graph.tensors() if initializers is None else initializers
+        self._constants = self._register(graph, trained_names(graph, names))
         self.train(False)
 
     def free_batch(self, fixed: int | None) -> OnnxModule:
@@ -64,7 +74,7 @@ class OnnxModule(nn.Module):
         env: dict[str, Value | None] = {**self._constants, **dict(zip(self._input_names, inputs, strict=True))}
         batch = next((x.shape[0] for x in inputs if x.dim()), None)
         for node in self._graph_nodes:
-            with traceback.annotate({"onnx_node": node.name or node.outputs[0].name}):
+            with traceback.annotate({"onnx_node": _label(node)}):
                 for output, value in zip(node.outputs, self._outputs(node, env, batch), strict=False):
                     if output.name:
                         env[output.name] = value
@@ -82,7 +92,7 @@ class OnnxModule(nn.Module):
         try:
             inputs = tuple(env[t.name] if t.name else None for t in node.inputs)
         except KeyError as cause:
-            raise CaptureError(f"nothing computes the value {cause}", node=node.name) from cause
+            raise CaptureError(f"nothing computes the value {cause}", node=_label(node)) from cause
         used = tuple(i for i, t in enumerate(node.outputs) if t.name in self._read) or (0,)
         call = OnnxCall(node, inputs, self._opset, self._fixed_batch, batch, used)
         built = self._build(call)
@@ -112,28 +122,29 @@ class OnnxModule(nn.Module):
             return opaque(call)
         except Unsupported as refusal:
             raise CaptureError(
-                f"{node.op} cannot be imported: {refusal}", node=node.name, hint="replace the node before exporting"
+                f"{node.op} cannot be imported: {refusal}", node=_label(node), hint="replace the node before exporting"
             ) from refusal
         except CaptureError:
             raise
         except Exception as cause:  # shapes that do not fit raise whatever torch raises
-            raise CaptureError(f"{node.op} does not work out: {first_line(cause)}", node=node.name) from cause
+            raise CaptureError(f"{node.op} does not work out: {first_line(cause)}", node=_label(node)) from cause
 
-    def _register(self, graph: gs.Graph) -> dict[str, Constant]:
+    def _register(self, graph: gs.Graph, trained: Container[str]) -> dict[str, Constant]:
         import onnx_graphsurgeon as gs
 
-        roles = _roles(graph)
+        transposed_names = _right_factors(graph)
         constants = {}
         for name, tensor in graph.tensors().items():
             if not isinstance(tensor, gs.Constant):
                 continue
-            array = np.asarray(tensor.values)
-            statistic, transposed = roles.get(name, (False, False))
-            value = _torch_tensor(name, array)
-            value = value.t().contiguous() if transposed else value
-            trained = value.is_floating_point() and value.numel() > 1 and not statistic
-            self._paths[name] = self._enter(name, nn.Parameter(value) if trained else value)
-            constants[name] = Constant(name, array, self, transposed)
+            transposed = name in transposed_names
+            value = _torch_tensor(name, np.asarray(tensor.values))
+            value = value.t().contiguous() if transposed else value.clone()
+            self._paths[name] = self._enter(name, nn.Parameter(value) if name in trained else value)
+            if value.dtype not in BORROWED.values():
+                # the file's own copy of the weights may go now
+                tensor.values = (value.t() if transposed else value).numpy()
+            constants[name] = Constant(name, np.asarray(tensor.values), self, transposed)
         return constants
 
     def _enter(self, name: str, value: torch.Tensor) -> str:
@@ -168,8 +179,13 @@ def unsupported(graph: gs.Graph, opset: int) -> dict[str, list[str]]:
             continue
         if not can_be_opaque(node.op, node.domain or "", opset):
             op = node.op if standard else f"{node.domain}.{node.op}"
-            found.setdefault(op, []).append(node.name or node.outputs[0].name)
+            found.setdefault(op, []).append(_label(node))
     return found
+
+
+def _label(node: gs.Node) -> str:
+    """The node's name, or that of what it computes."""
+    return str(node.name or next((t.name for t in node.outputs if t.name), node.op))
 
 
 def _all_known(call: OnnxCall) -> bool:
@@ -177,29 +193,26 @@ def _all_known(call: OnnxCall) -> bool:
     return bool(given) and any(isinstance(v, Sizes) for v in given) and all(known(v) for v in given)
 
 
-def _roles(graph: gs.Graph) -> dict[str, tuple[bool, bool]]:
-    """For each constant: whether it holds statistics, and whether every reader multiplies by it from the right."""
-    uses: dict[str, list[tuple[bool, bool]]] = {}
+def _right_factors(graph: gs.Graph) -> set[str]:
+    """The constant matrices that every reader multiplies by from the right: they are stored as `linear` wants them."""
+    uses: dict[str, bool] = dict.fromkeys((t.name for t in graph.outputs), False)
     for node in graph.nodes:
         for index, tensor in enumerate(node.inputs):
             right = index == 1 and (node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0)))
             matrix = right and tensor.shape is not None and len(tensor.shape) == 2
-            uses.setdefault(tensor.name, []).append((index in _STATISTICS.get(node.op, ()), matrix))
-    for tensor in graph.outputs:
-        uses.setdefault(tensor.name, []).append((False, False))
-    return {name: (all(s for s, _ in found), all(m for _, m in found)) for name, found in uses.items()}
+            uses[tensor.name] = uses.get(tensor.name, True) and matrix
+    return {name for name, right in uses.items() if right}
 
 
 def _torch_tensor(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """The same values in torch; types that numpy borrows from ml_dtypes go over by their bits."""
-    array = np.ascontiguousarray(array)
-    borrowed = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+    array = np.asarray(array, order="C")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # read-only memory: the capture copies what it keeps
+        warnings.simplefilter("ignore")  # read-only memory, which is copied before anything else
         try:
-            if array.dtype.name in borrowed:
+            if array.dtype.name in BORROWED:
                 bits = array.view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
-                return torch.from_numpy(bits).view(borrowed[array.dtype.name])
+                return torch.from_numpy(bits).view(BORROWED[array.dtype.name])
             return torch.from_numpy(array)
         except (TypeError, ValueError) as cause:
             raise CaptureError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class _Window:
             return pads[: self.rank], pads[self.rank :]
         if automatic == "VALID":
             return [0] * self.rank, [0] * self.rank
+        if call.node.op != "Conv" and any(d != 1 for d in self.dilation):
+            raise Unsupported("dilated pooling with automatic padding, which ONNX Runtime pads by the plain kernel")
         before: list[Size] = []
         after: list[Size] = []
         for i in range(self.rank):
@@ -74,7 +77,7 @@ class _Window:
 
 
 @builds("Conv")
-def conv(call: OnnxCall) -> Tensor:
+def _conv(call: OnnxCall) -> Tensor:
     x, weight = call.tensor(0), call.tensor(1)
     window = _Window(call, x, weight.shape[2:])
     x, padding = (x, window.before) if window.symmetric else (window.padded(x), [0] * window.rank)
@@ -90,7 +93,7 @@ def conv(call: OnnxCall) -> Tensor:
 
 
 @builds("ConvTranspose")
-def conv_transpose(call: OnnxCall) -> Tensor:
+def _conv_transpose(call: OnnxCall) -> Tensor:
     x, weight = call.tensor(0), call.tensor(1)
     rank = x.dim() - 2
     if rank not in _CONV_TRANSPOSE or call.attr("output_shape") or call.attr("auto_pad", "NOTSET") != "NOTSET":
@@ -116,7 +119,7 @@ def conv_transpose(call: OnnxCall) -> Tensor:
 
 
 @builds("Gemm")
-def gemm(call: OnnxCall) -> Tensor:
+def _gemm(call: OnnxCall) -> Tensor:
     a, b = call.tensor(0), call.value(1)
     a = a.t() if call.attr("transA", 0) else a
     alpha, beta = call.attr("alpha", 1.0), call.attr("beta", 1.0)
@@ -140,7 +143,7 @@ def _right_factor(value: Value, transposed: bool) -> Tensor:
 
 
 @builds("MatMul")
-def matmul(call: OnnxCall) -> Tensor:
+def _matmul(call: OnnxCall) -> Tensor:
     """A constant matrix on the right is a linear layer; a third input is a bias that normalising has put there."""
     right = call.value(1)
     if isinstance(right, Constant) and right.array.ndim == 2:
@@ -150,7 +153,7 @@ def matmul(call: OnnxCall) -> Tensor:
 
 
 @builds("BatchNormalization")
-def batch_norm(call: OnnxCall) -> Tensor:
+def _batch_norm(call: OnnxCall) -> Tensor:
     if call.attr("training_mode", 0) or max(call.used) > 0:
         raise Unsupported("batch norm in training mode")
     x, weight, bias, mean, variance = (call.tensor(i) for i in range(5))
@@ -158,14 +161,14 @@ def batch_norm(call: OnnxCall) -> Tensor:
 
 
 @builds("InstanceNormalization")
-def instance_norm(call: OnnxCall) -> Tensor:
+def _instance_norm(call: OnnxCall) -> Tensor:
     return functional.instance_norm(
         call.tensor(0), weight=call.tensor(1), bias=call.tensor(2), eps=call.attr("epsilon", 1e-5)
     )
 
 
 @builds("LayerNormalization")
-def layer_norm(call: OnnxCall) -> Tensor:
+def _layer_norm(call: OnnxCall) -> Tensor:
     if max(call.used) > 0:
         raise Unsupported("mean and deviation as outputs")
     x = call.tensor(0)
@@ -179,14 +182,14 @@ def layer_norm(call: OnnxCall) -> Tensor:
 
 
 @builds("RMSNormalization")
-def rms_norm(call: OnnxCall) -> Tensor:
+def _rms_norm(call: OnnxCall) -> Tensor:
     x, weight = call.tensor(0), call.tensor(1)
     shape = x.shape[call.attr("axis", -1) % x.dim() :]
     return functional.rms_norm(x, list(shape), None, call.attr("epsilon", 1e-5)) * weight
 
 
 @builds("GroupNormalization")
-def group_norm(call: OnnxCall) -> Tensor:
+def _group_norm(call: OnnxCall) -> Tensor:
     """Scale and bias are per group up to opset 20, per channel from 21 on."""
     x, weight, bias = (call.tensor(i) for i in range(3))
     groups = call.attr("num_groups")
@@ -197,7 +200,7 @@ def group_norm(call: OnnxCall) -> Tensor:
 
 
 @builds("LRN")
-def local_response_norm(call: OnnxCall) -> Tensor:
+def _local_response_norm(call: OnnxCall) -> Tensor:
     size = call.attr("size")
     if size % 2 == 0:
         raise Unsupported("an even size, where torch and ONNX centre the window differently")
@@ -207,7 +210,7 @@ def local_response_norm(call: OnnxCall) -> Tensor:
 
 
 @builds("MaxPool")
-def max_pool(call: OnnxCall) -> Tensor:
+def _max_pool(call: OnnxCall) -> Tensor:
     if max(call.used) > 0:
         raise Unsupported("the indices of the maxima")
     x = call.tensor(0)
@@ -221,7 +224,7 @@ def max_pool(call: OnnxCall) -> Tensor:
 
 
 @builds("AveragePool")
-def average_pool(call: OnnxCall) -> Tensor:
+def _average_pool(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     window = _Window(call, x, call.attr("kernel_shape"))
     if any(d != 1 for d in window.dilation):
@@ -241,45 +244,27 @@ def average_pool(call: OnnxCall) -> Tensor:
 
 
 @builds("GlobalAveragePool")
-def global_average_pool(call: OnnxCall) -> Tensor:
+def _global_average_pool(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     return torch.mean(x, list(range(2, x.dim())), keepdim=True)
 
 
 @builds("GlobalMaxPool")
-def global_max_pool(call: OnnxCall) -> Tensor:
+def _global_max_pool(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     return torch.amax(x, list(range(2, x.dim())), keepdim=True)
 
 
-@builds("DepthToSpace")
-def depth_to_space(call: OnnxCall) -> Tensor:
-    x, block = call.tensor(0), call.attr("blocksize")
-    if call.attr("mode", "DCR") == "CRD":
-        return functional.pixel_shuffle(x, block)
-    n, c, h, w = x.shape
-    y = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
-    return y.reshape(n, c // block**2, h * block, w * block)
-
-
-@builds("SpaceToDepth")
-def space_to_depth(call: OnnxCall) -> Tensor:
-    x, block = call.tensor(0), call.attr("blocksize")
-    n, c, h, w = x.shape
-    y = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
-    return y.reshape(n, c * block**2, h // block, w // block)
-
-
 @builds("Upsample")
-def upsample(call: OnnxCall) -> Tensor:
-    scales = [float(s) for s in call.sizes(1)] if call.has(1) else call.attr("scales")
+def _upsample(call: OnnxCall) -> Tensor:
+    scales = [_ratio(s) for s in call.sizes(1)] if call.has(1) else call.attr("scales")
     if call.attr("mode", "nearest") != "nearest":
         raise Unsupported("linear upsampling of opset 9")
     return _nearest(call.tensor(0), None, scales, "asymmetric", "floor")
 
 
 @builds("Resize")
-def resize(call: OnnxCall) -> Tensor:
+def _resize(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     scales, sizes = _targets(call, x)
     mode = call.attr("mode", "nearest")
@@ -296,6 +281,8 @@ def resize(call: OnnxCall) -> Tensor:
     cubic_ok = mode != "cubic" or (call.attr("cubic_coeff_a", -0.75) == -0.75 and not call.attr("exclude_outside", 0))
     if aligned is None or (mode, spatial) not in names or not cubic_ok or call.attr("antialias", 0):
         raise Unsupported(f"resizing {mode} with {where}")
+    if where == "pytorch_half_pixel" and 1 in _target_sizes(x, sizes, scales):
+        raise Unsupported("resizing to a single row, where pytorch_half_pixel takes the first")
     return functional.interpolate(
         x,
         size=None if sizes is None else sizes[2:],  # type: ignore[arg-type]
@@ -314,7 +301,7 @@ def _targets(call: OnnxCall, x: Tensor) -> tuple[list[float] | None, list[Size] 
     if call.has(position) and len(call.sizes(position)):
         scales = [1.0] * x.dim()
         for axis, scale in zip(axes, call.sizes(position), strict=True):
-            scales[axis] = float(scale)
+            scales[axis] = _ratio(scale)
     elif call.has(3):
         sizes = list(x.shape)
         for axis, size in zip(axes, call.sizes(3), strict=True):
@@ -326,6 +313,20 @@ def _targets(call: OnnxCall, x: Tensor) -> tuple[list[float] | None, list[Size] 
     if sizes is not None and sizes[1] != x.shape[1]:
         raise Unsupported("resizing of channels")
     return scales, sizes
+
+
+def _ratio(scale: Any) -> float:
+    """The ratio that a single-precision scale stands for: 5/3, where 1.6666666 would leave 4 of 3 rows, not 5."""
+    near = Fraction(float(scale)).limit_denominator(1024)
+    return float(near) if np.float32(float(near)) == np.float32(scale) else float(scale)
+
+
+def _target_sizes(x: Tensor, sizes: list[Size] | None, scales: list[float] | None) -> list[Size | None]:
+    """Sizes of the spatial dimensions after resizing, as far as they are numbers."""
+    if sizes is not None:
+        return [s if isinstance(s, int) else None for s in sizes[2:]]
+    pairs = zip(x.shape[2:], (scales or [])[2:], strict=True)
+    return [math.floor(size * scale) if isinstance(size, int) else None for size, scale in pairs]
 
 
 def _nearest(x: Tensor, sizes: list[Size] | None, scales: list[float] | None, where: str, rounding: str) -> Tensor:
@@ -373,7 +374,7 @@ def _nearest_index(source: int, target: int, scale: float, where: str, rounding:
 
 
 @builds("GridSample")
-def grid_sample(call: OnnxCall) -> Tensor:
+def _grid_sample(call: OnnxCall) -> Tensor:
     mode = call.attr("mode", "linear" if call.opset >= 20 else "bilinear")
     x = call.tensor(0)
     name = {

@@ -21,8 +21,9 @@ from .errors import CaptureError
 from .onnx_call import DTYPES, ELEMENT_TYPES, Constant, OnnxCall, Sizes, Unsupported
 from .onnx_session import reference_session, run_reference
 
-#: Constants up to this many bytes travel inside the node, so that shapes that depend on them are known.
-_INLINE_BYTES = 4096
+#: Constants of so many whole numbers, or so many others, travel inside the node, so that shapes that depend on them
+#: are known. Larger ones are weights, and the first input is what the node works on: these stay parameters.
+_INLINE_NUMBERS = {"i": 512, "u": 512, "b": 512, "f": 16}
 #: The domain whose operators ONNX Runtime brings along.
 ORT_DOMAIN = "com.microsoft"
 _STANDARD = ("", "ai.onnx")
@@ -70,6 +71,9 @@ def opaque(call: OnnxCall) -> list[torch.Tensor | None]:
     """The outputs of a node through `foldcut::onnx_node`. Raises Unsupported when ONNX Runtime does not know the node
     or its values have no torch type."""
     text, tensors = _describe(call)
+    for output in _typed(text).graph.output:
+        if output.type.tensor_type.elem_type in DTYPES:
+            _element_type(DTYPES[output.type.tensor_type.elem_type])
     results = iter(torch.ops.foldcut.onnx_node(tensors, text))
     return [next(results) if output.name else None for output in call.node.outputs]
 
@@ -81,15 +85,15 @@ def _describe(call: OnnxCall) -> tuple[str, list[torch.Tensor]]:
             names.append("")
             continue
         names.append(f"in{index}")
-        if isinstance(value, Constant) and value.array.nbytes <= _INLINE_BYTES:
-            constants.append(numpy_helper.from_array(np.ascontiguousarray(value.array), f"in{index}"))
+        if isinstance(value, Constant) and index and _is_setting(value.array):
+            constants.append(numpy_helper.from_array(np.asarray(value.array, order="C"), f"in{index}"))
         elif isinstance(value, Sizes) and all(isinstance(v, (int, float)) for v in value.values.reshape(-1)):
             array = value.values.astype(np.int64 if value.dtype == torch.int64 else np.float32)
             constants.append(numpy_helper.from_array(array, f"in{index}"))
         else:
             tensors.append(call.tensor(index))
     inputs = [
-        helper.make_tensor_value_info(name, _element_type(tensor.dtype), [None] * tensor.dim())
+        helper.make_tensor_value_info(name, _element_type(tensor.dtype), _declared(tensor))
         for name, tensor in zip((n for n in names if n and n not in {c.name for c in constants}), tensors, strict=True)
     ]
     outputs = [f"out{i}" if output.name else "" for i, output in enumerate(call.node.outputs)]
@@ -101,6 +105,17 @@ def _describe(call: OnnxCall) -> tuple[str, list[torch.Tensor]]:
         graph, ir_version=10, opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()]
     )
     return base64.b64encode(model.SerializeToString(deterministic=True)).decode(), tensors
+
+
+def _is_setting(array: np.ndarray[Any, Any]) -> bool:
+    return array.size <= _INLINE_NUMBERS.get(array.dtype.kind, 0)
+
+
+def _declared(tensor: torch.Tensor) -> list[int | None]:
+    """The shape that the node's model declares. Lists keep their length, which ONNX wants to know (the sizes of a
+    Resize); all else stays open, so that one text serves every size."""
+    sizes = list(tensor.shape) if tensor.dim() == 1 else [None] * tensor.dim()
+    return [s if isinstance(s, int) else None for s in sizes]
 
 
 def _element_type(dtype: torch.dtype) -> int:
@@ -149,7 +164,8 @@ def _typed(text: str) -> onnx.ModelProto:
 def onnx_node(inputs: Sequence[torch.Tensor], node: str) -> list[torch.Tensor]:
     """Run one ONNX node (base64 of a model that holds it) in ONNX Runtime on the CPU."""
     arrays = [t.detach().cpu().contiguous().numpy() for t in inputs]
-    return [torch.from_numpy(np.array(value, copy=True)) for value in _run(arrays, node)]
+    # copies, of the canonical type of their size: ONNX Runtime gives a ulonglong, which torch does not know
+    return [torch.from_numpy(value.astype(np.dtype(value.dtype.str))) for value in _run(arrays, node)]
 
 
 def _run(arrays: Sequence[np.ndarray[Any, Any]], node: str) -> list[np.ndarray[Any, Any]]:
@@ -157,12 +173,16 @@ def _run(arrays: Sequence[np.ndarray[Any, Any]], node: str) -> list[np.ndarray[A
     return run_reference(_session(node), dict(zip(names, arrays, strict=True)))
 
 
-def _no_gradient(_context: Any, *_gradients: Any) -> tuple[None, None]:
+def _count_inputs(ctx: Any, inputs: tuple[Sequence[torch.Tensor], str], output: Any) -> None:  # noqa: ARG001
+    ctx.count = len(inputs[0])
+
+
+def _no_gradient(context: Any, *_gradients: Any) -> tuple[list[None], None]:
     """Nothing flows back: what lies behind an opaque node trains, what lies before it keeps its weights."""
-    return None, None
+    return [None] * context.count, None
 
 
-onnx_node.register_autograd(_no_gradient)
+onnx_node.register_autograd(_no_gradient, setup_context=_count_inputs)
 
 
 @onnx_node.register_fake
@@ -188,8 +208,9 @@ def _named_shapes(inputs: Sequence[torch.Tensor]) -> tuple[tuple[tuple[int | str
     symbols: dict[str, torch.SymInt] = {}
     shapes: list[tuple[int | str, ...]] = []
     for tensor in inputs:
-        symbols |= {str(s): s for s in tensor.shape if not isinstance(s, int)}
-        shapes.append(tuple(s if isinstance(s, int) else str(s) for s in tensor.shape))
+        sizes: list[Any] = list(tensor.shape)
+        symbols |= {str(s): s for s in sizes if not isinstance(s, int)}
+        shapes.append(tuple(s if isinstance(s, int) else str(s) for s in sizes))
     return tuple(shapes), symbols
 
 
@@ -197,9 +218,9 @@ def _named_shapes(inputs: Sequence[torch.Tensor]) -> tuple[tuple[tuple[int | str
 def _inferred(text: str, shapes: tuple[tuple[int | str, ...], ...]) -> list[tuple[torch.dtype, list[int | str]]] | None:
     """(dtype, dims) of each output, None when ONNX does not know them."""
     model = node_model(text)
-    for value, dims in zip(model.graph.input, shapes, strict=True):
+    for value, shape in zip(model.graph.input, shapes, strict=True):
         number = value.type.tensor_type.elem_type
-        value.CopyFrom(helper.make_tensor_value_info(value.name, number, list(dims)))
+        value.CopyFrom(helper.make_tensor_value_info(value.name, number, list(shape)))
     try:
         inferred = shape_inference.infer_shapes(model, data_prop=True, strict_mode=True)
     except Exception:  # not one of ONNX's own operators

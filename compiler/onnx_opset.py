@@ -13,6 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .errors import ExportError
+from .onnx_file import OLDEST_OPSET
 
 #: The oldest operator set that torch.onnx writes by itself.
 EXPORTER_OPSET = 18
@@ -101,6 +102,8 @@ def below(opset: int, *ops: str) -> Callable[[Rule], Rule]:
 def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """Rewrite `model`, in opset 18, to an older one, in place; nodes of other domains stay as they are. Same function
     up to rounding. Raises ExportError naming the node that has no older form."""
+    if opset < OLDEST_OPSET:
+        raise ExportError(f"opset {opset} is too old", expected=f"opset {OLDEST_OPSET} or newer")
     lowering = Lowering(model, opset)
     nodes = [low for node in list(model.graph.node) for low in _lowered(lowering, node)]
     del model.graph.node[:]
@@ -124,9 +127,28 @@ def _lowered(lowering: Lowering, node: onnx.NodeProto) -> Nodes:
         if lowering.opset < boundary and len(nodes) == 1 and nodes[0].op_type == node.op_type:
             nodes = rule(lowering, nodes[0])
     for low in nodes:
-        if not onnx.defs.has(low.op_type, lowering.opset, ""):
-            raise lowering.refusal(low)
+        gap = _gap(lowering, low)
+        if gap is not None:
+            raise lowering.refusal(low, gap)
     return nodes
+
+
+def _gap(lowering: Lowering, node: onnx.NodeProto) -> str | None:
+    """What the operator set has no word for: the operator, an attribute or a type; None where nothing is missing."""
+    if not onnx.defs.has(node.op_type, lowering.opset, ""):
+        return ""
+    schema = onnx.defs.get_schema(node.op_type, lowering.opset, "")
+    for given in node.attribute:
+        if given.name not in schema.attributes:
+            return f"its attribute {given.name}"
+    for index, name in enumerate(node.input):
+        if index >= schema.max_input:
+            return f"its input {index}"
+        number = lowering.types.get(name, onnx.TensorProto.UNDEFINED)
+        kind = f"tensor({onnx.TensorProto.DataType.Name(number).lower()})"
+        if number and kind not in schema.inputs[min(index, len(schema.inputs) - 1)].types:
+            return f"values of type {kind}"
+    return None
 
 
 def _positive_axis(lowering: Lowering, node: onnx.NodeProto) -> None:
@@ -232,7 +254,8 @@ def _softmax_last(lowering: Lowering, node: onnx.NodeProto) -> Nodes:
 
 @below(14, "Reshape")
 def _reshape(lowering: Lowering, node: onnx.NodeProto) -> Nodes:
-    if attribute(node, "allowzero", 0) and 0 in (lowering.known(node, 1) or []):
+    constant = node.input[1] in lowering.constants  # a computed shape has no zeros unless the data is empty
+    if attribute(node, "allowzero", 0) and constant and 0 in (lowering.known(node, 1) or []):
         raise lowering.refusal(node, "a dimension of size 0")
     return [remade(node, node.input, drop=["allowzero"])]
 

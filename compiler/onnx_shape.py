@@ -1,4 +1,4 @@
-"""ONNX operators that move data: reshape, transpose, concat, slice, gather, pad."""
+"""ONNX operators that hand on or move data: reshape, transpose, concat, slice, gather, pad."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _is_number(size: Size) -> bool:
 
 
 @builds("Reshape")
-def reshape(call: OnnxCall) -> Tensor:
+def _reshape(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     target = list(call.sizes(1)) if call.has(1) else list(call.attr("shape"))
     if not call.attr("allowzero", 0):
@@ -45,8 +45,41 @@ def _with_batch(call: OnnxCall, x: Tensor, target: list[Size]) -> list[Size]:
     return [int(target[0]) // fixed * batch, *target[1:]]
 
 
+@builds("Identity")
+def _identity(call: OnnxCall) -> Value:
+    return call.value(0)
+
+
+@builds("Dropout")
+def _dropout(call: OnnxCall) -> Value:
+    """Inference: the input as it is. The mask, where it is read, is all true."""
+    if call.has(2) and call.number(2):
+        raise Unsupported("dropout in training mode")
+    value = call.value(0)
+    return value if max(call.used) == 0 else [value, torch.ones_like(call.tensor(0), dtype=torch.bool)]  # type: ignore[return-value]
+
+
+@builds("DepthToSpace")
+def _depth_to_space(call: OnnxCall) -> Tensor:
+    x, block = call.tensor(0), call.attr("blocksize")
+    if call.attr("mode", "DCR") == "CRD":
+        return functional.pixel_shuffle(x, block)
+    n, c, h, w = x.shape
+    y = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return y.reshape(n, c // block**2, h * block, w * block)
+
+
+@builds("SpaceToDepth")
+def _space_to_depth(call: OnnxCall) -> Tensor:
+    x, block = call.tensor(0), call.attr("blocksize")
+    n, c, h, w = x.shape
+    order = (0, 1, 3, 5, 2, 4) if call.attr("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
+    y = x.reshape(n, c, h // block, block, w // block, block).permute(order)
+    return y.reshape(n, c * block**2, h // block, w // block)
+
+
 @builds("Flatten")
-def flatten(call: OnnxCall) -> Tensor:
+def _flatten(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     axis = call.attr("axis", 1)
     axis = axis + x.dim() if axis < 0 else axis
@@ -58,13 +91,13 @@ def flatten(call: OnnxCall) -> Tensor:
 
 
 @builds("Transpose")
-def transpose(call: OnnxCall) -> Tensor:
+def _transpose(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     return x.permute(call.attr("perm") or list(range(x.dim()))[::-1])
 
 
 @builds("Squeeze")
-def squeeze(call: OnnxCall) -> Tensor:
+def _squeeze(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     axes = call.attr("axes")
     if axes is None and call.has(1):
@@ -77,7 +110,7 @@ def squeeze(call: OnnxCall) -> Tensor:
 
 
 @builds("Unsqueeze")
-def unsqueeze(call: OnnxCall) -> Tensor:
+def _unsqueeze(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     axes = call.attr("axes") or [int(a) for a in call.sizes(1)]
     rank = x.dim() + len(axes)
@@ -87,7 +120,7 @@ def unsqueeze(call: OnnxCall) -> Tensor:
 
 
 @builds("Concat")
-def concat(call: OnnxCall) -> Tensor:
+def _concat(call: OnnxCall) -> Tensor:
     parts = call.tensors()
     axis = call.attr("axis", 0) % max(1, parts[0].dim())
     batch = call.batch
@@ -98,7 +131,7 @@ def concat(call: OnnxCall) -> Tensor:
 
 
 @builds("Split")
-def split(call: OnnxCall) -> Sequence[Tensor]:
+def _split(call: OnnxCall) -> Sequence[Tensor]:
     x, axis = call.tensor(0), call.attr("axis", 0)
     sizes = call.attr("split") or (call.sizes(1) if call.has(1) else None)
     if sizes is None:
@@ -109,17 +142,21 @@ def split(call: OnnxCall) -> Sequence[Tensor]:
 
 
 @builds("Slice", until=9)
-def slice_by_attributes(call: OnnxCall) -> Tensor:
+def _slice_by_attributes(call: OnnxCall) -> Tensor:
     starts, ends = call.attr("starts"), call.attr("ends")
     return _sliced(call.tensor(0), starts, ends, call.attr("axes") or range(len(starts)), [1] * len(starts))
 
 
 @builds("Slice", since=10)
-def slice_by_inputs(call: OnnxCall) -> Tensor:
+def _slice_by_inputs(call: OnnxCall) -> Tensor:
     starts, ends = call.sizes(1), call.sizes(2)
     axes = call.sizes(3) if call.has(3) else list(range(len(starts)))
     steps = call.sizes(4) if call.has(4) else [1] * len(starts)
     return _sliced(call.tensor(0), starts, ends, axes, steps)
+
+
+#: What exporters write for "up to the end".
+_ENDS = (2**31 - 1, 2**63 - 1)
 
 
 def _sliced(x: Tensor, starts: Sequence[Any], ends: Sequence[Any], axes: Sequence[Any], steps: Sequence[Any]) -> Tensor:
@@ -130,14 +167,25 @@ def _sliced(x: Tensor, starts: Sequence[Any], ends: Sequence[Any], axes: Sequenc
             continue
         if not all(_is_number(v) for v in (x.shape[axis], start, end)):
             raise Unsupported("a backward slice of a dynamic dimension")
-        index = range(*slice(int(start), int(end), int(step)).indices(x.shape[axis]))
-        whole = list(index) == list(range(x.shape[axis]))[::-1]
-        x = x.flip(axis) if whole else x.index_select(axis, torch.tensor(list(index), dtype=torch.int64))
+        index = backwards(x.shape[axis], int(start), int(end), int(step))
+        whole = index == list(range(x.shape[axis]))[::-1]
+        x = x.flip(axis) if whole else x.index_select(axis, torch.tensor(index, dtype=torch.int64))
     return x
 
 
+def backwards(length: int, start: int, end: int, step: int) -> list[int]:
+    """The elements that a slice with a negative step takes. Unlike Python's, it never starts before the first.
+
+    Raises Unsupported for an end past the last element, which ONNX Runtime reads as the beginning.
+    """
+    if end in _ENDS:
+        raise Unsupported("a step back to the very end, which ONNX Runtime takes for the beginning")
+    start, end = (i + length if i < 0 else i for i in (start, end))
+    return list(range(min(max(start, 0), length - 1), min(max(end, -1), length - 1), step)) if length else []
+
+
 @builds("Gather")
-def gather(call: OnnxCall) -> Tensor:
+def _gather(call: OnnxCall) -> Tensor:
     x, axis = call.tensor(0), call.attr("axis", 0)
     indices = call.value(1)
     if isinstance(indices, torch.Tensor):
@@ -162,13 +210,13 @@ def _positive(indices: Tensor, length: Size) -> Tensor:
 
 
 @builds("GatherElements")
-def gather_elements(call: OnnxCall) -> Tensor:
+def _gather_elements(call: OnnxCall) -> Tensor:
     x, axis = call.tensor(0), call.attr("axis", 0)
     return torch.gather(x, axis, _positive(call.tensor(1).long(), x.shape[axis]))
 
 
 @builds("GatherND")
-def gather_nd(call: OnnxCall) -> Tensor:
+def _gather_nd(call: OnnxCall) -> Tensor:
     x, indices = call.tensor(0), call.tensor(1)
     if call.attr("batch_dims", 0):
         raise Unsupported("batched indices")
@@ -176,7 +224,7 @@ def gather_nd(call: OnnxCall) -> Tensor:
 
 
 @builds("ScatterElements")
-def scatter_elements(call: OnnxCall) -> Tensor:
+def _scatter_elements(call: OnnxCall) -> Tensor:
     x, axis = call.tensor(0), call.attr("axis", 0)
     indices, updates = _positive(call.tensor(1).long(), x.shape[axis]), call.tensor(2)
     reduction = call.attr("reduction", "none")
@@ -187,7 +235,7 @@ def scatter_elements(call: OnnxCall) -> Tensor:
 
 
 @builds("ScatterND")
-def scatter_nd(call: OnnxCall) -> Tensor:
+def _scatter_nd(call: OnnxCall) -> Tensor:
     x, indices, updates = call.tensor(0), call.tensor(1).long(), call.tensor(2)
     if call.attr("reduction", "none") not in {"none", "add"}:
         raise Unsupported(f"the reduction {call.attr('reduction')}")
@@ -196,7 +244,7 @@ def scatter_nd(call: OnnxCall) -> Tensor:
 
 
 @builds("Expand")
-def expand(call: OnnxCall) -> Tensor:
+def _expand(call: OnnxCall) -> Tensor:
     x, target = call.tensor(0), call.sizes(1)
     rank = max(x.dim(), len(target))
     have = [1] * (rank - x.dim()) + list(x.shape)
@@ -208,12 +256,12 @@ def expand(call: OnnxCall) -> Tensor:
 
 
 @builds("Tile")
-def tile(call: OnnxCall) -> Tensor:
+def _tile(call: OnnxCall) -> Tensor:
     return call.tensor(0).repeat(call.sizes(1))
 
 
 @builds("Pad")
-def pad(call: OnnxCall) -> Tensor:
+def _pad(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     if call.opset >= 11:
         pads, value = call.sizes(1), call.number(2, 0)
@@ -242,13 +290,13 @@ def pad(call: OnnxCall) -> Tensor:
 
 
 @builds("Range")
-def range_(call: OnnxCall) -> Tensor:
+def _range(call: OnnxCall) -> Tensor:
     start, limit, delta = (call.number(i) for i in range(3))
     return torch.arange(start, limit, delta, dtype=call.dtype(0))
 
 
 @builds("ConstantOfShape")
-def constant_of_shape(call: OnnxCall) -> Tensor:
+def _constant_of_shape(call: OnnxCall) -> Tensor:
     value = call.attr("value")
     if value is None:
         return torch.zeros(call.sizes(0))
@@ -257,7 +305,7 @@ def constant_of_shape(call: OnnxCall) -> Tensor:
 
 
 @builds("OneHot")
-def one_hot(call: OnnxCall) -> Tensor:
+def _one_hot(call: OnnxCall) -> Tensor:
     indices, depth = call.tensor(0).long(), int(call.number(1))
     off, on = call.tensor(2).unbind(0)
     axis = call.attr("axis", -1)
@@ -267,13 +315,13 @@ def one_hot(call: OnnxCall) -> Tensor:
 
 
 @builds("Trilu")
-def triangle(call: OnnxCall) -> Tensor:
+def _triangle(call: OnnxCall) -> Tensor:
     diagonal = int(call.number(1, 0))
     return (torch.triu if call.attr("upper", 1) else torch.tril)(call.tensor(0), diagonal)
 
 
 @builds("EyeLike")
-def eye_like(call: OnnxCall) -> Tensor:
+def _eye_like(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
     dtype = torch_dtype(call.attr("dtype")) if call.attr("dtype") else x.dtype
     column = torch.arange(x.shape[1]) - call.attr("k", 0)

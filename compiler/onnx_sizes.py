@@ -15,12 +15,15 @@ import numpy as np
 import torch
 
 from .onnx_call import OnnxCall, Sizes, Unsupported, builds, builds_sizes, torch_dtype
+from .onnx_shape import backwards
 
+#: Types in which Python's own numbers compute what ONNX does, for numbers of the size of dimensions.
+_EXACT = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
 Array = np.ndarray[Any, np.dtype[np.object_]]
 
 
 @builds("Shape")
-def shape(call: OnnxCall) -> Sizes:
+def _shape(call: OnnxCall) -> Sizes:
     value = call.value(0)
     sizes = list(value.values.shape) if isinstance(value, Sizes) else list(call.tensor(0).shape)
     rank = len(sizes)
@@ -30,7 +33,7 @@ def shape(call: OnnxCall) -> Sizes:
 
 
 @builds("Size")
-def size(call: OnnxCall) -> Sizes:
+def _size(call: OnnxCall) -> Sizes:
     return Sizes.of(reduce(operator.mul, call.tensor(0).shape, 1))
 
 
@@ -73,11 +76,22 @@ for _op, _operation in {
     "Sub": operator.sub,
     "Mul": operator.mul,
     "Div": _divide,
-    "Mod": operator.mod,
     "Min": torch.sym_min,
     "Max": torch.sym_max,
 }.items():
     builds_sizes(_op)(_elementwise(_operation))
+
+
+@builds_sizes("Mod")
+def _modulo(call: OnnxCall) -> Sizes:
+    """The remainder has the sign of the divisor, or with `fmod` that of the dividend."""
+    cut, divisors = call.attr("fmod", 0), list(call.known(1).reshape(-1))
+    if any(isinstance(v, (int, float)) and v == 0 for v in divisors):
+        raise Unsupported("a size is divided by zero")
+    if cut and not all(isinstance(v, (int, float)) for v in (*call.known(0).reshape(-1), *divisors)):
+        raise Unsupported("a remainder of symbolic sizes that keeps the sign of the dividend")
+    operation = math.fmod if cut else operator.mod
+    return Sizes(_map(operation, call.known(0), call.known(1)), call.dtype(0))
 
 
 def _comparison(operation: Callable[[Any, Any], Any]) -> Callable[[OnnxCall], Sizes]:
@@ -116,19 +130,21 @@ for _op, _unary_operation in {
 
 
 @builds_sizes("Not")
-def negation(call: OnnxCall) -> Sizes:
+def _negation(call: OnnxCall) -> Sizes:
     return Sizes(_map(lambda a: not a, call.known(0)), torch.bool)
 
 
 @builds_sizes("Where")
-def where(call: OnnxCall) -> Sizes:
+def _where(call: OnnxCall) -> Sizes:
     chosen = _map(lambda c, a, b: a if c else b, call.known(0), call.known(1), call.known(2))
     return Sizes(chosen, call.dtype(1))
 
 
 @builds_sizes("Cast")
-def cast(call: OnnxCall) -> Sizes:
+def _cast(call: OnnxCall) -> Sizes:
     dtype = torch_dtype(call.attr("to"))
+    if dtype not in _EXACT:
+        raise Unsupported(f"numbers of type {dtype}, which rounds or wraps around")
 
     def convert(value: Any) -> Any:
         if dtype == torch.bool:
@@ -141,7 +157,7 @@ def cast(call: OnnxCall) -> Sizes:
 
 
 @builds_sizes("Gather")
-def gather(call: OnnxCall) -> Sizes:
+def _gather(call: OnnxCall) -> Sizes:
     data, indices = call.known(0), call.known(1)
     try:
         picked = np.take(data, indices.astype(np.int64), axis=call.attr("axis", 0))
@@ -151,13 +167,13 @@ def gather(call: OnnxCall) -> Sizes:
 
 
 @builds_sizes("Concat")
-def concat(call: OnnxCall) -> Sizes:
+def _concat(call: OnnxCall) -> Sizes:
     parts = [call.known(i) for i in range(len(call.inputs))]
     return Sizes(np.concatenate(parts, axis=call.attr("axis", 0)), call.dtype(0))
 
 
 @builds_sizes("Unsqueeze")
-def unsqueeze(call: OnnxCall) -> Sizes:
+def _unsqueeze(call: OnnxCall) -> Sizes:
     values = call.known(0)
     axes = call.attr("axes") or [int(a) for a in call.sizes(1)]
     rank = values.ndim + len(axes)
@@ -165,7 +181,7 @@ def unsqueeze(call: OnnxCall) -> Sizes:
 
 
 @builds_sizes("Squeeze")
-def squeeze(call: OnnxCall) -> Sizes:
+def _squeeze(call: OnnxCall) -> Sizes:
     values = call.known(0)
     axes = call.attr("axes")
     if axes is None and call.has(1):
@@ -175,12 +191,15 @@ def squeeze(call: OnnxCall) -> Sizes:
 
 
 @builds_sizes("Reshape")
-def reshape(call: OnnxCall) -> Sizes:
-    return Sizes(call.known(0).reshape([int(s) for s in call.sizes(1)]), call.dtype(0))
+def _reshape(call: OnnxCall) -> Sizes:
+    values, target = call.known(0), [int(s) for s in call.sizes(1)]
+    if not call.attr("allowzero", 0):
+        target = [values.shape[i] if s == 0 else s for i, s in enumerate(target)]
+    return Sizes(values.reshape(target), call.dtype(0))
 
 
 @builds_sizes("Slice")
-def slice_(call: OnnxCall) -> Sizes:
+def _slice(call: OnnxCall) -> Sizes:
     values = call.known(0)
     if call.has(1):
         starts, ends = call.sizes(1), call.sizes(2)
@@ -189,25 +208,27 @@ def slice_(call: OnnxCall) -> Sizes:
     else:
         starts, ends = call.attr("starts"), call.attr("ends")
         axes, steps = call.attr("axes", list(range(len(starts)))), [1] * len(starts)
-    index: list[slice] = [slice(None)] * values.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        index[int(axis)] = slice(int(start), int(end), int(step))
-    return Sizes(values[tuple(index)], call.dtype(0))
+    for start, end, axis, step in zip(*(map(int, v) for v in (starts, ends, axes, steps)), strict=True):
+        length = values.shape[axis]
+        index = backwards(length, start, end, step) if step < 0 else list(range(length))[start:end:step]
+        values = np.take(values, np.array(index, np.int64), axis)
+    return Sizes(values, call.dtype(0))
 
 
 @builds_sizes("Split")
-def split(call: OnnxCall) -> list[Sizes]:
-    values = call.known(0)
+def _split(call: OnnxCall) -> list[Sizes]:
+    values, axis = call.known(0), call.attr("axis", 0)
+    length = values.shape[axis]
     sizes = call.attr("split") or (call.sizes(1) if call.has(1) else None)
     if sizes is None:
-        chunk = -(-len(values) // call.outputs)
-        sizes = [min(chunk, len(values) - i * chunk) for i in range(call.outputs)]
+        chunk = -(-length // call.outputs)
+        sizes = [min(chunk, length - i * chunk) for i in range(call.outputs)]
     cuts = np.cumsum([int(s) for s in sizes])[:-1]
-    return [Sizes(part, call.dtype(0)) for part in np.split(values, cuts)]
+    return [Sizes(part, call.dtype(0)) for part in np.split(values, cuts, axis)]
 
 
 @builds_sizes("ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin")
-def reduction(call: OnnxCall) -> Sizes:
+def _reduction(call: OnnxCall) -> Sizes:
     operation: Any = {
         "ReduceProd": operator.mul,
         "ReduceSum": operator.add,
@@ -222,7 +243,7 @@ def reduction(call: OnnxCall) -> Sizes:
 
 
 @builds_sizes("Range")
-def range_(call: OnnxCall) -> Sizes:
+def _range(call: OnnxCall) -> Sizes:
     start, limit, delta = (call.number(i) for i in range(3))
     if not all(isinstance(v, int) for v in (start, limit, delta)) or abs(limit - start) > 4096 * abs(delta):
         raise Unsupported("a range of unknown or large extent")
@@ -230,10 +251,11 @@ def range_(call: OnnxCall) -> Sizes:
 
 
 @builds_sizes("ConstantOfShape")
-def constant_of_shape(call: OnnxCall) -> Sizes:
+def _constant_of_shape(call: OnnxCall) -> Sizes:
     shape = call.sizes(0)
     value = call.attr("value")
     fill = 0.0 if value is None else value.values.reshape(-1)[0].item()
     if not all(isinstance(s, int) for s in shape) or len(shape) > 1 or math.prod(shape) > 64 or isinstance(fill, float):
         raise Unsupported("not a vector of sizes")
-    return Sizes.of([fill] * math.prod(shape) if shape else fill)
+    dtype = torch.int64 if value is None else torch.from_numpy(np.asarray(value.values)).dtype
+    return Sizes.of([fill] * math.prod(shape) if shape else fill, dtype)

@@ -1,7 +1,7 @@
 """ONNX in, ONNX out: all that there is is a file, and what comes back drops into its place.
 
-Input and output names, dtypes, dynamic and fixed dims, opset, metadata and doc strings stay; the blocks that the network
-can do without are gone, and its latency is measured against the very file that came in.
+Input and output names, dtypes, dynamic and fixed dims, opset, metadata and doc strings stay; the blocks that the
+network can do without are gone, and its latency is measured against the very file that came in.
 """
 
 import tempfile
