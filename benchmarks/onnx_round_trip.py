@@ -243,16 +243,17 @@ def imported(path: Path, record: Record) -> foldcut.Program:
 
 def file_parameters(path: Path) -> tuple[int, set[str]]:
     """Elements and names of the file's floating-point initializers that nodes read, without the running statistics of
-    batch norms and single numbers. The older exporter writes tensors of equal values once and copies them by Identity:
-    each copy counts, since the network has them all."""
+    batch norms and single numbers. The older exporter writes tensors of equal values once, with an Identity for each
+    other name: one tensor in the file is one parameter."""
     model = onnx.load(path, load_external_data=False)
     copies = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Identity"}
     readers = [node for node in model.graph.node if node.op_type != "Identity"]
-    statistics = {name for node in readers if node.op_type == "BatchNormalization" for name in node.input[3:5]}
-    read = {name for node in readers for name in node.input} - statistics
+    norms = [node for node in readers if node.op_type == "BatchNormalization"]
+    statistics = {copies.get(name, name) for node in norms for name in node.input[3:5]}
+    read = {copies.get(name, name) for node in readers for name in node.input} - statistics
     kinds = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
     held = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type in kinds}
-    sizes = {name: held.get(copies.get(name, name), 0) for name in read}
+    sizes = {name: held.get(name, 0) for name in read}
     return sum(s for s in sizes.values() if s > 1), {n for n, s in sizes.items() if s > 1}
 
 

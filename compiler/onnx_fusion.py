@@ -57,17 +57,8 @@ def _match(mean: gs.Node, kept: set[int]) -> tuple[Any, Any, Any, float, gs.Node
     divide = next((n for n in readers if n.op == "Div" and n.inputs[0] is centre.outputs[0]), None)
     if square is None or divide is None or {id(n) for n in readers} != {id(square), id(divide)}:
         return None
-    variance = _only(square, "ReduceMean", kept)
-    if variance is None or _axes(variance) != _axes(mean):
-        return None
-    shifted = _only(variance, "Add", kept)
-    if shifted is None:
-        return None
-    epsilon = _number(shifted, variance.outputs[0])
-    root = _only(shifted, "Sqrt", kept)
-    if epsilon is None or root is None:
-        return None
-    if divide.inputs[1] is not root.outputs[0] or len(root.outputs[0].outputs) != 1 or id(root.outputs[0]) in kept:
+    epsilon = _epsilon(mean, square, divide, kept)
+    if epsilon is None:
         return None
     scaled = _only(divide, "Mul", kept)
     scale = None if scaled is None else _vector(scaled, divide.outputs[0])
@@ -78,6 +69,19 @@ def _match(mean: gs.Node, kept: set[int]) -> tuple[Any, Any, Any, float, gs.Node
     if bias is not None and list(bias.shape) != list(scale.shape):
         bias = None
     return source, scale, bias, epsilon, scaled if bias is None or moved is None else moved
+
+
+def _epsilon(mean: gs.Node, square: gs.Node, divide: gs.Node, kept: set[int]) -> float | None:
+    """What is added to the mean square before its root divides; None where the pieces between are others."""
+    variance = _only(square, "ReduceMean", kept)
+    if variance is None or _axes(variance) != _axes(mean):
+        return None
+    shifted = _only(variance, "Add", kept)
+    root = _only(shifted, "Sqrt", kept)
+    if shifted is None or root is None:
+        return None
+    divides = divide.inputs[1] is root.outputs[0] and _only(root, "Div", kept) is not None
+    return _number(shifted, variance.outputs[0]) if divides else None
 
 
 def _only(node: gs.Node | None, op: str, kept: set[int]) -> gs.Node | None:
