@@ -161,8 +161,8 @@ def _external_extent(tensor: onnx.TensorProto, folder: Path) -> int:
     info = {entry.key: entry.value for entry in tensor.external_data}
     location = info.get("location", "")
     path = PurePosixPath(location.replace("\\", "/"))
-    target = (folder / path).resolve()
-    inside = location and not path.is_absolute() and ":" not in location and ".." not in path.parts
+    inside = location and not path.is_absolute() and not {":", "\0"} & set(location) and ".." not in path.parts
+    target = (folder / path).resolve() if inside else folder
     if not inside or not target.is_relative_to(folder.resolve()):
         raise CaptureError(
             f"the weights of {tensor.name!r} lie outside the model's folder",

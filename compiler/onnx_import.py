@@ -21,14 +21,13 @@ from .onnx_file import read_onnx
 from .onnx_fusion import fuse_layer_norms
 from .onnx_module import BORROWED, OnnxModule, unsupported
 from .onnx_normalise import normalised
-from .onnx_session import reference_session, run_reference
+from .onnx_session import Session, reference_session, run_reference
 from .onnx_signature import OnnxSignature, OnnxValue
 from .program import Batch, Program, as_arguments, dtype_name, is_tensor
 from .verify import Difference, compare, flatten_outputs
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 #: Rounding steps that fall on the other side: what a network with quantised values may differ by.
 QUANTISED_TOLERANCE = 2e-2
@@ -204,7 +203,7 @@ class _Reference:
 
     def __init__(self, source: str | Path | onnx.ModelProto, signature: OnnxSignature) -> None:
         self._source, self._signature = source, signature
-        self._session: onnxruntime.InferenceSession | None = None
+        self._session: Session | None = None
 
     def compare(self, program: Program, arguments: tuple[torch.Tensor, ...], mode: _Mode) -> Difference:
         """The worst output over the example, run in pieces of the file's own batch where that is fixed."""

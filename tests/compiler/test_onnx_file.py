@@ -201,6 +201,7 @@ def test_weights_beside_the_file_are_read(tmp_path: Path) -> None:
         ({"location": "C:\\secret.bin"}, "outside the model's folder"),
         ({"location": "..\\secret.bin"}, "outside the model's folder"),
         ({"location": ""}, "outside the model's folder"),
+        ({"location": "weights\0.bin"}, "outside the model's folder"),
         ({"location": "link.bin"}, "outside the model's folder"),
         ({"location": "linked/secret.bin"}, "outside the model's folder"),
         ({"location": "nothing.bin"}, "are missing"),
