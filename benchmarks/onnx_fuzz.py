@@ -240,7 +240,7 @@ def as_tensor(array: Any) -> Any:
     import numpy as np
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(array).copy())
+    return torch.from_numpy(np.asarray(array, order="C").copy())
 
 
 def drawn(spec: Any, batch: int, rng: Any) -> Any:
