@@ -145,8 +145,46 @@ def fold_parameters(program: Program) -> Program:
     """Compute once what a convolution or linear map derives from constants alone, and store it as its parameter.
 
     Weight standardisation, scaled weights, biases with a part set to zero: exact, and the layer becomes one like any
-    other. A program without such layers comes back as it is.
+    other. Vectors that several nodes read (exporters write equal biases once) become one for each reader, so that no
+    layer's channels hang on another's. A program without either comes back as it is.
     """
+    return _separate_vectors(_fold_derived(program))
+
+
+def _separate_vectors(program: Program) -> Program:
+    """A copy of each shared trained vector for every reader but the first; the first keeps the name."""
+    readers: dict[int, list[tuple[str, str]]] = {}
+    for node in program.graph.nodes:
+        value = program.constant(node) if node.op == "get_attr" else None
+        if isinstance(value, nn.Parameter) and value.dim() == 1 and value.data_ptr() in program.shared_storage:
+            readers.setdefault(value.data_ptr(), []).extend((node.name, user.name) for user in node.users)
+    pairs = [pair for found in readers.values() for pair in found[1:]]
+    if not pairs:
+        return program
+    graph = copy.deepcopy(program.graph)
+    module = rebuild(program.module, graph)
+    by_name = {n.name: n for n in module.graph.nodes}
+    for source, reader in pairs:
+        old = by_name[source]
+        target = _free_name(module, str(old.target).replace(".", "_"))
+        module.register_parameter(target, nn.Parameter(program.tensor(str(old.target)).detach().clone()))
+        with module.graph.inserting_before(by_name[reader]):
+            constant = module.graph.get_attr(target)
+        constant.meta["val"] = old.meta["val"]
+        by_name[reader].replace_input_with(old, constant)
+    erase_dead(module.graph)
+    note = f"separate {len(pairs)} shared vectors"
+    return replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
+
+
+def _free_name(module: nn.Module, stem: str) -> str:
+    number = 2
+    while hasattr(module, f"{stem}_{number}"):
+        number += 1
+    return f"{stem}_{number}"
+
+
+def _fold_derived(program: Program) -> Program:
     wanted, derived = [], {}
     for node in program.graph.nodes:
         if is_call(node, aten.conv1d, aten.conv2d, aten.conv3d, aten.linear):
