@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from . import onnx_operator  # noqa: F401 - registers the operator of opaque nodes, for .pt2 files that hold some
 from .edit import rebuild
 from .errors import CaptureError, named_first_line
 from .logs import quiet_exporters

@@ -14,8 +14,6 @@ from torch.utils import _pytree as pytree
 from .atomic import write_folder
 from .errors import ExportError, named_first_line
 from .logs import quiet_exporters
-from .onnx_opset import EXPORTER_OPSET, lower_opset
-from .onnx_verbatim import restore_nodes, translations
 from .program import Program, is_tensor
 
 if TYPE_CHECKING:
@@ -100,6 +98,9 @@ def to_onnx_model(
     program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
 ) -> onnx.ModelProto:
     """What `to_onnx` gives, as a ModelProto of any size."""
+    from .onnx_opset import EXPORTER_OPSET, lower_opset
+    from .onnx_verbatim import restore_nodes, translations
+
     target = opset or (program.origin.opset if program.origin else None)
     exported = exported or to_exported(program)
     try:

@@ -17,6 +17,7 @@ import onnx
 import torch
 from onnx import helper, numpy_helper, shape_inference
 
+from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import CaptureError
 from .onnx_call import DTYPES, ELEMENT_TYPES, Constant, OnnxCall, Sizes, Unsupported
 from .onnx_session import reference_session, run_reference
@@ -160,9 +161,8 @@ def _typed(text: str) -> onnx.ModelProto:
         return model
 
 
-@torch.library.custom_op("foldcut::onnx_node", mutates_args=(), schema="(Tensor[] inputs, str node) -> Tensor[]")
-def onnx_node(inputs: Sequence[torch.Tensor], node: str) -> list[torch.Tensor]:
-    """Run one ONNX node (base64 of a model that holds it) in ONNX Runtime on the CPU."""
+def run_node(inputs: Sequence[torch.Tensor], node: str) -> list[torch.Tensor]:
+    """The outputs of the node behind the text, from ONNX Runtime. Raises CaptureError when it does not run."""
     arrays = [t.detach().cpu().contiguous().numpy() for t in inputs]
     # copies, of the canonical type of their size: ONNX Runtime gives a ulonglong, which torch does not know
     return [torch.from_numpy(value.astype(np.dtype(value.dtype.str))) for value in _run(arrays, node)]
@@ -173,20 +173,7 @@ def _run(arrays: Sequence[np.ndarray[Any, Any]], node: str) -> list[np.ndarray[A
     return run_reference(_session(node), dict(zip(names, arrays, strict=True)))
 
 
-def _count_inputs(ctx: Any, inputs: tuple[Sequence[torch.Tensor], str], output: Any) -> None:  # noqa: ARG001
-    ctx.count = len(inputs[0])
-
-
-def _no_gradient(context: Any, *_gradients: Any) -> tuple[list[None], None]:
-    """Nothing flows back: what lies behind an opaque node trains, what lies before it keeps its weights."""
-    return [None] * context.count, None
-
-
-onnx_node.register_autograd(_no_gradient, setup_context=_count_inputs)
-
-
-@onnx_node.register_fake
-def _(inputs: Sequence[torch.Tensor], node: str) -> list[torch.Tensor]:
+def infer_node(inputs: Sequence[torch.Tensor], node: str) -> list[torch.Tensor]:
     """Types and shapes: from ONNX's own inference, symbolic dimensions by name; a size that depends on the data becomes
     a new symbol. What ONNX does not infer is tried on zeros at two sizes."""
     shapes, symbols = _named_shapes(inputs)

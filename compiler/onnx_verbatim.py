@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import torch
 
+from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import ExportError, first_line
 from .onnx_opaque import node_model
 

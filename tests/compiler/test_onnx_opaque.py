@@ -1,5 +1,8 @@
 """Nodes that foldcut has no form of: ONNX Runtime runs them, they go out as they came in, and nothing near is cut."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +10,7 @@ import onnx
 import pytest
 import torch
 from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.export import to_onnx
+from foldcut.compiler.export import to_exported, to_onnx, to_pt2
 from foldcut.compiler.onnx_import import import_onnx
 from foldcut.compiler.onnx_opaque import node_model
 from foldcut.compiler.onnx_session import reference_session, run_reference
@@ -193,3 +196,23 @@ def test_a_node_that_onnx_runtime_does_not_know_is_refused() -> None:
     )
     with pytest.raises(CaptureError, match="torch has no type for the input 'x'"):
         import_onnx(found)
+
+
+def test_a_saved_network_with_opaque_nodes_loads_in_a_fresh_process(tmp_path: Path) -> None:
+    """`import foldcut` registers the operator; neither onnx nor ONNX Runtime is imported before a node runs."""
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 2, 8, 8] x) => (float[N, 2, 4, 4] y) { y = LpPool <kernel_shape = [2, 2], strides = [2, 2]> (x) }"""
+    )
+    program = import_onnx(model)
+    saved = tmp_path / "net.pt2"
+    saved.write_bytes(to_pt2(to_exported(program)))
+    code = (
+        "import sys, torch, foldcut\n"
+        "assert not {'onnx', 'onnxruntime'} & set(sys.modules)\n"
+        f"net = foldcut.capture({str(saved)!r})\n"
+        "print(float(net(torch.ones(3, 2, 8, 8)).sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert float(done.stdout.split()[-1]) == pytest.approx(3 * 2 * 16 * 2.0)
