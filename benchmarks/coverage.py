@@ -11,15 +11,10 @@ when the smaller network runs at batch 1 and 3 with equal rows and ONNX Runtime 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import resource
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,6 +30,7 @@ from foldcut.compiler.export import to_onnx
 from foldcut.compiler.provenance import Provenance, find_units
 from foldcut.passes.prune_channels import cuttable_groups, prune_channels
 from foreign_ops import declare_torchvision_ops
+from rows import Record, Row, make_rows
 from torch.utils import _pytree as pytree
 
 #: One small model per family.
@@ -63,8 +59,6 @@ ENOUGH = 0.6
 #: CPU seconds of analysis and rewrite above which a model is named in the summary.
 SLOW = 60.0
 
-Row = dict[str, Any]
-
 
 def main() -> None:
     arguments = parse_arguments()
@@ -74,16 +68,9 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the running child along
     names = wanted(arguments)
-    rows = finished(arguments) if arguments.resume else {}
     print("| network | groups free + locked | parameters | MACs | rows | ONNX Runtime vs torch | CPU s | peak MiB | |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for source, name in names:
-        key = f"{source}/{name}"
-        if key not in rows:
-            rows[key] = run_apart(source, name, arguments)
-            save(arguments, rows)
-        print(table_row(rows[key]), flush=True)
-    failed = summarise([rows[f"{source}/{name}"] for source, name in names])
+    failed = summarise(make_rows(arguments, names, ("seed", "skip_onnx"), table_row))
     sys.exit(1 if failed else 0)
 
 
@@ -119,63 +106,11 @@ def wanted(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     return list(dict.fromkeys(names))
 
 
-def finished(arguments: argparse.Namespace) -> dict[str, Row]:
-    if not arguments.output.exists():
-        return {}
-    stored = json.loads(arguments.output.read_text())
-    for setting in ("seed", "skip_onnx"):
-        if stored[setting] != getattr(arguments, setting):
-            sys.exit(f"{arguments.output} was made with {setting} = {stored[setting]}: resume with the same")
-    return {f"{row['source']}/{row['name']}": row for row in stored["rows"]}
-
-
-def save(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> None:
-    """Replace the output in one step, so that an interrupted run can be resumed."""
-    if arguments.output:
-        content = {"seed": arguments.seed, "skip_onnx": arguments.skip_onnx, "rows": list(rows.values())}
-        part = arguments.output.with_name(arguments.output.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(arguments.output)
-
-
-def run_apart(source: str, name: str, arguments: argparse.Namespace) -> Row:
-    """One model in a process of its own, so that peak memory is its own and a crash or a timeout ends nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder) / "row.json", Path(folder) / "log.txt"
-        command = [sys.executable, "-W", "ignore", __file__, "--child", source, name, str(path)]
-        command += ["--seed", str(arguments.seed), *(["--skip-onnx"] if arguments.skip_onnx else [])]
-        failure = None
-        with log.open("w") as file:
-            try:
-                status = subprocess.run(command, stdout=file, stderr=file, timeout=arguments.timeout).returncode
-            except subprocess.TimeoutExpired:
-                failure, status = f"timeout after {arguments.timeout:.0f} s", 0
-        row: Row = {"source": source, "name": name}
-        row |= json.loads(path.read_text()) if path.exists() else {}
-        if status:
-            end = " | ".join(log.read_text(errors="replace").splitlines()[-2:])
-            failure = f"killed by signal {-status}" if status < 0 else f"exit status {status}: {end[-500:]}"
-    if failure:
-        row["failure"] = f"{failure} while it should {row.get('stage', 'start')}"
-    return row
-
-
-class Record:
-    """The row of one model, written to its file at every step, so that a killed process leaves what it found."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.row = path, Row()
-
-    def note(self, **values: Any) -> None:
-        self.row |= values | {"peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
-        self.path.write_text(json.dumps(self.row))
-
-
 def check_model(source: str, name: str, record: Record, *, seed: int, onnx: bool) -> None:
     """Everything about one model, into `record`; what goes wrong is noted there as well."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    try:
+    with record.to_the_end():
         program, images = captured(source, name, record, seed)
         smaller = prune_half(program, record)
         record.note(stage="run the smaller network")
@@ -183,11 +118,6 @@ def check_model(source: str, name: str, record: Record, *, seed: int, onnx: bool
         if onnx:
             record.note(stage="export")
             check_onnx(program, smaller, images, record)
-        record.note(stage="end")
-    except Exception as cause:
-        place = traceback.extract_tb(cause.__traceback__)[-1]
-        text = f"{record.row['stage']}: {type(cause).__name__}: {cause} ({Path(place.filename).name}:{place.lineno})"
-        record.note(failure=text[:2000])
 
 
 def captured(source: str, name: str, record: Record, seed: int) -> tuple[foldcut.Program, torch.Tensor]:

@@ -129,12 +129,16 @@ BYTES: dict[str, Callable[[bytes, _Draw], tuple[bytes, str]]] = {
 }
 
 
+def _without_one(elements: Any, draw: _Draw) -> str:
+    place = draw.below(len(elements))
+    name = str(elements[place].name)
+    del elements[place]
+    return name
+
+
 @_mutation
 def dropped_node(model: onnx.ModelProto, draw: _Draw) -> str:
-    place = draw.below(len(model.graph.node))
-    name = model.graph.node[place].name
-    del model.graph.node[place]
-    return name
+    return _without_one(model.graph.node, draw)
 
 
 @_mutation
@@ -357,10 +361,7 @@ def initializer_values(model: onnx.ModelProto, draw: _Draw) -> str:
 
 @_mutation
 def deleted_initializer(model: onnx.ModelProto, draw: _Draw) -> str:
-    place = draw.below(len(model.graph.initializer))
-    name = model.graph.initializer[place].name
-    del model.graph.initializer[place]
-    return name
+    return _without_one(model.graph.initializer, draw)
 
 
 @_mutation

@@ -13,13 +13,10 @@ that is a row, not a failure. Each row has its own process with one torch thread
 from __future__ import annotations
 
 import argparse
-import json
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,19 +26,18 @@ import foldcut
 import numpy as np
 import onnx
 import torch
-from coverage import Record, leaves, make, relative
+from coverage import leaves, make, relative
 from foldcut.compiler.export import save_onnx
 from foldcut.compiler.onnx_import import import_onnx
 from foldcut.compiler.onnx_session import reference_session
 from foreign_ops import declare_torchvision_ops
 from light_models import image, light_files, with_random_weights
+from rows import Record, Row, make_rows
 
 TOLERANCE = 1e-4
 #: What the older exporter writes.
 SCRIPT_OPSET = 17
 EXPORTERS = ("dynamo", "script")
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -52,17 +48,10 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the running child along
     names = wanted(arguments)
-    rows = finished(arguments) if arguments.resume else {}
     print("| file | parameters: torch, file, import | import vs ONNX Runtime | export vs ONNX Runtime | ", end="")
     print("interface | names kept | opset | import s (CPU) | peak MiB | |")
     print(f"|{'---|' * 10}", flush=True)
-    for source, name in names:
-        key = f"{source}/{name}"
-        if key not in rows:
-            rows[key] = run_apart(source, name, arguments)
-            save(arguments, rows)
-        print(table_row(rows[key]), flush=True)
-    failed = summarise([rows[f"{source}/{name}"] for source, name in names])
+    failed = summarise(make_rows(arguments, names, ("seed",), table_row))
     sys.exit(1 if failed else 0)
 
 
@@ -109,62 +98,16 @@ def by_size(names: Sequence[str]) -> list[str]:
     return sorted(names or models.list_models(module=models), key=size)
 
 
-def finished(arguments: argparse.Namespace) -> dict[str, Row]:
-    if not arguments.output.exists():
-        return {}
-    stored = json.loads(arguments.output.read_text())
-    if stored["seed"] != arguments.seed:
-        sys.exit(f"{arguments.output} was made with seed = {stored['seed']}: resume with the same")
-    return {f"{row['source']}/{row['name']}": row for row in stored["rows"]}
-
-
-def save(arguments: argparse.Namespace, rows: dict[str, Row]) -> None:
-    """Replace the output in one step, so that an interrupted run can be resumed."""
-    if arguments.output:
-        content = {"seed": arguments.seed, "rows": list(rows.values())}
-        part = arguments.output.with_name(arguments.output.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(arguments.output)
-
-
-def run_apart(source: str, name: str, arguments: argparse.Namespace) -> Row:
-    """One row in a process of its own, so that peak memory is its own and a crash or a timeout ends nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder) / "row.json", Path(folder) / "log.txt"
-        command = [sys.executable, "-W", "ignore", __file__, "--child", source, name, str(path)]
-        command += ["--seed", str(arguments.seed)]
-        failure, started = None, time.perf_counter()
-        with log.open("w") as file:
-            try:
-                status = subprocess.run(command, stdout=file, stderr=file, timeout=arguments.timeout).returncode
-            except subprocess.TimeoutExpired:
-                failure, status = f"timeout after {arguments.timeout:.0f} s", 0
-        row: Row = {"source": source, "name": name, "seconds": round(time.perf_counter() - started, 1)}
-        row |= json.loads(path.read_text()) if path.exists() else {}
-        if status:
-            end = " | ".join(log.read_text(errors="replace").splitlines()[-2:])
-            failure = f"killed by signal {-status}" if status < 0 else f"exit status {status}: {end[-500:]}"
-    if failure:
-        row["failure"] = f"{failure} while it should {row.get('stage', 'start')}"
-    return row
-
-
 def check_model(source: str, name: str, record: Record, seed: int) -> None:
     """Everything about one file, into `record`; what goes wrong is noted there as well."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            if source == "light":
-                check_light(name, path, record, seed)
-            else:
-                check_torchvision(source, name, path, record, seed)
-        record.note(stage="end")
-    except Exception as cause:
-        place = traceback.extract_tb(cause.__traceback__)[-1]
-        text = f"{record.row['stage']}: {type(cause).__name__}: {cause} ({Path(place.filename).name}:{place.lineno})"
-        record.note(failure=text[:2000])
+    with record.to_the_end(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        if source == "light":
+            check_light(name, path, record, seed)
+        else:
+            check_torchvision(source, name, path, record, seed)
 
 
 def check_light(name: str, path: Path, record: Record, seed: int) -> None:

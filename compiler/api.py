@@ -24,7 +24,7 @@ from .capture import Model, capture, is_onnx
 from .channel_pipeline import removed_units
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
-from .onnx_file import has_external_data, input_count
+from .onnx_file import in_one_piece, input_count
 from .pipeline import Outcome, PipelineSettings, cost_report, run_pipeline
 from .plan import Blocks, Channels, DropBlock, Goal, Latency, Macs, Plan, PruneChannels
 from .program import Program
@@ -130,7 +130,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             goal,
             resolved_backend,
             settings=options,
-            deployed=_deployed(model),
+            deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
             clock=clock,
             progress=show,
         )
@@ -206,14 +206,6 @@ def _check_fixed_batch(program: Program, batch: int) -> None:
             actual=f"batch={batch}",
             hint=f"measure with batch={fixed}, or export the file with a dynamic batch",
         )
-
-
-def _deployed(model: Any) -> bytes | None:
-    """The user's own ONNX model where it is one in a single piece: what the latency is compared with."""
-    if not is_onnx(model):
-        return None
-    content = Path(model).read_bytes() if isinstance(model, (str, Path)) else bytes(model.SerializeToString())
-    return None if has_external_data(content) else content
 
 
 def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:

@@ -236,8 +236,6 @@ def verify(
     """Compare what two ONNX files compute, and their inputs and outputs. Exit code 3 when they differ."""
 
     def work() -> None:
-        for path in (before, after):
-            _read(path)
         samples = read_calibration(inputs, limit=limit) if inputs else random_samples(before, limit or 8, seed)
         found = compare_onnx(before, after, samples, batch=batch)
         if as_json:

@@ -168,13 +168,18 @@ def _separate_vectors(program: Program) -> Program:
         old = by_name[source]
         target = _free_name(module, str(old.target).replace(".", "_"))
         module.register_parameter(target, nn.Parameter(program.tensor(str(old.target)).detach().clone()))
-        with module.graph.inserting_before(by_name[reader]):
-            constant = module.graph.get_attr(target)
-        constant.meta["val"] = old.meta["val"]
-        by_name[reader].replace_input_with(old, constant)
+        by_name[reader].replace_input_with(old, _read_before(module, by_name[reader], target, old))
     erase_dead(module.graph)
     note = f"separate {len(pairs)} shared vectors"
     return replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
+
+
+def _read_before(module: fx.GraphModule, reader: fx.Node, target: str, like: fx.Node) -> fx.Node:
+    """A node that reads the tensor `target`, in front of its reader; of the shape and type of another node."""
+    with module.graph.inserting_before(reader):
+        constant = module.graph.get_attr(target)
+    constant.meta["val"] = like.meta["val"]
+    return constant
 
 
 def _free_name(module: nn.Module, stem: str) -> str:
@@ -205,10 +210,7 @@ def _fold_derived(program: Program) -> Program:
         target = f"folded_{source.name}"
         if not hasattr(module, target):
             module.register_parameter(target, nn.Parameter(derived[source.name].detach().clone()))
-        with module.graph.inserting_before(node):
-            constant = module.graph.get_attr(target)
-        constant.meta["val"] = source.meta["val"]
-        node.update_arg(index, constant)
+        node.update_arg(index, _read_before(module, node, target, source))
     erase_dead(module.graph)
     return replace(
         program, module=rebuild(module, module.graph), history=(*program.history, f"fold {len(wanted)} parameters")

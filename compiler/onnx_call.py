@@ -37,6 +37,8 @@ DTYPES: dict[int, torch.dtype] = {
     19: torch.float8_e5m2,
 }
 ELEMENT_TYPES = {dtype: number for number, dtype in DTYPES.items()}
+#: Types that numpy borrows from ml_dtypes, by numpy's name.
+BORROWED = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
 
 class Unsupported(Exception):  # noqa: N818 - not an error of the user: the node becomes an opaque one
@@ -236,6 +238,18 @@ def torch_dtype(number: int) -> torch.dtype:
     if number not in DTYPES:
         raise Unsupported(f"torch has no data type for ONNX type {number}")
     return DTYPES[number]
+
+
+def slices_of(call: OnnxCall) -> list[tuple[Any, Any, int, Any]]:
+    """(start, end, axis, step) of a Slice, from inputs or, before opset 10, attributes."""
+    if call.has(1):
+        starts, ends = call.sizes(1), call.sizes(2)
+        axes = call.sizes(3) if call.has(3) else range(len(starts))
+        steps = call.sizes(4) if call.has(4) else [1] * len(starts)
+    else:
+        starts, ends = call.attr("starts"), call.attr("ends")
+        axes, steps = call.attr("axes") or range(len(starts)), [1] * len(starts)
+    return [(start, end, int(axis), step) for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)]
 
 
 def axes_of(call: OnnxCall, rank: int, index: int = 1) -> list[int] | None:

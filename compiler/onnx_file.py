@@ -282,9 +282,12 @@ def input_count(source: str | Path | onnx.ModelProto) -> int:
     return sum(value.name not in weights for value in model.graph.input)
 
 
-def has_external_data(content: bytes) -> bool:
-    """Whether some of the model's weights lie in other files. Raises CaptureError."""
+def in_one_piece(source: str | Path | onnx.ModelProto) -> bytes | None:
+    """The model's bytes, None when some of its weights lie in other files. Raises CaptureError."""
     import onnx
 
-    model, _ = _parse(content)
-    return any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(model.graph))
+    content = None if isinstance(source, onnx.ModelProto) else Path(source).read_bytes()
+    model, _ = _parse(source if content is None else content)
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(model.graph)):
+        return None
+    return bytes(model.SerializeToString()) if content is None else content

@@ -16,10 +16,10 @@ from torch.fx.traceback import preserve_node_meta
 from .capture import from_exported
 from .errors import CaptureError, CompilerError, first_line
 from .logs import quiet_exporters
-from .onnx_call import DTYPES, ELEMENT_TYPES
+from .onnx_call import BORROWED, DTYPES, ELEMENT_TYPES
 from .onnx_file import read_onnx
 from .onnx_fusion import fuse_layer_norms
-from .onnx_module import BORROWED, OnnxModule, unsupported
+from .onnx_module import OnnxModule, unsupported
 from .onnx_normalise import normalised
 from .onnx_session import Session, reference_session, run_reference
 from .onnx_signature import OnnxSignature, OnnxValue

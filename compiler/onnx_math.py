@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -201,11 +202,6 @@ def _rank(call: OnnxCall, index: int) -> int:
     return int(value.array.ndim) if isinstance(value, Constant) else value.dim()
 
 
-def _divide(a: Any, b: Any) -> Tensor:
-    whole = not any(isinstance(v, float) or (isinstance(v, torch.Tensor) and v.is_floating_point()) for v in (a, b))
-    return torch.div(a, b, rounding_mode="trunc") if whole else torch.as_tensor(a) / b if _is_number(a) else a / b
-
-
 def _is_number(value: Any) -> bool:
     return not isinstance(value, torch.Tensor)
 
@@ -214,19 +210,15 @@ def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[OnnxCall
     return lambda call: function(call.tensor(0), call.tensor(1))
 
 
-def _subtract(a: Any, b: Any) -> Tensor:
-    return torch.rsub(b, a) if _is_number(a) else a - b
-
-
-for _op, _function in {
-    "Add": lambda a, b: b + a if _is_number(a) else a + b,
-    "Sub": _subtract,
-    "Mul": lambda a, b: b * a if _is_number(a) else a * b,
-    "Equal": lambda a, b: torch.eq(b, a) if _is_number(a) else torch.eq(a, b),
-    "Greater": lambda a, b: torch.lt(b, a) if _is_number(a) else torch.gt(a, b),
-    "Less": lambda a, b: torch.gt(b, a) if _is_number(a) else torch.lt(a, b),
-    "GreaterOrEqual": lambda a, b: torch.le(b, a) if _is_number(a) else torch.ge(a, b),
-    "LessOrEqual": lambda a, b: torch.ge(b, a) if _is_number(a) else torch.le(a, b),
+for _op, _function in {  # with a number on the left Python turns to the tensor's reflected operator
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Equal": operator.eq,
+    "Greater": operator.gt,
+    "Less": operator.lt,
+    "GreaterOrEqual": operator.ge,
+    "LessOrEqual": operator.le,
 }.items():
     builds(_op)(_binary(_function))
 
@@ -244,11 +236,10 @@ for _op, _pairwise in {
 @builds("Div")
 def _div(call: OnnxCall) -> Tensor:
     a, b = _operands(_computable(call))
-    if not _is_number(a):
-        return _divide(a, b)
-    if not b.dtype.is_floating_point:
-        return torch.div(call.tensor(0), b, rounding_mode="trunc")
-    return b.reciprocal() if a == 1 else b.reciprocal() * a
+    if _is_number(a) and b.is_floating_point():
+        return b.reciprocal() if a == 1 else b.reciprocal() * a
+    a = call.tensor(0)
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
 @builds("Pow")

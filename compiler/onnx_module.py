@@ -14,7 +14,19 @@ from torch.fx import traceback
 
 from . import onnx_math, onnx_nn, onnx_shape, onnx_sizes  # noqa: F401 - they fill the table
 from .errors import CaptureError, first_line
-from .onnx_call import Constant, OnnxCall, Size, Sizes, Unsupported, Value, builder_of, sizes_builder_of
+from .onnx_call import (
+    BORROWED,
+    Builder,
+    Constant,
+    OnnxCall,
+    Size,
+    Sizes,
+    Unsupported,
+    Value,
+    builder_of,
+    sizes_builder_of,
+)
+from .onnx_file import STANDARD
 from .onnx_opaque import can_be_opaque, opaque
 from .onnx_shape import known
 from .onnx_weights import trained_names
@@ -24,9 +36,6 @@ if TYPE_CHECKING:
 
 #: What an initializer's name may hold as an attribute: fx writes names into the Python code that it runs.
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/:\-]")
-#: Types that numpy takes from ml_dtypes.
-BORROWED = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-STANDARD_DOMAINS = ("", "ai.onnx", None)
 
 
 class OnnxModule(nn.Module):
@@ -57,11 +66,6 @@ class OnnxModule(nn.Module):
         """Whether the batch that the file fixes is to be any batch: its size, or None. Returns the module."""
         self._fixed_batch = fixed
         return self
-
-    @property
-    def constant_names(self) -> Mapping[str, str]:
-        """Parameter or buffer path -> initializer name."""
-        return {path: name for name, path in self._paths.items()}
 
     def weight(self, name: str) -> torch.Tensor:
         """The parameter or buffer of an initializer, as it is now (tracing swaps them)."""
@@ -100,24 +104,18 @@ class OnnxModule(nn.Module):
 
     def _build(self, call: OnnxCall) -> Any:
         """By the rule for known numbers, else by the table, else opaque."""
-        node = call.node
-        standard = node.domain in STANDARD_DOMAINS
+        node, domain = call.node, call.node.domain or ""
+        rules: list[Builder | None] = []
+        if domain in STANDARD:
+            rules = [sizes_builder_of(node.op) if _all_known(call) else None, builder_of(node.op, self._opset)]
+        reason = f"{node.op} is not in the table"
         try:
-            if standard and _all_known(call):
-                rule = sizes_builder_of(node.op)
-                if rule is not None:
-                    try:
-                        return rule(call)
-                    except Unsupported:
-                        pass
-            builder = builder_of(node.op, self._opset) if standard else None
-            reason = f"{node.op} is not in the table"
-            if builder is not None:
+            for rule in filter(None, rules):
                 try:
-                    return builder(call)
+                    return rule(call)
                 except Unsupported as refusal:
                     reason = str(refusal)
-            if not can_be_opaque(node.op, node.domain or "", self._opset):
+            if not can_be_opaque(node.op, domain, self._opset):
                 raise Unsupported(reason)
             return opaque(call)
         except Unsupported as refusal:
@@ -174,11 +172,11 @@ def unsupported(graph: gs.Graph, opset: int) -> dict[str, list[str]]:
     """Operators that neither the table nor ONNX Runtime covers -> the names of their nodes."""
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
-        standard = node.domain in STANDARD_DOMAINS
-        if standard and builder_of(node.op, opset) is not None:
+        domain = node.domain or ""
+        if domain in STANDARD and builder_of(node.op, opset) is not None:
             continue
-        if not can_be_opaque(node.op, node.domain or "", opset):
-            op = node.op if standard else f"{node.domain}.{node.op}"
+        if not can_be_opaque(node.op, domain, opset):
+            op = node.op if domain in STANDARD else f"{domain}.{node.op}"
             found.setdefault(op, []).append(_label(node))
     return found
 

@@ -19,7 +19,8 @@ from onnx import helper, numpy_helper, shape_inference
 
 from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import CaptureError
-from .onnx_call import DTYPES, ELEMENT_TYPES, Constant, OnnxCall, Sizes, Unsupported
+from .onnx_call import BORROWED, DTYPES, ELEMENT_TYPES, Constant, OnnxCall, Sizes, Unsupported
+from .onnx_file import STANDARD
 from .onnx_session import reference_session, run_reference
 
 #: Constants of so many whole numbers, or so many others, travel inside the node, so that shapes that depend on them
@@ -27,8 +28,7 @@ from .onnx_session import reference_session, run_reference
 _INLINE_NUMBERS = {"i": 512, "u": 512, "b": 512, "f": 16}
 #: The domain whose operators ONNX Runtime brings along.
 ORT_DOMAIN = "com.microsoft"
-_STANDARD = ("", "ai.onnx")
-_OPAQUE_DOMAINS = (*_STANDARD, ORT_DOMAIN, "ai.onnx.ml")
+_OPAQUE_DOMAINS = (*STANDARD, ORT_DOMAIN, "ai.onnx.ml")
 
 #: Nodes whose outputs or inputs are not tensors, or that hold graphs.
 _NEVER = frozenset(
@@ -65,7 +65,7 @@ def can_be_opaque(op: str, domain: str, opset: int) -> bool:
     """Whether ONNX Runtime may know the operator as a function from tensors to tensors."""
     if op in _NEVER or domain not in _OPAQUE_DOMAINS:
         return False
-    return domain not in _STANDARD or onnx.defs.has(op, opset, "")
+    return domain not in STANDARD or onnx.defs.has(op, opset, "")
 
 
 def opaque(call: OnnxCall) -> list[torch.Tensor | None]:
@@ -101,7 +101,7 @@ def _describe(call: OnnxCall) -> tuple[str, list[torch.Tensor]]:
     node = helper.make_node(call.node.op, names, outputs, name=call.node.name, domain=call.node.domain or "")
     node.attribute.extend(_attributes(call))
     graph = helper.make_graph([node], "node", inputs, [onnx.ValueInfoProto(name=o) for o in outputs if o], constants)
-    domains = {"": call.opset, node.domain: call.opset if node.domain in _STANDARD else 1}
+    domains = {"": call.opset, node.domain: call.opset if node.domain in STANDARD else 1}
     model = helper.make_model(
         graph, ir_version=10, opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()]
     )
@@ -120,7 +120,7 @@ def _declared(tensor: torch.Tensor) -> list[int | None]:
 
 
 def _element_type(dtype: torch.dtype) -> int:
-    if dtype not in ELEMENT_TYPES or dtype in {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}:
+    if dtype not in ELEMENT_TYPES or dtype in BORROWED.values():
         raise Unsupported(f"{dtype} values between torch and ONNX Runtime")
     return ELEMENT_TYPES[dtype]
 

@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .errors import ExportError
-from .onnx_file import OLDEST_OPSET
+from .onnx_file import OLDEST_OPSET, STANDARD
 
 #: The oldest operator set that torch.onnx writes by itself.
 EXPORTER_OPSET = 18
@@ -113,13 +113,13 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     for tensor in unused:
         model.graph.initializer.remove(tensor)
     for domain in model.opset_import:
-        if domain.domain in ("", "ai.onnx"):
+        if domain.domain in STANDARD:
             domain.version = opset
     return model
 
 
 def _lowered(lowering: Lowering, node: onnx.NodeProto) -> Nodes:
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in STANDARD:
         return [node]
     _positive_axis(lowering, node)
     nodes: Nodes = [node]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from .onnx_call import Constant, OnnxCall, Size, Sizes, Unsupported, Value, builds, torch_dtype
+from .onnx_call import Constant, OnnxCall, Size, Sizes, Unsupported, Value, axes_of, builds, slices_of, torch_dtype
 
 Tensor = torch.Tensor
 
@@ -99,12 +98,10 @@ def _transpose(call: OnnxCall) -> Tensor:
 @builds("Squeeze")
 def _squeeze(call: OnnxCall) -> Tensor:
     x = call.tensor(0)
-    axes = call.attr("axes")
-    if axes is None and call.has(1):
-        axes = [int(a) for a in call.sizes(1)]
+    axes = axes_of(call, x.dim())
     if axes is None:
         axes = [i for i, s in enumerate(x.shape) if _is_number(s) and s == 1]
-    for axis in sorted((a % x.dim() for a in axes), reverse=True):
+    for axis in sorted(axes, reverse=True):
         x = x.squeeze(axis)
     return x
 
@@ -141,27 +138,15 @@ def _split(call: OnnxCall) -> Sequence[Tensor]:
     return torch.split(x, list(sizes), axis)  # type: ignore[arg-type]
 
 
-@builds("Slice", until=9)
-def _slice_by_attributes(call: OnnxCall) -> Tensor:
-    starts, ends = call.attr("starts"), call.attr("ends")
-    return _sliced(call.tensor(0), starts, ends, call.attr("axes") or range(len(starts)), [1] * len(starts))
-
-
-@builds("Slice", since=10)
-def _slice_by_inputs(call: OnnxCall) -> Tensor:
-    starts, ends = call.sizes(1), call.sizes(2)
-    axes = call.sizes(3) if call.has(3) else list(range(len(starts)))
-    steps = call.sizes(4) if call.has(4) else [1] * len(starts)
-    return _sliced(call.tensor(0), starts, ends, axes, steps)
-
-
 #: What exporters write for "up to the end".
 _ENDS = (2**31 - 1, 2**63 - 1)
 
 
-def _sliced(x: Tensor, starts: Sequence[Any], ends: Sequence[Any], axes: Sequence[Any], steps: Sequence[Any]) -> Tensor:
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        axis = int(axis) % x.dim()
+@builds("Slice")
+def _slice(call: OnnxCall) -> Tensor:
+    x = call.tensor(0)
+    for start, end, axis, step in slices_of(call):
+        axis %= x.dim()
         if step > 0:
             x = torch.ops.aten.slice(x, axis, start, end, step)
             continue

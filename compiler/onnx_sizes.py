@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .onnx_call import OnnxCall, Sizes, Unsupported, builds, builds_sizes, torch_dtype
+from .onnx_call import OnnxCall, Sizes, Unsupported, axes_of, builds, builds_sizes, slices_of, torch_dtype
 from .onnx_shape import backwards
 
 #: Types in which Python's own numbers compute what ONNX does, for numbers of the size of dimensions.
@@ -183,10 +183,8 @@ def _unsqueeze(call: OnnxCall) -> Sizes:
 @builds_sizes("Squeeze")
 def _squeeze(call: OnnxCall) -> Sizes:
     values = call.known(0)
-    axes = call.attr("axes")
-    if axes is None and call.has(1):
-        axes = [int(a) for a in call.sizes(1)]
-    squeezed = np.squeeze(values) if axes is None else np.squeeze(values, tuple(int(a) % values.ndim for a in axes))
+    axes = axes_of(call, values.ndim)
+    squeezed = np.squeeze(values, None if axes is None else tuple(axes))
     return Sizes(np.asarray(squeezed, dtype=object).reshape(np.shape(squeezed)), call.dtype(0))
 
 
@@ -201,14 +199,8 @@ def _reshape(call: OnnxCall) -> Sizes:
 @builds_sizes("Slice")
 def _slice(call: OnnxCall) -> Sizes:
     values = call.known(0)
-    if call.has(1):
-        starts, ends = call.sizes(1), call.sizes(2)
-        axes = call.sizes(3) if call.has(3) else list(range(len(starts)))
-        steps = call.sizes(4) if call.has(4) else [1] * len(starts)
-    else:
-        starts, ends = call.attr("starts"), call.attr("ends")
-        axes, steps = call.attr("axes", list(range(len(starts)))), [1] * len(starts)
-    for start, end, axis, step in zip(*(map(int, v) for v in (starts, ends, axes, steps)), strict=True):
+    for first, last, axis, stride in slices_of(call):
+        start, end, step = int(first), int(last), int(stride)
         length = values.shape[axis]
         index = backwards(length, start, end, step) if step < 0 else list(range(length))[start:end:step]
         values = np.take(values, np.array(index, np.int64), axis)

@@ -12,10 +12,10 @@ import torch
 
 from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import ExportError, first_line
+from .onnx_file import STANDARD, opset
 from .onnx_opaque import node_model
 
 _DOMAIN = "foldcut"
-_STANDARD = ("", "ai.onnx")
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -63,8 +63,7 @@ def restore_nodes(model: onnx.ModelProto) -> None:
 
 
 def _restored(model: onnx.ModelProto, carrier: onnx.NodeProto) -> onnx.NodeProto:
-    opset = next(o.version for o in model.opset_import if o.domain in _STANDARD)
-    carried = _at_opset(node_model(onnx.helper.get_attribute_value(carrier.attribute[0]).decode()), opset)
+    carried = _at_opset(node_model(onnx.helper.get_attribute_value(carrier.attribute[0]).decode()), opset(model))
     original = onnx.NodeProto()
     original.CopyFrom(carried.graph.node[-1])
     names = {value.name: actual for value, actual in zip(carried.graph.input, carrier.input, strict=True)}
@@ -84,24 +83,24 @@ def _restored(model: onnx.ModelProto, carrier: onnx.NodeProto) -> onnx.NodeProto
     return original
 
 
-def _at_opset(carried: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+def _at_opset(carried: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
     """The node in the meaning that another operator set gives it."""
     node = carried.graph.node[0]
-    own = next((o.version for o in carried.opset_import if o.domain in _STANDARD), opset)
-    if node.domain not in _STANDARD or own == opset:
+    own = opset(carried)
+    if node.domain not in STANDARD or own == wanted:
         return carried
-    here, there = (onnx.defs.get_schema(node.op_type, v, "").since_version for v in (own, opset))
+    here, there = (onnx.defs.get_schema(node.op_type, v, "").since_version for v in (own, wanted))
     if here == there:
         return carried
     try:
-        converted = onnx.version_converter.convert_version(carried, opset)
+        converted = onnx.version_converter.convert_version(carried, wanted)
         if len(converted.graph.node) == 1:
             return converted
         reason = "it takes more than one node"
     except Exception as cause:  # the C++ converter raises RuntimeErrors
         reason = first_line(cause)
     raise ExportError(
-        f"{node.op_type} of opset {own} has another meaning in opset {opset}: {reason}",
+        f"{node.op_type} of opset {own} has another meaning in opset {wanted}: {reason}",
         node=node.name,
         hint=f"keep the file's own opset {own}",
     )
