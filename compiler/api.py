@@ -83,7 +83,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     calibration: CalibrationData,
     *,
     goal: Goal,
-    backend: str | Backend = "onnxruntime",
+    backend: str | Backend | type[Backend] = "onnxruntime",
     batch: int = 1,
     rewrites: Sequence[str] | None = None,
     mimic: MimicSettings | bool | None = True,

@@ -199,7 +199,7 @@ def measure(
         engine = resolve_backend(backend)
         models = [_read(path) for path in (before, after)]
         inputs = random_inputs(models[0], batch, seed)
-        runners = [engine.load(engine.build(model), inputs, threads=threads) for model in models]
+        runners = [engine.load(engine.build(model, inputs), inputs, threads=threads) for model in models]
         result = measure_pair(*runners, seed=seed, environment=engine.environment())
         for runner in runners:
             runner.close()

@@ -47,7 +47,7 @@ class LatencyProbe:
         self.original = self.exported if deployed is None else self.load(deployed)
 
     def load(self, model: bytes) -> Runner:
-        return self.backend.load(self.backend.build(model), self.inputs, threads=self.threads)
+        return self.backend.load(self.backend.build(model, self.inputs), self.inputs, threads=self.threads)
 
     def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
         """Share of the original's latency that each region saves.

@@ -1,18 +1,19 @@
 """What foldcut asks of a backend: build an engine from ONNX bytes, and run one inference at a time.
 
-A backend of your own is any object with the methods of `Backend`; pass it where a backend's name is accepted.
+A backend of your own is any class or object with the methods of `Backend`; pass it where a backend's name is accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.errors import BackendError
+from ..compiler.errors import BackendError, first_line
 
 Array = npt.NDArray[Any]
 
@@ -74,8 +75,12 @@ class Backend(Protocol):
         """Say whether this backend can build and run here. Never raises."""
         ...
 
-    def build(self, model: bytes) -> object:
-        """Turn ONNX bytes into this backend's engine, to be given to `load`."""
+    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> object:
+        """Turn ONNX bytes into this backend's engine, to be given to `load`.
+
+        `inputs`, when known, are what it will be loaded with: a backend that builds for shapes (optimisation profiles)
+        builds for those, any other may ignore them.
+        """
         ...
 
     def load(self, engine: object, inputs: Mapping[str, Array], *, threads: int = 1) -> Runner:
@@ -87,14 +92,13 @@ class Backend(Protocol):
         ...
 
 
-def _onnxruntime() -> Backend:
-    from .onnxruntime import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend()
-
-
-# Factories, so that naming a backend does not import the others.
-_BUILTIN: dict[str, Callable[[], Backend]] = {"onnxruntime": _onnxruntime}
+#: Name -> (module of this package, class): naming a backend does not import the others.
+_BUILTIN: dict[str, tuple[str, str]] = {
+    "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),
+    "openvino": (".openvino", "OpenVinoBackend"),
+    "tensorrt": (".tensorrt", "TensorRTBackend"),
+    "torch": (".torch_eager", "TorchBackend"),
+}
 
 
 def backend_names() -> tuple[str, ...]:
@@ -102,11 +106,13 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted(_BUILTIN))
 
 
-def resolve_backend(backend: str | Backend, *, to_run: bool = True) -> Backend:
-    """Return the backend with this name, or the backend object itself, once it says that it is available.
+def resolve_backend(backend: str | Backend | type[Backend], *, to_run: bool = True) -> Backend:
+    """Return the backend with this name, an instance of this class, or the backend object itself, once it says that it
+    is available.
 
     With ``to_run=False`` it only has to build engines (for a device that is elsewhere).
-    Raises BackendError: the name is unknown, the object lacks methods of `Backend`, or it is not available.
+    Raises BackendError: the name is unknown, the class wants arguments, the object lacks methods of `Backend`, or it is
+    not available.
     """
     resolved = _by_name(backend) if isinstance(backend, str) else _checked(backend)
     availability = resolved.available()
@@ -124,16 +130,20 @@ def _by_name(name: str) -> Backend:
             actual=name,
             hint="use one of these names, or pass an object with the methods of runtime.backend.Backend",
         )
-    return _BUILTIN[name]()
+    module, kind = _BUILTIN[name]
+    made: Backend = getattr(import_module(module, __package__), kind)()
+    return made
 
 
 def _checked(backend: object) -> Backend:
-    # A class has the methods as attributes too, and would fail only at the first call.
     if isinstance(backend, type):
-        raise BackendError(
-            f"the backend is the class {backend.__name__}, not an instance",
-            hint=f"pass {backend.__name__}(...)",
-        )
+        try:
+            backend = backend()
+        except TypeError as cause:
+            raise BackendError(
+                f"the class {backend.__name__} cannot be made without arguments: {first_line(cause)}",
+                hint=f"pass an instance: {backend.__name__}(...)",
+            ) from cause
     if not isinstance(backend, Backend):
         wanted = ("name", "available", "build", "load", "environment")
         missing = [member for member in wanted if not hasattr(backend, member)]

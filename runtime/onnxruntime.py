@@ -35,7 +35,7 @@ class OnnxRuntimeBackend:
             return Availability(can_build=False, can_run=False, reason=reason)
         return Availability(can_build=True, can_run=True, reason="")
 
-    def build(self, model: bytes) -> bytes:
+    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> bytes:  # noqa: ARG002 - shapes do not matter
         """Return `model` unchanged, for ORT reads it in `load`. Raises BackendError if it is not bytes."""
         return _model_bytes(model)
 

@@ -321,7 +321,7 @@ class CountingBackend:
     def available(self) -> Availability:
         return Availability(can_build=True, can_run=True, reason="")
 
-    def build(self, model: bytes) -> bytes:
+    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> bytes:
         return model
 
     def load(self, engine: Any, inputs: Mapping[str, Array], *, threads: int = 1) -> CountingRunner:

@@ -29,7 +29,7 @@ class FakeBackend:
     def available(self) -> Availability:
         return self.availability
 
-    def build(self, model: bytes) -> object:
+    def build(self, model: bytes, inputs: Mapping[str, Any] | None = None) -> object:
         return model
 
     def load(self, engine: object, inputs: Mapping[str, Any], *, threads: int = 1) -> Runner:
@@ -65,9 +65,18 @@ def test_object_without_the_methods_names_what_it_lacks() -> None:
         resolve_backend(object())  # type: ignore[arg-type]
 
 
-def test_class_instead_of_instance() -> None:
-    with pytest.raises(BackendError, match="not an instance"):
-        resolve_backend(FakeBackend)  # type: ignore[arg-type]
+def test_class_is_made_into_an_instance() -> None:
+    assert isinstance(resolve_backend(FakeBackend), FakeBackend)
+
+
+def test_class_that_wants_arguments_says_so() -> None:
+    class Remote(FakeBackend):
+        def __init__(self, address: str) -> None:
+            super().__init__(reason=address)
+
+    with pytest.raises(BackendError, match="cannot be made without arguments") as caught:
+        resolve_backend(Remote)
+    assert "Remote(...)" in str(caught.value.hint)
 
 
 def test_unavailable_backend_gives_its_reason() -> None:
