@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
@@ -147,9 +148,9 @@ class OnnxModule(nn.Module):
 
     def _enter(self, name: str, value: torch.Tensor) -> str:
         """Register under the initializer's own name as far as Python and torch allow it; returns the path."""
-        atoms = [_UNSAFE.sub("_", atom) for atom in name.split(".")]
+        atoms = [_atom(atom) for atom in name.split(".")]
         if not all(atoms):
-            atoms = [_UNSAFE.sub("_", name.replace(".", "_"))]
+            atoms = [_atom(name.replace(".", "_"))]
         owner: nn.Module = self
         for index, atom in enumerate(atoms[:-1]):
             while hasattr(owner, atom) and atom not in owner._modules:
@@ -166,6 +167,12 @@ class OnnxModule(nn.Module):
         else:
             owner.register_buffer(leaf, value)
         return ".".join([*atoms[:-1], leaf])
+
+
+def _atom(name: str) -> str:
+    """One name that Python takes behind a dot, and for a variable of the code that fx writes."""
+    safe = _UNSAFE.sub("_", name)
+    return f"{safe}_" if keyword.iskeyword(safe) or safe == "self" else safe
 
 
 def unsupported(graph: gs.Graph, opset: int) -> dict[str, list[str]]:

@@ -188,6 +188,11 @@ def _squeeze(call: OnnxCall) -> Sizes:
     return Sizes(np.asarray(squeezed, dtype=object).reshape(np.shape(squeezed)), call.dtype(0))
 
 
+@builds_sizes("Transpose")
+def _transpose(call: OnnxCall) -> Sizes:
+    return Sizes(np.transpose(call.known(0), call.attr("perm")), call.dtype(0))
+
+
 @builds_sizes("Reshape")
 def _reshape(call: OnnxCall) -> Sizes:
     values, target = call.known(0), [int(s) for s in call.sizes(1)]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from foldcut.compiler.errors import CaptureError
 from foldcut.compiler.export import save_onnx, to_onnx
-from foldcut.compiler.onnx_import import import_onnx
+from foldcut.compiler.onnx_import import _agrees, import_onnx
 from foldcut.compiler.onnx_session import reference_session, run_reference
-from foldcut.compiler.program import Program
+from foldcut.compiler.program import Program, is_call
+from foldcut.compiler.verify import Difference
 from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
@@ -349,3 +350,55 @@ def test_a_file_newer_than_onnx_runtime_is_checked_by_onnxs_own_evaluator(monkey
     x = torch.randn(4, 3)
     assert torch.allclose(program(x), x.exp())
     assert isinstance(reference_session(model.SerializeToString()), ReferenceEvaluator)
+
+
+def test_paddings_worked_out_from_the_shape_are_followed() -> None:
+    """As the older exporter writes functional.pad: zeros in front, pairs turned round, reshaped, transposed."""
+    source = model(
+        """s = Shape (x) two = Constant <value_ints = [2]> () w = Gather (s, two)
+        five = Constant <value_ints = [5]> () rest = Mod (w, five) missing = Sub (five, rest)
+        zero = Constant <value_ints = [0]> () last = Concat <axis = 0> (zero, missing)
+        four = Constant <value_ints = [4]> () front = ConstantOfShape <value = int64[1] {0}> (four)
+        all = Concat <axis = 0> (last, front) pairs_shape = Constant <value_ints = [-1, 2]> ()
+        pairs = Reshape (all, pairs_shape)
+        from = Constant <value_ints = [-1]> () to = Constant <value_ints = [-9223372036854775807]> ()
+        reversed = Slice (pairs, from, to, zero, from) turned = Transpose <perm = [1, 0]> (reversed)
+        flat = Reshape (turned, from) pads = Cast <to = 7> (flat)
+        y = Pad (x, pads)""",
+        "float[n, 3, m] y",
+        inputs="float[n, 3, 7] x",
+    )
+    program = import_onnx(source)
+    assert not any(is_call(node, torch.ops.foldcut.onnx_node) for node in program.graph.nodes)
+    assert program.outputs[0].shape[1:] == (3, 10)
+    assert_equal(program, source, rows(2, 3, 7))
+
+
+@pytest.mark.parametrize(
+    ("factor", "relative", "agrees"),
+    [(1.0, 5e-5, True), (1.0, 5e-4, False), (1e4, 5e-4, True), (1e4, 5e-2, False), (1e4, float("nan"), False)],
+)
+def test_only_rounding_counts_as_agreement(factor: float, relative: float, agrees: bool) -> None:
+    """Sin of a large multiple makes much of the last digits of its input; the factor says how much."""
+    program = import_onnx(
+        model(f"f = Constant <value_floats = [{factor}]> () a = Mul (x, f) y = Sin (a)", "float[n, 4] y")
+    )
+    difference = Difference(absolute=relative, relative=relative, cosine=1.0)
+    assert _agrees(program, (rows(8, 4),), difference, 1e-4) is agrees
+
+
+def test_another_structure_never_agrees() -> None:
+    program = import_onnx(model("y = Sin (x)", "float[n, 4] y"))
+    difference = Difference(absolute=0.0, relative=0.0, cosine=1.0, same_structure=False)
+    assert not _agrees(program, (rows(8, 4),), difference, 1e-4)
+
+
+@pytest.mark.parametrize("word", ["from", "None", "class", "self", "torch", "inf", "device", "aten"])
+def test_words_of_python_are_names_like_any_other(word: str) -> None:
+    source = model(
+        f"{word}_ = Mul (x, {word}) y = MatMul ({word}_, w)", "float[n, 2] y", weights={word: (4,), "w": (4, 2)}
+    )
+    assert_equal(import_onnx(source), source, rows(3, 4))
+    named = model("y = MatMul (x, w)", "float[n, 2] y", weights={"w": (4, 2)})
+    named.graph.input[0].name = named.graph.node[0].input[0] = word
+    assert_equal(import_onnx(named), named, rows(3, 4))
