@@ -134,7 +134,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             clock=clock,
             progress=show,
         )
-    result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, options, messages))
+    result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages))
     if not outcome.met:
         raise GoalError(
             _unmet(goal, outcome),
@@ -248,9 +248,9 @@ def _report(
     samples: CalibrationSet,
     goal: Goal,
     backend: Backend,
-    options: PipelineSettings,
     messages: Sequence[str],
 ) -> Report:
+    options = outcome.settings
     macs, parameters = cost_report(outcome)
     latency = outcome.measurement.to_dict(samples=False)
     environment = latency.pop("environment", {})
@@ -267,6 +267,7 @@ def _report(
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.rejects],
         groups=_groups(outcome),
+        multiple_of=None if outcome.provenance is None else options.channels.limits.multiple_of,
         onnx_difference=outcome.onnx_difference,
         calibration={
             "samples": len(samples),

@@ -16,6 +16,7 @@ from .calibration_set import CalibrationSet
 from .channel_budget import ChannelLimits, MacsModel, allocate, free_groups, uniform_counts
 from .cost import program_cost
 from .errors import GoalError, PlanError, Reject
+from .latency_probe import LatencyProbe
 from .plan import ChannelGoal, Channels, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, silent
@@ -35,12 +36,14 @@ WEIGHING_MACS = 2 * 10**12
 class ChannelSettings:
     """How channels are chosen: limits, the paper's variant, whether a layer that feeds a residual addition is solved
     for the stream behind it (`stream_target`) or for its own output, and whether the layers that are left are solved
-    once more and refined together after the cut (`polish`)."""
+    once more and refined together after the cut (`polish`). `on_lattice` takes the multiple that channel counts go to
+    from the backend (`probe_lattice`), in place of `limits.multiple_of`; the cut then depends on the machine."""
 
     limits: ChannelLimits = field(default_factory=ChannelLimits)
     variant: Variant = "asymmetric"
     stream_target: bool = True
     polish: bool = True
+    on_lattice: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,14 @@ class ChannelCut:
     rejects: tuple[Reject, ...]
     errors: Mapping[str, float]
     met: bool
+
+
+def on_lattice(settings: ChannelSettings, probe: LatencyProbe, progress: Progress = silent) -> ChannelSettings:
+    """The settings with the multiple of the backend's lattice, where they ask for it. Raises BackendError."""
+    if not settings.on_lattice:
+        return settings
+    multiple = probe.lattice(progress=progress).multiple_for(probe.program)
+    return replace(settings, limits=replace(settings.limits, multiple_of=multiple))
 
 
 def cut_channels(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -23,6 +24,7 @@ from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
 from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
+from .cli_measure import MeasureWish, measure_files, read_sizes, show_measured
 from .cli_tables import describe, show_comparison, show_groups, show_regions, show_report
 from .edit_folds import fold_parameters
 from .errors import CaptureError, CompilerError, GoalError
@@ -30,6 +32,7 @@ from .model_source import load_model
 from .onnx_compare import compare_onnx, random_samples
 from .pipeline import PipelineSettings
 from .plan import Blocks, Channels, Goal, Latency, Macs
+from .progress import rich_progress, silent
 
 app = typer.Typer(
     name="foldcut",
@@ -73,7 +76,10 @@ def compile_command(
     rewrites: Annotated[
         str | None, typer.Option(help="Rewrites that may be used: drop_blocks, prune_channels, or both with a comma.")
     ] = None,
-    multiple_of: Annotated[int, typer.Option(help="Pruned channel counts go to multiples of this.")] = 8,
+    multiple_of: Annotated[
+        str,
+        typer.Option(metavar="N", help="Pruned channel counts go to multiples of this; `lattice` asks the backend."),
+    ] = "8",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Unit group (a pattern) or output whose channels stay; may be repeated.")
     ] = None,
@@ -183,38 +189,41 @@ def measure(
     before: Annotated[Path, typer.Argument(help="ONNX file of the original.")],
     after: Annotated[Path, typer.Argument(help="ONNX file to compare with it.")],
     backend: Annotated[str, typer.Option(help="Where to run.")] = "onnxruntime",
-    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(help="Batch size; without it 1, or the batch that a file fixes.", show_default=False)
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of inputs and order.")] = 0,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Real inputs: .npy, .npz (one array for each input), .pt or a folder of images.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="Size of a dynamic dimension; may be repeated.")
+    ] = None,
+    self_check: Annotated[bool, typer.Option("--self-check", help="First measure BEFORE against itself.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs and of the order.")] = 0,
+    samples: Annotated[bool, typer.Option("--samples", help="With --json: every pair as well.")] = False,
     as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure AFTER against BEFORE in interleaved pairs; ratio = after / before."""
 
     def work() -> None:
-        from ..runtime.backend import resolve_backend
-        from ..runtime.measure import measure_pair
-        from ..runtime.onnxruntime import random_inputs
-
-        engine = resolve_backend(backend)
-        models = [_read(path) for path in (before, after)]
-        inputs = random_inputs(models[0], batch, seed)
-        runners = [engine.load(engine.build(model, inputs), inputs, threads=threads) for model in models]
-        result = measure_pair(*runners, seed=seed, environment=engine.environment())
-        for runner in runners:
-            runner.close()
+        wish = MeasureWish(
+            backend=backend,
+            batch=batch,
+            threads=threads,
+            seed=seed,
+            inputs=inputs,
+            sizes=read_sizes(dim or []),
+            self_check=self_check,
+        )
+        with nullcontext(silent) if as_json or quiet else rich_progress() as progress:
+            found = measure_files(before, after, wish, progress=progress)
         if as_json:
-            print(json.dumps(result.to_dict(samples=False)))
-            return
-        out.print(
-            f"before {result.before_ms:.3f} ms  after {result.after_ms:.3f} ms  ({result.clock}, {result.pairs} pairs)",
-            highlight=False,
-        )
-        verdict = "faster" if result.faster else "slower" if result.slower else "no difference that can be claimed"
-        out.print(
-            f"ratio x{result.ratio:.3f}   95 %: {result.low:.3f} to {result.high:.3f}   {verdict}",
-            highlight=False,
-        )
+            print(json.dumps(found.to_dict(samples=samples)))
+        else:
+            show_measured(found, out)
 
     _guarded(work, debug=debug)
 
@@ -284,9 +293,14 @@ def _goal(latency: float | None, blocks: int | None, keep: float | None, macs: f
     return given[0]
 
 
-def _settings(multiple_of: int, ignore: list[str]) -> PipelineSettings:
-    limits = ChannelLimits(multiple_of=multiple_of, ignore=tuple(ignore))
-    return PipelineSettings(channels=ChannelSettings(limits=limits))
+def _settings(multiple_of: str, ignore: list[str]) -> PipelineSettings:
+    lattice = multiple_of == "lattice"
+    try:
+        multiple = ChannelLimits().multiple_of if lattice else int(multiple_of)
+    except ValueError:
+        raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
+    limits = ChannelLimits(multiple_of=multiple, ignore=tuple(ignore))
+    return PipelineSettings(channels=ChannelSettings(limits=limits, on_lattice=lattice))
 
 
 def _example(model: Model, shape: str | None, calib: Path | None) -> Any:
@@ -306,13 +320,6 @@ def _sizes(shape: str) -> list[int]:
         return [int(s) for s in shape.split(",")]
     except ValueError:
         raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers such as 3,224,224") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as cause:
-        raise CompilerError(f"cannot read {path}: {cause.strerror}", hint="give the path of an ONNX file") from cause
 
 
 def _floats(text: str) -> tuple[float, ...]:

@@ -9,8 +9,10 @@ import numpy as np
 
 from ..passes.drop_blocks import drop_blocks
 from ..runtime.backend import Array, Backend, Runner
+from ..runtime.lattice import Lattice, probe_lattice
 from ..runtime.measure import measure_pair, measure_savings
 from ..runtime.measurement import Measurement
+from ..runtime.measurement_cache import MeasurementCache, default_folder
 from .calibration_set import CalibrationSet
 from .export import to_onnx
 from .onnx_bypass import onnx_without
@@ -40,6 +42,7 @@ class LatencyProbe:
         self.program = program
         self.model = model
         self.backend = backend
+        self.batch = batch
         self.threads = threads
         self.seed = seed
         self.inputs = example_inputs(program, samples, batch)
@@ -82,11 +85,19 @@ class LatencyProbe:
         finally:
             variant.close()
 
+    def lattice(self, *, progress: Progress = silent) -> Lattice:
+        """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""
+        cache = MeasurementCache(default_folder())
+        return probe_lattice(
+            self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed, progress=progress
+        )
+
     def final(self, model: bytes) -> Measurement:
         """The finished model against the original, with the narrowest interval that is worth its time."""
         runner = self.load(model)
         try:
-            return measure_pair(self.original, runner, seed=self.seed, environment=self.backend.environment())
+            environment = {**self.backend.environment(), "threads": self.threads, "batch": self.batch}
+            return measure_pair(self.original, runner, seed=self.seed, environment=environment)
         finally:
             runner.close()
 

@@ -105,8 +105,8 @@ def import_onnx(
 
 
 def _agrees(program: Program, arguments: Sequence[torch.Tensor], difference: Difference, tolerance: float) -> bool:
-    """Whether the difference is rounding: within the tolerance, or no more than what the network makes of a change of its
-    inputs in the last digits. Deep networks with untrained weights can make a hundred times that of it."""
+    """Whether the difference is rounding: within the tolerance, or no more than what the network makes of a change of
+    its inputs in the last digits. Deep networks with untrained weights can make a hundred times that of it."""
     if difference.relative <= tolerance:
         return difference.same_structure
     if not difference.relative <= MOST_ROUNDING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..passes.targets import Kept
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
-from .channel_pipeline import ChannelSettings, cut_channels
+from .channel_pipeline import ChannelSettings, cut_channels, on_lattice
 from .cost import program_cost
 from .errors import ExportError, GoalError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
@@ -74,7 +74,8 @@ class Rewritten:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way."""
+    """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way. `settings`
+    are those used, with what the backend said about them."""
 
     teacher: Program
     program: Program
@@ -88,6 +89,7 @@ class Outcome:
     onnx: bytes
     pt2: bytes
     onnx_difference: float
+    settings: PipelineSettings
     clock: StageClock
 
 
@@ -132,6 +134,8 @@ def run_pipeline(
             choice = choose(teacher, analysis, fit, goal, probe, settings=settings, clock=clock, progress=progress)
             rewritten = _dropped(teacher, analysis, choice, fit, held_out, goal, settings, clock, progress)
         else:
+            with clock.stage("probe lattice"):
+                settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
             rewritten = _pruned(teacher, fit, held_out, goal, settings, clock, progress)
         return _finish(teacher, rewritten, fit, held_out, goal, probe, settings, clock, progress)
     finally:
@@ -312,6 +316,7 @@ def _finish(
         onnx=onnx,
         pt2=pt2,
         onnx_difference=difference,
+        settings=settings,
         clock=clock,
     )
 

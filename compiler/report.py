@@ -16,7 +16,8 @@ class Report:
 
     `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
     and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
-    samples at each stage and at the end; `groups` the unit groups, kept and total, where channels were pruned;
+    samples at each stage and at the end; `groups` the unit groups, kept and total, and `multiple_of` what channel
+    counts went to multiples of, where channels were pruned;
     `seconds` wall and CPU seconds per stage.
     """
 
@@ -38,6 +39,7 @@ class Report:
     seed: int
     warnings: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
+    multiple_of: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -55,6 +57,7 @@ class Report:
             "decisions": [dict(d) for d in self.decisions],
             "rejects": list(self.rejects),
             "groups": [dict(g) for g in self.groups],
+            "multiple_of": self.multiple_of,
             "onnx_difference": self.onnx_difference,
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),

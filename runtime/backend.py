@@ -95,6 +95,8 @@ class Backend(Protocol):
 #: Name -> (module of this package, class): naming a backend does not import the others.
 _BUILTIN: dict[str, tuple[str, str]] = {
     "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),
+    "onnxruntime-cuda": (".onnxruntime", "OnnxRuntimeCudaBackend"),
+    "onnxruntime-tensorrt": (".onnxruntime", "OnnxRuntimeTensorRTBackend"),
     "openvino": (".openvino", "OpenVinoBackend"),
     "tensorrt": (".tensorrt", "TensorRTBackend"),
     "torch": (".torch_eager", "TorchBackend"),
@@ -137,13 +139,7 @@ def _by_name(name: str) -> Backend:
 
 def _checked(backend: object) -> Backend:
     if isinstance(backend, type):
-        try:
-            backend = backend()
-        except TypeError as cause:
-            raise BackendError(
-                f"the class {backend.__name__} cannot be made without arguments: {first_line(cause)}",
-                hint=f"pass an instance: {backend.__name__}(...)",
-            ) from cause
+        backend = _made(backend)
     if not isinstance(backend, Backend):
         wanted = ("name", "available", "build", "load", "environment")
         missing = [member for member in wanted if not hasattr(backend, member)]
@@ -152,6 +148,16 @@ def _checked(backend: object) -> Backend:
             hint="pass a backend's name, or an object with the methods of foldcut.runtime.backend.Backend",
         )
     return backend
+
+
+def _made(kind: type) -> object:
+    try:
+        return kind()
+    except TypeError as cause:
+        raise BackendError(
+            f"the class {kind.__name__} cannot be made without arguments: {first_line(cause)}",
+            hint=f"pass an instance: {kind.__name__}(...)",
+        ) from cause
 
 
 def check_threads(threads: int) -> None:

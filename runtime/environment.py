@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -41,8 +43,25 @@ def cpus_available() -> int:
     return os.cpu_count() or 1
 
 
+def version_tuple(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, (2026, 4) of ``2026.4.1-22982-e213a147257``: enough to compare."""
+    numbers = []
+    for part in version.split("-")[0].split("+")[0].split(".")[:2]:
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
 def _load_1min() -> str:
     try:
         return f"{os.getloadavg()[0]:.2f}"
     except (OSError, AttributeError):
         return ""
+
+
+def lasting(environment: Mapping[str, str | int]) -> str:
+    """The part of an environment that a measurement can be looked up by again: without the load of the moment and
+    Python's version, sorted, as text."""
+    passing = {"load_1min", "python", "batch", "threads"}
+    return json.dumps({key: environment[key] for key in sorted(environment) if key not in passing})

@@ -1,15 +1,38 @@
-"""A model's inputs as a session declares them: checked against arrays, or filled with random values."""
+"""What goes into a backend: the bytes of an ONNX file, and arrays for the inputs that it declares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compiler.errors import BackendError
+from ..compiler.errors import BackendError, CompilerError, first_line
+from ..compiler.onnx_file import tensors
+from ..compiler.onnx_signature import OnnxSignature, OnnxValue
 from .backend import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+#: ONNX Runtime's names of element types, by their number in ONNX (TensorProto.DataType).
+_ELEMENTS = {
+    1: "float",
+    2: "uint8",
+    3: "int8",
+    4: "uint16",
+    5: "int16",
+    6: "int32",
+    7: "int64",
+    8: "string",
+    9: "bool",
+    10: "float16",
+    11: "double",
+    12: "uint32",
+    13: "uint64",
+    16: "bfloat16",
+}
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -24,13 +47,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 class InputSpec:
     """One input. A dimension is a size, or if dynamic its name, or None where it has no name.
 
-    `dtype` is None when numpy has no such type (strings, bfloat16); `declared` is ORT's name of it.
+    `dtype` is None when numpy has no such type (strings, bfloat16); `declared` is ORT's name of it. An empty `shape`
+    is a rank that is not known, unless `scalar` says that there are no dimensions.
     """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: np.dtype[Any] | None
     declared: str
+    scalar: bool = False
 
     def dimension_name(self, axis: int) -> str:
         """Name the dimension at `axis`: its own name, or ``input.axis`` where it has none."""
@@ -80,6 +105,80 @@ def session_specs(session: Any) -> tuple[InputSpec, ...]:
     )
 
 
+def model_specs(model: bytes) -> tuple[InputSpec, ...]:
+    """Read the inputs that ONNX bytes declare, those that nothing reads included, in the model's order.
+
+    Raises BackendError: the bytes are no ONNX model, or its weights lie in other files (a backend that gets bytes would
+    look for them wherever the model says).
+    """
+    import onnx
+
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(model)
+        outside = next((t.name for t in _all_tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL), None)
+    except CompilerError as cause:
+        raise BackendError(cause.message, actual=cause.actual, hint=cause.hint) from cause
+    except Exception as cause:  # protobuf's DecodeError, and whatever else a broken message raises
+        raise BackendError(
+            f"not an ONNX model: {first_line(cause)}", hint="the file is truncated, damaged or of another format"
+        ) from cause
+    if not proto.graph.output:
+        raise BackendError("not an ONNX model: it has no outputs", hint="the file is damaged or of another format")
+    if outside is not None:
+        raise BackendError(
+            f"the weights of '{outside}' lie outside the model",
+            hint="load them first: onnx.load(path).SerializeToString(); this holds up to 2 GB",
+        )
+    return tuple(map(_value_spec, OnnxSignature.of(proto).inputs))
+
+
+def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    import onnx
+
+    yield from tensors(model.graph)
+    for function in model.functions:
+        yield from tensors(onnx.GraphProto(node=function.node))
+
+
+def _value_spec(value: OnnxValue) -> InputSpec:
+    element = f"tensor({_ELEMENTS.get(value.element_type, f'ONNX type {value.element_type}')})"
+    return InputSpec(
+        name=value.name,
+        shape=value.shape or (),
+        dtype=_DTYPES.get(element),
+        declared=element,
+        scalar=value.shape == (),
+    )
+
+
+def draw_inputs(
+    specs: tuple[InputSpec, ...], batch: int = 1, seed: int = 0, *, sizes: Mapping[str, int] | None = None
+) -> dict[str, Array]:
+    """Make inputs: floats from N(0, 1), integers 0 or 1, booleans true.
+
+    A dynamic first dimension becomes `batch`, and so does every dimension of that name; a fixed one stays. Other
+    dynamic dimensions are looked up in `sizes` by name (``"height"``) or as ``"input.axis"`` (``"x.2"``), which also
+    overrides `batch`. Raises BackendError: a size is missing or below 1, or a dtype is not numeric.
+    """
+    firsts = [spec.dimension_name(0) for spec in specs if spec.shape and not isinstance(spec.shape[0], int)]
+    known = {**dict.fromkeys(firsts, batch), **(sizes or {})}
+    generator = np.random.default_rng(seed)
+    return {spec.name: spec.random(generator, known) for spec in specs}
+
+
+def onnx_bytes(model: object, reader: str) -> bytes:
+    """Return `model` as bytes. Raises BackendError, which names the `reader`, if it is something else."""
+    if not isinstance(model, (bytes, bytearray, memoryview)):
+        raise BackendError(
+            f"{reader} builds from the bytes of an ONNX file",
+            expected="bytes",
+            actual=type(model).__name__,
+            hint="pass Path(file).read_bytes() or model_proto.SerializeToString()",
+        )
+    return bytes(model)
+
+
 def check_inputs(specs: tuple[InputSpec, ...], inputs: Mapping[str, Array]) -> None:
     """Raise BackendError unless `inputs` has exactly the declared names, dtypes and shapes."""
     names = [spec.name for spec in specs]
@@ -108,7 +207,7 @@ def _check_array(spec: InputSpec, array: Array) -> None:
             actual=array.dtype,
             hint="cast the array" if spec.dtype else "numpy has no such type: let the model cast its input",
         )
-    if not spec.shape:
+    if not spec.shape and not spec.scalar:
         return  # ORT writes a scalar and an unknown rank alike; its own check comes with the first run
     fits = len(array.shape) == len(spec.shape) and all(
         not isinstance(dimension, int) or dimension == size

@@ -23,6 +23,9 @@ Environment = Mapping[str, str | int]
 # The range of n samples covers their median with probability 1 - 2 ** (1 - n): 6 is the first to reach 95 %.
 _FEWEST_PAIRS = 6
 _CHECK_EVERY = 4  # pairs; even, so that both orders have been timed equally often whenever it stops
+_BLOCK_MS = 10.0
+# What trtexec does by default: a GPU's clocks take a while to settle. Here for all networks of a measurement together.
+_DEVICE_MS = 3000.0
 _CONTENDED_WALL_PER_CPU = 1.2
 _CONTENDED_SPREAD = 0.15  # an idle machine shows 0.02 or so on either clock
 
@@ -34,7 +37,7 @@ def measure_pair(
     min_pairs: int = 20,
     max_pairs: int = 200,
     target_halfwidth: float = 0.01,
-    min_block_ms: float = 10.0,
+    min_block_ms: float | None = None,
     warmup_ms: float = 200.0,
     max_seconds: float = 60.0,
     seed: int = 0,
@@ -44,11 +47,12 @@ def measure_pair(
     """Measure the latency of `after` as a ratio to `before`, with a 95 % interval.
 
     Both are warmed up for `warmup_ms` each, then timed in turns in blocks of at least `min_block_ms`, in
-    an order that reverses from pair to pair (ABBA), which cancels a steady drift. It stops at the first
-    check (every 4 pairs, from `min_pairs` on) where the interval's half width, relative to the ratio, is
-    at most `target_halfwidth`; at `max_pairs`; or after `max_seconds`, warm-up included, but not before 6
-    pairs. `environment` (a backend's `environment()`) is kept with the result; by default it is the
-    host's. `progress` gets the result so far at each check, and ends the measurement by raising.
+    an order that reverses from pair to pair (ABBA), which cancels a steady drift. By default a block is 10 ms,
+    on the clock ``cuda`` so long that `min_pairs` last about 3 s. It stops at the first check (every 4 pairs, from
+    `min_pairs` on) where the interval's half width, relative to the ratio, is at most `target_halfwidth`; at
+    `max_pairs`; or after `max_seconds`, warm-up included, but not before 6 pairs. `environment` (a backend's
+    `environment()`, with threads and batch) is kept with the result; by default it is the host's. `progress`
+    gets the result so far every 4 pairs, and ends the measurement by raising.
 
     Biased: stopping on the width that the same samples gave favours samples that look calm by chance; in
     simulation the interval held the true ratio in 92 to 93 % of runs, under normal and under heavy-tailed
@@ -59,12 +63,12 @@ def measure_pair(
     _check_counts(min_pairs, max_pairs)
     _check_positive(target_halfwidth=target_halfwidth, max_seconds=max_seconds)
     deadline = time.perf_counter() + max_seconds
-    rounds = _Rounds((before, after), min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=seed)
+    rounds = _Rounds((before, after), min_pairs, min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=seed)
     known = dict(host_environment() if environment is None else environment)
     while True:
         rounds.time_round()
         out_of_time = time.perf_counter() >= deadline and rounds.count >= min(_FEWEST_PAIRS, min_pairs)
-        if not (_is_check(rounds.count, min_pairs) or out_of_time or rounds.count == max_pairs):
+        if not (rounds.count % _CHECK_EVERY == 0 or out_of_time or rounds.count == max_pairs):
             continue
         result = rounds.compare(0, 1, seed=seed, environment=known)
         if progress is not None:
@@ -79,7 +83,7 @@ def measure_savings(
     variants: Sequence[Runner],
     *,
     pairs: int = 12,
-    min_block_ms: float = 10.0,
+    min_block_ms: float | None = None,
     warmup_ms: float = 50.0,
     seed: int = 0,
     environment: Environment | None = None,
@@ -89,8 +93,8 @@ def measure_savings(
 
     In each of `pairs` rounds every network is timed once; the order is drawn anew every second round and
     reversed in between. Cheaper than one `measure_pair` for each, since the reference is timed once per
-    round. All of `variants` stay loaded together, so mind the memory. `progress` gets (rounds done,
-    rounds in all).
+    round. All of `variants` stay loaded together, so mind the memory. Blocks last as in `measure_pair`.
+    `progress` gets (rounds done, rounds in all).
 
     Biased: the measurements share the reference's samples, so their errors go together (a ranking gains
     by that, a sum does not); and of many variants the one that looks fastest looks faster than it is.
@@ -100,7 +104,8 @@ def measure_savings(
     _check_counts(pairs, pairs)
     if not variants:
         return ()
-    rounds = _Rounds((reference, *variants), min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=seed)
+    runners = (reference, *variants)
+    rounds = _Rounds(runners, pairs, min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=seed)
     for done in range(1, pairs + 1):
         rounds.time_round()
         if progress is not None:
@@ -109,7 +114,9 @@ def measure_savings(
     return tuple(rounds.compare(0, index, seed=seed, environment=known) for index in range(1, len(variants) + 1))
 
 
-def measure_single(runner: Runner, *, samples: int = 20, min_block_ms: float = 10.0, warmup_ms: float = 200.0) -> float:
+def measure_single(
+    runner: Runner, *, samples: int = 20, min_block_ms: float | None = None, warmup_ms: float = 200.0
+) -> float:
     """Return the median time of one inference in milliseconds, on the runner's clock.
 
     Biased by whatever the machine does meanwhile: two such numbers taken apart differ by 10 % for one and
@@ -117,26 +124,41 @@ def measure_single(runner: Runner, *, samples: int = 20, min_block_ms: float = 1
     Raises BackendError if the clock does not move; ValueError for an option out of range.
     """
     _check_counts(samples, samples)
-    rounds = _Rounds((runner,), min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=0)
+    rounds = _Rounds((runner,), samples, min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=0)
     for _ in range(samples):
         rounds.time_round()
     return float(np.median(rounds.times_ms[0]))
 
 
 def self_check(
-    make_runner: Callable[[], Runner], *, tolerance: float = 0.02, max_seconds: float = 30.0, seed: int = 0
+    make_runner: Callable[[], Runner],
+    *,
+    tolerance: float = 0.02,
+    max_seconds: float = 30.0,
+    seed: int = 0,
+    environment: Environment | None = None,
+    progress: Callable[[Measurement], None] | None = None,
 ) -> Measurement:
     """Measure a network against a second copy of itself: the ratio must be 1 within `tolerance`.
 
-    It shows what this machine can resolve at present. Both runners are closed. Raises BackendError if the
-    ratio is further from 1, for then no difference of that size can be believed.
+    It shows what this machine can resolve at present. Both runners are closed. `environment` and `progress` are
+    those of `measure_pair`. Raises BackendError if the ratio is further from 1, for then no difference of that size
+    can be believed.
     """
     _check_positive(tolerance=tolerance)
     first = make_runner()
     try:
         second = make_runner()
         try:
-            result = measure_pair(first, second, target_halfwidth=tolerance / 2, max_seconds=max_seconds, seed=seed)
+            result = measure_pair(
+                first,
+                second,
+                target_halfwidth=tolerance / 2,
+                max_seconds=max_seconds,
+                seed=seed,
+                environment=environment,
+                progress=progress,
+            )
         finally:
             second.close()
     finally:
@@ -152,10 +174,12 @@ def self_check(
 
 
 class _Rounds:
-    """Times a group of runners in turns: round by round, one block each."""
+    """Times a group of runners in turns: round by round, one block each, `rounds` times at least."""
 
-    def __init__(self, runners: Sequence[Runner], *, min_block_ms: float, warmup_ms: float, seed: int) -> None:
-        if min_block_ms < 0 or warmup_ms < 0:
+    def __init__(
+        self, runners: Sequence[Runner], rounds: int, *, min_block_ms: float | None, warmup_ms: float, seed: int
+    ) -> None:
+        if (min_block_ms is not None and min_block_ms < 0) or warmup_ms < 0:
             raise ValueError("min_block_ms and warmup_ms must not be negative")
         clocks = sorted({runner.clock for runner in runners})
         if len(clocks) > 1:
@@ -165,6 +189,9 @@ class _Rounds:
                 actual=", ".join(clocks),
                 hint="load all of them with the same backend and the same number of threads",
             )
+        if min_block_ms is None:
+            on_device = clocks == ["cuda"]
+            min_block_ms = max(_BLOCK_MS, _DEVICE_MS / (rounds * len(runners))) if on_device else _BLOCK_MS
         for runner in runners:
             warm_up(runner, warmup_ms)
         self._runners = tuple(runners)
@@ -223,10 +250,6 @@ def _orders(count: int, seed: int) -> Iterator[tuple[int, ...]]:
         order = tuple(generator.permutation(count).tolist())
         yield order
         yield order[::-1]
-
-
-def _is_check(pairs: int, min_pairs: int) -> bool:
-    return pairs >= min_pairs and pairs % _CHECK_EVERY == 0
 
 
 def _check_counts(fewest: int, most: int) -> None:

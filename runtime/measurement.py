@@ -48,6 +48,11 @@ class Measurement:
         """Whether to claim that `after` is slower: the interval excludes 1 and the loss is at least 2 %."""
         return self.low > 1 and self.ratio >= 1 + _LEAST_CLAIM
 
+    @property
+    def verdict(self) -> str:
+        """What may be claimed, in words."""
+        return "faster" if self.faster else "slower" if self.slower else "no difference that can be claimed"
+
     def to_dict(self, samples: bool = True) -> dict[str, object]:
         """Return the fields as JSON-able values; ``samples=False`` leaves the samples out."""
         fields: dict[str, object] = asdict(self)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, set up so that latency repeats: one thread, no spinning, bound buffers."""
+"""ONNX Runtime, set up so that latency repeats: one thread, no spinning, buffers bound on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import numpy as np
 from ..compiler.errors import BackendError, first_line
 from .backend import Array, Availability, Clock, Runner, check_threads
 from .environment import host_environment
-from .inputs import InputSpec, check_inputs, session_specs
+from .inputs import check_inputs, draw_inputs, onnx_bytes, session_specs
+from .onnxruntime_provider import (
+    Provider,
+    check_used,
+    cuda_devices,
+    provider_availability,
+    provider_libraries,
+    setup_of,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -19,82 +27,113 @@ _FATAL_ONLY = 4  # refusals reach the caller as exceptions, so nothing needs pri
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime's CPU provider. Its engine is the ONNX bytes: ORT optimises them as it loads."""
+    """ONNX Runtime on the CPU, or with its CUDA or TensorRT provider. Its engine is the ONNX bytes: ORT optimises them
+    as it loads. The GPU providers have not been run yet."""
+
+    def __init__(self, provider: Provider = "cpu") -> None:
+        self._provider: Provider = provider
+        self._setup = setup_of(provider)
 
     @property
     def name(self) -> str:
-        """``onnxruntime``."""
-        return "onnxruntime"
+        """``onnxruntime``, ``onnxruntime-cuda`` or ``onnxruntime-tensorrt``."""
+        return self._setup.backend
 
     def available(self) -> Availability:
-        """Say whether `onnxruntime` imports here."""
-        try:
-            import onnxruntime  # noqa: F401
-        except ImportError as error:
-            reason = f"pip install onnxruntime ({first_line(error)})"
-            return Availability(can_build=False, can_run=False, reason=reason)
-        return Availability(can_build=True, can_run=True, reason="")
+        """Say whether `onnxruntime` imports here, has the provider, and finds its device."""
+        return provider_availability(self._setup)
 
     def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> bytes:  # noqa: ARG002 - shapes do not matter
         """Return `model` unchanged, for ORT reads it in `load`. Raises BackendError if it is not bytes."""
-        return _model_bytes(model)
+        return onnx_bytes(model, "ONNX Runtime")
 
     def load(self, engine: object, inputs: Mapping[str, Array], *, threads: int = 1) -> Runner:
         """Optimise the model, copy and bind `inputs`, and run it once, so that faults show here.
 
-        Raises BackendError: ORT refuses the model, the inputs' names, dtypes or shapes are not the
-        model's, or the first inference fails. Models with external data or above 2 GB are refused by ORT.
+        Raises BackendError: ORT refuses the model or falls back to another provider, the inputs' names, dtypes or
+        shapes are not the model's, or the first inference fails. Models with external data or above 2 GB are refused
+        by ORT.
         """
         check_threads(threads)
-        session = create_session(_model_bytes(engine), threads=threads)
+        session = create_session(onnx_bytes(engine, "ONNX Runtime"), threads=threads, provider=self._provider)
         check_inputs(session_specs(session), inputs)
-        return OnnxRuntimeRunner(session, inputs, clock="thread_cpu" if threads == 1 else "wall")
+        # A GPU is waited for in run(), which takes the calling thread next to no CPU time.
+        on_thread = threads == 1 and self._setup.device == "cpu"
+        clock: Clock = "thread_cpu" if on_thread else "wall"
+        return OnnxRuntimeRunner(session, inputs, clock=clock, device=self._setup.device)
 
     def environment(self) -> dict[str, str | int]:
-        """Describe the host, and ORT's version and provider."""
+        """Describe the host, ORT's version and provider, and the GPU where it uses one."""
         import onnxruntime
 
+        gpu = {"gpu": ", ".join(cuda_devices()[:1])} if self._setup.device == "cuda" else {}
         return {
             **host_environment(),
             "backend": self.name,
             "onnxruntime": onnxruntime.__version__,
-            "provider": "CPUExecutionProvider",
+            "provider": self._setup.provider,
+            **gpu,
         }
+
+
+class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
+    """ONNX Runtime with the CUDA provider."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+
+
+class OnnxRuntimeTensorRTBackend(OnnxRuntimeBackend):
+    """ONNX Runtime with the TensorRT provider."""
+
+    def __init__(self) -> None:
+        super().__init__("tensorrt")
 
 
 class OnnxRuntimeRunner:
     """A session with inputs and outputs bound. Made by `OnnxRuntimeBackend.load`; runs once when made."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Array], *, clock: Clock) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Mapping[str, Array],
+        *,
+        clock: Clock,
+        device: str = "cpu",
+    ) -> None:
         import onnxruntime
 
         self._clock = clock
+        self._device = device
         self._session: Any = session
         # ORT reads a CPU array in place, so it gets a copy of its own that the caller cannot change.
         self._values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array, order="C", copy=True))
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array, order="C", copy=True), device, 0)
             for name, array in inputs.items()
         }
         self._binding: Any = session.io_binding()
         for name, value in self._values.items():
             self._binding.bind_ortvalue_input(name, value)
-        for output in session.get_outputs():
+        self._names = [output.name for output in session.get_outputs()]
+        for name in dict.fromkeys(self._names):  # a graph may return one value twice
             # Bound by device: the first run finds the shape, and later runs write the same buffer.
-            self._binding.bind_output(output.name, "cpu")
+            self._binding.bind_output(name, device, 0)
         self.run()
 
     @property
     def clock(self) -> Clock:
-        """``thread_cpu`` on one thread, where ORT computes on the calling thread, else ``wall``."""
+        """``thread_cpu`` on one CPU thread, where ORT computes on the calling thread, else ``wall``."""
         return self._clock
 
     def run(self) -> None:
-        """Run one inference. Raises BackendError if ORT fails or the runner was closed."""
+        """Run one inference and wait for its end. Raises BackendError if ORT fails or the runner was closed."""
         session, binding = self._session, self._binding
         if session is None:
             raise _closed()
         try:
             session.run_with_iobinding(binding)
+            if self._device != "cpu":
+                binding.synchronize_outputs()
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime could not run the model: {first_line(error)}",
@@ -105,7 +144,8 @@ class OnnxRuntimeRunner:
         """Copy out the outputs of the last run, in the model's order. Raises BackendError after `close`."""
         if self._session is None:
             raise _closed()
-        return tuple(np.array(array, copy=True) for array in self._binding.copy_outputs_to_cpu())
+        arrays = dict(zip(dict.fromkeys(self._names), self._binding.copy_outputs_to_cpu(), strict=True))
+        return tuple(np.array(arrays[name], copy=True) for name in self._names)
 
     def close(self) -> None:
         """Free the session and its buffers."""
@@ -114,10 +154,14 @@ class OnnxRuntimeRunner:
         self._values = {}
 
 
-def create_session(model: bytes, *, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Load ONNX bytes into a silent CPU session, fully optimised. Raises BackendError if ORT refuses."""
+def create_session(model: bytes, *, threads: int = 1, provider: Provider = "cpu") -> onnxruntime.InferenceSession:
+    """Load ONNX bytes into a silent session, fully optimised.
+
+    Raises BackendError if ORT refuses, or does not use the provider.
+    """
     import onnxruntime
 
+    setup = setup_of(provider)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -129,12 +173,15 @@ def create_session(model: bytes, *, threads: int = 1) -> onnxruntime.InferenceSe
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        with provider_libraries(setup):
+            session = onnxruntime.InferenceSession(model, options, providers=list(setup.providers), enable_fallback=0)
     except Exception as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} refused the model: {first_line(error)}",
             hint="check the file with onnx.checker; a newer opset or IR version needs a newer onnxruntime",
         ) from error
+    check_used(session, setup)
+    return session
 
 
 def random_inputs(
@@ -144,35 +191,14 @@ def random_inputs(
     *,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
-    """Make inputs for a model: floats from N(0, 1), integers 0 or 1, booleans true.
+    """Make inputs for a model as `inputs.draw_inputs` does.
 
-    0 and 1 are legal both as indices and as masks. A dynamic first dimension becomes `batch`, and so does
-    every dimension of that name; a fixed one stays. Other dynamic dimensions are looked up in `sizes` by
-    name (``"height"``) or as ``"input.axis"`` (``"x.2"``), which also overrides `batch`. Latency can depend
-    on values (denormals, data-dependent shapes): prefer real inputs.
-    Raises BackendError: a size is missing or below 1, a dtype is not numeric, or ORT refuses the model.
+    0 and 1 are legal both as indices and as masks. Latency can depend on values (denormals, data-dependent shapes):
+    prefer real inputs. Raises BackendError: a size is missing or below 1, a dtype is not numeric, or ORT refuses the
+    model.
     """
     session = create_session(bytes(model)) if isinstance(model, (bytes, bytearray)) else model
-    specs = session_specs(session)
-    known = {**_batch_sizes(specs, batch), **(sizes or {})}
-    generator = np.random.default_rng(seed)
-    return {spec.name: spec.random(generator, known) for spec in specs}
-
-
-def _batch_sizes(specs: tuple[InputSpec, ...], batch: int) -> dict[str, int]:
-    firsts = [spec.dimension_name(0) for spec in specs if spec.shape and not isinstance(spec.shape[0], int)]
-    return dict.fromkeys(firsts, batch)
-
-
-def _model_bytes(model: object) -> bytes:
-    if not isinstance(model, (bytes, bytearray, memoryview)):
-        raise BackendError(
-            "ONNX Runtime builds from the bytes of an ONNX file",
-            expected="bytes",
-            actual=type(model).__name__,
-            hint="pass Path(file).read_bytes() or model_proto.SerializeToString()",
-        )
-    return bytes(model)
+    return draw_inputs(session_specs(session), batch, seed, sizes=sizes)
 
 
 def _closed() -> BackendError:

@@ -229,6 +229,14 @@ def tokens(count: int = 2, length: int = 5, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, length, 6, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measurements are kept in a folder of the test run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLDCUT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def nets() -> SimpleNamespace:
     """The classes and helpers above."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import foldcut
+import onnx
 import pytest
 import torch
 from foldcut.compiler.cost import program_cost
@@ -145,6 +146,28 @@ def test_counts_go_to_multiples_and_keep_a_minimum(
         settings=limited(multiple_of=2, least=0.5),
     )
     assert {len(d.kept) for d in made.plan.decisions} == {4}
+
+
+def test_counts_go_to_the_lattice_of_the_backend(
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    """Its clock counts channels in fours, so of 8 channels 4 stay where 3 were asked for."""
+
+    class Fours(type(counting_backend)):  # type: ignore[misc]
+        def load(self, engine: bytes, inputs: Any, *, threads: int = 1) -> Any:
+            runner = super().load(engine, inputs, threads=threads)
+            weights = [t.dims for t in onnx.load_model_from_string(engine).graph.initializer if len(t.dims) > 1]
+            runner.time_ms = float(sum(math.prod(-(-d // 4) * 4 for d in dims[:2]) for dims in weights))
+            return runner
+
+        def environment(self) -> dict[str, str | int]:
+            return {"backend": "fours"}
+
+    settings = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(on_lattice=True))
+    made = run(residual_net, nets.images(40), Fours(), foldcut.Channels(3 / 8), settings=settings)
+    assert made.report.multiple_of == 4
+    assert {len(d.kept) for d in made.plan.decisions} == {4}
+    assert "probe lattice" in made.report.seconds
 
 
 @pytest.mark.parametrize(("low", "stands"), [(0.65, True), (0.7, True), (0.701, False)])

@@ -210,6 +210,7 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
         ((*COMPILE, "--keep", "0.5", "--rewrites", "drop_blocks"), ("reached by prune_channels", "hint")),
         ((*COMPILE, "--keep", "0.5", "--rewrites", "magic"), ("unknown rewrites",)),
         ((*COMPILE, "--keep", "0.5", "--multiple-of", "0"), ("multiple_of starts at 1",)),
+        ((*COMPILE, "--keep", "0.5", "--multiple-of", "some"), ("'some' is no number", "lattice")),
         ((*COMPILE, "--keep", "0.5", "--ignore", "x.*"), ("no unit group matches 'x.*'", "hint")),
         ((*COMPILE, "--blocks", "1", "--backend", "abacus"), ("no backend named 'abacus'", "onnxruntime", "hint")),
         ((*COMPILE, "--blocks", "1", "--batch", "0"), ("batch and threads start at 1",)),

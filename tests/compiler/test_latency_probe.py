@@ -63,7 +63,7 @@ def test_the_ratio_of_a_plan(probe: LatencyProbe, residual: Program) -> None:
 def test_the_finished_model(probe: LatencyProbe, residual: Program) -> None:
     measured = probe.final(to_onnx(bypass(residual, "relu", "relu_2")))
     assert measured.ratio == pytest.approx((ALL - 20) / ALL)
-    assert measured.environment == {"backend": "counting"}
+    assert measured.environment == {"backend": "counting", "threads": 1, "batch": 2}
     assert measured.before_ms == pytest.approx(ALL)
 
 

@@ -106,7 +106,7 @@ def test_steady_drift_cancels() -> None:
     assert measure_pair(drifting(1), drifting(0.5), **NO_WARMUP).ratio == pytest.approx(0.5, rel=1e-3)
 
 
-def test_progress_sees_each_check_and_may_end_the_measurement() -> None:
+def test_progress_sees_every_fourth_pair_and_may_end_the_measurement() -> None:
     seen: list[int] = []
 
     def stop(result: Measurement) -> None:
@@ -116,7 +116,7 @@ def test_progress_sees_each_check_and_may_end_the_measurement() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         measure_pair(noisy(10, 1, 0.5), noisy(10, 2, 0.5), progress=stop, **NO_WARMUP)
-    assert seen == [20, 24]
+    assert seen == [4, 8]
 
 
 def test_savings_are_in_the_order_of_the_variants() -> None:
@@ -163,6 +163,13 @@ def test_self_check_closes_both_and_accepts_equals() -> None:
     assert [runner.closed for runner in made] == [True, True]
 
 
+def test_self_check_keeps_the_environment_and_shows_progress() -> None:
+    seen: list[int] = []
+    result = self_check(lambda: steady(50), environment={"batch": 4}, progress=lambda part: seen.append(part.pairs))
+    assert result.environment == {"batch": 4}
+    assert seen == [4, 8, 12, 16, 20]
+
+
 def test_self_check_refuses_unequal_copies() -> None:
     made = iter([steady(50), steady(55)])
     with pytest.raises(BackendError, match="against itself") as caught:
@@ -176,6 +183,23 @@ def test_self_check_closes_the_first_when_the_second_fails() -> None:
     with pytest.raises(StopIteration):
         self_check(lambda: next(made)())
     assert first.closed
+
+
+def test_a_device_is_measured_for_three_seconds_by_default() -> None:
+    """The three functions share 3 s of device time among the blocks; one inference takes 5 ms."""
+    log: list[str] = []
+
+    def runs_per_block(measured: Callable[[list[SimulatedRunner]], object], blocks: int) -> float:
+        runners = [steady(5.0, name=name, log=log) for name in "abc"]
+        log.clear()
+        measured(runners)
+        found = log.count("a")
+        # 2 inferences of warm-up and 1, 10, ... until a block is long enough come before the blocks
+        return (found - 2 - sum(n for n in (1, 10) if n * 5 < 3000 / blocks)) / blocks
+
+    assert 3000 / 40 / 5 <= runs_per_block(lambda r: measure_pair(r[0], r[1], warmup_ms=0), 20) < 17
+    assert 3000 / 36 / 5 <= runs_per_block(lambda r: measure_savings(r[0], r[1:], warmup_ms=0), 12) < 19
+    assert 3000 / 20 / 5 <= runs_per_block(lambda r: measure_single(r[0], warmup_ms=0), 20) < 33
 
 
 def test_measurement_is_json_with_and_without_samples() -> None:
@@ -208,6 +232,7 @@ def test_what_may_be_claimed(ratio: float, low: float, high: float, faster: bool
         samples=(), environment={}, contended=False,
     )  # fmt: skip
     assert (result.faster, result.slower) == (faster, slower)
+    assert result.verdict == ("faster" if faster else "slower" if slower else "no difference that can be claimed")
 
 
 def test_different_clocks_are_refused() -> None:

@@ -1,16 +1,25 @@
 """ONNX Runtime's runner: right outputs, buffers of its own, and clear refusals."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from foldcut.compiler.errors import BackendError
-from foldcut.runtime.backend import Array, Runner
+from foldcut.runtime import onnxruntime as onnxruntime_module
+from foldcut.runtime import onnxruntime_provider as provider_module
+from foldcut.runtime.backend import Array, Runner, resolve_backend
+from foldcut.runtime.environment import version_tuple
+from foldcut.runtime.inputs import model_specs, session_specs
 from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, create_session, random_inputs
-from onnx import TensorProto, helper, numpy_helper
+from foldcut.runtime.onnxruntime_provider import Provider
+from onnx import TensorProto, helper, numpy_helper, parser
 
 BACKEND = OnnxRuntimeBackend()
 
@@ -214,3 +223,170 @@ def test_environment_names_the_versions() -> None:
     assert environment["backend"] == "onnxruntime"
     assert {"cpu", "cpus_available", "onnxruntime", "load_1min", "python"} <= set(environment)
     assert all(isinstance(value, (str, int)) for value in environment.values())
+
+
+class FakeSession:
+    """Notes what it is asked for. It shows which calls are made and in what order, not that a GPU would accept them."""
+
+    def __init__(self, model: bytes, options: Any, *, providers: list[str], enable_fallback: int) -> None:
+        self.providers, self.enable_fallback = providers, enable_fallback
+        self.real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.calls: list[tuple[Any, ...]] = []
+
+    def get_providers(self) -> list[str]:
+        return self.providers
+
+    def get_inputs(self) -> Any:
+        return self.real.get_inputs()
+
+    def get_outputs(self) -> Any:
+        return self.real.get_outputs()
+
+    def io_binding(self) -> Any:
+        def note(name: str) -> Any:
+            return lambda *arguments: self.calls.append((name, *arguments))
+
+        names = ("bind_ortvalue_input", "bind_output", "synchronize_outputs")
+        return SimpleNamespace(**{name: note(name) for name in names})
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self.calls.append(("run",))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """An onnxruntime that believes it has a GPU; the test may change what it finds."""
+    every = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    fake = {name: getattr(onnxruntime, name) for name in ("SessionOptions", "ExecutionMode", "GraphOptimizationLevel")}
+    fake |= {"__version__": "1.22.0", "InferenceSession": FakeSession, "get_available_providers": lambda: every}
+    values = SimpleNamespace(ortvalue_from_numpy=lambda array, device, index: (array.shape, device, index))
+    fake |= {"OrtValue": values, "preload_dlls": lambda: print("loaded")}
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(**fake))
+    monkeypatch.setattr(provider_module, "cuda_devices", lambda: ("Fake GPU",))
+    monkeypatch.setattr(onnxruntime_module, "cuda_devices", lambda: ("Fake GPU",))
+    return vars(sys.modules["onnxruntime"])
+
+
+@pytest.mark.parametrize(
+    ("provider", "asked"),
+    [
+        ("cuda", ["CUDAExecutionProvider", "CPUExecutionProvider"]),
+        ("tensorrt", ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]),
+    ],
+)
+def test_buffers_are_bound_on_the_device_and_runs_waited_for(
+    conv_net: bytes, gpu: dict[str, Any], provider: Provider, asked: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    backend = OnnxRuntimeBackend(provider)
+    inputs = {"x": np.zeros((1, 3, 16, 16), np.float32)}
+    runner: Any = backend.load(backend.build(conv_net), inputs)
+    session = runner._session
+    assert (session.providers, session.enable_fallback) == (asked, 0)
+    assert runner.clock == "wall"
+    assert session.calls == [
+        ("bind_ortvalue_input", "x", ((1, 3, 16, 16), "cuda", 0)),
+        ("bind_output", "out", "cuda", 0),
+        ("run",),
+        ("synchronize_outputs",),
+    ]
+    assert capfd.readouterr() == ("", "")
+    environment = backend.environment()
+    assert (environment["backend"], environment["gpu"]) == (f"onnxruntime-{provider}", "Fake GPU")
+
+
+def test_silent_fallback_to_the_cpu_is_an_error(
+    conv_net: bytes, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeSession, "get_providers", lambda self: ["CPUExecutionProvider"])
+    backend = OnnxRuntimeBackend("cuda")
+    with pytest.raises(BackendError, match="did not start CUDAExecutionProvider") as caught:
+        backend.load(conv_net, {"x": np.zeros((1, 3, 16, 16), np.float32)})
+    assert caught.value.actual == "CPUExecutionProvider"
+    assert "onnxruntime-gpu[cuda,cudnn]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_gpu_providers_have_names(name: str, gpu: dict[str, Any]) -> None:
+    assert resolve_backend(name).name == name
+
+
+def test_wheel_without_the_provider_names_the_one_that_has_it() -> None:
+    """The onnxruntime that the tests run with is built for the CPU."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built for CUDA")
+    availability = OnnxRuntimeBackend("cuda").available()
+    assert (availability.can_build, availability.can_run) == (False, False)
+    assert "has no CUDAExecutionProvider (it has" in availability.reason
+    assert "pip install onnxruntime-gpu" in availability.reason
+    with pytest.raises(BackendError):
+        resolve_backend("onnxruntime-tensorrt", to_run=False)
+
+
+def test_wheel_with_the_provider_but_no_gpu_builds_only(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider_module, "cuda_devices", lambda: ())
+    availability = OnnxRuntimeBackend("cuda").available()
+    assert (availability.can_build, availability.can_run) == (True, False)
+    assert "no NVIDIA GPU was found" in availability.reason
+
+
+@pytest.mark.parametrize(("change", "reason"), [({"__version__": "1.19.2"}, "too old"), ({}, "in part")])
+def test_unusable_onnxruntime(
+    gpu: dict[str, Any], change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.update(change)
+    if not change:
+        del gpu["InferenceSession"]
+    for backend, package in ((OnnxRuntimeBackend(), "onnxruntime"), (OnnxRuntimeBackend("cuda"), "onnxruntime-gpu")):
+        availability = backend.available()
+        assert not availability.can_build
+        assert reason in availability.reason
+        assert package in availability.reason
+
+
+def test_no_devices_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    assert provider_module.cuda_devices() == ()
+
+
+@pytest.mark.parametrize("failing", ["cuInit", "cuDeviceGetCount"])
+def test_no_devices_when_the_driver_refuses(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    calls = {name: lambda *_: 0 for name in ("cuInit", "cuDeviceGetCount")}
+    monkeypatch.setattr("ctypes.CDLL", lambda _name: SimpleNamespace(**{**calls, failing: lambda *_: 100}))
+    assert provider_module.cuda_devices() == ()
+
+
+def test_unknown_provider() -> None:
+    with pytest.raises(BackendError, match="not used with the provider 'metal'") as caught:
+        OnnxRuntimeBackend("metal")  # type: ignore[arg-type]
+    assert caught.value.expected == "cpu or cuda or tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("1.22.0", (1, 22)), ("2026.4.1-22982-e213a147257", (2026, 4)), ("1.9rc1", (1,)), ("", ())],
+)
+def test_versions_compare_as_numbers(version: str, numbers: tuple[int, ...]) -> None:
+    assert version_tuple(version) == numbers
+
+
+def test_declared_inputs_are_the_sessions(conv_net: bytes) -> None:
+    """What is read from the file agrees with what ONNX Runtime says."""
+    for content in (conv_net, relu([3, None, "n"], TensorProto.INT64), relu(None), relu([4], TensorProto.BFLOAT16)):
+        assert model_specs(content) == session_specs(create_session(content))
+
+
+def test_file_knows_a_scalar_from_an_unknown_rank() -> None:
+    assert [spec.scalar for spec in model_specs(relu([]))] == [True]
+    assert [spec.scalar for spec in model_specs(relu(None))] == [False]
+
+
+def test_an_output_that_a_graph_returns_twice() -> None:
+    twice = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> net (float[2] x) => (float[2] y, float[2] z, float[2] y)'
+        " { y = Neg (x) z = Abs (x) }"
+    )
+    runner = OnnxRuntimeBackend().load(twice.SerializeToString(), {"x": np.array([1, -2], np.float32)})
+    assert [value.tolist() for value in runner.outputs()] == [[-1, 2], [1, 2], [-1, 2]]

@@ -1,0 +1,84 @@
+"""Taking segments out of a program, as a program of their own with fixed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .edit import rebuild
+from .program import Program, TensorSpec, is_size
+from .segments import Segment
+
+
+def extract_segments(program: Program, segments: Sequence[Segment], *, batch: int) -> Program:
+    """The segments side by side as one Program: it takes the entries of each and returns the exits of each.
+
+    Entry and exit `name` of segment number i are called ``s{i}_{name}``. Every size is the number that it is at that
+    batch, so nothing depends on what lies outside; weights are shared with `program`, which does not change. Exact:
+    the same calls on the same values.
+    """
+    graph = fx.Graph()
+    inputs: list[TensorSpec] = []
+    outputs: dict[str, fx.Node] = {}
+    constants: dict[str, fx.Node] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for index, segment in enumerate(segments):
+            for name in segment.entries:
+                value = program.nodes[name].meta["val"]
+                entry = graph.placeholder(f"s{index}_{name}")
+                entry.meta["val"] = torch.empty(program.shape(program.nodes[name], batch), dtype=value.dtype)
+                inputs.append(_spec(entry.name, entry))
+        entries = {node.name: node for node in graph.nodes}
+        for index, segment in enumerate(segments):
+            copies = {name: entries[f"s{index}_{name}"] for name in segment.entries}
+            for name in segment.nodes:
+                copies[name] = _copied(program, program.nodes[name], graph, copies, constants, mode, batch)
+            outputs |= {f"s{index}_{name}": copies[name] for name in segment.exits}
+    graph.output(tuple(outputs.values()))
+    return Program(
+        module=rebuild(program.module, graph),
+        inputs=tuple(inputs),
+        outputs=tuple(_spec(name, node) for name, node in outputs.items()),
+        history=(*program.history, f"{len(segments)} segments at batch {batch}"),
+    )
+
+
+def _copied(
+    program: Program,
+    node: fx.Node,
+    graph: fx.Graph,
+    copies: dict[str, fx.Node],
+    constants: dict[str, fx.Node],
+    mode: FakeTensorMode,
+    batch: int,
+) -> fx.Node:
+    """The call with its operands as they are in the new graph, sizes as numbers."""
+
+    def here(operand: fx.Node) -> Any:
+        if is_size(operand):
+            return program.scalar(operand, batch)
+        if operand.name in copies:
+            return copies[operand.name]
+        if operand.name not in constants:  # what is neither entry nor member is a constant
+            constant = graph.get_attr(str(operand.target))
+            constant.meta["val"] = mode.from_tensor(program.constant(operand).detach(), static_shapes=True)
+            constants[operand.name] = constant
+        return constants[operand.name]
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), here)
+    call = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+    call.meta["val"] = node.target(*_values(args), **_values(kwargs))  # type: ignore[operator]
+    return call
+
+
+def _values(arguments: Any) -> Any:
+    return fx.node.map_arg(arguments, lambda node: node.meta["val"])
+
+
+def _spec(name: str, node: fx.Node) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(name=name, shape=tuple(int(d) for d in value.shape), dtype=value.dtype)

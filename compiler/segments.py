@@ -1,0 +1,138 @@
+"""Segments: a program cut where a single activation passes, so that its parts can be timed apart and their times added.
+
+A cut may lie behind any node after which one activation alone is still needed. Parts without a contraction go with the
+part before them (a pooling belongs to the layer that it pools), so that runtimes fuse inside a segment what they would
+fuse in the network. Values that cost no contraction (a mask worked out from an input) do not stand in the way of a cut:
+every segment that needs one takes it as a further input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .cost import node_macs
+from .program import Program, data_inputs, dtype_name, is_size, is_tensor, output_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a program: `nodes` in topological order, the activations that come in and those that go out."""
+
+    nodes: tuple[str, ...]
+    entries: tuple[str, ...]
+    exits: tuple[str, ...]
+    macs: int = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """Identity within the program: ``entry>exit``."""
+        return f"{self.entries[0] if self.entries else ''}>{self.exits[-1]}"
+
+
+def find_segments(program: Program) -> tuple[Segment, ...]:
+    """The segments of a program in topological order; every call of the graph lies in just one. Never mutates.
+
+    A program without such cuts is one segment.
+    """
+    macs = {name: node_macs(program, node) for name, node in program.nodes.items()}
+    free = _without_contraction(program, macs)
+    parts: list[list[fx.Node]] = [[]]
+    for node, cut in _cuts(program, free):
+        parts[-1].append(node)
+        if cut:
+            parts.append([])
+    outputs = {node.name for node in output_nodes(program.graph)}
+    return tuple(_segment(part, outputs, macs) for part in _merged(parts, macs))
+
+
+def _without_contraction(program: Program, macs: dict[str, int]) -> set[str]:
+    """Inputs and what follows from them and from constants without a multiply-accumulate."""
+    free: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        if not macs[node.name] and all(operand.name in free for operand in data_inputs(node)):
+            free.add(node.name)
+    return free
+
+
+def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, bool]]:
+    """Every call with whether one activation alone is needed behind it."""
+    waiting: dict[fx.Node, int] = {}
+    outputs = set(output_nodes(program.graph))
+    for node in program.graph.nodes:
+        if node.op != "call_function" or is_size(node):
+            continue
+        for operand in set(data_inputs(node)):
+            if operand in waiting:
+                waiting[operand] -= 1
+                if not waiting[operand]:
+                    del waiting[operand]
+        readers = sum(user.op != "output" and not is_size(user) for user in node.users) + (node in outputs)
+        if readers and node.name not in free:
+            waiting[node] = readers
+        yield node, len(waiting) == 1 and is_tensor(next(iter(waiting)))
+
+
+def _merged(parts: Sequence[list[fx.Node]], macs: dict[str, int]) -> list[list[fx.Node]]:
+    """Parts that begin with a contraction's part: those without one join the part before, or the first one behind."""
+    merged: list[list[fx.Node]] = []
+    for part in parts:
+        if not part:
+            continue
+        if merged and not (any(macs[n.name] for n in part) and any(macs[n.name] for n in merged[-1])):
+            merged[-1] = [*merged[-1], *part]
+        else:
+            merged.append(list(part))
+    return merged
+
+
+def _segment(part: Sequence[fx.Node], outputs: set[str], macs: dict[str, int]) -> Segment:
+    inside = set(part)
+    entries = dict.fromkeys(o.name for node in part for o in data_inputs(node) if o not in inside)
+    exits = [
+        node.name
+        for node in part
+        if node.name in outputs or any(u not in inside and u.op != "output" and not is_size(u) for u in node.users)
+    ]
+    return Segment(
+        nodes=tuple(node.name for node in part),
+        entries=tuple(entries),
+        exits=tuple(exits),
+        macs=sum(macs[node.name] for node in part),
+    )
+
+
+def segment_key(program: Program, segment: Segment, batch: int) -> str:
+    """Equal for segments of equal operations, settings, shapes and dtypes at that batch size, whatever their names and
+    weights: such segments take equal time."""
+    place = {name: f"%{index}" for index, name in enumerate((*segment.entries, *segment.nodes))}
+
+    def text(value: Any) -> str:
+        if not isinstance(value, fx.Node):
+            return str(value)
+        if value.name in place:
+            return place[value.name]
+        if is_size(value):
+            return str(program.scalar(value, batch))
+        return _tensor_text(program.constant(value)) if value.op == "get_attr" else str(value.target)
+
+    lines = [f"in {_tensor_text(program.nodes[name].meta['val'], program, batch)}" for name in segment.entries]
+    for name in segment.nodes:
+        node = program.nodes[name]
+        leaves, structure = pytree.tree_flatten((node.args, dict(node.kwargs)))
+        lines.append(f"{node.target}({', '.join(map(text, leaves))}) {structure}")
+    lines.append(f"out {[place[name] for name in segment.exits]}")
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _tensor_text(value: torch.Tensor, program: Program | None = None, batch: int = 1) -> str:
+    shape = [program.dim(d, batch) if program else d for d in value.shape]
+    return f"{dtype_name(value.dtype)}{shape}"

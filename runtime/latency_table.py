@@ -1,0 +1,205 @@
+"""Predicted latency of a program on a backend: the sum of its segments' times, each measured once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..compiler.edit_extract import extract_segments
+from ..compiler.export import to_onnx_model
+from ..compiler.program import Program
+from ..compiler.progress import Progress, silent
+from ..compiler.segments import Segment, find_segments, segment_key
+from .backend import Array, Backend
+from .bootstrap import median_interval
+from .environment import lasting
+from .loading import loaded
+from .measure import measure_savings
+from .measurement import Measurement
+from .measurement_cache import MeasurementCache
+from .onnxruntime import random_inputs
+from .reference_network import reference_network
+from .repeated_model import repeated
+
+if TYPE_CHECKING:
+    import onnx
+
+#: A segment's time is that of this many copies less that of one, divided by one less.
+COPIES = 4
+#: Weights, in bytes, above which a segment is timed with two copies: all of them are in memory at once.
+_HEAVY_BYTES = 100_000_000
+#: Segments timed in one go, and how many rounds they get.
+_TOGETHER, _ROUNDS = 8, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentTime:
+    """What one segment takes, in units of the reference network's latency, with the half width of its 95 % interval."""
+
+    name: str
+    units: float
+    half_width: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted latency of a program in units of the reference network's latency.
+
+    `half_width` is what the segments' own intervals add up to if they err apart from each other; that a network is not
+    quite the sum of its segments is not in it. `measured` counts the segments that were not known before.
+    """
+
+    units: float
+    half_width: float
+    segments: tuple[SegmentTime, ...]
+    measured: int
+
+    def ratio_to(self, before: Prediction) -> float:
+        """This latency over another's."""
+        return self.units / before.units
+
+
+class LatencyTable:
+    """Times of segments on one backend at one batch size and number of threads.
+
+    Each is kept under operations, settings, shapes, dtypes, batch, threads, backend, versions and device, so that a
+    table on disk serves every network, and a program that shares segments with one seen before costs only the rest.
+    Nothing of the whole network is built. Drops, narrower groups and factorised layers are predicted alike,
+    by the segments of the rewritten Program (`drop_blocks`, `prune_channels` and so on make it without solving
+    anything).
+
+    A segment is exported on its own at a fixed batch, and timed as several copies less one (`repeated`), against the
+    reference network in the same rounds. Biased: weights of one segment may lie in a cache that the whole network would
+    have emptied, and a runtime may fuse across a cut. `fit` takes the constant part of that out.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        batch: int = 1,
+        threads: int = 1,
+        cache: MeasurementCache | None = None,
+        rounds: int = _ROUNDS,
+        seed: int = 0,
+    ) -> None:
+        self.backend = backend
+        self.batch = batch
+        self.threads = threads
+        self.rounds = rounds
+        self.seed = seed
+        self.cache = cache if cache is not None else MeasurementCache(None)
+        self.correction = 0.0
+        self._where = lasting(backend.environment())
+
+    def predict(self, program: Program, *, progress: Progress = silent) -> Prediction:
+        """Predict the latency of a program, measuring those of its segments that are not known yet.
+
+        Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
+        """
+        segments = find_segments(program)
+        keys = [self._key(segment_key(program, segment, self.batch)) for segment in segments]
+        known = self.cache.get(keys)
+        missing = {key: segment for key, segment in zip(keys, segments, strict=True) if key not in known}
+        known |= self._measure(program, missing, progress)
+        times = tuple(
+            SegmentTime(name=segment.name, units=known[key]["units"], half_width=known[key]["half_width"])
+            for key, segment in zip(keys, segments, strict=True)
+        )
+        shared: dict[str, float] = {}  # equal segments err together
+        for key, time in zip(keys, times, strict=True):
+            shared[key] = shared.get(key, 0.0) + time.half_width
+        return Prediction(
+            units=max(sum(time.units for time in times) + self.correction, np.finfo(float).tiny),
+            half_width=float(np.sqrt(sum(width**2 for width in shared.values()))),
+            segments=times,
+            measured=len(missing),
+        )
+
+    def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
+        """Set and return the additive correction, in units: the median of measured less predicted latency.
+
+        `measured` pairs programs with what `measure_network` gave for them; the original alone will do.
+        """
+        self.correction = 0.0
+        self.correction = float(np.median([units - self.predict(program).units for program, units in measured]))
+        return self.correction
+
+    def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
+        """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
+        given. Raises BackendError."""
+        given = inputs if inputs is not None else random_inputs(model, self.batch, self.seed)
+        with loaded(self.backend, [self._reference, (model, given)], threads=self.threads) as (reference, runner):
+            return measure_savings(reference, [runner], pairs=self.rounds, seed=self.seed)[0].ratio
+
+    def _key(self, segment: str) -> str:
+        return f"segment {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
+
+    def _measure(self, program: Program, missing: Mapping[str, Segment], progress: Progress) -> dict[str, Any]:
+        if not missing:
+            return {}
+        found: dict[str, Any] = {}
+        models = _segment_models(program, list(missing.values()), self.batch)
+        keys = list(missing)
+        for start in range(0, len(keys), _TOGETHER):
+            stop = min(start + _TOGETHER, len(keys))
+
+            def show(done: int, total: int, start: int = start, stop: int = stop) -> None:
+                progress("time segments", start * total + done * (stop - start), len(keys) * total)
+
+            fresh = dict(zip(keys[start:stop], self._time(models[start:stop], show), strict=True))
+            self.cache.put(fresh)  # at once: Ctrl-C loses the batch under way, no more
+            found |= fresh
+        return found
+
+    def _time(self, models: Sequence[onnx.ModelProto], show: Callable[[int, int], None]) -> list[dict[str, float]]:
+        """Units and half width of each segment."""
+        copies = [2 if _weight_bytes(model) > _HEAVY_BYTES else COPIES for model in models]
+        timed = [self._reference]
+        for model, count in zip(models, copies, strict=True):
+            one, many = (bytes(repeated(model, n).SerializeToString()) for n in (1, count))
+            inputs = random_inputs(one, self.batch, self.seed)
+            timed += [(one, inputs), (many, inputs)]
+        with loaded(self.backend, timed, threads=self.threads) as (reference, *runners):
+            measured = measure_savings(
+                reference, runners, pairs=self.rounds, seed=self.seed, environment={}, progress=show
+            )
+        return [
+            _difference(one, many, count - 1)
+            for one, many, count in zip(measured[::2], measured[1::2], copies, strict=True)
+        ]
+
+    @cached_property
+    def _reference(self) -> tuple[bytes, Mapping[str, Array]]:
+        model = reference_network()
+        return model, random_inputs(model, 1, self.seed)
+
+
+def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, float]:
+    """Time of a copy in units: the median over rounds of (many - one) / copies / reference. Never below zero."""
+    rounds = [
+        (after - single) / copies / reference
+        for (reference, single), (_, after) in zip(one.samples, many.samples, strict=True)
+    ]
+    interval = median_interval(rounds)
+    return {"units": max(0.0, interval.estimate), "half_width": (interval.high - interval.low) / 2}
+
+
+def _segment_models(program: Program, segments: Sequence[Segment], batch: int) -> list[onnx.ModelProto]:
+    """The segments as ONNX models. They are exported together: most of an export's time is spent whatever its size."""
+    import onnx
+
+    together = to_onnx_model(extract_segments(program, segments, batch=batch))
+    extractor = onnx.utils.Extractor(together)
+    return [
+        extractor.extract_model([f"s{i}_{n}" for n in segment.entries], [f"s{i}_{n}" for n in segment.exits])
+        for i, segment in enumerate(segments)
+    ]
+
+
+def _weight_bytes(model: onnx.ModelProto) -> int:
+    return sum(tensor.ByteSize() for tensor in model.graph.initializer)

@@ -1,0 +1,87 @@
+"""Measurements kept on disk from run to run: one SQLite file that any number of processes may use at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+#: Part of the file's name: what another version wrote is neither read nor touched.
+FORMAT_VERSION = 1
+_WAIT_SECONDS = 30.0
+_TABLE = "CREATE TABLE IF NOT EXISTS measurements (key TEXT PRIMARY KEY, value TEXT NOT NULL, taken REAL NOT NULL)"
+_MOST_VARIABLES = 500  # SQLite limits how many one statement may have
+
+
+def default_folder() -> Path:
+    """Where measurements are kept: ``$FOLDCUT_CACHE``, else ``foldcut`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own = os.environ.get("FOLDCUT_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foldcut"
+
+
+class MeasurementCache:
+    """JSON values by key in `folder`; None keeps them in memory only.
+
+    Every write is a transaction, so a reader sees all of it or nothing, also when the writer is killed. What cannot be
+    read or written costs a warning, once, and a new measurement; a damaged file is set aside, not deleted.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / f"measurements-{FORMAT_VERSION}.sqlite"
+        self._memory: dict[str, Any] = {}
+
+    def get(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The values of those keys that are known."""
+        wanted = list(dict.fromkeys(keys))
+        missing = [key for key in wanted if key not in self._memory]
+
+        def read(connection: sqlite3.Connection) -> None:
+            for start in range(0, len(missing), _MOST_VARIABLES):
+                some = missing[start : start + _MOST_VARIABLES]
+                marks = ",".join("?" * len(some))
+                rows = connection.execute(f"SELECT key, value FROM measurements WHERE key IN ({marks})", some)
+                self._memory |= {key: json.loads(value) for key, value in rows}
+
+        if missing:
+            self._in_file(read)
+        return {key: self._memory[key] for key in wanted if key in self._memory}
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Keep these values, in place of older ones of the same keys."""
+        self._memory |= values
+        rows = [(key, json.dumps(value), time.time()) for key, value in values.items()]
+        self._in_file(lambda c: c.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows))
+
+    def _in_file(self, work: Callable[[sqlite3.Connection], object]) -> None:
+        """Do `work` in one transaction on the file, where there is one."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # a connection for each use: none is carried into a forked process or another thread
+            with closing(sqlite3.connect(self.path, timeout=_WAIT_SECONDS)) as connection, connection:
+                connection.execute(_TABLE)
+                work(connection)
+        except (OSError, sqlite3.Error, ValueError) as cause:
+            self._give_up(self.path, cause)
+
+    def _give_up(self, path: Path, cause: Exception) -> None:
+        """Go on in memory; a file that holds something else than measurements is moved out of the way."""
+        self.path, moved = None, ""
+        if isinstance(cause, ValueError) or (
+            isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError)
+        ):
+            try:
+                path.replace(path.with_suffix(".damaged"))
+                moved = f"; it was moved to {path.with_suffix('.damaged')}"
+            except OSError:
+                pass
+        warnings.warn(f"measurements are not kept: {path}: {cause}{moved}", stacklevel=4)

@@ -1,0 +1,102 @@
+"""The latency table: on a backend whose clock counts layers, sums of segments are exact."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foldcut.compiler.cost import node_macs
+from foldcut.compiler.export import to_onnx
+from foldcut.compiler.program import Program
+from foldcut.compiler.provenance import find_units
+from foldcut.compiler.regions import find_regions
+from foldcut.passes.drop_blocks import drop_blocks
+from foldcut.passes.prune_channels import prune_channels
+from foldcut.runtime.latency_table import LatencyTable
+from foldcut.runtime.measurement_cache import MeasurementCache
+from foldcut.runtime.onnxruntime import OnnxRuntimeBackend
+
+#: The counting backend shows 1 ms and 10 ms a layer; the reference network has three layers.
+LAYER, REFERENCE = 10.0, 31.0
+
+
+@pytest.fixture(autouse=True)
+def at_once(quick_measurement: None) -> None:
+    """Nothing is warmed up."""
+
+
+def layers(program: Program) -> int:
+    return sum(node_macs(program, node) > 0 for node in program.graph.nodes)
+
+
+def test_segments_add_up_without_what_a_call_costs(counting_backend: Any, residual: Program) -> None:
+    table = LatencyTable(counting_backend)
+    found = table.predict(residual)
+    assert found.units == pytest.approx(layers(residual) * LAYER / REFERENCE)
+    assert found.half_width == pytest.approx(0)
+    assert [s.name for s in found.segments] == ["x>relu", "relu>relu_2", "relu_2>relu_4", "relu_4>mean", "mean>linear"]
+    assert found.measured == 4  # two blocks are equal
+
+
+def test_a_rewritten_program_costs_only_its_new_segments(counting_backend: Any, residual: Program) -> None:
+    table = LatencyTable(counting_backend)
+    before = table.predict(residual)
+    (first, *_) = find_regions(residual).blocks
+    dropped = table.predict(drop_blocks(residual, [first]))
+    assert dropped.measured == 0
+    assert dropped.ratio_to(before) == pytest.approx(1 - 2 / layers(residual))
+    provenance = find_units(residual)
+    group = next(g for g in provenance.prunable if len(g.producers) == 1)
+    narrower = table.predict(prune_channels(provenance, group.units[4:]).program)
+    assert narrower.measured == 1
+    assert narrower.ratio_to(before) == pytest.approx(1)
+
+
+def test_the_correction_is_what_whole_networks_take_more(counting_backend: Any, residual: Program) -> None:
+    table = LatencyTable(counting_backend)
+    whole = table.measure_network(to_onnx(residual))
+    assert whole == pytest.approx((1 + layers(residual) * LAYER) / REFERENCE)
+    assert table.fit([(residual, whole)]) == pytest.approx(1 / REFERENCE)
+    assert table.predict(residual).units == pytest.approx(whole)
+    assert table.fit([(residual, whole)]) == pytest.approx(1 / REFERENCE)  # not on top of the last one
+
+
+def test_times_are_kept_on_disk_for_one_place(counting_backend: Any, residual: Program, tmp_path: Path) -> None:
+    def table(backend: Any = counting_backend, **options: int) -> LatencyTable:
+        return LatencyTable(backend, cache=MeasurementCache(tmp_path), **options)
+
+    first = table().predict(residual)
+    again = table().predict(residual)
+    assert (first.measured, again.measured) == (4, 0)
+    assert again.segments == first.segments
+    assert table(batch=2).predict(residual).measured == 4
+    assert table(threads=2).predict(residual).measured == 4
+    other = copy.copy(counting_backend)
+    other.environment = lambda: {"backend": "counting", "version": 2}
+    assert table(other).predict(residual).measured == 4
+
+
+def test_an_interrupted_measurement_keeps_what_it_had(counting_backend: Any, tmp_path: Path, nets: Any) -> None:
+    """More distinct segments than are timed together; Ctrl-C in the second lot."""
+    from foldcut.compiler.capture import capture
+
+    widths = range(2, 14)
+    convs = [torch.nn.Conv2d(3 if w == 2 else w - 1, w, 1) for w in widths]
+    program = capture(torch.nn.Sequential(*convs).eval(), nets.images())
+
+    def interrupt(_stage: str, done: int, total: int) -> None:
+        if done > 0.8 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LatencyTable(counting_backend, cache=MeasurementCache(tmp_path)).predict(program, progress=interrupt)
+    again = LatencyTable(counting_backend, cache=MeasurementCache(tmp_path)).predict(program)
+    assert again.measured == len(widths) - 8
+
+
+def test_on_onnx_runtime_every_segment_takes_some_time(transformer: Program) -> None:
+    table = LatencyTable(OnnxRuntimeBackend(), rounds=6)
+    found = table.predict(transformer)
+    assert found.units > 0
+    assert sum(s.units for s in found.segments) == pytest.approx(found.units)
