@@ -1,0 +1,217 @@
+"""How well `LatencyTable` predicts what a rewrite does to latency: predicted against measured ratios of whole networks.
+
+    python benchmarks/latency_prediction.py
+    python benchmarks/latency_prediction.py --network resnet56 --batch 8 --output latency_prediction.json
+
+Each network is rewritten in several ways (blocks dropped, channels pruned, convolutions factorised), weights random,
+for latency does not depend on them. The table times segments only and is fitted on one whole network, the original.
+Measured is the paired protocol on whole networks. The ratio of multiply-accumulates stands beside it as what one would
+guess without measuring. Fails when the median error is above 3 % or the worst above 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cifar_data import CifarResNet
+from foldcut.compiler.capture import capture
+from foldcut.compiler.channel_budget import ChannelLimits, free_groups, uniform_counts
+from foldcut.compiler.cost import program_cost
+from foldcut.compiler.edit_folds import fold_parameters
+from foldcut.compiler.export import to_onnx
+from foldcut.compiler.program import Program
+from foldcut.compiler.provenance import find_units
+from foldcut.compiler.regions import find_regions
+from foldcut.passes.drop_blocks import drop_blocks
+from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.runtime.backend import Backend, resolve_backend
+from foldcut.runtime.latency_table import LatencyTable
+from foldcut.runtime.loading import loaded
+from foldcut.runtime.measure import measure_pair
+from foldcut.runtime.measurement_cache import MeasurementCache
+from foldcut.runtime.onnxruntime import random_inputs
+from foreign_ops import declare_torchvision_ops
+from torch import nn
+
+MEDIAN_LIMIT, WORST_LIMIT = 0.03, 0.10
+NETWORKS = ("resnet18", "resnet56", "mobilenet_v2")
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    backend = resolve_backend(arguments.backend)
+    rows: list[Row] = []
+    print("| network, batch | rewrite | MACs | predicted | measured (95 %) | error | new segments | s |")
+    print(f"|{'---|' * 8}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = MeasurementCache(arguments.cache or Path(folder))
+        for name in arguments.network:
+            network, sample = make(name)
+            for batch in arguments.batch:
+                for row in predictions(name, network, sample, backend, batch, arguments, cache):
+                    rows.append(row)
+                    print(table_row(row), flush=True)
+                    save(arguments.output, rows, backend)
+    sys.exit(0 if summarise(rows) else 1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--cache", type=Path, help="folder to keep segment times in; default: none is kept")
+    parser.add_argument("--max-seconds", type=float, default=60.0, help="for one whole-network measurement")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file, written after each row")
+    return parser.parse_args()
+
+
+def make(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A network with random weights and two inputs."""
+    torch.manual_seed(0)
+    if name == "resnet56":
+        return CifarResNet(9).eval(), torch.randn(2, 3, 32, 32)
+    declare_torchvision_ops()
+    from torchvision import models
+
+    return models.get_model(name).eval(), torch.randn(2, 3, 224, 224)
+
+
+def predictions(
+    name: str,
+    network: nn.Module,
+    sample: torch.Tensor,
+    backend: Backend,
+    batch: int,
+    arguments: argparse.Namespace,
+    cache: MeasurementCache,
+) -> Iterator[Row]:
+    """One row for each variant of a network."""
+    original = fold_parameters(capture(network, sample))
+    table = LatencyTable(backend, batch=batch, cache=cache, seed=arguments.seed)
+    model = to_onnx(original)
+    started = time.perf_counter()
+    plain = table.predict(original)
+    whole = table.measure_network(model)
+    table.fit([(original, whole)])
+    before = table.predict(original)
+    yield {
+        "network": name,
+        "batch": batch,
+        "rewrite": "none: sum of segments over the whole",
+        "sum_of_segments": plain.units / whole,
+        "measured_segments": plain.measured,
+        "seconds": time.perf_counter() - started,
+    }
+    macs = program_cost(original).macs
+    for rewrite, variant in variants(network, sample, original):
+        started = time.perf_counter()
+        after = table.predict(variant)
+        seconds = time.perf_counter() - started
+        inputs = random_inputs(model, batch, arguments.seed)
+        with loaded(backend, [(model, inputs), (to_onnx(variant), inputs)]) as (first, second):
+            measured = measure_pair(first, second, max_seconds=arguments.max_seconds, seed=arguments.seed)
+        predicted = after.ratio_to(before)
+        yield {
+            "network": name,
+            "batch": batch,
+            "rewrite": rewrite,
+            "macs": program_cost(variant).macs / macs,
+            "predicted": predicted,
+            "measured": measured.ratio,
+            "low": measured.low,
+            "high": measured.high,
+            "contended": measured.contended,
+            "error": predicted / measured.ratio - 1,
+            "measured_segments": after.measured,
+            "seconds": seconds,
+        }
+
+
+def variants(network: nn.Module, sample: torch.Tensor, original: Program) -> Iterator[tuple[str, Program]]:
+    blocks = find_regions(original).blocks
+    for share in (1 / 8, 1 / 3, 2 / 3):
+        count = max(1, round(share * len(blocks)))
+        places = np.linspace(0, len(blocks) - 1, count).round().astype(int)
+        yield f"drop {count} of {len(blocks)} blocks", drop_blocks(original, [blocks[i] for i in dict.fromkeys(places)])
+    for keep, multiple in ((0.75, 16), (0.5, 8), (0.4, 4)):
+        yield f"keep {keep:g} of the channels, in {multiple}s", pruned(original, keep, multiple)
+    for share in (0.5, 0.25):
+        yield f"rank {share:g} of full", fold_parameters(capture(factorised(network, share), sample))
+
+
+def pruned(original: Program, keep: float, multiple: int) -> Program:
+    provenance = find_units(original)
+    limits = ChannelLimits(multiple_of=multiple)
+    groups, _ = cuttable_groups(provenance, free_groups(provenance, limits))
+    counts = uniform_counts(groups, keep, limits)
+    return prune_channels(provenance, torch.cat([g.units[counts[g.name] :] for g in groups])).program
+
+
+def factorised(network: nn.Module, share: float) -> nn.Module:
+    """Convolutions of one group with 32 input and output channels or more as two of lower rank: k x k to r channels,
+    then 1 x 1."""
+    result = copy.deepcopy(network)
+    for path, conv in list(result.named_modules()):
+        if not isinstance(conv, nn.Conv2d) or conv.groups > 1 or min(conv.in_channels, conv.out_channels) < 32:
+            continue
+        rank = max(8, round(share * min(conv.in_channels, conv.out_channels) / 8) * 8)
+        first = nn.Conv2d(conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        second = nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias is not None)
+        owner, _, leaf = path.rpartition(".")
+        setattr(result.get_submodule(owner), leaf, nn.Sequential(first, second))
+    return result.eval()
+
+
+def table_row(row: Row) -> str:
+    label = f"{row['network']}, {row['batch']}"
+    if "sum_of_segments" in row:
+        cells = ["", f"x{row['sum_of_segments']:.3f}", "1", ""]
+    else:
+        measured = f"{row['measured']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        measured += " contended" if row["contended"] else ""
+        cells = [f"{row['macs']:.3f}", f"{row['predicted']:.3f}", measured, f"{row['error']:+.1%}"]
+    return f"| {label} | {row['rewrite']} | {' | '.join(cells)} | {row['measured_segments']} | {row['seconds']:.0f} |"
+
+
+def save(output: Path | None, rows: list[Row], backend: Backend) -> None:
+    """Replace the output in one step."""
+    if output is not None:
+        part = output.with_name(output.name + ".part")
+        part.write_text(json.dumps({"environment": backend.environment(), "rows": rows}, indent=1) + "\n")
+        part.replace(output)
+
+
+def summarise(rows: list[Row]) -> bool:
+    """Print the errors over all variants; whether they are within the limits."""
+    found = [row for row in rows if "error" in row]
+    errors = np.abs([row["error"] for row in found])
+    guesses = np.abs([row["macs"] / row["measured"] - 1 for row in found])
+    worst = found[int(errors.argmax())]
+    print(f"\n{len(found)} variants: median error {np.median(errors):.1%} (limit {MEDIAN_LIMIT:.0%}), ", end="")
+    print(f"worst {errors.max():.1%} (limit {WORST_LIMIT:.0%}): {worst['network']}, batch {worst['batch']}, ", end="")
+    print(f"{worst['rewrite']}")
+    print(
+        f"taking the ratio of multiply-accumulates instead: median {np.median(guesses):.1%}, worst {guesses.max():.1%}"
+    )
+    return bool(np.median(errors) <= MEDIAN_LIMIT and errors.max() <= WORST_LIMIT)
+
+
+if __name__ == "__main__":
+    main()

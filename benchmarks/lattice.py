@@ -1,0 +1,137 @@
+"""Pruning to the backend's lattice against pruning to the odd count beside it: ResNet-18 at random keep fractions.
+
+    python benchmarks/lattice.py
+    python benchmarks/lattice.py --fractions 20 --output lattice.json
+
+For each fraction every group keeps the nearest multiple of the lattice (`probe_lattice`), once, and once one channel
+less or more, whichever is nearer to the fraction: an odd count. Both are measured against each other in pairs. Fails
+when the network on the lattice is slower: the interval excludes 1 and the loss is at least 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from foldcut.compiler.capture import capture
+from foldcut.compiler.channel_budget import ChannelLimits, free_groups
+from foldcut.compiler.cost import program_cost
+from foldcut.compiler.edit_folds import fold_parameters
+from foldcut.compiler.export import to_onnx
+from foldcut.compiler.program import Program
+from foldcut.compiler.provenance import Provenance, find_units
+from foldcut.compiler.unit_groups import UnitGroup
+from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.runtime.backend import resolve_backend
+from foldcut.runtime.lattice import probe_lattice
+from foldcut.runtime.loading import loaded
+from foldcut.runtime.measure import measure_pair
+from foldcut.runtime.onnxruntime import random_inputs
+from foreign_ops import declare_torchvision_ops
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    backend = resolve_backend(arguments.backend)
+    lattice = probe_lattice(backend, batch=arguments.batch)
+    original = make()
+    multiple = lattice.multiple_for(original)
+    print(
+        f"lattice of {backend.name} at batch {arguments.batch}: {dict(lattice.steps)}; ResNet-18 goes to {multiple}s\n"
+    )
+    for kind, times in lattice.times.items():
+        print(f"{kind}: {', '.join(f'{count}: {time:.2f}' for count, time in sorted(times.items()))}")
+    provenance = find_units(original)
+    groups, _ = cuttable_groups(provenance, free_groups(provenance, ChannelLimits(multiple_of=1)))
+    print("\n| keep | MACs on the lattice | MACs beside it | latency on the lattice over beside it (95 %) | |")
+    print(f"|{'---|' * 5}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for fraction in np.random.default_rng(arguments.seed).uniform(0.2, 0.95, arguments.fractions):
+        row = compare(provenance, groups, float(fraction), multiple, backend, arguments)
+        rows.append(row)
+        print(table_row(row), flush=True)
+        if arguments.output:
+            part = arguments.output.with_name(arguments.output.name + ".part")
+            found = {"environment": backend.environment(), "steps": dict(lattice.steps), "rows": rows}
+            part.write_text(json.dumps(found, indent=1) + "\n")
+            part.replace(arguments.output)
+    slower = [row for row in rows if row["verdict"] == "slower"]
+    faster = sum(row["verdict"] == "faster" for row in rows)
+    print(f"\n{len(rows)} fractions: on the lattice faster {faster} times, slower {len(slower)} times; ", end="")
+    print(f"median ratio {np.median([row['ratio'] for row in rows]):.3f}")
+    sys.exit(1 if slower else 0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fractions", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file, written after each row")
+    return parser.parse_args()
+
+
+def make() -> Program:
+    declare_torchvision_ops()
+    from torchvision import models
+
+    torch.manual_seed(0)
+    return fold_parameters(capture(models.resnet18().eval(), torch.randn(2, 3, 224, 224)))
+
+
+def compare(
+    provenance: Provenance,
+    groups: list[UnitGroup],
+    fraction: float,
+    multiple: int,
+    backend: Any,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """One fraction: both networks, measured against each other; the ratio is on the lattice over beside it."""
+    models, macs = [], []
+    for odd in (True, False):
+        units = [g.units[count_for(len(g), fraction, multiple, odd) :] for g in groups]
+        program = prune_channels(provenance, torch.cat(units)).program
+        models.append(to_onnx(program))
+        macs.append(program_cost(program).macs / program_cost(provenance.program).macs)
+    inputs = random_inputs(models[0], arguments.batch, arguments.seed)
+    with loaded(backend, [(model, inputs) for model in models]) as (beside, on):
+        measured = measure_pair(beside, on, seed=arguments.seed)
+    return {
+        "keep": fraction,
+        "macs_beside": macs[0],
+        "macs_on": macs[1],
+        "ratio": measured.ratio,
+        "low": measured.low,
+        "high": measured.high,
+        "verdict": measured.verdict,
+        "contended": measured.contended,
+    }
+
+
+def count_for(total: int, fraction: float, multiple: int, odd: bool) -> int:
+    """Channels to keep: the nearest multiple, or one beside it, on the side of the fraction."""
+    wanted = fraction * total
+    count = min(total, max(multiple, round(wanted / multiple) * multiple))
+    if not odd:
+        return count
+    return count + 1 if wanted > count and count < total else count - 1
+
+
+def table_row(row: dict[str, Any]) -> str:
+    ratio = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    note = f"{row['verdict']}{', contended' if row['contended'] else ''}"
+    return f"| {row['keep']:.3f} | {row['macs_on']:.3f} | {row['macs_beside']:.3f} | {ratio} | {note} |"
+
+
+if __name__ == "__main__":
+    main()
