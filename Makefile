@@ -30,9 +30,10 @@ $(BIN)/python:
 
 # torch first and alone: with 2.13.0 installed, nothing later pulls a CUDA build. A strict editable install links file by
 # file, so a new source file installs again.
+# OpenVINO and TensorRT-RTX (which builds engines without a GPU) come along so that their tests run.
 $(STAMP): $(BIN)/python pyproject.toml constraints.txt $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,openvino,tensorrt-rtx]'
 	touch $(STAMP)
 
 clean:

@@ -18,7 +18,7 @@ from ..compiler.errors import BackendError
 from .backend import Array
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-_TORCH_WITH_CUDA = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+_TORCH_WITH_CUDA = "install a torch wheel built for CUDA in its place"
 
 
 @dataclass(frozen=True, kw_only=True)

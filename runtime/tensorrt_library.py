@@ -22,7 +22,7 @@ from ..compiler.errors import BackendError, named_first_line
 FULL, RTX = "TensorRT", "TensorRT-RTX"
 INSTALL = (
     "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings (builds without a GPU), "
-    "or pip install tensorrt --extra-index-url https://pypi.nvidia.com"
+    "or pip install tensorrt from NVIDIA's own package index"
 )
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _LEAST = {FULL: (10, 0), RTX: (1, 0)}
