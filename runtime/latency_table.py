@@ -74,7 +74,7 @@ class LatencyTable:
 
     A segment is exported on its own at a fixed batch, and timed as several copies less one (`repeated`), against the
     reference network in the same rounds. Biased: weights of one segment may lie in a cache that the whole network would
-    have emptied, and a runtime may fuse across a cut. `fit` takes the constant part of that out.
+    have emptied, and a runtime may fuse across a cut. `fit` takes out what whole networks show of that.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class LatencyTable:
         self.rounds = rounds
         self.seed = seed
         self.cache = cache if cache is not None else MeasurementCache(None)
-        self.correction = 0.0
+        self.correction, self.scale = 0.0, 1.0
         self._where = lasting(backend.environment())
 
     def predict(self, program: Program, *, progress: Progress = silent) -> Prediction:
@@ -114,20 +114,28 @@ class LatencyTable:
         for key, time in zip(keys, times, strict=True):
             shared[key] = shared.get(key, 0.0) + time.half_width
         return Prediction(
-            units=max(sum(time.units for time in times) + self.correction, np.finfo(float).tiny),
-            half_width=float(np.sqrt(sum(width**2 for width in shared.values()))),
+            units=max(self.scale * sum(time.units for time in times) + self.correction, np.finfo(float).tiny),
+            half_width=self.scale * float(np.sqrt(sum(width**2 for width in shared.values()))),
             segments=times,
             measured=len(missing),
         )
 
-    def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
-        """Set and return the additive correction, in units: the median of measured less predicted latency.
+    def fit(self, measured: Sequence[tuple[Program, float]]) -> None:
+        """Set the correction from whole networks: pairs of a program and what `measure_network` gave for it. The
+        original alone will do.
 
-        `measured` pairs programs with what `measure_network` gave for them; the original alone will do.
+        Additive, `correction` units, the median of measured less summed: calls and changes of layout that no segment
+        holds. It cannot be negative; where the whole takes less than its segments, they were timed at another rate,
+        and `scale`, the median of measured over summed, takes that out instead.
         """
-        self.correction = 0.0
-        self.correction = float(np.median([units - self.predict(program).units for program, units in measured]))
-        return self.correction
+        self.correction, self.scale = 0.0, 1.0
+        sums = np.array([self.predict(program).units for program, _ in measured])
+        wholes = np.array([units for _, units in measured])
+        missing = float(np.median(wholes - sums))
+        if missing >= 0:
+            self.correction = missing
+        else:
+            self.scale = float(np.median(wholes / sums))
 
     def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
         """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are

@@ -57,9 +57,21 @@ def test_the_correction_is_what_whole_networks_take_more(counting_backend: Any, 
     table = LatencyTable(counting_backend)
     whole = table.measure_network(to_onnx(residual))
     assert whole == pytest.approx((1 + layers(residual) * LAYER) / REFERENCE)
-    assert table.fit([(residual, whole)]) == pytest.approx(1 / REFERENCE)
-    assert table.predict(residual).units == pytest.approx(whole)
-    assert table.fit([(residual, whole)]) == pytest.approx(1 / REFERENCE)  # not on top of the last one
+    for _ in range(2):  # the second fit does not come on top of the first
+        table.fit([(residual, whole)])
+        assert (table.correction, table.scale) == (pytest.approx(1 / REFERENCE), 1.0)
+        assert table.predict(residual).units == pytest.approx(whole)
+
+
+def test_a_whole_that_takes_less_than_its_segments_scales_them(counting_backend: Any, residual: Program) -> None:
+    table = LatencyTable(counting_backend)
+    plain = table.predict(residual)
+    table.fit([(residual, 0.9 * plain.units)])
+    assert (table.correction, table.scale) == (0.0, pytest.approx(0.9))
+    fitted = table.predict(residual)
+    assert fitted.units == pytest.approx(0.9 * plain.units)
+    (first, *_) = find_regions(residual).blocks
+    assert table.predict(drop_blocks(residual, [first])).ratio_to(fitted) == pytest.approx(1 - 2 / layers(residual))
 
 
 def test_times_are_kept_on_disk_for_one_place(counting_backend: Any, residual: Program, tmp_path: Path) -> None:
