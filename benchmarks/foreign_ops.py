@@ -3,11 +3,14 @@ works."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 _LIBRARY = torch.library.Library("torchvision", "DEF")
 
 
+@cache
 def declare_torchvision_ops() -> None:
     """Call once before importing torchvision or timm where torchvision has no build for the installed torch."""
     for name in ("nms", "qnms"):

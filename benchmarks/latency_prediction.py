@@ -114,7 +114,7 @@ def predictions(
     yield {
         "network": name,
         "batch": batch,
-        "rewrite": "none: sum of segments over the whole",
+        "rewrite": "none: predicted over measured, before the fit",
         "sum_of_segments": plain.units / whole,
         "measured_segments": plain.measured,
         "seconds": time.perf_counter() - started,

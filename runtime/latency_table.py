@@ -49,12 +49,14 @@ class SegmentTime:
 class Prediction:
     """Predicted latency of a program in units of the reference network's latency.
 
-    `half_width` is what the segments' own intervals add up to if they err apart from each other; that a network is not
-    quite the sum of its segments is not in it. `measured` counts the segments that were not known before.
+    It is the sum of the segments and of what one call costs (`call`), times the table's scale. `half_width` is what the
+    segments' own intervals add up to if they err apart from each other; that a network is not quite the sum of its
+    segments is not in it. `measured` counts the segments that were not known before.
     """
 
     units: float
     half_width: float
+    call: float
     segments: tuple[SegmentTime, ...]
     measured: int
 
@@ -93,7 +95,7 @@ class LatencyTable:
         self.rounds = rounds
         self.seed = seed
         self.cache = cache if cache is not None else MeasurementCache(None)
-        self.correction, self.scale = 0.0, 1.0
+        self.scale = 1.0
         self._where = lasting(backend.environment())
 
     def predict(self, program: Program, *, progress: Progress = silent) -> Prediction:
@@ -113,29 +115,25 @@ class LatencyTable:
         shared: dict[str, float] = {}  # equal segments err together
         for key, time in zip(keys, times, strict=True):
             shared[key] = shared.get(key, 0.0) + time.half_width
+        call = float(np.median([known[key]["call"] for key in keys]))
         return Prediction(
-            units=max(self.scale * sum(time.units for time in times) + self.correction, np.finfo(float).tiny),
+            units=max(self.scale * (sum(time.units for time in times) + call), np.finfo(float).tiny),
             half_width=self.scale * float(np.sqrt(sum(width**2 for width in shared.values()))),
+            call=self.scale * call,
             segments=times,
             measured=len(missing),
         )
 
-    def fit(self, measured: Sequence[tuple[Program, float]]) -> None:
-        """Set the correction from whole networks: pairs of a program and what `measure_network` gave for it. The
-        original alone will do.
+    def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
+        """Set and return `scale` from whole networks, pairs of a program and what `measure_network` gave for it: the
+        median of measured over predicted latency. The original alone will do.
 
-        Additive, `correction` units, the median of measured less summed: calls and changes of layout that no segment
-        holds. It cannot be negative; where the whole takes less than its segments, they were timed at another rate,
-        and `scale`, the median of measured over summed, takes that out instead.
+        It takes out what all segments have in common that the reference network has not: weights that stay in a cache
+        between the copies, a machine that was slowed in another way while they were timed.
         """
-        self.correction, self.scale = 0.0, 1.0
-        sums = np.array([self.predict(program).units for program, _ in measured])
-        wholes = np.array([units for _, units in measured])
-        missing = float(np.median(wholes - sums))
-        if missing >= 0:
-            self.correction = missing
-        else:
-            self.scale = float(np.median(wholes / sums))
+        self.scale = 1.0
+        self.scale = float(np.median([units / self.predict(program).units for program, units in measured]))
+        return self.scale
 
     def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
         """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
@@ -188,13 +186,17 @@ class LatencyTable:
 
 
 def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, float]:
-    """Time of a copy in units: the median over rounds of (many - one) / copies / reference. Never below zero."""
-    rounds = [
-        (after - single) / copies / reference
-        for (reference, single), (_, after) in zip(one.samples, many.samples, strict=True)
-    ]
-    interval = median_interval(rounds)
-    return {"units": max(0.0, interval.estimate), "half_width": (interval.high - interval.low) / 2}
+    """In units: time of a copy, the median over rounds of (many - one) / copies / reference; its interval's half width;
+    and the rest of the time of one, which is what a call costs. None is below zero."""
+    single = np.array([after / reference for reference, after in one.samples])
+    several = np.array([after / reference for reference, after in many.samples])
+    interval = median_interval((several - single) / copies)
+    units = max(0.0, interval.estimate)
+    return {
+        "units": units,
+        "half_width": (interval.high - interval.low) / 2,
+        "call": max(0.0, float(np.median(single)) - units),
+    }
 
 
 def _segment_models(program: Program, segments: Sequence[Segment], batch: int) -> list[onnx.ModelProto]:

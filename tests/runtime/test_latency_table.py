@@ -30,10 +30,12 @@ def layers(program: Program) -> int:
     return sum(node_macs(program, node) > 0 for node in program.graph.nodes)
 
 
-def test_segments_add_up_without_what_a_call_costs(counting_backend: Any, residual: Program) -> None:
+def test_segments_and_one_call_add_up_to_the_network(counting_backend: Any, residual: Program) -> None:
     table = LatencyTable(counting_backend)
     found = table.predict(residual)
-    assert found.units == pytest.approx(layers(residual) * LAYER / REFERENCE)
+    assert sum(s.units for s in found.segments) == pytest.approx(layers(residual) * LAYER / REFERENCE)
+    assert found.call == pytest.approx(1 / REFERENCE)
+    assert found.units == pytest.approx(table.measure_network(to_onnx(residual)))
     assert found.half_width == pytest.approx(0)
     assert [s.name for s in found.segments] == ["x>relu", "relu>relu_2", "relu_2>relu_4", "relu_4>mean", "mean>linear"]
     assert found.measured == 4  # two blocks are equal
@@ -45,7 +47,7 @@ def test_a_rewritten_program_costs_only_its_new_segments(counting_backend: Any, 
     (first, *_) = find_regions(residual).blocks
     dropped = table.predict(drop_blocks(residual, [first]))
     assert dropped.measured == 0
-    assert dropped.ratio_to(before) == pytest.approx(1 - 2 / layers(residual))
+    assert dropped.ratio_to(before) == pytest.approx(1 - 2 * LAYER / (1 + LAYER * layers(residual)))
     provenance = find_units(residual)
     group = next(g for g in provenance.prunable if len(g.producers) == 1)
     narrower = table.predict(prune_channels(provenance, group.units[4:]).program)
@@ -53,25 +55,18 @@ def test_a_rewritten_program_costs_only_its_new_segments(counting_backend: Any, 
     assert narrower.ratio_to(before) == pytest.approx(1)
 
 
-def test_the_correction_is_what_whole_networks_take_more(counting_backend: Any, residual: Program) -> None:
-    table = LatencyTable(counting_backend)
-    whole = table.measure_network(to_onnx(residual))
-    assert whole == pytest.approx((1 + layers(residual) * LAYER) / REFERENCE)
-    for _ in range(2):  # the second fit does not come on top of the first
-        table.fit([(residual, whole)])
-        assert (table.correction, table.scale) == (pytest.approx(1 / REFERENCE), 1.0)
-        assert table.predict(residual).units == pytest.approx(whole)
-
-
-def test_a_whole_that_takes_less_than_its_segments_scales_them(counting_backend: Any, residual: Program) -> None:
+def test_whole_networks_set_the_scale(counting_backend: Any, residual: Program) -> None:
     table = LatencyTable(counting_backend)
     plain = table.predict(residual)
-    table.fit([(residual, 0.9 * plain.units)])
-    assert (table.correction, table.scale) == (0.0, pytest.approx(0.9))
+    (first, *_) = find_regions(residual).blocks
+    smaller = table.predict(drop_blocks(residual, [first]))
+    for _ in range(2):  # the second fit does not come on top of the first
+        assert table.fit([(residual, 0.9 * plain.units)]) == pytest.approx(0.9)
     fitted = table.predict(residual)
     assert fitted.units == pytest.approx(0.9 * plain.units)
-    (first, *_) = find_regions(residual).blocks
-    assert table.predict(drop_blocks(residual, [first])).ratio_to(fitted) == pytest.approx(1 - 2 / layers(residual))
+    assert fitted.call == pytest.approx(0.9 * plain.call)
+    again = table.predict(drop_blocks(residual, [first]))
+    assert again.ratio_to(fitted) == pytest.approx(smaller.ratio_to(plain))
 
 
 def test_times_are_kept_on_disk_for_one_place(counting_backend: Any, residual: Program, tmp_path: Path) -> None:
@@ -111,4 +106,4 @@ def test_on_onnx_runtime_every_segment_takes_some_time(transformer: Program) -> 
     table = LatencyTable(OnnxRuntimeBackend(), rounds=6)
     found = table.predict(transformer)
     assert found.units > 0
-    assert sum(s.units for s in found.segments) == pytest.approx(found.units)
+    assert sum(s.units for s in found.segments) + found.call == pytest.approx(found.units)
