@@ -75,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fractions", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--max-seconds", type=float, default=60.0, help="for one measurement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file, written after each row")
     return parser.parse_args()
@@ -105,7 +106,7 @@ def compare(
         macs.append(program_cost(program).macs / program_cost(provenance.program).macs)
     inputs = random_inputs(models[0], arguments.batch, arguments.seed)
     with loaded(backend, [(model, inputs) for model in models]) as (beside, on):
-        measured = measure_pair(beside, on, seed=arguments.seed)
+        measured = measure_pair(beside, on, seed=arguments.seed, max_seconds=arguments.max_seconds)
     return {
         "keep": fraction,
         "macs_beside": macs[0],

@@ -34,6 +34,8 @@ COPIES = 4
 _HEAVY_BYTES = 100_000_000
 #: Segments timed in one go, and how many rounds they get.
 _TOGETHER, _ROUNDS = 8, 24
+#: Of what is kept for a segment: another protocol gets another number.
+_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class LatencyTable:
             return measure_savings(reference, [runner], pairs=self.rounds, seed=self.seed)[0].ratio
 
     def _key(self, segment: str) -> str:
-        return f"segment {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
+        return f"segment {_FORMAT} {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
 
     def _measure(self, program: Program, missing: Mapping[str, Segment], progress: Progress) -> dict[str, Any]:
         if not missing:
