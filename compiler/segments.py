@@ -1,14 +1,16 @@
 """Segments: a program cut where a single activation passes, so that its parts can be timed apart and their times added.
 
-A cut may lie behind any node after which one activation alone is still needed. Parts without a contraction go with the
-part before them (a pooling belongs to the layer that it pools), so that runtimes fuse inside a segment what they would
-fuse in the network. Values that cost no contraction (a mask worked out from an input) do not stand in the way of a cut:
-every segment that needs one takes it as a further input.
+A cut may lie behind any node after which one activation alone is still needed, unless that activation is for a moment
+much larger than at the cut before: what an inverted bottleneck widens stays inside. Parts without a contraction go with
+the part before them (a pooling belongs to the layer that it pools), so that runtimes fuse inside a segment what they
+would fuse in the network. Values that cost no contraction (a mask worked out from an input) do not stand in the way of
+a cut: every segment that needs one takes it as a further input.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,10 @@ from torch.utils import _pytree as pytree
 
 from .cost import node_macs
 from .program import Program, data_inputs, dtype_name, is_size, is_tensor, output_nodes
+
+#: A cut may pass on so many times the elements of the cut before, unless the next ones do as well: an inverted
+#: bottleneck goes back after two layers, a new stage does not.
+MOST_WIDER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +48,26 @@ def find_segments(program: Program) -> tuple[Segment, ...]:
     A program without such cuts is one segment.
     """
     macs = {name: node_macs(program, node) for name, node in program.nodes.items()}
-    free = _without_contraction(program, macs)
-    parts: list[list[fx.Node]] = [[]]
-    for node, cut in _cuts(program, free):
-        parts[-1].append(node)
-        if cut:
-            parts.append([])
+    parts = [_Part(nodes=[])]
+    for node, passed in _cuts(program, _without_contraction(program, macs)):
+        parts[-1].nodes.append(node)
+        if passed is not None:
+            parts[-1].size = math.prod(program.shape(passed))
+            parts.append(_Part(nodes=[]))
+    parts = _without_wide_cuts(_with_contractions([part for part in parts if part.nodes], macs))
     outputs = {node.name for node in output_nodes(program.graph)}
-    return tuple(_segment(part, outputs, macs) for part in _merged(parts, macs))
+    return tuple(_segment(part.nodes, outputs, macs) for part in parts)
+
+
+@dataclass
+class _Part:
+    """Calls in topological order, and the elements at batch 1 of the activation that they pass on."""
+
+    nodes: list[fx.Node]
+    size: int = 0
+
+    def __add__(self, behind: _Part) -> _Part:
+        return _Part(nodes=[*self.nodes, *behind.nodes], size=behind.size)
 
 
 def _without_contraction(program: Program, macs: dict[str, int]) -> set[str]:
@@ -63,8 +81,8 @@ def _without_contraction(program: Program, macs: dict[str, int]) -> set[str]:
     return free
 
 
-def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, bool]]:
-    """Every call with whether one activation alone is needed behind it."""
+def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """Every call, with the activation that alone is needed behind it, where it is one."""
     waiting: dict[fx.Node, int] = {}
     outputs = set(output_nodes(program.graph))
     for node in program.graph.nodes:
@@ -78,19 +96,38 @@ def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, bool]]:
         readers = sum(user.op != "output" and not is_size(user) for user in node.users) + (node in outputs)
         if readers and node.name not in free:
             waiting[node] = readers
-        yield node, len(waiting) == 1 and is_tensor(next(iter(waiting)))
+        alone = next(iter(waiting)) if len(waiting) == 1 else None
+        yield node, alone if alone is not None and is_tensor(alone) else None
 
 
-def _merged(parts: Sequence[list[fx.Node]], macs: dict[str, int]) -> list[list[fx.Node]]:
-    """Parts that begin with a contraction's part: those without one join the part before, or the first one behind."""
-    merged: list[list[fx.Node]] = []
+def _with_contractions(parts: Sequence[_Part], macs: dict[str, int]) -> list[_Part]:
+    """Parts of which each has a contraction: those without one join the part before, or the first one behind."""
+    merged: list[_Part] = []
     for part in parts:
-        if not part:
-            continue
-        if merged and not (any(macs[n.name] for n in part) and any(macs[n.name] for n in merged[-1])):
-            merged[-1] = [*merged[-1], *part]
+        if merged and not (_contracts(part, macs) and _contracts(merged[-1], macs)):
+            merged[-1] += part
         else:
-            merged.append(list(part))
+            merged.append(part)
+    return merged
+
+
+def _contracts(part: _Part, macs: dict[str, int]) -> bool:
+    return any(macs[node.name] for node in part.nodes)
+
+
+def _without_wide_cuts(parts: Sequence[_Part]) -> list[_Part]:
+    """Parts that do not end where the activation is only for a moment much wider than at the cut before."""
+    sizes = [part.size for part in parts]
+    merged: list[_Part] = []
+    before, join = 0, False
+    for place, part in enumerate(parts):
+        if join:
+            merged[-1] += part
+        else:
+            merged.append(part)
+        usual = MOST_WIDER * before
+        join = 0 < usual < sizes[place] and any(size <= usual for size in sizes[place + 1 : place + 3])
+        before = before if join else part.size
     return merged
 
 

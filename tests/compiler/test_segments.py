@@ -1,5 +1,6 @@
 """Segments: cut where one activation passes, exact when run one after another, told apart by what they cost."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +150,20 @@ def test_segments_are_plain_values() -> None:
     a = Segment(nodes=("a",), entries=("x",), exits=("a",), macs=3)
     assert a == Segment(nodes=("a",), entries=("x",), exits=("a",), macs=4)
     assert a.name == "x>a"
+
+
+def widths(*channels: int) -> list[int]:
+    """The widths at the cuts of a chain of 1 x 1 convolutions with these widths."""
+    layers = [nn.Conv2d(i, o, 1) for i, o in itertools.pairwise((3, *channels))]
+    program = capture(nn.Sequential(*layers).eval(), torch.zeros(2, 3, 6, 6))
+    return [program.shape(program.nodes[s.exits[0]])[1] for s in find_segments(program)]
+
+
+def test_what_a_bottleneck_widens_stays_inside() -> None:
+    assert widths(4, 24, 24, 4, 8, 4) == [4, 4, 8, 4]
+    assert widths(4, 24, 6, 36, 36, 6) == [4, 6, 6]
+
+
+def test_a_network_that_stays_wide_is_cut_there() -> None:
+    assert widths(4, 40, 40, 40, 40, 8) == [4, 40, 40, 40, 40, 8]
+    assert widths(40, 4, 2) == [40, 4, 2]
