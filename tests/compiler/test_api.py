@@ -85,7 +85,7 @@ def test_the_report_has_what_was_promised(compiled: foldcut.Compiled, residual: 
         assert "saving" in decision
     assert {"capture", "analyse", "choose", "re-solve", "mimic", "export", "measure"} <= set(data["seconds"])
     assert all(set(value) == {"wall", "cpu"} for value in data["seconds"].values())
-    assert data["environment"] == {"backend": "counting"}
+    assert data["environment"] == {"backend": "counting", "threads": 1, "batch": 1}
     assert data["met"] is True
     assert data["calibration"]["samples"] == 40
     assert data["onnx_difference"] < 1e-4

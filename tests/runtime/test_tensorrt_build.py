@@ -227,8 +227,8 @@ def test_ctrl_c_ends_a_build_and_is_not_lost(capfd: pytest.CaptureFixture[str]) 
     nodes += [helper.make_node("Relu", ["v300"], ["out"])]
     shape = helper.make_tensor_value_info("v0", TensorProto.FLOAT, [8, 64])
     model = serialise(nodes, [shape], w=np.eye(64, dtype=np.float32))
-    before = signal.getsignal(signal.SIGINT)
     building = threading.Event()
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
 
     def press() -> None:
         building.wait(60)
@@ -239,11 +239,14 @@ def test_ctrl_c_ends_a_build_and_is_not_lost(capfd: pytest.CaptureFixture[str]) 
         original = tensorrt_build._monitor
         patch.setattr(tensorrt_build, "_monitor", lambda *a: (building.set(), original(*a))[1])
         thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            TensorRTBackend().build(model)
-            time.sleep(5)  # in case that the signal comes late
-        thread.join()
-    assert signal.getsignal(signal.SIGINT) == before
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                TensorRTBackend().build(model)
+                time.sleep(5)  # in case that the signal comes late
+            thread.join()
+            assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, given)
     assert capfd.readouterr().err == ""
 
 
