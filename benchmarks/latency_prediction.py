@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +31,7 @@ from foldcut.compiler.export import to_onnx
 from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import find_units
 from foldcut.compiler.regions import find_regions
+from foldcut.compiler.unit_groups import surplus_units
 from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.prune_channels import cuttable_groups, prune_channels
 from foldcut.runtime.backend import Backend, resolve_backend
@@ -42,12 +41,11 @@ from foldcut.runtime.measure import measure_pair
 from foldcut.runtime.measurement_cache import MeasurementCache
 from foldcut.runtime.onnxruntime import random_inputs
 from foreign_ops import declare_torchvision_ops
+from rows import Row, write_json
 from torch import nn
 
 MEDIAN_LIMIT, WORST_LIMIT = 0.03, 0.10
 NETWORKS = ("resnet18", "resnet56", "mobilenet_v2")
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -66,7 +64,8 @@ def main() -> None:
                 for row in predictions(name, network, sample, backend, batch, arguments, cache):
                     rows.append(row)
                     print(table_row(row), flush=True)
-                    save(arguments.output, rows, backend)
+                    if arguments.output:
+                        write_json(arguments.output, {"environment": backend.environment(), "rows": rows})
     sys.exit(0 if summarise(rows) else 1)
 
 
@@ -161,7 +160,7 @@ def pruned(original: Program, keep: float, multiple: int) -> Program:
     limits = ChannelLimits(multiple_of=multiple)
     groups, _ = cuttable_groups(provenance, free_groups(provenance, limits))
     counts = uniform_counts(groups, keep, limits)
-    return prune_channels(provenance, torch.cat([g.units[counts[g.name] :] for g in groups])).program
+    return prune_channels(provenance, surplus_units(groups, counts)).program
 
 
 def factorised(network: nn.Module, share: float) -> nn.Module:
@@ -188,14 +187,6 @@ def table_row(row: Row) -> str:
         measured += " contended" if row["contended"] else ""
         cells = [f"{row['macs']:.3f}", f"{row['predicted']:.3f}", measured, f"{row['error']:+.1%}"]
     return f"| {label} | {row['rewrite']} | {' | '.join(cells)} | {row['measured_segments']} | {row['seconds']:.0f} |"
-
-
-def save(output: Path | None, rows: list[Row], backend: Backend) -> None:
-    """Replace the output in one step."""
-    if output is not None:
-        part = output.with_name(output.name + ".part")
-        part.write_text(json.dumps({"environment": backend.environment(), "rows": rows}, indent=1) + "\n")
-        part.replace(output)
 
 
 def summarise(rows: list[Row]) -> bool:

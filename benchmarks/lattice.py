@@ -11,7 +11,6 @@ when the network on the lattice is slower: the interval excludes 1 and the loss 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -26,7 +25,7 @@ from foldcut.compiler.edit_folds import fold_parameters
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.compiler.unit_groups import UnitGroup
+from foldcut.compiler.unit_groups import UnitGroup, surplus_units
 from foldcut.passes.prune_channels import cuttable_groups, prune_channels
 from foldcut.runtime.backend import resolve_backend
 from foldcut.runtime.lattice import probe_lattice
@@ -34,6 +33,7 @@ from foldcut.runtime.loading import loaded
 from foldcut.runtime.measure import measure_pair
 from foldcut.runtime.onnxruntime import random_inputs
 from foreign_ops import declare_torchvision_ops
+from rows import write_json
 
 
 def main() -> None:
@@ -59,10 +59,8 @@ def main() -> None:
         rows.append(row)
         print(table_row(row), flush=True)
         if arguments.output:
-            part = arguments.output.with_name(arguments.output.name + ".part")
             found = {"environment": backend.environment(), "steps": dict(lattice.steps), "rows": rows}
-            part.write_text(json.dumps(found, indent=1) + "\n")
-            part.replace(arguments.output)
+            write_json(arguments.output, found)
     slower = [row for row in rows if row["verdict"] == "slower"]
     faster = sum(row["verdict"] == "faster" for row in rows)
     print(f"\n{len(rows)} fractions: on the lattice faster {faster} times, slower {len(slower)} times; ", end="")
@@ -100,8 +98,8 @@ def compare(
     """One fraction: both networks, measured against each other; the ratio is on the lattice over beside it."""
     models, macs = [], []
     for odd in (True, False):
-        units = [g.units[count_for(len(g), fraction, multiple, odd) :] for g in groups]
-        program = prune_channels(provenance, torch.cat(units)).program
+        counts = {g.name: count_for(len(g), fraction, multiple, odd) for g in groups}
+        program = prune_channels(provenance, surplus_units(groups, counts)).program
         models.append(to_onnx(program))
         macs.append(program_cost(program).macs / program_cost(provenance.program).macs)
     inputs = random_inputs(models[0], arguments.batch, arguments.seed)

@@ -11,7 +11,6 @@ median of the ratios. Exit code 1 when the pairs spread by more than 3 % or a ne
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import warnings
@@ -27,12 +26,15 @@ import torch
 from foldcut.compiler.edit_folds import fold_parameters
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.provenance import find_units
+from foldcut.compiler.unit_groups import surplus_units
 from foldcut.passes.prune_channels import cuttable_groups, prune_channels
 from foldcut.runtime.backend import Clock, Runner, resolve_backend
 from foldcut.runtime.environment import cpus_available
+from foldcut.runtime.loading import opened
 from foldcut.runtime.measure import measure_pair, measure_single
 from foldcut.runtime.measurement import Measurement
 from foreign_ops import declare_torchvision_ops
+from rows import write_json
 
 MOST_SPREAD = 0.03
 MOST_OFF = 0.01
@@ -86,8 +88,7 @@ def main() -> None:
         return backend.load(engine, inputs, threads=arguments.threads)
 
     def measured(before: object, after: object, seed: int) -> Measurement:
-        with ExitStack() as stack:
-            runners = [stack.enter_context(closing(load(engine))) for engine in (before, after)]
+        with opened(backend, [(before, inputs), (after, inputs)], threads=arguments.threads) as runners:
             return measure_pair(*runners, seed=seed, environment=environment, max_seconds=arguments.max_seconds)
 
     with busy_cores(cpus_available() if arguments.busy is None else arguments.busy) as busy:
@@ -96,7 +97,7 @@ def main() -> None:
         equal = measured(engines[0], engines[0], arguments.seed)
     passed = show(protocols, pairs, equal, busy)
     if arguments.output:
-        arguments.output.write_text(json.dumps(as_dict(protocols, pairs, equal, busy, passed), indent=1) + "\n")
+        write_json(arguments.output, as_dict(protocols, pairs, equal, busy, passed))
     sys.exit(0 if passed else 1)
 
 
@@ -125,7 +126,7 @@ def resnet_and_half(seed: int) -> tuple[bytes, bytes]:
     program = fold_parameters(foldcut.capture(network, torch.randn(2, 3, 224, 224)))
     provenance = find_units(program)
     groups, _ = cuttable_groups(provenance, provenance.prunable)
-    units = torch.cat([group.units[len(group.units) // 2 :] for group in groups])
+    units = surplus_units(groups, {group.name: len(group) // 2 for group in groups})
     return to_onnx(program), to_onnx(prune_channels(provenance, units).program)
 
 

@@ -72,9 +72,14 @@ def _save(arguments: argparse.Namespace, settings: Sequence[str], rows: Mapping[
     """Replace the output in one step, so that an interrupted run can be resumed."""
     if arguments.output:
         content = {setting: getattr(arguments, setting) for setting in settings} | {"rows": list(rows.values())}
-        part = arguments.output.with_name(arguments.output.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(arguments.output)
+        write_json(arguments.output, content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file in one step."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
 
 
 def _run_apart(source: str, name: str, arguments: argparse.Namespace, settings: Sequence[str]) -> Row:

@@ -21,7 +21,7 @@ from .plan import ChannelGoal, Channels, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance, find_units
-from .unit_groups import UnitGroup
+from .unit_groups import UnitGroup, surplus_units
 from .verify import output_error
 
 #: How often a MACs goal is tightened when the smaller program has more MACs than the allocation predicted.
@@ -192,8 +192,7 @@ def _weighing_samples(program: Program, groups: int) -> int:
 
 
 def _macs_left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> int:
-    units = torch.cat([g.units[counts[g.name] :] for g in groups])
-    return program_cost(prune_channels(provenance, units).program).macs
+    return program_cost(prune_channels(provenance, surplus_units(groups, counts)).program).macs
 
 
 def _decision(group: UnitGroup, selection: Selection) -> PruneChannels:

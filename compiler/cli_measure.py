@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from ..runtime.backend import Array, Backend, check_threads, resolve_backend
 from ..runtime.inputs import InputSpec, draw_inputs, model_specs
+from ..runtime.loading import opened
 from ..runtime.measure import measure_pair, self_check
 from ..runtime.measurement import Measurement
 from .calibration_set import read_calibration
@@ -97,11 +97,7 @@ def _paired(
     environment: Mapping[str, str | int],
     progress: Progress,
 ) -> Measurement:
-    with ExitStack() as loaded:
-        runners = []
-        for engine in engines:
-            runners.append(backend.load(engine, inputs, threads=wish.threads))
-            loaded.callback(runners[-1].close)
+    with opened(backend, [(engine, inputs) for engine in engines], threads=wish.threads) as runners:
         result = measure_pair(
             *runners,
             max_pairs=_MOST_PAIRS,

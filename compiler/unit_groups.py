@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,6 +47,11 @@ class UnitGroup:
         step = self.step(multiple_of)
         count = max(1, round(keep * len(self) / step)) * step
         return count if count < len(self) else len(self)
+
+
+def surplus_units(groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> torch.Tensor:
+    """The units of each group behind its first so many."""
+    return torch.cat([group.units[counts[group.name] :] for group in groups])
 
 
 def form_groups(trace: Trace, slots: Sequence[Slot]) -> tuple[UnitGroup, ...]:

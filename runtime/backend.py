@@ -160,6 +160,11 @@ def _made(kind: type) -> object:
         ) from cause
 
 
+def closed_runner() -> BackendError:
+    """The error of a runner that is used after `close`."""
+    return BackendError("the runner was closed", hint="load the engine again")
+
+
 def check_threads(threads: int) -> None:
     """Raise BackendError unless `threads` is a whole number from 1 up."""
     if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:

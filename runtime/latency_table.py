@@ -17,11 +17,11 @@ from ..compiler.segments import Segment, find_segments, segment_key
 from .backend import Array, Backend
 from .bootstrap import median_interval
 from .environment import lasting
+from .inputs import draw_inputs, model_specs
 from .loading import loaded
 from .measure import measure_savings
 from .measurement import Measurement
 from .measurement_cache import MeasurementCache
-from .onnxruntime import random_inputs
 from .reference_network import reference_network
 from .repeated_model import repeated
 
@@ -140,7 +140,7 @@ class LatencyTable:
     def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
         """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
         given. Raises BackendError."""
-        given = inputs if inputs is not None else random_inputs(model, self.batch, self.seed)
+        given = inputs if inputs is not None else self._drawn(model)
         with loaded(self.backend, [self._reference, (model, given)], threads=self.threads) as (reference, runner):
             return measure_savings(reference, [runner], pairs=self.rounds, seed=self.seed)[0].ratio
 
@@ -170,7 +170,7 @@ class LatencyTable:
         timed = [self._reference]
         for model, count in zip(models, copies, strict=True):
             one, many = (bytes(repeated(model, n).SerializeToString()) for n in (1, count))
-            inputs = random_inputs(one, self.batch, self.seed)
+            inputs = self._drawn(one)
             timed += [(one, inputs), (many, inputs)]
         with loaded(self.backend, timed, threads=self.threads) as (reference, *runners):
             measured = measure_savings(
@@ -184,7 +184,11 @@ class LatencyTable:
     @cached_property
     def _reference(self) -> tuple[bytes, Mapping[str, Array]]:
         model = reference_network()
-        return model, random_inputs(model, 1, self.seed)
+        return model, self._drawn(model)
+
+    def _drawn(self, model: bytes) -> dict[str, Array]:
+        """Made-up inputs at the table's batch; what a model fixes stays."""
+        return draw_inputs(model_specs(model), self.batch, self.seed)
 
 
 def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, float]:

@@ -16,10 +16,11 @@ from ..compiler.progress import Progress, silent
 from .backend import Backend
 from .bootstrap import ratio_interval
 from .environment import lasting
+from .inputs import draw_inputs, model_specs
+from .layered_model import Layer, layered_model
 from .loading import loaded
 from .measure import measure_savings
 from .measurement_cache import MeasurementCache
-from .onnxruntime import random_inputs
 
 if TYPE_CHECKING:
     import onnx
@@ -31,6 +32,7 @@ COST = 0.25
 COUNTS = (33, 35, 38, 44, 49, 51, 54, 60)
 _OUTER = 64  # channels at both ends of a probe
 _ROUNDS = 16
+_DEVIATION = 0.05  # of the probes' weights
 _SHARE = 0.05  # of a network's MACs, for a kind of layer to have a say
 _FORMAT = 1
 
@@ -126,7 +128,7 @@ def _timed(
     """Times of the probe of each channel count, in ms, paired by rounds."""
     counts = sorted({_OUTER, *COUNTS, *(_raised(c, m) for c in COUNTS for m in MULTIPLES)}, reverse=True)
     models = [make(count, batch).SerializeToString() for count in counts]
-    inputs = random_inputs(models[0], batch, seed)
+    inputs = draw_inputs(model_specs(models[0]), batch, seed)
     with loaded(backend, [(model, inputs) for model in models], threads=threads) as runners:
         measured = measure_savings(
             runners[0], runners[1:], pairs=_ROUNDS, seed=seed, min_block_ms=5.0, environment={}, progress=show
@@ -155,40 +157,17 @@ def _depthwise(channels: int, batch: int) -> onnx.ModelProto:
 
 def _linear(channels: int, batch: int) -> onnx.ModelProto:
     rows = [batch, 196, _OUTER]
-    return _model("MatMul", [([_OUTER, channels], {}), ([channels, _OUTER], {})], rows)
+    layers: list[Layer] = [([_OUTER, channels], {}), ([channels, _OUTER], {})]
+    return layered_model("MatMul", layers, rows, deviation=_DEVIATION, last_relu=False)
 
 
 def _probe(widths: list[int], kernel: int, batch: int, grouped: int = -1) -> onnx.ModelProto:
     """Convolutions on 14x14 values; the one at position `grouped` is depthwise, 3x3."""
-    layers = []
+    layers: list[Layer] = []
     for place, (before, after) in enumerate(pairwise(widths)):
         groups, size = (before, 3) if place == grouped else (1, kernel)
         layers.append(([after, before // groups, size, size], {"pads": [size // 2] * 4, "group": groups}))
-    return _model("Conv", layers, [batch, widths[0], 14, 14])
-
-
-def _model(op: str, layers: list[tuple[list[int], dict[str, Any]]], shape: list[int]) -> onnx.ModelProto:
-    """Layers with a ReLU behind each but the last."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    generator = np.random.default_rng(0)
-    nodes, weights, value = [], [], "x"
-    for place, (size, settings) in enumerate(layers):
-        array = generator.normal(0, 0.05, size).astype(np.float32)
-        weights.append(numpy_helper.from_array(array, f"w{place}"))
-        nodes.append(helper.make_node(op, [value, f"w{place}"], [f"v{place}"], **settings))
-        value = f"v{place}"
-        if place < len(layers) - 1:
-            nodes.append(helper.make_node("Relu", [value], [f"r{place}"]))
-            value = f"r{place}"
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(value, TensorProto.FLOAT, None)],
-        weights,
-    )
-    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    return layered_model("Conv", layers, [batch, widths[0], 14, 14], deviation=_DEVIATION, last_relu=False)
 
 
 _PROBES: dict[str, Callable[[int, int], onnx.ModelProto]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -146,23 +147,16 @@ def self_check(
     can be believed.
     """
     _check_positive(tolerance=tolerance)
-    first = make_runner()
-    try:
-        second = make_runner()
-        try:
-            result = measure_pair(
-                first,
-                second,
-                target_halfwidth=tolerance / 2,
-                max_seconds=max_seconds,
-                seed=seed,
-                environment=environment,
-                progress=progress,
-            )
-        finally:
-            second.close()
-    finally:
-        first.close()
+    with closing(make_runner()) as first, closing(make_runner()) as second:
+        result = measure_pair(
+            first,
+            second,
+            target_halfwidth=tolerance / 2,
+            max_seconds=max_seconds,
+            seed=seed,
+            environment=environment,
+            progress=progress,
+        )
     if abs(result.ratio - 1) > tolerance:
         raise BackendError(
             "a network measured against itself does not come out equal; smaller differences cannot be told",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..compiler.errors import BackendError, first_line
-from .backend import Array, Availability, Clock, Runner, check_threads
+from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner
 from .environment import host_environment
 from .inputs import check_inputs, draw_inputs, onnx_bytes, session_specs
 from .onnxruntime_provider import (
@@ -129,7 +129,7 @@ class OnnxRuntimeRunner:
         """Run one inference and wait for its end. Raises BackendError if ORT fails or the runner was closed."""
         session, binding = self._session, self._binding
         if session is None:
-            raise _closed()
+            raise closed_runner()
         try:
             session.run_with_iobinding(binding)
             if self._device != "cpu":
@@ -143,7 +143,7 @@ class OnnxRuntimeRunner:
     def outputs(self) -> tuple[Array, ...]:
         """Copy out the outputs of the last run, in the model's order. Raises BackendError after `close`."""
         if self._session is None:
-            raise _closed()
+            raise closed_runner()
         arrays = dict(zip(dict.fromkeys(self._names), self._binding.copy_outputs_to_cpu(), strict=True))
         return tuple(np.array(arrays[name], copy=True) for name in self._names)
 
@@ -199,7 +199,3 @@ def random_inputs(
     """
     session = create_session(bytes(model)) if isinstance(model, (bytes, bytearray)) else model
     return draw_inputs(session_specs(session), batch, seed, sizes=sizes)
-
-
-def _closed() -> BackendError:
-    return BackendError("the runner was closed", hint="load the engine again")

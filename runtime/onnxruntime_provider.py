@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..compiler.errors import BackendError, first_line
 from .backend import Availability
+from .cuda_driver import open_driver
 from .environment import version_tuple
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -134,15 +135,10 @@ def provider_libraries(setup: ProviderSetup) -> Iterator[None]:
 
 def cuda_devices() -> tuple[str, ...]:
     """Name the NVIDIA GPUs that the driver offers to this process; none where there is no driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ()
-    count, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
+    driver, count = open_driver()
+    name = ctypes.create_string_buffer(256)
     names = []
-    for index in range(count.value):
+    for index in range(count):
         known = driver.cuDeviceGetName(name, len(name), index) == 0
         names.append(name.value.decode(errors="replace") if known else f"GPU {index}")
     return tuple(names)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..compiler.errors import BackendError, first_line
-from .backend import Array, Availability, Clock, Runner, check_threads
+from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner
 from .environment import host_environment, version_tuple
 from .inputs import InputSpec, check_inputs, model_specs, onnx_bytes
 
@@ -127,7 +127,7 @@ class OpenVinoRunner:
         """Run one inference. Raises BackendError if OpenVINO fails or the runner was closed."""
         request = self._request
         if request is None:
-            raise _closed()
+            raise closed_runner()
         try:
             request.infer()
         except Exception as error:
@@ -139,7 +139,7 @@ class OpenVinoRunner:
     def outputs(self) -> tuple[Array, ...]:
         """Copy out the outputs of the last run, in the model's order. Raises BackendError after `close`."""
         if self._request is None:
-            raise _closed()
+            raise closed_runner()
         count = len(self._compiled.outputs)
         return tuple(np.array(self._request.get_output_tensor(index).data, copy=True) for index in range(count))
 
@@ -196,7 +196,3 @@ def _said(error: BaseException) -> str:
     lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines() if line.strip()]
     news = [line for line in lines if not line.startswith(_NO_NEWS)]
     return " ".join(news)[:300] if news else first_line(error)
-
-
-def _closed() -> BackendError:
-    return BackendError("the runner was closed", hint="load the engine again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
+from .layered_model import layered_model
 
 _CHANNELS, _SIZE, _LAYERS = 64, 28, 3
 
@@ -16,23 +16,6 @@ def reference_network() -> bytes:
     What slows the machine (another process, a lower clock) slows it like the network beside it, so times as
     multiples of its time repeat where milliseconds do not.
     """
-    from onnx import TensorProto, helper, numpy_helper
-
-    generator = np.random.default_rng(0)
-    nodes, weights, value = [], [], "x"
-    for layer in range(_LAYERS):
-        kernel = generator.normal(0, 0.04, (_CHANNELS, _CHANNELS, 3, 3)).astype(np.float32)
-        weights.append(numpy_helper.from_array(kernel, f"w{layer}"))
-        nodes.append(helper.make_node("Conv", [value, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1]))
-        nodes.append(helper.make_node("Relu", [f"c{layer}"], [f"r{layer}"]))
-        value = f"r{layer}"
-    shape = [1, _CHANNELS, _SIZE, _SIZE]
-    graph = helper.make_graph(
-        nodes,
-        "reference",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape)],
-        weights,
-    )
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    kernels = [([_CHANNELS, _CHANNELS, 3, 3], {"pads": [1, 1, 1, 1]})] * _LAYERS
+    model = layered_model("Conv", kernels, [1, _CHANNELS, _SIZE, _SIZE], deviation=0.04, last_relu=True)
     return bytes(model.SerializeToString())

@@ -13,6 +13,7 @@ from ..compiler.errors import BackendError
 from .backend import Array, Availability, Runner, check_threads
 from .environment import host_environment
 from .half_precision import HalfPrecision, to_half_precision
+from .inputs import onnx_bytes
 from .tensorrt_build import BuildSettings, build_plan, check_targets
 from .tensorrt_device import open_device, visible_gpu, why_no_device
 from .tensorrt_engine import EngineInfo, TensorRTEngine, load_engine, sha256
@@ -96,7 +97,7 @@ class TensorRTBackend:
         Raises BackendError: TensorRT is missing or too old, a dynamic input has no sizes, half precision does not hold
         the tolerance or has no samples, TensorRT cannot parse (with the node) or build the model, or it is above 2 GB.
         """
-        content = _model_bytes(model)
+        content = onnx_bytes(model, "TensorRT")
         library = find_library()
         if library.flavour == RTX:
             check_targets(library, self._settings.targets)
@@ -187,14 +188,3 @@ def _checked_engine(engine: object) -> TensorRTEngine:
             hint="pass TensorRTBackend().build(onnx_bytes), or load_engine(path)",
         )
     return engine
-
-
-def _model_bytes(model: object) -> bytes:
-    if not isinstance(model, (bytes, bytearray, memoryview)):
-        raise BackendError(
-            "TensorRT builds from the bytes of an ONNX file",
-            expected="bytes",
-            actual=type(model).__name__,
-            hint="pass Path(file).read_bytes() or model_proto.SerializeToString()",
-        )
-    return bytes(model)

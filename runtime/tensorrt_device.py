@@ -7,7 +7,6 @@ be tested where there is no GPU.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..compiler.errors import BackendError
 from .backend import Array
+from .cuda_driver import open_driver
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _TORCH_WITH_CUDA = "install a torch wheel built for CUDA in its place"
@@ -33,13 +33,10 @@ class Gpu:
 
 def visible_gpu() -> Gpu | None:
     """Ask the CUDA driver for the first GPU; None where there is no driver or no GPU."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    driver, count = open_driver()
+    if count < 1:
         return None
-    count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
-        return None
+    device, version = ctypes.c_int(), ctypes.c_int()
     if driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
     name = ctypes.create_string_buffer(256)

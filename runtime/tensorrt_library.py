@@ -6,7 +6,6 @@ listed here, so that a version without one of the names is refused at once, by n
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from ..compiler.errors import BackendError, named_first_line
+from .environment import version_tuple
 
 FULL, RTX = "TensorRT", "TensorRT-RTX"
 INSTALL = (
@@ -126,8 +126,7 @@ def missing_names(trt: Any) -> tuple[str, ...]:
 def _checked(trt: Any, flavour: str) -> Library:
     library = Library(trt=trt, flavour=flavour, version=str(getattr(trt, "__version__", "0")))
     least = _LEAST[flavour]
-    numbers = tuple(int(number) for number in re.findall(r"\d+", library.version)[:2])
-    if numbers < least:
+    if version_tuple(library.version) < least:
         raise BackendError(
             f"the installed {flavour} is too old",
             expected=f"{least[0]}.{least[1]} or newer",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..compiler.errors import BackendError, first_line
-from .backend import Array, Clock
+from .backend import Array, Clock, closed_runner
 from .tensorrt_device import Device
 from .tensorrt_engine import TensorRTEngine
 from .tensorrt_library import Library, Messages, collected_messages, logger_of
@@ -159,7 +159,7 @@ class TensorRTRunner:
 
     def _open(self) -> EngineSession:
         if self._session is None:
-            raise BackendError("the runner was closed", hint="load the engine again")
+            raise closed_runner()
         return self._session
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..compiler.errors import BackendError, CompilerError, first_line
-from .backend import Array, Availability, Clock, Runner, check_threads
+from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner
 from .environment import host_environment
 from .inputs import InputSpec, check_inputs, model_specs, onnx_bytes
 
@@ -125,7 +125,7 @@ class TorchRunner:
 
         module = self._module
         if module is None:
-            raise _closed()
+            raise closed_runner()
         try:
             with torch_threads(self._threads), torch.inference_mode():
                 self._values = module(*self._args, **self._kwargs)
@@ -143,7 +143,7 @@ class TorchRunner:
         from ..compiler.verify import flatten_outputs
 
         if self._module is None:
-            raise _closed()
+            raise closed_runner()
         try:
             return tuple(np.array(value.detach().numpy(), copy=True) for value in flatten_outputs(self._values))
         except TypeError as error:
@@ -180,7 +180,3 @@ def _narrowed(spec: InputSpec, traced: TensorSpec) -> InputSpec:
         have if isinstance(have, int) else declared for declared, have in zip(spec.shape, traced.shape, strict=True)
     )
     return replace(spec, shape=tuple(shape))
-
-
-def _closed() -> BackendError:
-    return BackendError("the runner was closed", hint="load the engine again")
