@@ -18,17 +18,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Cifar:
-    """Unlabelled calibration images, and test images with labels; float32, normalised."""
+    """Calibration images (with labels only for those who train), and test images with labels; float32, normalised."""
 
     calibration: torch.Tensor
     test: torch.Tensor
     labels: torch.Tensor
+    calibration_labels: torch.Tensor | None = None
 
 
-def load_cifar(folder: Path, samples: int, test_limit: int | None = None) -> Cifar:
-    calibration, _ = _decode(folder / "cifar10_train.npz", samples)
+def load_cifar(folder: Path, samples: int | None, test_limit: int | None = None, *, labelled: bool = False) -> Cifar:
+    """The first so many images of either half; all of them where None is given."""
+    calibration, training_labels = _decode(folder / "cifar10_train.npz", samples)
     test, labels = _decode(folder / "cifar10_test.npz", test_limit)
-    return Cifar(calibration=calibration, test=test, labels=labels)
+    return Cifar(
+        calibration=calibration, test=test, labels=labels, calibration_labels=training_labels if labelled else None
+    )
 
 
 def _decode(path: Path, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:

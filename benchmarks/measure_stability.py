@@ -4,8 +4,10 @@
     python benchmarks/measure_stability.py [--backend onnxruntime|openvino|torch] [--repeats 6] [--output FILE.json]
 
 ResNet-18 at 224 x 224 against itself with half of all channels, while one busy process for each core takes its share.
-Every repeat loads both networks anew and takes as many samples by each protocol. The spread is (largest - smallest) /
-median of the ratios. Exit code 1 when the pairs spread by more than 3 % or a network against itself leaves 1 +- 0.01.
+Every repeat loads both networks anew and takes as many samples by each protocol, and measures ResNet-18 against a
+second load of itself. The spread is (largest - smallest) / median of the ratios. Exit code 1 when the pairs spread by
+more than 3 %, or when the median over the loads of the network against itself leaves 1 +- 0.01: where a load happens to
+put its buffers is part of what it measures, and no number of pairs averages that out.
 """
 
 from __future__ import annotations
@@ -92,9 +94,7 @@ def main() -> None:
             return measure_pair(*runners, seed=seed, environment=environment, max_seconds=arguments.max_seconds)
 
     with busy_cores(cpus_available() if arguments.busy is None else arguments.busy) as busy:
-        protocols, pairs = compare_protocols(load, measured, engines, arguments.repeats)
-        say("ResNet-18 against itself")
-        equal = measured(engines[0], engines[0], arguments.seed)
+        protocols, pairs, equal = compare_protocols(load, measured, engines, arguments.repeats)
     passed = show(protocols, pairs, equal, busy)
     if arguments.output:
         write_json(arguments.output, as_dict(protocols, pairs, equal, busy, passed))
@@ -151,9 +151,11 @@ def compare_protocols(
     measured: Callable[[object, object, int], Measurement],
     engines: Sequence[object],
     repeats: int,
-) -> tuple[list[Protocol], list[Measurement]]:
-    """Each protocol once in every repeat, so that all of them meet the same machine."""
+) -> tuple[list[Protocol], list[Measurement], list[Measurement]]:
+    """Each protocol once in every repeat, so that all of them meet the same machine: what they gave, the measurements
+    by pairs, and those of the network against itself."""
     pairs: list[Measurement] = []
+    equal: list[Measurement] = []
     separate: list[float] = []
     separate_wall: list[float] = []
     for repeat in range(repeats):
@@ -161,6 +163,7 @@ def compare_protocols(
         pairs.append(measured(engines[0], engines[1], repeat))
         separate.append(separate_ratio(load, engines, pairs[-1].pairs, wrap=lambda runner: runner))
         separate_wall.append(separate_ratio(load, engines, pairs[-1].pairs, wrap=WallRunner))
+        equal.append(measured(engines[0], engines[0], repeat))
     clock = pairs[0].clock
     found = [
         Protocol(name=f"interleaved pairs, clock {clock}", ratios=tuple(m.ratio for m in pairs)),
@@ -168,7 +171,7 @@ def compare_protocols(
     ]
     if clock != "wall":
         found.append(Protocol(name="separate medians, clock wall", ratios=tuple(separate_wall)))
-    return found, pairs
+    return found, pairs, equal
 
 
 def separate_ratio(
@@ -182,10 +185,10 @@ def separate_ratio(
     return medians[1] / medians[0]
 
 
-def show(protocols: Sequence[Protocol], pairs: Sequence[Measurement], equal: Measurement, busy: int) -> bool:
+def show(protocols: Sequence[Protocol], pairs: Sequence[Measurement], equal: Sequence[Measurement], busy: int) -> bool:
     """Print the table; returns whether both limits were kept."""
     print(f"ResNet-18 and its half, {len(pairs)} repeats, {busy} busy processes")
-    print(", ".join(f"{key} {value}" for key, value in equal.environment.items() if value != ""))
+    print(", ".join(f"{key} {value}" for key, value in equal[0].environment.items() if value != ""))
     print("\n| protocol | median ratio | smallest | largest | spread |")
     print("|---|---|---|---|---|")
     for protocol in protocols:
@@ -197,21 +200,22 @@ def show(protocols: Sequence[Protocol], pairs: Sequence[Measurement], equal: Mea
     print(f"\npairs per repeat: {min(counts)} to {max(counts)}; half widths of the intervals: ", end="")
     print(f"{min(widths):.1%} to {max(widths):.1%}; flagged as contended: {contended} of {len(pairs)}")
     steady = protocols[0].spread <= MOST_SPREAD
-    even = abs(equal.ratio - 1) <= MOST_OFF
+    ratios = [m.ratio for m in equal]
+    even = abs(float(np.median(ratios)) - 1) <= MOST_OFF
     print(f"spread of the pairs: {protocols[0].spread:.1%}, at most {MOST_SPREAD:.0%}: {verdict(steady)}")
-    interval = f"{equal.low:.4f} to {equal.high:.4f}, {equal.pairs} pairs"
-    print(f"against itself: x{equal.ratio:.4f} ({interval}), within 1 +- {MOST_OFF}: {verdict(even)}")
+    print(f"against itself: median x{np.median(ratios):.4f} of {len(ratios)} fresh loads ", end="")
+    print(f"({min(ratios):.4f} to {max(ratios):.4f}), within 1 +- {MOST_OFF}: {verdict(even)}")
     return steady and even
 
 
 def as_dict(
-    protocols: Sequence[Protocol], pairs: Sequence[Measurement], equal: Measurement, busy: int, passed: bool
+    protocols: Sequence[Protocol], pairs: Sequence[Measurement], equal: Sequence[Measurement], busy: int, passed: bool
 ) -> dict[str, Any]:
     return {
         "busy_processes": busy,
         "protocols": [{"name": p.name, "ratios": p.ratios, "spread": p.spread} for p in protocols],
         "pairs": [m.to_dict() for m in pairs],
-        "against_itself": equal.to_dict(),
+        "against_itself": [m.to_dict() for m in equal],
         "passed": passed,
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..passes.drop_blocks import drop_blocks
+from ..passes.factorize import factorize_plain
 from ..passes.mimic import MimicSettings
 from ..passes.prune_channels import prune_channels
 from ..runtime.backend import Backend, resolve_backend
@@ -25,14 +26,14 @@ from .channel_pipeline import removed_units
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
 from .onnx_file import in_one_piece, input_count
-from .pipeline import Outcome, PipelineSettings, cost_report, run_pipeline
-from .plan import Blocks, Channels, DropBlock, Goal, Latency, Macs, Plan, PruneChannels
+from .pipeline import Outcome, PipelineSettings, cost_report, rewrites_for, run_pipeline
+from .plan import Blocks, DropBlock, FactorizeLayer, Goal, Macs, Plan, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .provenance import find_units
 from .report import Report, unit_groups
 
-REWRITES = ("drop_blocks", "prune_channels")
+REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,15 +94,16 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     threads: int = 1,
     settings: PipelineSettings | None = None,
 ) -> Compiled:
-    """Make a trained network faster: drop blocks, re-solve the layers around them, mimic the original's features,
-    measure.
+    """Make a trained network faster: drop blocks, prune channels or factorise layers, re-solve what is left, mimic the
+    original's features, measure.
 
     `model` is an `nn.Module`, an `ExportedProgram`, the path of a `.pt2` or `.onnx` file, or an `onnx.ModelProto`;
     `calibration` a few hundred unlabelled inputs (a tensor or array with all samples, a tuple or dict for several
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)`, measured on `backend` at `batch` with
     `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`, which prune
-    channels; `rewrites` restricts which may be used. `mimic` False or None leaves out the gradient stage, a
+    channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` restricts which may be used: with
+    ``("factorize",)`` low rank reaches `Macs` and `Latency` too. `mimic` False or None leaves out the gradient stage, a
     `MimicSettings` sets it. `views` such as
     `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
     `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
@@ -130,6 +132,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             goal,
             resolved_backend,
             settings=options,
+            rewrite=next(r for r in rewrites_for(goal) if rewrites is None or r in rewrites),
             deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
             clock=clock,
             progress=show,
@@ -161,14 +164,15 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 
 def apply_plan(program: Program, plan: Plan) -> Program:
-    """Bypass the regions of a plan, or remove its channels. The weights stay those of `program`: re-solve them with a
-    calibration set, or load trained ones.
+    """Bypass the regions of a plan, remove its channels, factorise its layers. The weights stay those of `program`, and
+    factors are the best approximation of these: re-solve them with a calibration set, or load trained ones.
 
     Raises PlanError when the plan was made for another network or other weights.
     """
     if program.fingerprint != plan.fingerprint:
         program = fold_parameters(program)  # as compile does before it plans
     plan.check(program.fingerprint)
+    program = factorize_plain(program, [d for d in plan.decisions if isinstance(d, FactorizeLayer)])
     cuts = [d for d in plan.decisions if isinstance(d, PruneChannels)]
     if cuts:
         provenance = find_units(program)
@@ -177,10 +181,10 @@ def apply_plan(program: Program, plan: Plan) -> Program:
 
 
 def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
-    if not isinstance(goal, (Latency, Blocks, Channels, Macs)):
+    if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
-            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep) or Macs(ratio)",
+            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio) or Ranks(keep=...)",
         )
     if batch < 1 or threads < 1:
         raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")
@@ -189,11 +193,11 @@ def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thr
     unknown = [r for r in rewrites if r not in REWRITES]
     if unknown or not rewrites:
         raise CompilerError(f"unknown rewrites {list(rewrites)}", expected=f"some of {list(REWRITES)}")
-    needed = "prune_channels" if isinstance(goal, (Channels, Macs)) else "drop_blocks"
-    if needed not in rewrites:
+    if not set(rewrites_for(goal)).intersection(rewrites):
+        needed = " or ".join(rewrites_for(goal))
         raise GoalError(
             f"the goal {goal} is reached by {needed}, which rewrites={list(rewrites)} leaves out",
-            hint=f"add {needed!r} to rewrites, or leave rewrites out",
+            hint=f"add {needed} to rewrites, or leave rewrites out",
         )
 
 
@@ -237,10 +241,12 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
     if isinstance(goal, Macs):
         macs, _ = cost_report(outcome)
         ratio = macs["after"] / max(1, macs["before"])
-        return f"{goal} cannot be met: with every prunable group at its least, the ratio is {ratio:.3f}"
+        return f"{goal} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
-    return f"{goal} is not met: with {dropped} regions dropped, the ratio is {reached}"
+    low_rank = any(isinstance(d, FactorizeLayer) for d in outcome.plan.decisions)
+    done = f"{dropped} layers factorised" if low_rank else f"{dropped} regions dropped"
+    return f"{goal} is not met: with {done}, the ratio is {reached}"
 
 
 def _report(

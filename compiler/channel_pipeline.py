@@ -12,6 +12,7 @@ from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
 from ..passes.select_channels import Variant, choose_channels, select_layerwise
 from ..passes.submodular import Selection
+from .allocation import weighing_samples
 from .calibration_set import CalibrationSet
 from .channel_budget import ChannelLimits, MacsModel, allocate, free_groups, uniform_counts
 from .cost import program_cost
@@ -26,10 +27,6 @@ from .verify import output_error
 
 #: How often a MACs goal is tightened when the smaller program has more MACs than the allocation predicted.
 MOST_CORRECTIONS = 4
-#: Samples that weigh the groups' error curves against each other.
-WEIGHING_SAMPLES, LEAST_WEIGHING = 64, 8
-#: And the multiply-accumulates that this may cost over all groups.
-WEIGHING_MACS = 2 * 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +163,14 @@ def error_curves(
 
     The shape of a curve is that of the group's consumers (relative error after the greedy choice and re-solve); its
     height comes from one trial: the group alone pruned to half and re-solved, and the output error measured on
-    `WEIGHING_SAMPLES` samples.
+    a few samples (`weighing_samples`).
     """
     counts = {g.name: len(g) for g in groups}
     found = {
         group.name: selection
         for group, selection in select_layerwise(provenance, calibration, groups, counts, progress=progress)
     }
-    samples = calibration.take(slice(0, _weighing_samples(provenance.program, len(groups))))
+    samples = calibration.take(slice(0, weighing_samples(provenance.program, len(groups))))
     curves = {}
     for index, group in enumerate(groups):
         curve, half = found[group.name].errors.clone(), max(1, len(group) // 2)
@@ -183,12 +180,6 @@ def error_curves(
         curves[group.name] = curve * (height / shape if shape > 0 else 1.0)
         progress("weigh groups", index + 1, len(groups))
     return curves
-
-
-def _weighing_samples(program: Program, groups: int) -> int:
-    """As many samples as `WEIGHING_MACS` allow, a few at least."""
-    macs = max(1, program_cost(program).macs)
-    return max(LEAST_WEIGHING, min(WEIGHING_SAMPLES, WEIGHING_MACS // (groups * macs)))
 
 
 def _macs_left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> int:

@@ -74,7 +74,8 @@ def compile_command(
         float | None, typer.Option(metavar="R", help="Goal: at most R times the original's multiply-accumulates.")
     ] = None,
     rewrites: Annotated[
-        str | None, typer.Option(help="Rewrites that may be used: drop_blocks, prune_channels, or both with a comma.")
+        str | None,
+        typer.Option(help="Rewrites that may be used: some of drop_blocks, prune_channels, factorize."),
     ] = None,
     multiple_of: Annotated[
         str,

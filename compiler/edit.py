@@ -128,17 +128,26 @@ def replace_calls(
         node.kwargs = fx.node.map_aggregate(dict(call.kwargs), here)
     erase_dead(module.graph)
     result = replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
-    _infer_shapes(result, set(calls))
+    infer_shapes(result, set(calls))
     result.graph.lint()
-    for before, after in zip(output_nodes(program.graph), output_nodes(result.graph), strict=True):
+    check_outputs(program, result)
+    return result
+
+
+def check_outputs(program: Program, changed: Program, names: Sequence[str] | None = None) -> None:
+    """Raise RewriteError unless the outputs, or the named nodes, have the shapes and dtypes that they had."""
+    if names is None:
+        pairs = list(zip(output_nodes(program.graph), output_nodes(changed.graph), strict=True))
+    else:
+        pairs = [(program.nodes[name], changed.nodes[name]) for name in names]
+    for before, after in pairs:
         if signature(before) != signature(after):
             raise RewriteError(
-                "a rewrite may not change the outputs",
+                "a rewrite may not change " + ("the outputs" if names is None else "what a node is"),
                 node=before.name,
                 expected=signature(before),
                 actual=signature(after),
             )
-    return result
 
 
 def _with_aliases(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | nn.Parameter]:
@@ -174,7 +183,7 @@ def _constant_node(module: fx.GraphModule, before: fx.Node, value: torch.Tensor)
         return module.graph.get_attr(f"_constant_{number}")
 
 
-def _infer_shapes(program: Program, rewritten: set[str]) -> None:
+def infer_shapes(program: Program, rewritten: set[str]) -> None:
     """Write the shape and dtype, symbolic batch included, of every node that a change reaches, by running those nodes
     on fake tensors."""
     mode = next(

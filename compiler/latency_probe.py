@@ -9,6 +9,7 @@ import numpy as np
 
 from ..passes.drop_blocks import drop_blocks
 from ..runtime.backend import Array, Backend, Runner
+from ..runtime.latency_table import LatencyTable
 from ..runtime.lattice import Lattice, probe_lattice
 from ..runtime.measure import measure_pair, measure_savings
 from ..runtime.measurement import Measurement
@@ -79,11 +80,23 @@ class LatencyProbe:
 
     def ratio(self, regions: Sequence[Region]) -> Measurement:
         """Latency with the regions bypassed over that of the original."""
-        variant = self.load(self._without(regions))
+        return self._against(self._without(regions))
+
+    def against(self, program: Program) -> Measurement:
+        """Latency of a rewritten program over that of the original."""
+        return self._against(to_onnx(program))
+
+    def _against(self, model: bytes) -> Measurement:
+        variant = self.load(model)
         try:
             return measure_pair(self.original, variant, max_pairs=60, seed=self.seed)
         finally:
             variant.close()
+
+    def table(self) -> LatencyTable:
+        """Times of single segments on the backend at this batch, kept on disk."""
+        cache = MeasurementCache(default_folder())
+        return LatencyTable(self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed)
 
     def lattice(self, *, progress: Progress = silent) -> Lattice:
         """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""

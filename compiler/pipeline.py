@@ -14,6 +14,7 @@ from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.mimic import MimicSettings, mimic
 from ..passes.recoverability import Recoverability, RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings, resolve_network
+from ..passes.select_ranks import RankSettings
 from ..passes.submodular import Selection
 from ..passes.targets import Kept
 from ..runtime.backend import Backend
@@ -24,11 +25,12 @@ from .cost import program_cost
 from .errors import ExportError, GoalError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
-from .plan import Blocks, Channels, Decision, DropBlock, Goal, Latency, Macs, Plan
+from .plan import Blocks, Channels, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
 from .planner import Choice, choose_drops, require_regions
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance
+from .rank_pipeline import cut_ranks
 from .regions import Region, RegionAnalysis, find_regions
 from .verify import compare, output_error
 
@@ -44,6 +46,7 @@ class PipelineSettings:
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     channels: ChannelSettings = field(default_factory=ChannelSettings)
+    ranks: RankSettings = field(default_factory=RankSettings)
     recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
     mimic: MimicSettings | None = field(default_factory=MimicSettings)
     held_out: float = 0.1
@@ -100,11 +103,13 @@ def run_pipeline(
     backend: Backend,
     *,
     settings: PipelineSettings | None = None,
+    rewrite: str | None = None,
     deployed: bytes | None = None,
     clock: StageClock | None = None,
     progress: Progress = silent,
 ) -> Outcome:
-    """Everything after capture. `deployed` is the model that runs today, where it came as a file: latency is compared
+    """Everything after capture. `rewrite` is the one to use, where the goal leaves a choice (`rewrites_for`); by
+    default the first of those. `deployed` is the model that runs today, where it came as a file: latency is compared
     with it, else with the exported original. Raises GoalError when nothing can be removed; an unmet goal comes back as
     `met` False."""
     settings, clock = settings or PipelineSettings(), clock or StageClock()
@@ -112,8 +117,8 @@ def run_pipeline(
     calibration.check(teacher)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
-    drop = isinstance(goal, (Latency, Blocks))
-    if drop:
+    rewrite = rewrite or rewrites_for(goal)[0]
+    if rewrite == "drop_blocks":
         with clock.stage("analyse"):
             analysis = find_regions(teacher)
         require_regions(analysis, goal)
@@ -130,9 +135,11 @@ def run_pipeline(
         deployed=deployed,
     )
     try:
-        if drop:
+        if rewrite == "drop_blocks":
             choice = choose(teacher, analysis, fit, goal, probe, settings=settings, clock=clock, progress=progress)
             rewritten = _dropped(teacher, analysis, choice, fit, held_out, goal, settings, clock, progress)
+        elif rewrite == "factorize":
+            rewritten = _factorised(teacher, fit, held_out, goal, probe, settings, clock, progress)
         else:
             with clock.stage("probe lattice"):
                 settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
@@ -140,6 +147,17 @@ def run_pipeline(
         return _finish(teacher, rewritten, fit, held_out, goal, probe, settings, clock, progress)
     finally:
         probe.close()
+
+
+def rewrites_for(goal: Goal) -> tuple[str, ...]:
+    """The rewrites that reach a goal, the one used unless told otherwise first."""
+    if isinstance(goal, Macs):
+        return ("prune_channels", "factorize")
+    if isinstance(goal, Latency):
+        return ("drop_blocks", "factorize")
+    if isinstance(goal, Ranks):
+        return ("factorize",)
+    return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
 
 
 def choose(
@@ -277,6 +295,38 @@ def _pruned(
         kept=cut.pruned.kept,
         provenance=cut.provenance,
         selections=cut.selections,
+    )
+
+
+def _factorised(
+    teacher: Program,
+    fit: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    settings: PipelineSettings,
+    clock: StageClock,
+    progress: Progress,
+) -> Rewritten:
+    """Layers replaced by factors of low rank, what they feed re-solved."""
+    assert isinstance(goal, RankGoal)
+    cut = cut_ranks(
+        teacher,
+        fit.take(slice(0, settings.solve_samples)),
+        held_out,
+        goal,
+        probe,
+        settings=settings.ranks,
+        resolve=settings.resolve,
+        clock=clock,
+        progress=progress,
+    )
+    return Rewritten(
+        program=cut.program,
+        decisions=cut.decisions,
+        met=cut.met,
+        rejects=(*cut.rejects, *cut.resolved.locked),
+        errors=dict(cut.errors),
     )
 
 

@@ -92,11 +92,48 @@ class Macs:
         return f"MACs ratio {self.ratio:g}"
 
 
-Goal = Latency | Blocks | Channels | Macs
+@dataclass(frozen=True)
+class Ranks:
+    """Factorise every layer that gets cheaper by it, each on its own: to `rank`, to a share `keep` of its full rank,
+    to the least rank that keeps a share `energy` of its output's energy, or whose relative error is at most `error`
+    (energy 0.99 and error 0.01 are the same). Give just one of them."""
+
+    rank: int | None = None
+    keep: float | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {key: value for key, value in self._values().items() if value is not None}
+        shares = [value for key, value in given.items() if key != "rank"]
+        good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in shares)
+        whole = self.rank is None or (isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1)
+        if len(given) != 1 or not good or not whole:
+            text = ", ".join(f"{key}={value!r}" for key, value in given.items())
+            raise GoalError(
+                f"Ranks({text}) is not a goal",
+                hint="give one of rank=8 (1 or more), keep=0.5, energy=0.99 and error=0.01 (above 0, at most 1)",
+            )
+
+    def _values(self) -> dict[str, Any]:
+        return {"rank": self.rank, "keep": self.keep, "energy": self.energy, "error": self.error}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "ranks", **{key: value for key, value in self._values().items() if value is not None}}
+
+    def __str__(self) -> str:
+        ((key, value),) = ((k, v) for k, v in self._values().items() if v is not None)
+        named = {"rank": "rank {:g}", "keep": "{:g} of full rank", "energy": "{:g} of the energy"}
+        return named.get(key, "layer error at most {:g}").format(value)
+
+
+Goal = Latency | Blocks | Channels | Macs | Ranks
 #: Goals that channel pruning reaches.
 ChannelGoal = Channels | Macs
 #: Goals that dropping blocks reaches.
 DropGoal = Latency | Blocks
+#: Goals that low rank reaches.
+RankGoal = Latency | Macs | Ranks
 
 
 def goal_from_dict(data: Mapping[str, Any]) -> Goal:
@@ -109,6 +146,8 @@ def goal_from_dict(data: Mapping[str, Any]) -> Goal:
         return Channels(data["keep"])
     if data.get("kind") == "macs":
         return Macs(data["ratio"])
+    if data.get("kind") == "ranks":
+        return Ranks(**{key: value for key, value in data.items() if key != "kind"})
     raise PlanError(f"unknown goal {dict(data)!r}", hint="the plan was written by another version of foldcut")
 
 
@@ -161,7 +200,32 @@ class PruneChannels:
         return f"keep {len(self.kept)} of {self.total} units of {self.group}"
 
 
-Decision = DropBlock | PruneChannels
+@dataclass(frozen=True, kw_only=True)
+class FactorizeLayer:
+    """Replace one layer by the factors of a scheme at these ranks, per group; `full` are the ranks at which it would be
+    exact.
+
+    `error` is the relative error of the layer's output when the ranks were chosen.
+    """
+
+    layer: str
+    scheme: str
+    ranks: tuple[int, ...]
+    full: tuple[int, ...]
+    path: str = ""
+    error: float | None = None
+
+    kind = "factorize_layer"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self), "ranks": list(self.ranks), "full": list(self.full)}
+
+    def __str__(self) -> str:
+        ranks, full = (" x ".join(map(str, numbers)) for numbers in (self.ranks, self.full))
+        return f"factorise {self.path or self.layer} ({self.scheme}) to rank {ranks} of {full}"
+
+
+Decision = DropBlock | PruneChannels | FactorizeLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +289,15 @@ def _decision(data: Mapping[str, Any]) -> Decision:
     if data["kind"] == PruneChannels.kind:
         kept = tuple(int(i) for i in data["kept"])
         return PruneChannels(group=str(data["group"]), kept=kept, total=int(data["total"]), error=data["error"])
+    if data["kind"] == FactorizeLayer.kind:
+        return FactorizeLayer(
+            layer=str(data["layer"]),
+            scheme=str(data["scheme"]),
+            ranks=tuple(int(r) for r in data["ranks"]),
+            full=tuple(int(r) for r in data["full"]),
+            path=data["path"],
+            error=data["error"],
+        )
     if data["kind"] != DropBlock.kind:
         raise PlanError(f"unknown decision {data['kind']!r}", hint="the plan was written by a newer version of foldcut")
     return DropBlock(

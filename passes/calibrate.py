@@ -73,15 +73,17 @@ def collect_moments(
     *,
     batch_size: int = 32,
     names: Iterable[str] | None = None,
+    rows_per_column: int | None = None,
 ) -> dict[str, Moments]:
     """One streamed pass over the calibration set: the input moments of a set of layers.
 
     `cross` and `energy` are those of the layer's own output without bias (R = A W^T), so that `gram` and `cross`
-    describe the layer as it is. Memory: one batch of activations plus the moments. Raises CalibrationError when a
-    layer's input is not finite.
+    describe the layer as it is. `rows_per_column` caps the rows that are read, relative to a layer's columns (None:
+    all). Memory: one batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
     """
     wanted = list(names or layers)
     totals: dict[str, Moments] = {}
+    batches = -(-len(calibration) // batch_size)
     inputs = sorted({layers[name].input for name in wanted}, key=program.order.__getitem__)
     with torch.no_grad():
         for batch in calibration.batches(batch_size):
@@ -89,12 +91,21 @@ def collect_moments(
             for name in wanted:
                 layer = layers[name]
                 rows = layer.rows(program, values[layer.input])
+                rows = rows[:, :, :: thinning(rows.shape[2] * batches, rows.shape[1], rows_per_column)]
                 weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
                 part = Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
                 totals[name] = totals[name] + part if name in totals else part
     for name, moments in totals.items():
         check_finite(moments, program, name)
     return totals
+
+
+def thinning(rows: int, columns: int, rows_per_column: int | None) -> int:
+    """Take every so-many-th row to keep about `rows_per_column` rows per column; odd, so that it does not run along
+    an image's columns."""
+    if rows_per_column is None:
+        return 1
+    return max(1, rows // (rows_per_column * columns)) // 2 * 2 + 1 if rows > 2 * rows_per_column * columns else 1
 
 
 def check_finite(moments: Moments, program: Program, node: str) -> None:

@@ -18,10 +18,14 @@ def group_targets(program: Program, targets: Sequence[Target]) -> list[list[Targ
 
     A group ends at a residual addition: its last layers have it as their anchor, the layers before them lie inside
     the branch (all that they compute goes through the addition, and its other operand does not depend on them).
-    Layers outside any branch are groups of one.
+    Layers outside any branch are groups of one; those without a counterpart in the teacher (the first factors of a
+    factorised layer) go with the next layer that has one.
     """
     groups: list[list[Target]] = []
     ends = [_end(program, targets, index) for index in range(len(targets))]
+    for index in range(len(targets) - 2, -1, -1):
+        if not targets[index].counterparts and ends[index] is None:
+            ends[index] = ends[index + 1] = ends[index + 1] or targets[index + 1].anchor
     for index, target in enumerate(targets):
         if index > 0 and ends[index] is not None and ends[index] == ends[index - 1]:
             groups[-1].append(target)

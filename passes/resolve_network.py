@@ -15,7 +15,7 @@ from ..compiler.execute import descendants, run_until
 from ..compiler.program import Program, is_tensor
 from ..compiler.progress import Progress, silent
 from ..compiler.verify import output_error
-from .calibrate import Moments, check_finite
+from .calibrate import Moments, check_finite, thinning
 from .groups import group_targets
 from .layers import Layer, current_parameter, find_layers, moved
 from .lockstep import Lockstep, Step, plan_steps
@@ -69,23 +69,28 @@ def resolve_network(
     dropped: Iterable[tuple[str, str]],
     *,
     kept: Mapping[str, Kept] | None = None,
+    replaced: Iterable[str] = (),
     settings: ResolveSettings | None = None,
     progress: Progress = silent,
 ) -> Resolved:
-    """Re-solve every layer of `student` that the dropped regions touch, in topological order, in one streamed sweep.
+    """Re-solve every layer of `student` that a rewrite touches, in topological order, in one streamed sweep.
 
     `dropped` lists (entry, exit) of the bypassed regions in teacher names, `kept` the channels left of each node that
-    lost some. A layer takes part when its input or its
-    anchor differs from the teacher's. Solves in float64 from float32 products; the graph does not change, only
-    weights, biases and batch-norm biases. When nothing differs, every weight stays as it is, bit for bit. Each
-    layer's error at its own anchor never grows, and when the output error on the first `guard_samples` samples did,
-    the student comes back as it was.
+    lost some, `replaced` the layers that stand where another one of that name stood (factorised ones). A layer takes
+    part when its input or its anchor differs from the teacher's. Layers that the teacher does not have (a first factor)
+    have nothing to be solved toward: they are refined for the error behind the layer that they feed.
+
+    Solves in float64 from float32 products; the graph does not change, only weights, biases and batch-norm biases. When
+    nothing differs, every weight stays as it is, bit for bit. Each layer's error at its own anchor never grows, and
+    when the output error on the first `guard_samples` samples did, the student comes back as it was.
     """
     settings = settings or ResolveSettings()
     settings = replace(settings, ridge=settings.ridge_for(len(calibration)))
     layers, locked = find_layers(student)
     roles = counterparts(student, teacher, dropped)
-    targets, changed = _touched(student, layers, roles, kept or {})
+    own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in teacher.nodes}
+    targets, changed = _touched(student, layers, roles, kept or {}, {*replaced, *own})
+    targets = [t if t.anchor in teacher.nodes else replace(t, counterparts=()) for t in targets]
     steps = plan_steps(teacher, student, group_targets(student, targets), changed)
     tensors: dict[str, torch.Tensor] = {}
     errors: list[LayerError] = []
@@ -121,10 +126,10 @@ def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int 
 
 
 def _touched(
-    student: Program, layers: dict[str, Layer], roles: dict[str, str], kept: Mapping[str, Kept]
+    student: Program, layers: dict[str, Layer], roles: dict[str, str], kept: Mapping[str, Kept], other: set[str]
 ) -> tuple[list[Target], set[str]]:
     """Targets of the layers to solve, in order, and all student nodes whose value will differ from the teacher's."""
-    smaller = {name for name in kept if name in student.nodes}
+    smaller = {name for name in kept if name in student.nodes} | other
     changed = descendants(student, {*roles, *smaller}) | smaller
     targets = []
     for name, layer in layers.items():
@@ -145,6 +150,8 @@ def _solve_group(
         moments = step_moments(lockstep, step, target, tensors, settings)
         check_finite(moments, lockstep.student, target.layer.node)
         grams[target.layer.node] = moments.gram[:, :-1, :-1]
+        if not target.counterparts:
+            continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
     for turn in range(settings.refine):
         if not _refine(lockstep, step, tensors, settings, grams, errors, turn):
@@ -203,21 +210,18 @@ def batch_moments(
     rows_per_column: int | None,
 ) -> Moments:
     """Moments of one batch out of `batches` equal ones, from the student's and the teacher's values at the target."""
-    residual = residual_at(target.teacher_value(theirs), ours[target.anchor], target.zone)
+    value = ours[target.anchor]
+    residual = (
+        residual_at(target.teacher_value(theirs), value, target.zone)
+        if target.counterparts
+        else torch.zeros_like(value)
+    )
     rows, outputs = (
         target.layer.rows(student, ours[target.layer.input]),
         target.layer.outputs(target.pull_back(residual)),
     )
     every = thinning(rows.shape[2] * batches, rows.shape[1], rows_per_column)
     return Moments.of(rows[:, :, ::every], outputs[:, :, ::every])
-
-
-def thinning(rows: int, columns: int, rows_per_column: int | None) -> int:
-    """Take every so-many-th row to keep about `rows_per_column` rows per column; odd, so that it does not run along
-    an image's columns."""
-    if rows_per_column is None:
-        return 1
-    return max(1, rows // (rows_per_column * columns)) // 2 * 2 + 1 if rows > 2 * rows_per_column * columns else 1
 
 
 def _apply(

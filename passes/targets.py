@@ -42,7 +42,8 @@ FlatZone = tuple[float, float]
 class Target:
     """Where a layer is compared with the teacher, and how the residual gets back to its output.
 
-    `anchor` is a student node, `counterpart` the teacher node it is compared with. `shift` names the tensor that can
+    `anchor` is a student node, `counterparts` the teacher nodes it is compared with, none where the teacher has nothing
+    of the kind. `shift` names the tensor that can
     take a change of the layer's bias, `shift_scale` what to multiply it by (a batch norm's own bias sits behind its
     scale); None when nothing can. `zone` is the flat zone of the activation behind the anchor, when it is the
     anchor's only reader.

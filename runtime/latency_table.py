@@ -34,8 +34,10 @@ COPIES = 4
 _HEAVY_BYTES = 100_000_000
 #: Segments timed in one go, and how many rounds they get.
 _TOGETHER, _ROUNDS = 8, 24
+#: Segments that are timed again with each batch.
+_ANCHORS = 4
 #: Of what is kept for a segment: another protocol gets another number.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,14 @@ class Prediction:
         return self.units / before.units
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Anchor:
+    """A segment whose time is known, to be timed again."""
+
+    model: onnx.ModelProto
+    units: float
+
+
 class LatencyTable:
     """Times of segments on one backend at one batch size and number of threads.
 
@@ -77,8 +87,12 @@ class LatencyTable:
     anything).
 
     A segment is exported on its own at a fixed batch, and timed as several copies less one (`repeated`), against the
-    reference network in the same rounds. Biased: weights of one segment may lie in a cache that the whole network would
-    have emptied, and a runtime may fuse across a cut. `fit` takes out what whole networks show of that.
+    reference network in the same rounds. A few segments timed before (the longest) are timed again with every batch of
+    new ones, and the new times scaled by what became of theirs: what disturbs the machine does not slow every kind of
+    layer alike, so the reference alone does not make times of different minutes comparable.
+
+    Biased: weights of one segment may lie in a cache that the whole network would have emptied, and a runtime may fuse
+    across a cut. `fit` takes out what whole networks show of that.
     """
 
     def __init__(
@@ -98,6 +112,7 @@ class LatencyTable:
         self.seed = seed
         self.cache = cache if cache is not None else MeasurementCache(None)
         self.scale = 1.0
+        self._anchors: list[_Anchor] = []
         self._where = lasting(backend.environment())
 
     def predict(self, program: Program, *, progress: Progress = silent) -> Prediction:
@@ -106,14 +121,8 @@ class LatencyTable:
         Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
         """
         segments = find_segments(program)
-        keys = [self._key(segment_key(program, segment, self.batch)) for segment in segments]
-        known = self.cache.get(keys)
-        missing = {key: segment for key, segment in zip(keys, segments, strict=True) if key not in known}
-        known |= self._measure(program, missing, progress)
-        times = tuple(
-            SegmentTime(name=segment.name, units=known[key]["units"], half_width=known[key]["half_width"])
-            for key, segment in zip(keys, segments, strict=True)
-        )
+        keys, known, measured = self._looked_up(program, segments, progress)
+        times = _times(segments, keys, known)
         shared: dict[str, float] = {}  # equal segments err together
         for key, time in zip(keys, times, strict=True):
             shared[key] = shared.get(key, 0.0) + time.half_width
@@ -123,8 +132,32 @@ class LatencyTable:
             half_width=self.scale * float(np.sqrt(sum(width**2 for width in shared.values()))),
             call=self.scale * call,
             segments=times,
-            measured=len(missing),
+            measured=measured,
         )
+
+    def time_segments(
+        self, program: Program, segments: Sequence[Segment], *, progress: Progress = silent
+    ) -> tuple[SegmentTime, ...]:
+        """What segments take, any parts of a program with one place to go in and out, measuring those that are not
+        known yet. `scale` is not applied.
+
+        Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
+        """
+        keys, known, _ = self._looked_up(program, segments, progress)
+        return _times(segments, keys, known)
+
+    def _looked_up(
+        self, program: Program, segments: Sequence[Segment], progress: Progress
+    ) -> tuple[list[str], dict[str, Any], int]:
+        """Keys of the segments, what is known under them by now, and how many had to be measured."""
+        keys = [self._key(segment_key(program, segment, self.batch)) for segment in segments]
+        known = self.cache.get(keys)
+        missing = {key: segment for key, segment in zip(keys, segments, strict=True) if key not in known}
+        if missing and not self._anchors:
+            there = {key: segment for key, segment in zip(keys, segments, strict=True) if key in known}
+            if there:
+                self._take_anchors(program, there, known)
+        return keys, known | self._measure(program, missing, progress), len(missing)
 
     def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
         """Set and return `scale` from whole networks, pairs of a program and what `measure_network` gave for it: the
@@ -159,10 +192,31 @@ class LatencyTable:
             def show(done: int, total: int, start: int = start, stop: int = stop) -> None:
                 progress("time segments", start * total + done * (stop - start), len(keys) * total)
 
-            fresh = dict(zip(keys[start:stop], self._time(models[start:stop], show), strict=True))
+            timed = self._time([*models[start:stop], *(anchor.model for anchor in self._anchors)], show)
+            fresh = dict(zip(keys[start:stop], self._aligned(timed, stop - start), strict=True))
             self.cache.put(fresh)  # at once: Ctrl-C loses the batch under way, no more
             found |= fresh
+            if not self._anchors:
+                self._choose_anchors(list(zip(models[start:stop], fresh.values(), strict=True)))
         return found
+
+    def _take_anchors(self, program: Program, known: Mapping[str, Segment], times: Mapping[str, Any]) -> None:
+        """Anchors from segments of the program that were timed in another session."""
+        longest = sorted(known, key=lambda key: times[key]["units"], reverse=True)[:_ANCHORS]
+        models = _segment_models(program, [known[key] for key in longest], self.batch)
+        self._choose_anchors([(model, times[key]) for model, key in zip(models, longest, strict=True)])
+
+    def _choose_anchors(self, timed: Sequence[tuple[onnx.ModelProto, Mapping[str, float]]]) -> None:
+        """The longest of the segments timed: their own noise is least."""
+        found = [_Anchor(model=m, units=t["units"]) for m, t in timed if t["units"] > 0]
+        light = [anchor for anchor in found if _weight_bytes(anchor.model) <= _HEAVY_BYTES]
+        self._anchors = sorted(light, key=lambda anchor: anchor.units, reverse=True)[:_ANCHORS]
+
+    def _aligned(self, timed: Sequence[dict[str, float]], count: int) -> list[dict[str, float]]:
+        """The first `count` times in the units of the anchors' own session: the rest are the anchors, timed again."""
+        known, now = sum(a.units for a in self._anchors), sum(t["units"] for t in timed[count:])
+        drift = known / now if known > 0 and now > 0 else 1.0
+        return [{name: value * drift for name, value in time.items()} for time in timed[:count]]
 
     def _time(self, models: Sequence[onnx.ModelProto], show: Callable[[int, int], None]) -> list[dict[str, float]]:
         """Units and half width of each segment."""
@@ -189,6 +243,13 @@ class LatencyTable:
     def _drawn(self, model: bytes) -> dict[str, Array]:
         """Made-up inputs at the table's batch; what a model fixes stays."""
         return draw_inputs(model_specs(model), self.batch, self.seed)
+
+
+def _times(segments: Sequence[Segment], keys: Sequence[str], known: Mapping[str, Any]) -> tuple[SegmentTime, ...]:
+    return tuple(
+        SegmentTime(name=segment.name, units=known[key]["units"], half_width=known[key]["half_width"])
+        for key, segment in zip(keys, segments, strict=True)
+    )
 
 
 def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, float]:

@@ -9,9 +9,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("compiler", "passes", "runtime")
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 #: The modules of compiler/ that put the layers together; all others are the core.
-TOP = {"api", "cli", "channel_pipeline", "cli_measure", "cli_tables", "pipeline", "latency_probe", "demo", "_package"}
+TOP = {
+    "api",
+    "cli",
+    "channel_pipeline",
+    "cli_measure",
+    "cli_tables",
+    "pipeline",
+    "latency_probe",
+    "demo",
+    "_package",
+} | {
+    "rank_latency",
+    "rank_pipeline",
+}
 #: The modules that may change graphs.
-EDITS = {"compiler/edit.py", "compiler/edit_folds.py", "compiler/edit_extract.py", "compiler/onnx_module.py"}
+EDITS = {f"compiler/{name}.py" for name in ("edit", "edit_chain", "edit_extract", "edit_folds", "onnx_module")}
 #: Methods and functions that change a graph or a module's own tensors.
 MUTATORS = {
     "erase_node",

@@ -18,13 +18,14 @@ from .compiler.errors import (
     RewriteError,
 )
 from .compiler.pipeline import PipelineSettings
-from .compiler.plan import Blocks, Channels, DropBlock, Latency, Macs, Plan, PruneChannels
+from .compiler.plan import Blocks, Channels, DropBlock, FactorizeLayer, Latency, Macs, Plan, PruneChannels, Ranks
 from .compiler.program import Program, TensorSpec
 from .compiler.provenance import Provenance, find_units
 from .compiler.regions import Region, RegionAnalysis, find_regions
 from .compiler.report import Report
 from .compiler.unit_groups import UnitGroup
 from .passes.mimic import MimicSettings
+from .passes.select_ranks import RankSettings
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "CompilerError",
     "DropBlock",
     "ExportError",
+    "FactorizeLayer",
     "GoalError",
     "Latency",
     "Macs",
@@ -52,6 +54,8 @@ __all__ = [
     "Program",
     "Provenance",
     "PruneChannels",
+    "RankSettings",
+    "Ranks",
     "Region",
     "RegionAnalysis",
     "Reject",

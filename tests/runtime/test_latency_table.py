@@ -16,6 +16,7 @@ from foldcut.passes.prune_channels import prune_channels
 from foldcut.runtime.latency_table import LatencyTable
 from foldcut.runtime.measurement_cache import MeasurementCache
 from foldcut.runtime.onnxruntime import OnnxRuntimeBackend
+from foldcut.runtime.reference_network import reference_network
 
 #: The counting backend shows 1 ms and 10 ms a layer; the reference network has three layers.
 LAYER, REFERENCE = 10.0, 31.0
@@ -48,6 +49,33 @@ def test_a_rewritten_program_costs_only_its_new_segments(counting_backend: Any, 
     dropped = table.predict(drop_blocks(residual, [first]))
     assert dropped.measured == 0
     assert dropped.ratio_to(before) == pytest.approx(1 - 2 * LAYER / (1 + LAYER * layers(residual)))
+    provenance = find_units(residual)
+    group = next(g for g in provenance.prunable if len(g.producers) == 1)
+    narrower = table.predict(prune_channels(provenance, group.units[4:]).program)
+    assert narrower.measured == 1
+    assert narrower.ratio_to(before) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["same-session", "from-disk"])
+def test_what_slows_layers_but_not_the_reference_is_taken_out(
+    counting_backend: Any, residual: Program, tmp_path: Path, on_disk: bool
+) -> None:
+    class Disturbed(type(counting_backend)):  # type: ignore[misc]
+        """From some moment on everything but the reference network takes twice as long."""
+
+        slow = 1.0
+
+        def load(self, engine: Any, inputs: Any, *, threads: int = 1) -> Any:
+            runner = super().load(engine, inputs, threads=threads)
+            runner.time_ms *= 1.0 if engine == reference_network() else self.slow
+            return runner
+
+    backend = Disturbed()
+    table = LatencyTable(backend, cache=MeasurementCache(tmp_path))
+    before = table.predict(residual)
+    backend.slow = 2.0
+    if on_disk:
+        table = LatencyTable(backend, cache=MeasurementCache(tmp_path))
     provenance = find_units(residual)
     group = next(g for g in provenance.prunable if len(g.producers) == 1)
     narrower = table.predict(prune_channels(provenance, group.units[4:]).program)

@@ -1,0 +1,59 @@
+"""One option for each of many items under a budget: the exact choice, as an integer programme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import optimize, sparse
+
+from .cost import program_cost
+from .program import Program
+
+#: How far from the best the choice may be, relative; nearer takes long and says nothing about the network.
+GAP = 1e-4
+SECONDS = 20.0
+#: Samples that weigh items against each other, and the multiply-accumulates that this may cost over all items.
+WEIGHING_SAMPLES, LEAST_WEIGHING = 64, 8
+WEIGHING_MACS = 2 * 10**12
+
+
+def choose_options(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
+) -> list[int] | None:
+    """For each item the index of one of its options: the least sum of errors whose costs add up to at most `budget`.
+
+    `errors` and `costs` hold a row for each item. None when no choice stays within the budget. Solved by HiGHS; of
+    choices of equal error any may come back, the same one every time.
+    """
+    if not errors:
+        return [] if budget >= 0 else None
+    sizes = [len(row) for row in errors]
+    items = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(len(items))
+    flat_costs, flat_errors = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (costs, errors))
+    if sum(min(row) for row in costs) > budget:
+        return None
+    one_each = sparse.csr_matrix((np.ones(len(items)), (items, places)), shape=(len(sizes), len(items)))
+    cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
+    error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
+    found = optimize.milp(
+        flat_errors / error_scale,
+        integrality=np.ones(len(items), dtype=np.int64),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(flat_costs[None, :] / cost_scale, -np.inf, budget / cost_scale),
+        ],
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
+    if found.x is None:
+        return None
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
+
+
+def weighing_samples(program: Program, items: int) -> int:
+    """How many samples a trial of each item may read: as many as `WEIGHING_MACS` allow, a few at least."""
+    macs = max(1, program_cost(program).macs)
+    return max(LEAST_WEIGHING, min(WEIGHING_SAMPLES, WEIGHING_MACS // (items * macs)))

@@ -1,0 +1,321 @@
+"""Which ranks a layer may be cut to, and what each would cost the layer and the network.
+
+The input moments of every layer come from one streamed pass of the original network (several, where they do not fit
+into memory together). From them each scheme gives its error at every rank without touching the data again. Only options
+that are cheaper than the layer and not dominated (cheaper and better at once) by another are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from ..compiler.calibration_set import CalibrationSet
+from ..compiler.errors import Reject
+from ..compiler.execute import bind, descendants, run_until
+from ..compiler.plan import FactorizeLayer, Ranks
+from ..compiler.program import Program, is_tensor, output_nodes
+from ..compiler.progress import Progress, silent
+from ..compiler.verify import squared_distance
+from .calibrate import Moments, collect_moments
+from .factorize import Factors, decompose, shift_tensors
+from .layers import Layer, find_layers
+from .low_rank import PLAIN, SCHEMES, Decomposition, Geometry, Metric, suitable
+from .resolve_network import ResolveSettings, batch_size_for
+from .targets import Target, output_gain, trace_target
+
+#: Layers with more columns than this are factorised without data: a Gram matrix would take half a gigabyte and more.
+WIDEST = 8192
+#: Ranks looked at along each axis of a scheme.
+STEPS = 16
+#: Moments of more layers than fit into this many bytes are collected again when they are needed again.
+MEMORY_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """How ranks are looked for: `schemes` to choose from, ranks in multiples of `multiple_of`, at least `least` times
+    the full rank; `metric` ``data`` or ``weights`` (plain, data-free); `resolve` whether the layers behind and the
+    factors themselves are solved again on the whole network. `ignore` names layers that stay whole (node, module path
+    or weight). `rows_per_column` caps the rows of A that a Gram
+    matrix reads, relative to its columns."""
+
+    schemes: tuple[str, ...] = ("channel", "spatial", "tucker")
+    multiple_of: int = 4
+    least: float = 0.0
+    metric: Literal["data", "weights"] = "data"
+    resolve: bool = True
+    rows_per_column: int | None = 50
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way of factorising a layer: its multiply-accumulates for one sample and its relative error."""
+
+    scheme: str
+    ranks: tuple[int, ...]
+    macs: int
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layer with its options, cheapest first, none dominated by another; `size.macs` is what it costs whole."""
+
+    layer: Layer
+    target: Target
+    size: Geometry
+    options: tuple[Option, ...] = field(default=())
+
+    def half(self) -> Option:
+        """The option nearest to half of the layer's multiply-accumulates."""
+        return min(self.options, key=lambda option: abs(2 * option.macs - self.size.macs))
+
+
+class RankAnalysis:
+    """The layers of a program that low rank can make cheaper, and their factors at any of their ranks.
+
+    `candidates` by node in topological order, `rejects` what was left alone and why. Never changes the program.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        calibration: CalibrationSet,
+        *,
+        settings: RankSettings | None = None,
+        resolve: ResolveSettings | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.program = program
+        self.calibration = calibration
+        self.settings = settings or RankSettings()
+        self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
+        self._kept: dict[str, Moments] = {}
+        layers, locked = find_layers(program)
+        found: dict[str, Candidate] = {}
+        self.rejects: list[Reject] = list(locked)
+        for name, layer in layers.items():
+            candidate = self._candidate(layer)
+            if candidate is not None:
+                found[name] = candidate
+        self.candidates: dict[str, Candidate] = {}
+        for index, (name, moments) in enumerate(self._moments(list(found))):
+            options = self._options(found[name], moments)
+            if options:
+                self.candidates[name] = replace(found[name], options=options)
+            else:
+                self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=name))
+            progress("decompose layers", index + 1, len(found))
+        self.candidates = {name: self.candidates[name] for name in found if name in self.candidates}
+
+    def factors(self, choice: Mapping[str, Option], *, progress: Progress = silent) -> list[Factors]:
+        """The factors of the chosen options, by node."""
+        found = {}
+        for index, (name, moments) in enumerate(self._moments(list(choice))):
+            candidate, option = self.candidates[name], choice[name]
+            decomposition = self._decompose(candidate, option.scheme, moments)
+            found[name] = Factors.of(name, decomposition, option.ranks)
+            progress("factorise", index + 1, len(choice))
+        return [found[name] for name in choice]
+
+    def decision(self, name: str, option: Option) -> FactorizeLayer:
+        """The option as a plan's decision."""
+        candidate = self.candidates[name]
+        return FactorizeLayer(
+            layer=name,
+            scheme=option.scheme,
+            ranks=option.ranks,
+            full=SCHEMES[option.scheme].full(candidate.size),
+            path=self.program.path(self.program.nodes[name]),
+            error=option.error,
+        )
+
+    def each(self, goal: Ranks) -> dict[str, Option]:
+        """The option of each layer that a goal for single layers asks for: where it bounds the error, the cheapest
+        that keeps the bound; where it gives the rank, of the schemes that are cheaper at it the one with the least
+        error. A layer without such an option stays whole."""
+        if goal.rank is None and goal.keep is None:
+            bound = goal.error if goal.error is not None else 1 - (goal.energy or 0.0)
+            kept = {n: [o for o in c.options if o.error <= bound] for n, c in self.candidates.items()}
+            return {name: options[0] for name, options in kept.items() if options}
+        found = {}
+        for name, moments in self._moments(list(self.candidates)):
+            options = self._at(self.candidates[name], goal, moments)
+            if options:
+                found[name] = min(options, key=lambda option: (option.error, option.macs))
+        return {name: found[name] for name in self.candidates if name in found}
+
+    def _at(self, candidate: Candidate, goal: Ranks, moments: Moments | None) -> list[Option]:
+        """One option for each scheme, at the rank that the goal gives, where that is cheaper than the layer."""
+        options = []
+        for scheme in suitable(candidate.size, self.settings.schemes):
+            full = scheme.full(candidate.size)
+            wanted = [goal.rank or max(1, round((goal.keep or 0) * rank)) for rank in full]
+            ranks = tuple(min(rank, most) for rank, most in zip(wanted, full, strict=True))
+            macs = scheme.macs(candidate.size, ranks)
+            if macs < candidate.size.macs:
+                error = self._decompose(candidate, scheme.name, moments).error(ranks)
+                options.append(Option(scheme=scheme.name, ranks=ranks, macs=macs, error=error))
+        return options
+
+    def _candidate(self, layer: Layer) -> Candidate | None:
+        """The layer, unless it is ignored or no scheme is cheaper at its least ranks; rejects say which."""
+        size = Geometry.of(self.program, layer)
+        names = {layer.node, layer.weight, self.program.path(self.program.nodes[layer.node])}
+        if names.intersection(self.settings.ignore):
+            self.rejects.append(Reject(reason="ignored", node=layer.node))
+            return None
+        schemes = suitable(size, self._schemes(size))
+        least = [tuple(ranks[0] for ranks in self._ladders(scheme.full(size))) for scheme in schemes]
+        if not any(s.macs(size, ranks) < size.macs for s, ranks in zip(schemes, least, strict=True)):
+            self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=layer.node))
+            return None
+        return Candidate(layer=layer, target=trace_target(self.program, layer, {}), size=size)
+
+    def _schemes(self, size: Geometry) -> tuple[str, ...]:
+        """Without data only a decomposition of the outputs' side stays small for a layer that is very wide."""
+        if size.columns <= WIDEST:
+            return self.settings.schemes
+        return tuple(name for name in self.settings.schemes if name == "channel")
+
+    def _ladders(self, full: tuple[int, ...]) -> list[list[int]]:
+        """For each axis the ranks to look at, least first: multiples, about `STEPS` of them."""
+        ladders = []
+        for most in full:
+            step = min(self.settings.multiple_of, most)
+            first = max(1, -(-int(self.settings.least * most) // step))
+            ranks = [n * step for n in range(first, most // step + 1)] or [most]
+            ladders.append(ranks[:: max(1, len(ranks) // STEPS)])
+        return ladders
+
+    def _options(self, candidate: Candidate, moments: Moments | None) -> tuple[Option, ...]:
+        """Every option below the layer's own cost that no other dominates, cheapest first."""
+        size, found = candidate.size, []
+        for scheme in suitable(size, self._schemes(size)):
+            ladders = self._ladders(scheme.full(size))
+            cheap = [
+                (ranks, macs)
+                for ranks in torch.cartesian_prod(*map(torch.tensor, ladders)).reshape(-1, len(ladders)).tolist()
+                if (macs := scheme.macs(size, tuple(ranks))) < size.macs
+            ]
+            if cheap:
+                decomposition = self._decompose(candidate, scheme.name, moments)
+                found += [
+                    Option(scheme=scheme.name, ranks=tuple(r), macs=m, error=decomposition.error(tuple(r)))
+                    for r, m in cheap
+                ]
+        return tuple(not_dominated(found))
+
+    def _decompose(self, candidate: Candidate, scheme: str, moments: Moments | None) -> Decomposition:
+        metric = PLAIN
+        if moments is not None:
+            metric = Metric.of(moments, ridge=self.ridge, centred=candidate.target.shift is not None)
+        gain = output_gain(self.program, candidate.target) if self.settings.metric == "data" else None
+        return decompose(self.program, candidate.layer, scheme, metric, gain)
+
+    def _moments(self, names: Sequence[str]) -> Iterator[tuple[str, Moments | None]]:
+        """The moments of layers, those that are read together in one pass over the data; None where none are used."""
+        batch: list[str] = []
+        held = 0
+        for name in names:
+            if name in self._kept or not self._uses_data(name):
+                yield name, self._kept.get(name)
+                continue
+            needed = 8 * self._sizes[name].groups * self._sizes[name].columns ** 2
+            if batch and held + needed > MEMORY_BYTES:
+                yield from self._collected(batch)
+                batch, held = [], 0
+            batch.append(name)
+            held += needed
+        if batch:
+            yield from self._collected(batch)
+
+    def _collected(self, names: Sequence[str]) -> Iterator[tuple[str, Moments]]:
+        layers = {name: self._layers[name] for name in names}
+        moments = collect_moments(
+            self.program,
+            layers,
+            self.calibration,
+            batch_size=batch_size_for(self.program, layers.values()),
+            rows_per_column=self.settings.rows_per_column,
+        )
+        held = sum(m.gram.numel() for m in self._kept.values()) * 8
+        for name in names:
+            found = moments.pop(name)
+            held += found.gram.numel() * 8
+            if held <= MEMORY_BYTES:
+                self._kept[name] = found
+            yield name, found
+
+    @cached_property
+    def _layers(self) -> dict[str, Layer]:
+        return find_layers(self.program)[0]
+
+    @cached_property
+    def _sizes(self) -> dict[str, Geometry]:
+        return {name: Geometry.of(self.program, layer) for name, layer in self._layers.items()}
+
+    def _uses_data(self, name: str) -> bool:
+        return self.settings.metric == "data" and self._sizes[name].columns <= WIDEST
+
+
+def not_dominated(options: Sequence[Option]) -> list[Option]:
+    """The options, cheapest first, that are better than every cheaper one."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.macs, o.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
+
+
+def output_errors(
+    analysis: RankAnalysis, factors: Sequence[Factors], samples: CalibrationSet, *, progress: Progress = silent
+) -> dict[str, float]:
+    """The relative error of the network's outputs with each layer factorised alone, nothing else solved again."""
+    program = analysis.program
+    outputs = list(dict.fromkeys(node.name for node in output_nodes(program.graph)))
+    calls = [name for name, node in program.nodes.items() if node.op == "call_function"]
+    totals = {item.layer: 0.0 for item in factors}
+    energy = 0.0
+    size = _batch_that_fits(program)
+    done, total = 0, len(factors) * -(-len(samples) // size)
+    with torch.no_grad():
+        for batch in samples.batches(size):
+            given = bind(program, batch)
+            values = given | run_until(program, calls, given, free=False)
+            energy += sum(squared_distance(values[name], values[name] * 0)[0] for name in outputs)
+            for item in factors:
+                totals[item.layer] += _output_distance(analysis, item, values, outputs)
+                done += 1
+                progress("weigh layers", done, total)
+    return {name: error / energy if energy > 0 else error for name, error in totals.items()}
+
+
+def _batch_that_fits(program: Program, budget_bytes: int = 512 << 20) -> int:
+    """Samples whose values, all those of the network, stay within the budget; at most 32."""
+    held = sum(4 * math.prod(program.shape(n)) for n in program.graph.nodes if n.op == "call_function" and is_tensor(n))
+    return max(1, min(32, budget_bytes // max(1, held)))
+
+
+def _output_distance(
+    analysis: RankAnalysis, item: Factors, values: Mapping[str, torch.Tensor], outputs: Sequence[str]
+) -> float:
+    """Sum of squared differences of the outputs when one layer has the weight that its factors stand for."""
+    program, candidate = analysis.program, analysis.candidates[item.layer]
+    weight = program.module.get_parameter(candidate.layer.weight)
+    tensors = {candidate.layer.weight: item.dense.reshape(weight.shape).to(weight.dtype)}
+    if item.shift is not None:
+        tensors |= shift_tensors(program, candidate.target, item.shift)
+    behind = descendants(program, [item.layer]) | {item.layer}
+    changed = run_until(program, outputs, {k: v for k, v in values.items() if k not in behind}, tensors)
+    return sum(squared_distance(values[name], changed[name])[0] for name in outputs)
+
+
+__all__ = ["Candidate", "Option", "RankAnalysis", "RankSettings", "not_dominated", "output_errors"]

@@ -1,0 +1,241 @@
+"""Low rank end to end: goals, plans, reports, ONNX in and out, and clear errors."""
+
+import json
+import math
+from io import BytesIO
+from types import SimpleNamespace
+from typing import Any
+
+import foldcut
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from foldcut.compiler.allocation import choose_options
+from foldcut.compiler.cost import program_cost
+from foldcut.compiler.verify import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+ONES = foldcut.PipelineSettings(ranks=foldcut.RankSettings(multiple_of=1))
+
+
+def run(net: Any, data: Any, backend: Any, goal: Any, **options: Any) -> foldcut.Compiled:
+    options = {"mimic": None, "progress": False, "settings": ONES, "rewrites": ("factorize",), **options}
+    return foldcut.compile(net, data, goal=goal, backend=backend, **options)
+
+
+@pytest.fixture(scope="module")
+def work_backend(counting_backend: Any) -> Any:
+    """Latency = multiply-accumulates of the convolutions, and a little for each layer: known in advance."""
+
+    class WorkBackend(type(counting_backend)):  # type: ignore[misc]
+        name = "work"
+
+        def load(self, engine: Any, inputs: Any, *, threads: int = 1) -> Any:
+            runner = super().load(engine, inputs, threads=threads)
+            graph = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(engine)).graph
+            sizes = {w.name: list(w.dims) for w in graph.initializer}
+            shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+            shapes |= {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.output}
+            convs = [node for node in graph.node if node.op_type == "Conv"]
+            macs = sum(math.prod(sizes[n.input[1]]) * math.prod(shapes[n.output[0]][2:]) for n in convs)
+            runner.time_ms = 1 + macs / 1e4 + 0.05 * len(convs)
+            return runner
+
+    return WorkBackend()
+
+
+@pytest.fixture(scope="module")
+def halved(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> foldcut.Compiled:
+    return run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.5))
+
+
+def test_half_of_the_macs_are_gone(halved: foldcut.Compiled) -> None:
+    before, after = (program_cost(p).macs for p in (halved.outcome.teacher, halved.program))
+    assert 0.35 * before < after <= 0.5 * before
+    assert halved.report.macs == {"before": before, "after": after}
+    assert all(isinstance(d, foldcut.FactorizeLayer) for d in halved.plan.decisions)
+
+
+def test_each_stage_is_no_worse_than_the_one_before(halved: foldcut.Compiled) -> None:
+    errors = halved.report.output_errors
+    assert list(errors) == ["factorised", "re-solved"]
+    assert errors["factorised"] > errors["re-solved"] > 0
+
+
+def test_it_runs_at_any_batch_size_and_exports(halved: foldcut.Compiled, nets: SimpleNamespace) -> None:
+    for count in (1, 3):
+        assert halved.module(nets.images(count)).shape == (count, 4)
+    assert halved.report.onnx_difference < 1e-4
+    onnx.checker.check_model(onnx.load_from_string(halved.onnx))
+
+
+def test_the_plan_goes_round_and_applies(
+    halved: foldcut.Compiled, residual_net: nn.Module, nets: SimpleNamespace
+) -> None:
+    plan = foldcut.Plan.from_dict(json.loads(json.dumps(halved.plan.to_dict())))
+    assert plan == halved.plan
+    applied = foldcut.apply_plan(foldcut.capture(residual_net, nets.images(2)), plan)
+    assert applied.parameter_count() == halved.program.parameter_count()
+    x = nets.images(16, seed=3)
+    wanted = halved.outcome.teacher(x)
+    assert relative_error(wanted, applied(x)) > relative_error(wanted, halved.program(x))
+
+
+def test_the_same_seed_gives_the_same_weights(
+    halved: foldcut.Compiled, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    again = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.5))
+    assert again.plan == halved.plan
+    assert again.program.fingerprint == halved.program.fingerprint
+
+
+@pytest.mark.parametrize(
+    "goal", [foldcut.Ranks(keep=0.5), foldcut.Ranks(rank=3), foldcut.Ranks(energy=0.95)], ids=lambda goal: str(goal)
+)
+def test_goals_for_single_layers(
+    goal: foldcut.Ranks, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    made = foldcut.compile(
+        residual_net, nets.images(40), goal=goal, backend=counting_backend, mimic=None, progress=False, settings=ONES
+    )
+    assert made.plan.decisions
+    assert made.report.macs["after"] < made.report.macs["before"]
+    assert made.plan.goal == goal
+    assert foldcut.Plan.from_dict(made.plan.to_dict()) == made.plan
+
+
+def test_keeping_all_the_energy_changes_nothing(
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    with pytest.warns(UserWarning, match="nothing was factorised"):
+        made = run(residual_net, nets.images(40), counting_backend, foldcut.Ranks(energy=1.0))
+    x = nets.images(3, seed=4)
+    assert not made.plan.decisions
+    assert torch.equal(made.module(x), made.outcome.teacher(x))
+
+
+def test_mimicking_follows_where_asked(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+    brief = foldcut.MimicSettings(iterations=4, batch_size=16, checks=2, bfloat16=False)
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.5), mimic=brief)
+    errors = made.report.output_errors
+    assert errors["mimicked"] <= errors["re-solved"]
+
+
+def test_a_goal_out_of_reach_comes_back_with_the_best(
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    with pytest.raises(foldcut.GoalError, match="cannot be met") as caught:
+        run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.02))
+    assert caught.value.best.report.macs["after"] < 0.5 * caught.value.best.report.macs["before"]
+
+
+@pytest.mark.parametrize("kind", ["PreActivation", "Inverted", "Gated", "Nested", "Downsample"])
+def test_other_kinds_of_blocks(nets: SimpleNamespace, counting_backend: Any, kind: str) -> None:
+    make = getattr(nets, kind)
+    parts, channels = ((make(), make()), 8) if kind != "Downsample" else ((make(),), 16)
+    net = nets.seeded(lambda: nets.image_net(*parts, channels=channels), seed=6)
+    made = run(net, nets.images(48), counting_backend, foldcut.Macs(0.7))
+    errors = made.report.output_errors
+    assert errors["re-solved"] <= errors["factorised"]
+    assert made.report.macs["after"] <= 0.7 * made.report.macs["before"]
+
+
+def test_a_transformer(nets: SimpleNamespace, counting_backend: Any) -> None:
+    net = nets.seeded(lambda: nets.Transformer(2, width=16), seed=2)
+    made = run(net, nets.tokens(64), counting_backend, foldcut.Macs(0.7))
+    assert made.module(nets.tokens(3)).shape == (3, 4)
+    assert made.report.output_errors["re-solved"] < 0.2
+
+
+def test_a_chain_without_branches(nets: SimpleNamespace, counting_backend: Any) -> None:
+    """No residual addition anywhere: first factors are refined for their own layer's error."""
+    layers = [part for _ in range(3) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    net = nets.seeded(lambda: nets.image_net(*layers), seed=6)
+    errors = {}
+    for refine in (0, 2):
+        settings = foldcut.PipelineSettings(
+            ranks=foldcut.RankSettings(multiple_of=1), resolve=foldcut.compiler.pipeline.ResolveSettings(refine=refine)
+        )
+        made = run(net, nets.images(64), counting_backend, foldcut.Macs(0.5), settings=settings)
+        errors[refine] = made.report.output_errors["re-solved"]
+    assert errors[2] < errors[0]
+
+
+def test_from_onnx_to_onnx(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+    buffer = BytesIO()
+    torch.onnx.export(
+        residual_net,
+        (nets.images(2),),
+        buffer,
+        dynamo=False,
+        input_names=["picture"],
+        output_names=["logits"],
+        dynamic_axes={"picture": {0: "n"}, "logits": {0: "n"}},
+    )
+    made = run(onnx.load_from_string(buffer.getvalue()), nets.images(40), counting_backend, foldcut.Macs(0.5))
+    session = onnxruntime.InferenceSession(made.onnx, providers=["CPUExecutionProvider"])
+    x = nets.images(5, seed=4)
+    (out,) = session.run(["logits"], {"picture": x.numpy()})
+    np.testing.assert_allclose(out, made.program(x).numpy(), rtol=1e-3, atol=1e-4)
+    names = [d.layer for d in made.plan.decisions]
+    assert names and set(names) <= set(made.program.nodes)
+
+
+def test_a_latency_goal_is_measured(residual_net: nn.Module, nets: SimpleNamespace, work_backend: Any) -> None:
+    made = run(residual_net, nets.images(40), work_backend, foldcut.Latency(0.7))
+    assert made.report.latency["ratio"] <= 0.7
+    assert made.plan.decisions
+    assert "time options" in made.report.seconds
+
+
+def test_layers_that_get_no_faster_stay_whole(
+    residual_net: nn.Module, nets: SimpleNamespace, counting_backend: Any
+) -> None:
+    """A clock that counts layers: two factors always take longer than one layer."""
+    with pytest.raises(foldcut.GoalError, match="is not met"), pytest.warns(UserWarning, match="nothing was factor"):
+        run(residual_net, nets.images(40), counting_backend, foldcut.Latency(0.7))
+
+
+def test_the_rewrite_must_reach_the_goal(residual_net: nn.Module, nets: SimpleNamespace, counting_backend: Any) -> None:
+    with pytest.raises(foldcut.GoalError, match="reached by prune_channels"):
+        run(residual_net, nets.images(8), counting_backend, foldcut.Channels(0.5))
+    with pytest.raises(foldcut.GoalError, match="reached by factorize"):
+        run(residual_net, nets.images(8), counting_backend, foldcut.Ranks(keep=0.5), rewrites=("drop_blocks",))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"rank": 0}, {"rank": 2.5}, {"keep": 0.0}, {"keep": 1.5}, {"energy": True}, {"rank": 4, "keep": 0.5}]
+)
+def test_goals_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(foldcut.GoalError, match="is not a goal"):
+        foldcut.Ranks(**wrong)
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4), min_size=1, max_size=4
+    ),
+    budget=st.integers(0, 30),
+)
+def test_the_choice_is_the_best_there_is(rows: list[list[tuple[int, int]]], budget: int) -> None:
+    """Against every combination."""
+    import itertools
+
+    errors, costs = [[e for e, _ in row] for row in rows], [[c for _, c in row] for row in rows]
+    found = choose_options(errors, costs, budget)
+    allowed = [
+        sum(errors[i][j] for i, j in enumerate(picks))
+        for picks in itertools.product(*(range(len(row)) for row in rows))
+        if sum(costs[i][j] for i, j in enumerate(picks)) <= budget
+    ]
+    if not allowed:
+        assert found is None
+        return
+    assert found is not None
+    assert sum(costs[i][j] for i, j in enumerate(found)) <= budget
+    assert sum(errors[i][j] for i, j in enumerate(found)) == pytest.approx(min(allowed), abs=1e-2)
