@@ -25,10 +25,11 @@ from cifar_submodular import KEEPS
 from cifar_submodular import run as run_submodular
 from foldcut.compiler.calibration_set import CalibrationSet, View
 from foldcut.compiler.capture import capture
+from foldcut.compiler.drop_pipeline import choose
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.latency_probe import LatencyProbe
 from foldcut.compiler.onnx_bypass import onnx_without
-from foldcut.compiler.pipeline import PipelineSettings, choose
+from foldcut.compiler.pipeline import PipelineSettings
 from foldcut.compiler.plan import Goal
 from foldcut.compiler.progress import StageClock
 from foldcut.compiler.regions import find_regions
@@ -90,7 +91,7 @@ def run_point(
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
     clock = StageClock()
-    choice = choose(program, find_regions(program), fit, goal, probe, settings=settings, clock=clock)
+    choice = choose(program, find_regions(program), fit, goal, probe, settings=settings.recoverability, clock=clock)
     student = drop_blocks(program, choice.regions)
     row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [d.path for d in choice.decisions]}
     dropped = onnx_without(probe.model, entry_exit(choice.regions)) or to_onnx(student)

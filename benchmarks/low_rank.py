@@ -13,6 +13,7 @@ Exit code 1 when the default at half of ResNet-20's MACs is more than 5 points b
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -43,20 +44,23 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
     data = load_cifar(arguments.data, arguments.samples, arguments.test_limit)
-    rows: list[Row] = []
+    rows = earlier_rows(arguments)
+    done = {(row["network"], row["method"], row.get("goal")) for row in rows}
     print("| network | method | MACs | layers | accuracy | output error | latency ratio (95 %) | CPU s |")
     print(f"|{'---|' * 8}")
     for name in arguments.network:
         network = load_resnet(arguments.models, name)
-        dense = dense_row(name, network, data)
-        rows.append(dense)
-        print(table_row(dense), flush=True)
-        for ratio in arguments.macs:
-            for method in arguments.method:
+        wanted = [("dense", None), *((method, ratio) for ratio in arguments.macs for method in arguments.method)]
+        for method, ratio in wanted:
+            if (name, method, ratio) in done:
+                continue
+            if ratio is None:
+                rows.append(dense_row(name, network, data))
+            else:
                 rows.append(compiled_row(name, network, data, method, ratio, arguments))
-                print(table_row(rows[-1]), flush=True)
-                if arguments.output:
-                    write_json(arguments.output, {"samples": arguments.samples, "rows": rows})
+            print(table_row(rows[-1]), flush=True)
+            if arguments.output:
+                write_json(arguments.output, {"samples": arguments.samples, "rows": rows})
     sys.exit(0 if near_dense(rows) else 1)
 
 
@@ -73,7 +77,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of the compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file, written after each row")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the output file has")
     return parser.parse_args()
+
+
+def earlier_rows(arguments: argparse.Namespace) -> list[Row]:
+    """The rows of an earlier run with the same number of samples, shown again."""
+    if not (arguments.resume and arguments.output and arguments.output.exists()):
+        return []
+    found = json.loads(arguments.output.read_text())
+    if found["samples"] != arguments.samples:
+        sys.exit(f"{arguments.output} was made with {found['samples']} samples: give another --output")
+    return list(found["rows"])
 
 
 def settings_of(method: str, multiple_of: int) -> foldcut.PipelineSettings:

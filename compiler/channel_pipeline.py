@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
 from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
-from ..passes.select_channels import Variant, choose_channels, select_layerwise
+from ..passes.select_channels import ChannelChoice, Variant, choose_channels, select_by_norm, select_layerwise
 from ..passes.submodular import Selection
 from .allocation import weighing_samples
 from .calibration_set import CalibrationSet
@@ -31,13 +32,19 @@ MOST_CORRECTIONS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSettings:
-    """How channels are chosen: limits, the paper's variant, whether a layer that feeds a residual addition is solved
-    for the stream behind it (`stream_target`) or for its own output, and whether the layers that are left are solved
-    once more and refined together after the cut (`polish`). `on_lattice` takes the multiple that channel counts go to
-    from the backend (`probe_lattice`), in place of `limits.multiple_of`; the cut then depends on the machine."""
+    """How channels are chosen.
+
+    `score` is what the next layer can do without, or the L1 or L2 norm of the weights that make a channel; `variant`
+    the paper's. With `resolve` the consumers are re-solved, with `stream_target` those that feed a residual addition
+    for the stream behind it, not for their own output; with `polish` what is left is solved once more and refined
+    together after the cut. `on_lattice` takes the multiple that channel counts go to from the backend, by
+    `probe_lattice`, in place of `limits.multiple_of`; the cut then depends on the machine.
+    """
 
     limits: ChannelLimits = field(default_factory=ChannelLimits)
+    score: Literal["submodular", "l1", "l2"] = "submodular"
     variant: Variant = "asymmetric"
+    resolve: bool = True
     stream_target: bool = True
     polish: bool = True
     on_lattice: bool = False
@@ -88,31 +95,17 @@ def cut_channels(
             raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
     with clock.stage("choose"):
         counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress)
-        choice = choose_channels(
-            provenance,
-            calibration,
-            counts,
-            variant=settings.variant,
-            stream_target=settings.stream_target,
-            settings=resolve,
-            progress=progress,
-        )
+        choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress)
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(
             f"nothing was cut: no group can keep fewer units for {goal} in steps of "
             f"{settings.limits.multiple_of} channels with its minimum",
             stacklevel=2,
         )
-    errors: dict[str, float] = {}
     with clock.stage("prune"):
-        plain = prune_channels(provenance, choice.removed)
-        errors["pruned"] = output_error(teacher, plain.program, held_out)
-        pruned = prune_channels(provenance, choice.removed, choice.tensors)
-        errors["re-solved"] = output_error(teacher, pruned.program, held_out)
-        if errors["re-solved"] > errors["pruned"]:
-            pruned, errors["re-solved"] = plain, errors["pruned"]
+        pruned, errors = _removed(provenance, held_out, choice, settings)
     resolved = Resolved(program=pruned.program, layers=choice.layers, locked=())
-    if settings.polish and pruned.kept:
+    if settings.resolve and settings.polish and pruned.kept:
         with clock.stage("re-solve"):
             resolved = resolve_network(
                 teacher, pruned.program, calibration, (), kept=pruned.kept, settings=resolve, progress=progress
@@ -130,6 +123,59 @@ def cut_channels(
         errors=errors,
         met=met,
     )
+
+
+def _choice(
+    provenance: Provenance,
+    calibration: CalibrationSet,
+    groups: Sequence[UnitGroup],
+    counts: Mapping[str, int],
+    settings: ChannelSettings,
+    resolve: ResolveSettings,
+    progress: Progress,
+) -> ChannelChoice:
+    """The units to remove and, where consumers are re-solved, their weights."""
+    given = _by_norm(provenance, groups, counts, settings)
+    if given is not None and not settings.resolve:
+        gone = [g.without(given[g.name].order) for g in groups if g.name in given]
+        removed = torch.cat(gone) if gone else torch.zeros(0, dtype=torch.long)
+        return ChannelChoice(removed=removed, tensors={}, selections=given)
+    choice = choose_channels(
+        provenance,
+        calibration,
+        counts,
+        variant=settings.variant,
+        stream_target=settings.stream_target,
+        given=given,
+        settings=resolve,
+        progress=progress,
+    )
+    return choice if settings.resolve else replace(choice, tensors={}, layers=())
+
+
+def _removed(
+    provenance: Provenance, held_out: CalibrationSet, choice: ChannelChoice, settings: ChannelSettings
+) -> tuple[Pruned, dict[str, float]]:
+    """The smaller program, with the better of the old and the re-solved weights, and its output errors."""
+    plain = prune_channels(provenance, choice.removed)
+    errors = {"pruned": output_error(provenance.program, plain.program, held_out)}
+    if not settings.resolve:
+        return plain, errors
+    pruned = prune_channels(provenance, choice.removed, choice.tensors)
+    errors["re-solved"] = output_error(provenance.program, pruned.program, held_out)
+    if errors["re-solved"] > errors["pruned"]:
+        pruned, errors["re-solved"] = plain, errors["pruned"]
+    return pruned, errors
+
+
+def _by_norm(
+    provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int], settings: ChannelSettings
+) -> dict[str, Selection] | None:
+    """Selections by the norm of the filters; None where the score looks at data."""
+    if settings.score == "submodular":
+        return None
+    power = {"l1": 1, "l2": 2}[settings.score]
+    return {g.name: select_by_norm(provenance, g, counts[g.name], power) for g in groups if counts[g.name] < len(g)}
 
 
 def _counts(

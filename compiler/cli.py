@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..passes.select_ranks import RankSettings
 from .api import Compiled
 from .api import compile as compile_model
 from .atomic import check_writable, write_folder
@@ -31,7 +32,7 @@ from .errors import CaptureError, CompilerError, GoalError
 from .model_source import load_model
 from .onnx_compare import compare_onnx, random_samples
 from .pipeline import PipelineSettings
-from .plan import Blocks, Channels, Goal, Latency, Macs
+from .plan import Blocks, Channels, Goal, Latency, Macs, Ranks
 from .progress import rich_progress, silent
 
 app = typer.Typer(
@@ -73,16 +74,20 @@ def compile_command(
     macs: Annotated[
         float | None, typer.Option(metavar="R", help="Goal: at most R times the original's multiply-accumulates.")
     ] = None,
+    ranks: Annotated[
+        float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
+    ] = None,
     rewrites: Annotated[
         str | None,
         typer.Option(help="Rewrites that may be used: some of drop_blocks, prune_channels, factorize."),
     ] = None,
     multiple_of: Annotated[
-        str,
-        typer.Option(metavar="N", help="Pruned channel counts go to multiples of this; `lattice` asks the backend."),
-    ] = "8",
+        str | None,
+        typer.Option(metavar="N", help="Channel counts and ranks in multiples of this; `lattice` asks the backend."),
+    ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Unit group (a pattern) or output whose channels stay; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Unit group or layer (a pattern) or output to leave alone; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="Where the latency counts.")] = "onnxruntime",
     batch: Annotated[int, typer.Option(help="Batch size that the latency is measured at.")] = 1,
@@ -106,7 +111,7 @@ def compile_command(
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
-        goal = _goal(latency, blocks, keep, macs)
+        goal = _goal(latency, blocks, keep, macs, ranks)
         check_writable(output)
         samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
         _check_shape(samples, input_shape)
@@ -121,7 +126,7 @@ def compile_command(
             views=(horizontal_flip,) if flip else (),
             seed=seed,
             rewrites=None if rewrites is None else [r.strip() for r in rewrites.split(",")],
-            settings=_settings(multiple_of, ignore or []),
+            settings=_settings(multiple_of, ignore or [], low_rank=ranks is not None or rewrites == "factorize"),
             progress=not (as_json or quiet),
         )
         result.save(output)
@@ -279,7 +284,9 @@ def demo(
     _guarded(work, debug=debug)
 
 
-def _goal(latency: float | None, blocks: int | None, keep: float | None, macs: float | None) -> Goal:
+def _goal(
+    latency: float | None, blocks: int | None, keep: float | None, macs: float | None, ranks: float | None
+) -> Goal:
     given: list[Goal] = []
     if latency is not None:
         given.append(Latency(latency))
@@ -289,19 +296,26 @@ def _goal(latency: float | None, blocks: int | None, keep: float | None, macs: f
         given.append(Channels(keep))
     if macs is not None:
         given.append(Macs(macs))
+    if ranks is not None:
+        given.append(Ranks(keep=ranks))
     if len(given) != 1:
-        raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5 or --macs 0.6")
+        raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6 or --ranks 0.25")
     return given[0]
 
 
-def _settings(multiple_of: str, ignore: list[str]) -> PipelineSettings:
+def _settings(multiple_of: str | None, ignore: list[str], *, low_rank: bool) -> PipelineSettings:
     lattice = multiple_of == "lattice"
     try:
-        multiple = ChannelLimits().multiple_of if lattice else int(multiple_of)
+        multiple = None if lattice or multiple_of is None else int(multiple_of)
     except ValueError:
         raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
-    limits = ChannelLimits(multiple_of=multiple, ignore=tuple(ignore))
-    return PipelineSettings(channels=ChannelSettings(limits=limits, on_lattice=lattice))
+    steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
+    names = tuple(ignore)
+    limits = ChannelLimits(**steps, ignore=() if low_rank else names)
+    return PipelineSettings(
+        channels=ChannelSettings(limits=limits, on_lattice=lattice),
+        ranks=RankSettings(**steps, ignore=names if low_rank else (), on_lattice=lattice),
+    )
 
 
 def _example(model: Model, shape: str | None, calib: Path | None) -> Any:

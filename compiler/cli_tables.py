@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 from .channel_budget import group_shares
 from .cost import program_cost
 from .onnx_compare import Comparison
-from .plan import PruneChannels
+from .plan import FactorizeLayer, PruneChannels
 from .program import Program
 from .provenance import find_units
 from .regions import find_regions
@@ -109,13 +110,17 @@ def show_report(report: Report, out: Console) -> None:
         table.add_row(*row)
     out.print(table)
     for decision in report.decisions:
-        if decision["kind"] == PruneChannels.kind:
-            kept, total, error = len(decision["kept"]), decision["total"], decision["error"] or 0.0
-            out.print(f"kept {kept} of {total} units of {decision['group']} (error there {error:.4f})", highlight=False)
-            continue
-        what = decision["path"] or decision["region"]
-        saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
-        out.print(
-            f"dropped {what} (predicted feature error {decision['error']:.4f}{saving})",
-            highlight=False,
-        )
+        out.print(_told(decision), highlight=False, markup=False)
+
+
+def _told(decision: Mapping[str, Any]) -> str:
+    """One line for people about a decision as plain data."""
+    error = f"{decision['error'] or 0.0:.4f}"
+    if decision["kind"] == PruneChannels.kind:
+        return f"kept {len(decision['kept'])} of {decision['total']} units of {decision['group']} (error there {error})"
+    if decision["kind"] == FactorizeLayer.kind:
+        ranks, full = (" x ".join(map(str, decision[key])) for key in ("ranks", "full"))
+        name = decision["path"] or decision["layer"]
+        return f"factorised {name} ({decision['scheme']}) to rank {ranks} of {full} (error there {error})"
+    saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
+    return f"dropped {decision['path'] or decision['region']} (predicted feature error {error}{saving})"

@@ -4,16 +4,15 @@ called alone."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.mimic import MimicSettings, mimic
-from ..passes.recoverability import Recoverability, RecoverabilitySettings
-from ..passes.resolve_network import ResolveSettings, resolve_network
+from ..passes.recoverability import RecoverabilitySettings
+from ..passes.resolve_network import ResolveSettings
 from ..passes.select_ranks import RankSettings
 from ..passes.submodular import Selection
 from ..passes.targets import Kept
@@ -22,16 +21,17 @@ from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
 from .channel_pipeline import ChannelSettings, cut_channels, on_lattice
 from .cost import program_cost
-from .errors import ExportError, GoalError, Reject, first_line
+from .drop_pipeline import cut_blocks
+from .errors import ExportError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
 from .plan import Blocks, Channels, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
-from .planner import Choice, choose_drops, require_regions
+from .planner import require_regions
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance
-from .rank_pipeline import cut_ranks
-from .regions import Region, RegionAnalysis, find_regions
+from .rank_pipeline import cut_ranks, ranks_on_lattice
+from .regions import find_regions
 from .verify import compare, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
@@ -136,9 +136,29 @@ def run_pipeline(
     )
     try:
         if rewrite == "drop_blocks":
-            choice = choose(teacher, analysis, fit, goal, probe, settings=settings, clock=clock, progress=progress)
-            rewritten = _dropped(teacher, analysis, choice, fit, held_out, goal, settings, clock, progress)
+            cut = cut_blocks(
+                teacher,
+                analysis,
+                fit,
+                held_out,
+                goal,
+                probe,
+                recoverability=settings.recoverability,
+                resolve=settings.resolve,
+                solve_samples=settings.solve_samples,
+                clock=clock,
+                progress=progress,
+            )
+            rewritten = Rewritten(
+                program=cut.program,
+                decisions=cut.decisions,
+                met=cut.met,
+                rejects=(*analysis.rejects, *cut.resolved.locked),
+                errors=dict(cut.errors),
+            )
         elif rewrite == "factorize":
+            with clock.stage("probe lattice"):
+                settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
             rewritten = _factorised(teacher, fit, held_out, goal, probe, settings, clock, progress)
         else:
             with clock.stage("probe lattice"):
@@ -158,111 +178,6 @@ def rewrites_for(goal: Goal) -> tuple[str, ...]:
     if isinstance(goal, Ranks):
         return ("factorize",)
     return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
-
-
-def choose(
-    teacher: Program,
-    analysis: RegionAnalysis,
-    fit: CalibrationSet,
-    goal: Goal,
-    probe: LatencyProbe,
-    *,
-    settings: PipelineSettings,
-    clock: StageClock,
-    progress: Progress = silent,
-) -> Choice:
-    """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them."""
-    recoverability = Recoverability(teacher, fit, regions=analysis.regions, settings=settings.recoverability)
-    savings: dict[str, float] | None = None
-    if isinstance(goal, Latency):
-        with clock.stage("measure savings"):
-            savings = probe.savings(analysis.regions, progress=progress)
-    enough = _stopping_rule(goal, probe, savings, clock, progress)
-
-    def errors(chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
-        return recoverability(chosen, candidates)
-
-    with clock.stage("choose"):
-        choice = choose_drops(analysis.blocks, errors=errors, savings=savings, enough=enough)
-        if not choice.met and len(analysis.blocks) < len(analysis.regions):
-            choice = choose_drops(
-                analysis.regions,
-                errors=errors,
-                savings=savings,
-                enough=enough,
-                chosen=choice.regions,
-                decisions=choice.decisions,
-            )
-    return choice
-
-
-def _stopping_rule(
-    goal: Goal,
-    probe: LatencyProbe,
-    savings: Mapping[str, float] | None,
-    clock: StageClock,
-    progress: Progress,
-) -> Callable[[Sequence[Region]], bool]:
-    if isinstance(goal, Blocks):
-
-        def dropped_enough(chosen: Sequence[Region]) -> bool:
-            progress("choose blocks", len(chosen), goal.count)
-            return len(chosen) >= goal.count
-
-        return dropped_enough
-    assert savings is not None and isinstance(goal, Latency)
-    target, shares = goal.ratio, savings
-
-    def fast_enough(chosen: Sequence[Region]) -> bool:
-        """Measured only when the sum of single savings comes near: the sum is a guide, the measurement decides."""
-        predicted = 1 - sum(shares[r.name] for r in chosen)
-        progress("choose blocks", round(100 * min(1.0, (1 - predicted) / (1 - target))), 100)
-        if predicted > target + 0.03:
-            return False
-        with clock.stage("measure plan"):
-            return probe.ratio(chosen).high <= target
-
-    return fast_enough
-
-
-def _dropped(
-    teacher: Program,
-    analysis: RegionAnalysis,
-    choice: Choice,
-    fit: CalibrationSet,
-    held_out: CalibrationSet,
-    goal: Goal,
-    settings: PipelineSettings,
-    clock: StageClock,
-    progress: Progress,
-) -> Rewritten:
-    """The chosen regions bypassed, the layers around them re-solved."""
-    if not choice.regions:
-        raise GoalError(
-            f"nothing can be dropped towards {goal}",
-            hint="the removable regions save no latency on this backend",
-        )
-    errors: dict[str, float] = {}
-    with clock.stage("drop"):
-        student = drop_blocks(teacher, choice.regions)
-        errors["dropped"] = output_error(teacher, student, held_out)
-    with clock.stage("re-solve"):
-        resolved = resolve_network(
-            teacher,
-            student,
-            fit.take(slice(0, settings.solve_samples)),
-            entry_exit(choice.regions),
-            settings=settings.resolve,
-            progress=progress,
-        )
-        errors["re-solved"] = output_error(teacher, resolved.program, held_out)
-    return Rewritten(
-        program=resolved.program,
-        decisions=choice.decisions,
-        met=choice.met,
-        rejects=(*analysis.rejects, *resolved.locked),
-        errors=errors,
-    )
 
 
 def _pruned(

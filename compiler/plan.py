@@ -96,12 +96,14 @@ class Macs:
 class Ranks:
     """Factorise every layer that gets cheaper by it, each on its own: to `rank`, to a share `keep` of its full rank,
     to the least rank that keeps a share `energy` of its output's energy, or whose relative error is at most `error`
-    (energy 0.99 and error 0.01 are the same). Give just one of them."""
+    (energy 0.99 and error 0.01 are the same), or to the largest rank that costs at most a share `macs` of the layer's
+    multiply-accumulates. Give just one of them."""
 
     rank: int | None = None
     keep: float | None = None
     energy: float | None = None
     error: float | None = None
+    macs: float | None = None
 
     def __post_init__(self) -> None:
         given = {key: value for key, value in self._values().items() if value is not None}
@@ -112,19 +114,31 @@ class Ranks:
             text = ", ".join(f"{key}={value!r}" for key, value in given.items())
             raise GoalError(
                 f"Ranks({text}) is not a goal",
-                hint="give one of rank=8 (1 or more), keep=0.5, energy=0.99 and error=0.01 (above 0, at most 1)",
+                hint="give one of rank=8 (1 or more), keep=0.5, energy=0.99, error=0.01, macs=0.5 (above 0, at most 1)",
             )
 
     def _values(self) -> dict[str, Any]:
-        return {"rank": self.rank, "keep": self.keep, "energy": self.energy, "error": self.error}
+        return {
+            "rank": self.rank,
+            "keep": self.keep,
+            "energy": self.energy,
+            "error": self.error,
+            "macs": self.macs,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "ranks", **{key: value for key, value in self._values().items() if value is not None}}
 
     def __str__(self) -> str:
         ((key, value),) = ((k, v) for k, v in self._values().items() if v is not None)
-        named = {"rank": "rank {:g}", "keep": "{:g} of full rank", "energy": "{:g} of the energy"}
-        return named.get(key, "layer error at most {:g}").format(value)
+        named = {
+            "rank": "rank {:g}",
+            "keep": "{:g} of full rank",
+            "energy": "{:g} of the energy",
+            "error": "layer error at most {:g}",
+            "macs": "{:g} of each layer's MACs",
+        }
+        return named[key].format(value)
 
 
 Goal = Latency | Blocks | Channels | Macs | Ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..passes.factorize import factorize, factorize_for_timing
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
@@ -36,12 +36,20 @@ class RankCut:
     met: bool
 
 
+def ranks_on_lattice(settings: RankSettings, probe: LatencyProbe, progress: Progress = silent) -> RankSettings:
+    """The settings with ranks in multiples of the backend's channel lattice, where they ask for it. Raises
+    BackendError."""
+    if not settings.on_lattice:
+        return settings
+    return replace(settings, multiple_of=probe.lattice(progress=progress).multiple_for(probe.program))
+
+
 def cut_ranks(
     teacher: Program,
     calibration: CalibrationSet,
     held_out: CalibrationSet,
     goal: RankGoal,
-    probe: LatencyProbe,
+    probe: LatencyProbe | None = None,
     *,
     settings: RankSettings,
     resolve: ResolveSettings,
@@ -52,9 +60,9 @@ def cut_ranks(
 
     Under a budget the choice has the least sum of the layers' predicted output errors: a layer's error at a rank, times
     what the network's output loses when the layer alone is factorised to half. Costs are multiply-accumulates, or under
-    a `Latency` goal measured latencies of every option, and the whole network is measured before the choice stands. The
-    errors are those of the outputs on `held_out`, relative, after the factorisation and after the re-solve. Raises
-    GoalError when no layer gets cheaper.
+    a `Latency` goal, which needs the `probe`, measured latencies of every option; a layer that gets no faster stays
+    whole, and the whole network is measured before the choice stands. The errors are those of the outputs on
+    `held_out`, relative, after the factorisation and after the re-solve. Raises GoalError when no layer gets cheaper.
     """
     with clock.stage("analyse"):
         analysis = RankAnalysis(teacher, calibration, settings=settings, resolve=resolve, progress=progress)
@@ -90,7 +98,7 @@ def _choose(
     analysis: RankAnalysis,
     calibration: CalibrationSet,
     goal: RankGoal,
-    probe: LatencyProbe,
+    probe: LatencyProbe | None,
     clock: StageClock,
     progress: Progress,
 ) -> tuple[dict[str, Option], bool]:
@@ -103,6 +111,7 @@ def _choose(
         costs = {name: [float(o.macs) for o in found] for name, found in every.items()}
         macs = program_cost(analysis.program).macs
         return _within(every, costs, whole, weights, goal.ratio * macs - (macs - sum(whole.values())))
+    assert probe is not None
     options = {name: thinned(candidate) for name, candidate in analysis.candidates.items()}
     with clock.stage("time options"):
         timed = option_latencies(analysis, options, probe, progress=progress)

@@ -14,8 +14,9 @@ from ..compiler.errors import RewriteError
 from ..compiler.execute import evaluate
 from ..compiler.plan import FactorizeLayer
 from ..compiler.program import Program
+from .decompositions import PLAIN, Decomposition, Geometry, Matrices, Metric
 from .layers import Layer, find_layers, moved
-from .low_rank import PLAIN, SCHEMES, Decomposition, Geometry, Matrices, Metric
+from .low_rank import SCHEMES
 from .targets import Target, trace_target
 
 aten = torch.ops.aten

@@ -10,22 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
 import torch
 
 from ..compiler.calibration_set import CalibrationSet
-from ..compiler.errors import Reject
+from ..compiler.errors import GoalError, Reject
 from ..compiler.execute import bind, descendants, run_until
 from ..compiler.plan import FactorizeLayer, Ranks
 from ..compiler.program import Program, is_tensor, output_nodes
 from ..compiler.progress import Progress, silent
 from ..compiler.verify import squared_distance
 from .calibrate import Moments, collect_moments
+from .decompositions import PLAIN, Decomposition, Geometry, Metric
 from .factorize import Factors, decompose, shift_tensors
 from .layers import Layer, find_layers
-from .low_rank import PLAIN, SCHEMES, Decomposition, Geometry, Metric, suitable
+from .low_rank import SCHEMES, suitable
 from .resolve_network import ResolveSettings, batch_size_for
 from .targets import Target, output_gain, trace_target
 
@@ -40,10 +42,12 @@ MEMORY_BYTES = 2 << 30
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
     """How ranks are looked for: `schemes` to choose from, ranks in multiples of `multiple_of`, at least `least` times
-    the full rank; `metric` ``data`` or ``weights`` (plain, data-free); `resolve` whether the layers behind and the
-    factors themselves are solved again on the whole network. `ignore` names layers that stay whole (node, module path
-    or weight). `rows_per_column` caps the rows of A that a Gram
-    matrix reads, relative to its columns."""
+    the full rank; `metric` ``data`` or ``weights`` (plain, data-free).
+
+    With `resolve` the factors and the layers behind are solved again on the whole network. `ignore` are patterns of
+    layers that stay whole (node, module path or weight: ``head*``). `on_lattice` takes the multiple from the backend.
+    `rows_per_column` caps the rows of A that a Gram matrix reads, relative to its columns.
+    """
 
     schemes: tuple[str, ...] = ("channel", "spatial", "tucker")
     multiple_of: int = 4
@@ -52,6 +56,15 @@ class RankSettings:
     resolve: bool = True
     rows_per_column: int | None = 50
     ignore: tuple[str, ...] = ()
+    on_lattice: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.schemes if name not in SCHEMES]
+        if unknown or not self.schemes or self.multiple_of < 1 or not 0 <= self.least <= 1:
+            raise GoalError(
+                "schemes are some of channel, spatial, tucker; multiple_of starts at 1; least is a share of full rank",
+                hint=str(self),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +95,7 @@ class RankAnalysis:
     """The layers of a program that low rank can make cheaper, and their factors at any of their ranks.
 
     `candidates` by node in topological order, `rejects` what was left alone and why. Never changes the program.
+    Raises GoalError when a pattern of `ignore` matches nothing, CalibrationError when activations are not finite.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class RankAnalysis:
         self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
         self._kept: dict[str, Moments] = {}
         layers, locked = find_layers(program)
+        self._check_ignored(layers)
         found: dict[str, Candidate] = {}
         self.rejects: list[Reject] = list(locked)
         for name, layer in layers.items():
@@ -139,8 +154,12 @@ class RankAnalysis:
 
     def each(self, goal: Ranks) -> dict[str, Option]:
         """The option of each layer that a goal for single layers asks for: where it bounds the error, the cheapest
-        that keeps the bound; where it gives the rank, of the schemes that are cheaper at it the one with the least
-        error. A layer without such an option stays whole."""
+        that keeps the bound; where it bounds the cost, the best that does; where it gives the rank, of the schemes that
+        are cheaper at it the one with the least error. A layer without such an option stays whole."""
+        share = goal.macs
+        if share is not None:
+            fits = {n: [o for o in c.options if o.macs <= share * c.size.macs] for n, c in self.candidates.items()}
+            return {name: options[-1] for name, options in fits.items() if options}
         if goal.rank is None and goal.keep is None:
             bound = goal.error if goal.error is not None else 1 - (goal.energy or 0.0)
             kept = {n: [o for o in c.options if o.error <= bound] for n, c in self.candidates.items()}
@@ -168,8 +187,8 @@ class RankAnalysis:
     def _candidate(self, layer: Layer) -> Candidate | None:
         """The layer, unless it is ignored or no scheme is cheaper at its least ranks; rejects say which."""
         size = Geometry.of(self.program, layer)
-        names = {layer.node, layer.weight, self.program.path(self.program.nodes[layer.node])}
-        if names.intersection(self.settings.ignore):
+        names = self._names(layer)
+        if any(fnmatchcase(name, pattern) for pattern in self.settings.ignore for name in names):
             self.rejects.append(Reject(reason="ignored", node=layer.node))
             return None
         schemes = suitable(size, self._schemes(size))
@@ -178,6 +197,16 @@ class RankAnalysis:
             self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=layer.node))
             return None
         return Candidate(layer=layer, target=trace_target(self.program, layer, {}), size=size)
+
+    def _names(self, layer: Layer) -> tuple[str, ...]:
+        """What a layer may be called in `ignore`."""
+        return layer.node, self.program.path(self.program.nodes[layer.node]), layer.weight
+
+    def _check_ignored(self, layers: Mapping[str, Layer]) -> None:
+        known = [name for layer in layers.values() for name in self._names(layer)]
+        for pattern in self.settings.ignore:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise GoalError(f"ignore: no layer matches {pattern!r}", hint=f"layers: {', '.join(layers)}")
 
     def _schemes(self, size: Geometry) -> tuple[str, ...]:
         """Without data only a decomposition of the outputs' side stays small for a layer that is very wide."""

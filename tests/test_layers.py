@@ -20,6 +20,7 @@ TOP = {
     "demo",
     "_package",
 } | {
+    "drop_pipeline",
     "rank_latency",
     "rank_pipeline",
 }

@@ -261,3 +261,36 @@ def test_an_output_can_be_shielded(counting_backend: Any) -> None:
     settings = limited(multiple_of=2, ignore=("mask",))
     made = run(Two().eval(), torch.randn(16, 3, 10, 10), counting_backend, foldcut.Channels(0.5), settings=settings)
     assert {d.group for d in made.plan.decisions} == {"stem", "box"}
+
+
+@pytest.mark.parametrize(("score", "power"), [("l1", 1), ("l2", 2)])
+def test_filters_by_norm_with_nothing_solved_again(
+    score: str, power: int, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    """What the papers compare with: the filters of least norm leave, and no weight changes."""
+    limits = foldcut.ChannelLimits(multiple_of=2)
+    settings = foldcut.PipelineSettings(
+        channels=foldcut.ChannelSettings(limits=limits, score=score, resolve=False)  # type: ignore[arg-type]
+    )
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), settings=settings)
+    assert list(made.report.output_errors) == ["pruned"]
+    provenance = made.outcome.provenance
+    assert provenance is not None
+    weights = provenance.program.module.get_parameter("blocks.0.conv1.weight")
+    norms = weights.detach().abs().pow(power).flatten(1).sum(1)
+    (decision,) = (d for d in made.plan.decisions if d.group.startswith("blocks.0.conv1"))
+    assert set(decision.kept) == set(norms.argsort(descending=True)[:4].tolist())
+    kept = made.program.module.get_parameter("blocks.0.conv1.weight").detach()
+    assert kept.shape[0] == 4
+    assert all(float(value) in weights for value in kept.flatten()[:8])
+
+
+def test_a_norm_score_may_be_re_solved(
+    halved: foldcut.Compiled, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+) -> None:
+    limits = foldcut.ChannelLimits(multiple_of=2)
+    settings = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=limits, score="l2"))
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), settings=settings)
+    errors = made.report.output_errors
+    assert errors["polished"] <= errors["re-solved"] < errors["pruned"]
+    assert errors["pruned"] != halved.report.output_errors["pruned"]

@@ -129,6 +129,21 @@ def test_channels_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert {g["group"]: (g["kept"], g["total"]) for g in report["groups"]}["1.up"] == (6, 12)
 
 
+@pytest.mark.parametrize("goal", [("--ranks", 0.4), ("--macs", 0.8, "--rewrites", "factorize")], ids=str)
+def test_low_rank_on_the_command_line(folder: Path, tmp_path: Path, goal: tuple[Any, ...]) -> None:
+    options = (*goal, "--multiple-of", 1, "--ignore", "3", "-o", tmp_path / "out", "--no-mimic")
+    result = run("compile", "net.pt2", "--calib", "samples.npy", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["decisions"]
+    assert {d["kind"] for d in report["decisions"]} == {"factorize_layer"}
+    assert "3" not in {d["path"] for d in report["decisions"]}
+    first = report["decisions"][0]
+    assert f"factorised {first['path']} (channel) to rank {first['ranks'][0]} of {first['full'][0]}" in " ".join(
+        result.output.split()
+    )
+
+
 def test_inspect_lists_the_unit_groups(folder: Path) -> None:
     found = json.loads(run("inspect", "net.pt2", "--json").stdout)
     groups = {g["group"]: g for g in found["groups"]}
@@ -201,12 +216,15 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        ((*COMPILE,), ("give one goal", "--latency 0.7, --blocks 4, --keep 0.5 or --macs 0.6")),
+        ((*COMPILE,), ("give one goal", "--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6 or --ranks 0.25")),
         ((*COMPILE, "--latency", "0.5", "--blocks", "1"), ("give one goal",)),
         ((*COMPILE, "--latency", "1.5"), ("Latency(1.5) is not a goal", "hint")),
         ((*COMPILE, "--blocks", "0"), ("Blocks(0) is not a goal",)),
         ((*COMPILE, "--keep", "0"), ("Channels(0.0) is not a goal", "hint")),
         ((*COMPILE, "--macs", "1.5"), ("Macs(1.5) is not a goal", "hint")),
+        ((*COMPILE, "--ranks", "0"), ("Ranks(keep=0.0) is not a goal", "hint")),
+        ((*COMPILE, "--ranks", "0.5", "--ignore", "x.*"), ("no layer matches 'x.*'", "hint")),
+        ((*COMPILE, "--ranks", "0.5", "--rewrites", "drop_blocks"), ("reached by factorize", "hint")),
         ((*COMPILE, "--keep", "0.5", "--rewrites", "drop_blocks"), ("reached by prune_channels", "hint")),
         ((*COMPILE, "--keep", "0.5", "--rewrites", "magic"), ("unknown rewrites",)),
         ((*COMPILE, "--keep", "0.5", "--multiple-of", "0"), ("multiple_of starts at 1",)),

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 from foldcut.compiler.errors import GoalError, PlanError
-from foldcut.compiler.plan import Blocks, Channels, DropBlock, Latency, Macs, Plan, PruneChannels, goal_from_dict
+from foldcut.compiler.plan import (
+    Blocks,
+    Channels,
+    DropBlock,
+    FactorizeLayer,
+    Latency,
+    Macs,
+    Plan,
+    PruneChannels,
+    Ranks,
+    goal_from_dict,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +31,24 @@ DECISIONS = st.builds(
     total=st.integers(1, 100),
     error=st.none() | NUMBERS,
 )
+DECISIONS |= st.builds(
+    FactorizeLayer,
+    layer=NAMES,
+    scheme=NAMES,
+    ranks=st.lists(st.integers(1, 99), max_size=2).map(tuple),
+    full=st.lists(st.integers(1, 99), max_size=2).map(tuple),
+    path=NAMES,
+    error=st.none() | NUMBERS,
+)
 GOALS = (
     st.builds(Latency, st.floats(0.01, 0.99))
     | st.builds(Blocks, st.integers(1, 1000))
     | st.builds(Channels, st.floats(0.01, 1))
     | st.builds(Macs, st.floats(0.01, 0.99))
+    | st.builds(Ranks, rank=st.integers(1, 99))
+    | st.sampled_from(["keep", "energy", "error", "macs"]).flatmap(
+        lambda key: st.floats(0.01, 1).map(lambda value: Ranks(**{key: value}))
+    )
 )
 PLANS = st.builds(
     Plan,

@@ -14,9 +14,10 @@ from foldcut.compiler.errors import RewriteError
 from foldcut.compiler.plan import FactorizeLayer, Ranks
 from foldcut.compiler.program import Program
 from foldcut.passes.calibrate import collect_moments
+from foldcut.passes.decompositions import PLAIN, Geometry, Metric
 from foldcut.passes.factorize import Factors, decompose, factorize, factorize_for_timing, factorize_plain
 from foldcut.passes.layers import find_layers
-from foldcut.passes.low_rank import PLAIN, SCHEMES, Geometry, Metric
+from foldcut.passes.low_rank import SCHEMES
 from foldcut.passes.select_ranks import RankAnalysis, RankSettings, not_dominated, output_errors
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,0 +1,142 @@
+"""Block dropping end to end: the regions to drop, the bypass, the re-solve of the layers around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..passes.drop_blocks import drop_blocks, entry_exit
+from ..passes.recoverability import Recoverability, RecoverabilitySettings
+from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from .calibration_set import CalibrationSet
+from .errors import GoalError
+from .latency_probe import LatencyProbe
+from .plan import Blocks, DropBlock, Goal, Latency
+from .planner import Choice, choose_drops
+from .program import Program
+from .progress import Progress, StageClock, silent
+from .regions import Region, RegionAnalysis
+from .verify import output_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCut:
+    """The network with regions bypassed, re-solved, and how it came about. `met` says whether the goal was."""
+
+    program: Program
+    resolved: Resolved
+    decisions: tuple[DropBlock, ...]
+    errors: Mapping[str, float]
+    met: bool
+
+
+def cut_blocks(
+    teacher: Program,
+    analysis: RegionAnalysis,
+    calibration: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    *,
+    recoverability: RecoverabilitySettings,
+    resolve: ResolveSettings,
+    solve_samples: int,
+    clock: StageClock,
+    progress: Progress = silent,
+) -> BlockCut:
+    """Drop regions of `teacher` to a `Latency` or `Blocks` goal and re-solve the layers around them on the first
+    `solve_samples` samples.
+
+    The errors are those of the outputs on `held_out`, relative, after the drop and after the re-solve. Raises GoalError
+    when nothing can be dropped.
+    """
+    choice = choose(
+        teacher, analysis, calibration, goal, probe, settings=recoverability, clock=clock, progress=progress
+    )
+    if not choice.regions:
+        raise GoalError(
+            f"nothing can be dropped towards {goal}",
+            hint="the removable regions save no latency on this backend",
+        )
+    errors: dict[str, float] = {}
+    with clock.stage("drop"):
+        student = drop_blocks(teacher, choice.regions)
+        errors["dropped"] = output_error(teacher, student, held_out)
+    with clock.stage("re-solve"):
+        resolved = resolve_network(
+            teacher,
+            student,
+            calibration.take(slice(0, solve_samples)),
+            entry_exit(choice.regions),
+            settings=resolve,
+            progress=progress,
+        )
+        errors["re-solved"] = output_error(teacher, resolved.program, held_out)
+    return BlockCut(
+        program=resolved.program, resolved=resolved, decisions=choice.decisions, errors=errors, met=choice.met
+    )
+
+
+def choose(
+    teacher: Program,
+    analysis: RegionAnalysis,
+    fit: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    *,
+    settings: RecoverabilitySettings,
+    clock: StageClock,
+    progress: Progress = silent,
+) -> Choice:
+    """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them."""
+    recoverability = Recoverability(teacher, fit, regions=analysis.regions, settings=settings)
+    savings: dict[str, float] | None = None
+    if isinstance(goal, Latency):
+        with clock.stage("measure savings"):
+            savings = probe.savings(analysis.regions, progress=progress)
+    enough = _stopping_rule(goal, probe, savings, clock, progress)
+
+    def errors(chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
+        return recoverability(chosen, candidates)
+
+    with clock.stage("choose"):
+        choice = choose_drops(analysis.blocks, errors=errors, savings=savings, enough=enough)
+        if not choice.met and len(analysis.blocks) < len(analysis.regions):
+            choice = choose_drops(
+                analysis.regions,
+                errors=errors,
+                savings=savings,
+                enough=enough,
+                chosen=choice.regions,
+                decisions=choice.decisions,
+            )
+    return choice
+
+
+def _stopping_rule(
+    goal: Goal,
+    probe: LatencyProbe,
+    savings: Mapping[str, float] | None,
+    clock: StageClock,
+    progress: Progress,
+) -> Callable[[Sequence[Region]], bool]:
+    if isinstance(goal, Blocks):
+
+        def dropped_enough(chosen: Sequence[Region]) -> bool:
+            progress("choose blocks", len(chosen), goal.count)
+            return len(chosen) >= goal.count
+
+        return dropped_enough
+    assert savings is not None and isinstance(goal, Latency)
+    target, shares = goal.ratio, savings
+
+    def fast_enough(chosen: Sequence[Region]) -> bool:
+        """Measured only when the sum of single savings comes near: the sum is a guide, the measurement decides."""
+        predicted = 1 - sum(shares[r.name] for r in chosen)
+        progress("choose blocks", round(100 * min(1.0, (1 - predicted) / (1 - target))), 100)
+        if predicted > target + 0.03:
+            return False
+        with clock.stage("measure plan"):
+            return probe.ratio(chosen).high <= target
+
+    return fast_enough
