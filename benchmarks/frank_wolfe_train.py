@@ -8,8 +8,8 @@ A run is METHOD:SETTING[:SHARE], with a learning rate behind "@" (0.1 without):
     spectral:FACTOR:SHARE  SFW, spectral k-support balls, k = SHARE of full rank
     group:FACTOR:SHARE     SFW, k-support balls over filters, k = SHARE of the filters
 Biases and batch norms take plain SGD steps. Momentum 0.9, learning rate falling linearly to zero, crops and mirror
-images. Writes RUN.pt (weights) and RUN.json (accuracy, loss, seconds, norms) into the folder when a run is complete; a
-run that is there already is not repeated.
+images; weights in float32, forward pass in bfloat16 autocast. Writes RUN.pt (weights) and RUN.json (accuracy, loss,
+seconds, norms) into the folder when a run is complete; a run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -109,13 +109,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, help="the first so many; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast in the forward pass")
     return parser.parse_args()
 
 
 def train(run: Run, data: Cifar, arguments: argparse.Namespace) -> tuple[nn.Module, Row]:
     """Train one network; runs of one seed start from the same weights and see the same batches."""
     torch.manual_seed(arguments.seed)
-    network = CifarResNet(BLOCKS[arguments.network]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = CifarResNet(BLOCKS[arguments.network])
     optimizer = run.optimizer(network)
     per_epoch = math.ceil(len(data.calibration) / arguments.batch)
     steps = arguments.epochs * per_epoch
@@ -126,12 +127,14 @@ def train(run: Run, data: Cifar, arguments: argparse.Namespace) -> tuple[nn.Modu
         network.train()
         running = 0.0
         for images, labels in batches(data, arguments.batch, generator):
-            loss = F.cross_entropy(network(images.contiguous(memory_format=torch.channels_last)), labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not arguments.float32):
+                logits = network(images)
+            loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            running += float(loss) / per_epoch
+            running += float(loss.detach()) / per_epoch
         network.eval()
         print(f"{run.name} epoch {epoch + 1}: loss {running:.3f}, {time.process_time() - started:.0f} s", flush=True)
     found = {name: float(w.norm()) for name, w in network.named_parameters() if w.dim() > 1}
@@ -145,6 +148,7 @@ def train(run: Run, data: Cifar, arguments: argparse.Namespace) -> tuple[nn.Modu
         "epochs": arguments.epochs,
         "train_images": len(data.calibration),
         "seed": arguments.seed,
+        "bfloat16": not arguments.float32,
         "accuracy": accuracy(network, data),
         "loss": running,
         "seconds": time.process_time() - started,

@@ -84,6 +84,8 @@ def cut_ranks(
                 teacher, student, calibration, (), replaced=choice, settings=resolve, progress=progress
             )
             errors["re-solved"] = output_error(teacher, resolved.program, held_out)
+            if errors["re-solved"] > errors["factorised"]:
+                resolved, errors["re-solved"] = replace(resolved, program=student), errors["factorised"]
     return RankCut(
         program=resolved.program,
         resolved=resolved,
@@ -141,11 +143,11 @@ def error_weights(
     analysis: RankAnalysis, calibration: CalibrationSet, *, progress: Progress = silent
 ) -> dict[str, float]:
     """For each layer what its relative error is to be multiplied by to predict the network's: from one trial, the layer
-    alone factorised to half of its multiply-accumulates, on a few samples."""
-    halves = {name: candidate.half() for name, candidate in analysis.candidates.items()}
-    samples = calibration.take(slice(0, weighing_samples(analysis.program, len(halves))))
-    found = output_errors(analysis, analysis.factors(halves), samples, progress=progress)
-    return {name: found[name] / half.error if half.error > 0 else 0.0 for name, half in halves.items()}
+    alone factorised to about half of its multiply-accumulates, on a few samples."""
+    trials = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
+    samples = calibration.take(slice(0, weighing_samples(analysis.program, len(trials))))
+    found = output_errors(analysis, analysis.factors(trials), samples, progress=progress)
+    return {name: found[name] / trial.error if trial.error > 0 else 0.0 for name, trial in trials.items()}
 
 
 def _within(

@@ -20,6 +20,8 @@ Matrices = tuple[torch.Tensor, ...]
 #: Outputs of less gain than this share of the largest are compared as if they had it: a silenced output has no say, but
 #: its weights must stay finite.
 LEAST_GAIN = 1e-4
+#: Relative errors below this are those of the sums, not of the approximation.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +125,9 @@ class Decomposition(ABC):
         self.total = float(((self.gain.unsqueeze(2) * self.image) * weighed).sum())
 
     def error(self, ranks: Ranks) -> float:
-        """The relative error left, from 0 at full rank to 1."""
-        return max(0.0, 1 - self.explained(ranks) / self.total) if self.total > 0 else 0.0
+        """The relative error left, from 0 at full rank to 1; what rounding leaves of an exact one is 0."""
+        left = 1 - self.explained(ranks) / self.total if self.total > 0 else 0.0
+        return left if left > ROUNDING else 0.0
 
     def shift(self, ranks: Ranks) -> torch.Tensor | None:
         """What the bias has to take over, (groups * outputs,); None without a mean."""

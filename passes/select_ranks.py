@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
-from typing import Literal
+from itertools import product
+from typing import Literal, TypeVar
 
 import torch
 
@@ -23,20 +23,23 @@ from ..compiler.plan import FactorizeLayer, Ranks
 from ..compiler.program import Program, is_tensor, output_nodes
 from ..compiler.progress import Progress, silent
 from ..compiler.verify import squared_distance
-from .calibrate import Moments, collect_moments
+from .calibrate import Moments
 from .decompositions import PLAIN, Decomposition, Geometry, Metric
 from .factorize import Factors, decompose, shift_tensors
+from .layer_moments import MEMORY_BYTES, LayerMoments
 from .layers import Layer, find_layers
-from .low_rank import SCHEMES, suitable
-from .resolve_network import ResolveSettings, batch_size_for
+from .low_rank import SCHEMES, Scheme, suitable
+from .resolve_network import ResolveSettings
 from .targets import Target, output_gain, trace_target
 
 #: Layers with more columns than this are factorised without data: a Gram matrix would take half a gigabyte and more.
 WIDEST = 8192
 #: Ranks looked at along each axis of a scheme.
 STEPS = 16
-#: Moments of more layers than fit into this many bytes are collected again when they are needed again.
-MEMORY_BYTES = 2 << 30
+#: Relative errors that count as none: what float32 activations leave in the moments.
+EXACT = 1e-5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +89,11 @@ class Candidate:
     size: Geometry
     options: tuple[Option, ...] = field(default=())
 
-    def half(self) -> Option:
-        """The option nearest to half of the layer's multiply-accumulates."""
-        return min(self.options, key=lambda option: abs(2 * option.macs - self.size.macs))
+    def trial(self) -> Option:
+        """The option nearest to half of the layer's multiply-accumulates, of those that lose something: an exact one
+        says nothing about what errors of this layer do. The cheapest where all are exact."""
+        lossy = [option for option in self.options if option.error > EXACT] or self.options[:1]
+        return min(lossy, key=lambda option: abs(2 * option.macs - self.size.macs))
 
 
 class RankAnalysis:
@@ -105,15 +110,18 @@ class RankAnalysis:
         *,
         settings: RankSettings | None = None,
         resolve: ResolveSettings | None = None,
+        memory_bytes: int = MEMORY_BYTES,
         progress: Progress = silent,
     ) -> None:
         self.program = program
-        self.calibration = calibration
         self.settings = settings or RankSettings()
         self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
-        self._kept: dict[str, Moments] = {}
         layers, locked = find_layers(program)
         self._check_ignored(layers)
+        self._sizes = {name: Geometry.of(program, layer) for name, layer in layers.items()}
+        self._moments = LayerMoments(
+            program, layers, calibration, rows_per_column=self.settings.rows_per_column, memory_bytes=memory_bytes
+        )
         found: dict[str, Candidate] = {}
         self.rejects: list[Reject] = list(locked)
         for name, layer in layers.items():
@@ -121,7 +129,7 @@ class RankAnalysis:
             if candidate is not None:
                 found[name] = candidate
         self.candidates: dict[str, Candidate] = {}
-        for index, (name, moments) in enumerate(self._moments(list(found))):
+        for index, (name, moments) in enumerate(self._each(list(found))):
             options = self._options(found[name], moments)
             if options:
                 self.candidates[name] = replace(found[name], options=options)
@@ -133,7 +141,7 @@ class RankAnalysis:
     def factors(self, choice: Mapping[str, Option], *, progress: Progress = silent) -> list[Factors]:
         """The factors of the chosen options, by node."""
         found = {}
-        for index, (name, moments) in enumerate(self._moments(list(choice))):
+        for index, (name, moments) in enumerate(self._each(list(choice))):
             candidate, option = self.candidates[name], choice[name]
             decomposition = self._decompose(candidate, option.scheme, moments)
             found[name] = Factors.of(name, decomposition, option.ranks)
@@ -165,7 +173,7 @@ class RankAnalysis:
             kept = {n: [o for o in c.options if o.error <= bound] for n, c in self.candidates.items()}
             return {name: options[0] for name, options in kept.items() if options}
         found = {}
-        for name, moments in self._moments(list(self.candidates)):
+        for name, moments in self._each(list(self.candidates)):
             options = self._at(self.candidates[name], goal, moments)
             if options:
                 found[name] = min(options, key=lambda option: (option.error, option.macs))
@@ -186,14 +194,12 @@ class RankAnalysis:
 
     def _candidate(self, layer: Layer) -> Candidate | None:
         """The layer, unless it is ignored or no scheme is cheaper at its least ranks; rejects say which."""
-        size = Geometry.of(self.program, layer)
+        size = self._sizes[layer.node]
         names = self._names(layer)
         if any(fnmatchcase(name, pattern) for pattern in self.settings.ignore for name in names):
             self.rejects.append(Reject(reason="ignored", node=layer.node))
             return None
-        schemes = suitable(size, self._schemes(size))
-        least = [tuple(ranks[0] for ranks in self._ladders(scheme.full(size))) for scheme in schemes]
-        if not any(s.macs(size, ranks) < size.macs for s, ranks in zip(schemes, least, strict=True)):
+        if not any(self._ranks(scheme, size) for scheme in suitable(size, self._schemes(size))):
             self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=layer.node))
             return None
         return Candidate(layer=layer, target=trace_target(self.program, layer, {}), size=size)
@@ -214,31 +220,32 @@ class RankAnalysis:
             return self.settings.schemes
         return tuple(name for name in self.settings.schemes if name == "channel")
 
-    def _ladders(self, full: tuple[int, ...]) -> list[list[int]]:
-        """For each axis the ranks to look at, least first: multiples, about `STEPS` of them."""
-        ladders = []
-        for most in full:
-            step = min(self.settings.multiple_of, most)
-            first = max(1, -(-int(self.settings.least * most) // step))
-            ranks = [n * step for n in range(first, most // step + 1)] or [most]
-            ladders.append(ranks[:: max(1, len(ranks) // STEPS)])
-        return ladders
+    def _ranks(self, scheme: Scheme, size: Geometry) -> list[tuple[tuple[int, ...], int]]:
+        """Ranks of a scheme at which it is cheaper than the layer, with their multiply-accumulates: multiples, about
+        `STEPS` of them along each axis."""
+        axes = [self._multiples(most) for most in scheme.full(size)]
+        if len(axes) > 1:
+            axes = [_spread(axis) for axis in axes]
+        found = [(ranks, scheme.macs(size, ranks)) for ranks in product(*axes)]
+        cheap = [(ranks, macs) for ranks, macs in found if macs < size.macs]
+        return _spread(cheap) if len(axes) == 1 else cheap
+
+    def _multiples(self, most: int) -> list[int]:
+        """The ranks that may be, least first."""
+        step = min(self.settings.multiple_of, most)
+        first = max(1, math.ceil(self.settings.least * most / step))
+        return [number * step for number in range(first, most // step + 1)] or [most]
 
     def _options(self, candidate: Candidate, moments: Moments | None) -> tuple[Option, ...]:
         """Every option below the layer's own cost that no other dominates, cheapest first."""
-        size, found = candidate.size, []
-        for scheme in suitable(size, self._schemes(size)):
-            ladders = self._ladders(scheme.full(size))
-            cheap = [
-                (ranks, macs)
-                for ranks in torch.cartesian_prod(*map(torch.tensor, ladders)).reshape(-1, len(ladders)).tolist()
-                if (macs := scheme.macs(size, tuple(ranks))) < size.macs
-            ]
+        found = []
+        for scheme in suitable(candidate.size, self._schemes(candidate.size)):
+            cheap = self._ranks(scheme, candidate.size)
             if cheap:
                 decomposition = self._decompose(candidate, scheme.name, moments)
                 found += [
-                    Option(scheme=scheme.name, ranks=tuple(r), macs=m, error=decomposition.error(tuple(r)))
-                    for r, m in cheap
+                    Option(scheme=scheme.name, ranks=ranks, macs=macs, error=decomposition.error(ranks))
+                    for ranks, macs in cheap
                 ]
         return tuple(not_dominated(found))
 
@@ -249,50 +256,21 @@ class RankAnalysis:
         gain = output_gain(self.program, candidate.target) if self.settings.metric == "data" else None
         return decompose(self.program, candidate.layer, scheme, metric, gain)
 
-    def _moments(self, names: Sequence[str]) -> Iterator[tuple[str, Moments | None]]:
-        """The moments of layers, those that are read together in one pass over the data; None where none are used."""
-        batch: list[str] = []
-        held = 0
-        for name in names:
-            if name in self._kept or not self._uses_data(name):
-                yield name, self._kept.get(name)
-                continue
-            needed = 8 * self._sizes[name].groups * self._sizes[name].columns ** 2
-            if batch and held + needed > MEMORY_BYTES:
-                yield from self._collected(batch)
-                batch, held = [], 0
-            batch.append(name)
-            held += needed
-        if batch:
-            yield from self._collected(batch)
+    def _each(self, names: Sequence[str]) -> Iterator[tuple[str, Moments | None]]:
+        """The layers with their moments, those that do without first, with None."""
+        blind = [name for name in names if self.settings.metric != "data" or self._wide(name)]
+        yield from ((name, None) for name in blind)
+        yield from self._moments([name for name in names if name not in blind])
 
-    def _collected(self, names: Sequence[str]) -> Iterator[tuple[str, Moments]]:
-        layers = {name: self._layers[name] for name in names}
-        moments = collect_moments(
-            self.program,
-            layers,
-            self.calibration,
-            batch_size=batch_size_for(self.program, layers.values()),
-            rows_per_column=self.settings.rows_per_column,
-        )
-        held = sum(m.gram.numel() for m in self._kept.values()) * 8
-        for name in names:
-            found = moments.pop(name)
-            held += found.gram.numel() * 8
-            if held <= MEMORY_BYTES:
-                self._kept[name] = found
-            yield name, found
+    def _wide(self, name: str) -> bool:
+        return self._sizes[name].columns > WIDEST
 
-    @cached_property
-    def _layers(self) -> dict[str, Layer]:
-        return find_layers(self.program)[0]
 
-    @cached_property
-    def _sizes(self) -> dict[str, Geometry]:
-        return {name: Geometry.of(self.program, layer) for name, layer in self._layers.items()}
-
-    def _uses_data(self, name: str) -> bool:
-        return self.settings.metric == "data" and self._sizes[name].columns <= WIDEST
+def _spread(items: list[T]) -> list[T]:
+    """About `STEPS` of the items, evenly, the first and the last among them."""
+    if len(items) <= STEPS:
+        return items
+    return [items[round(place * (len(items) - 1) / (STEPS - 1))] for place in range(STEPS)]
 
 
 def not_dominated(options: Sequence[Option]) -> list[Option]:

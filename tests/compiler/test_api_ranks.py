@@ -14,7 +14,10 @@ import pytest
 import torch
 from foldcut.compiler.allocation import choose_options
 from foldcut.compiler.cost import program_cost
+from foldcut.compiler.progress import StageClock
+from foldcut.compiler.rank_pipeline import cut_ranks
 from foldcut.compiler.verify import relative_error
+from foldcut.passes.resolve_network import ResolveSettings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -152,18 +155,25 @@ def test_a_transformer(nets: SimpleNamespace, counting_backend: Any) -> None:
     assert made.report.output_errors["re-solved"] < 0.2
 
 
-def test_a_chain_without_branches(nets: SimpleNamespace, counting_backend: Any) -> None:
+def test_a_chain_without_branches(nets: SimpleNamespace) -> None:
     """No residual addition anywhere: first factors are refined for their own layer's error."""
-    layers = [part for _ in range(3) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
-    net = nets.seeded(lambda: nets.image_net(*layers), seed=6)
-    errors = {}
+
+    def make() -> nn.Module:
+        return nets.image_net(*(part for _ in range(3) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())))
+
+    images = nets.images(128)
+    teacher = foldcut.capture(nets.seeded(make, seed=6), images[:2])
+    samples, fresh = (foldcut.CalibrationSet.of(x) for x in (images, nets.images(64, seed=9)))
+    left = {}
     for refine in (0, 2):
-        settings = foldcut.PipelineSettings(
-            ranks=foldcut.RankSettings(multiple_of=1), resolve=foldcut.compiler.pipeline.ResolveSettings(refine=refine)
+        resolve = ResolveSettings(refine=refine)
+        cut = cut_ranks(
+            teacher, samples, fresh, foldcut.Macs(0.4), settings=ONES.ranks, resolve=resolve, clock=StageClock()
         )
-        made = run(net, nets.images(64), counting_backend, foldcut.Macs(0.5), settings=settings)
-        errors[refine] = made.report.output_errors["re-solved"]
-    assert errors[2] < errors[0]
+        assert all(0 <= layer.after <= layer.before for layer in cut.resolved.layers)
+        left[refine] = sum(layer.after for layer in cut.resolved.layers)
+        assert cut.errors["re-solved"] < cut.errors["factorised"]
+    assert left[2] < left[0]
 
 
 def test_from_onnx_to_onnx(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
