@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 matplotlib.use("Agg")
 
-EPOCHS = 6
-SHARES = (0.75, 0.5, 0.25, 0.15)
+EPOCHS = 16
+SHARES = (0.75, 0.5, 0.35, 0.25)
 images, labels, test_images, test_labels = load_digits()
 
 
@@ -33,12 +33,12 @@ def sgd(net):
 
 
 def frank_wolfe(net):
-    """Conv and linear weights in spectral k-support balls, k a fifth of full rank; biases and norms by SGD."""
+    """Conv and linear weights in tight spectral k-support balls, k a tenth of full rank; biases and norms by SGD."""
 
     def ball(weight):
-        return SpectralKSupport(k=max(1, min(weight.shape[0], weight[0].numel()) // 5))
+        return SpectralKSupport(k=max(1, min(weight.shape[0], weight[0].numel()) // 10))
 
-    optimizer = FrankWolfe(parameter_groups(net, ball, factor=10.0), lr=0.1, momentum=0.9)
+    optimizer = FrankWolfe(parameter_groups(net, ball, factor=2.0), lr=0.1, momentum=0.9)
     optimizer.make_feasible()
     return optimizer
 
