@@ -22,6 +22,7 @@ from matplotlib import pyplot
 from torch.nn import functional as F
 
 matplotlib.use("Agg")
+torch.set_num_threads(1)  # the layers are so small that more threads only get in each other's way
 
 EPOCHS = 16
 SHARES = (0.75, 0.5, 0.35, 0.25)
@@ -64,16 +65,13 @@ def accuracy(module):
     return 100 * float((module(test_images).argmax(1) == test_labels).float().mean())
 
 
-def decomposed(program, share):
+def decomposed(analysis, share):
     """Each layer to a pair that costs at most that share of its multiply-accumulates: a plain SVD of the weight."""
-    settings = RankSettings(schemes=("channel",), metric="weights", multiple_of=1)
-    analysis = RankAnalysis(program, CalibrationSet.of(images[:2]), settings=settings)
-    return factorize(program, analysis.factors(analysis.each(Ranks(macs=share)))).module
+    return factorize(analysis.program, analysis.factors(analysis.each(Ranks(macs=share)))).module
 
 
-def without_filters(program, share):
+def without_filters(provenance, share):
     """The filters of least L2 norm out of every group, channels physically removed."""
-    provenance = find_units(program)
     groups = provenance.prunable
     counts = uniform_counts(groups, share, ChannelLimits(multiple_of=1))
     gone = [g.without(select_by_norm(provenance, g, counts[g.name]).order) for g in groups]
@@ -85,8 +83,11 @@ for name, make_optimizer in (("SGD", sgd), ("Frank-Wolfe", frank_wolfe)):
     net = train(make_optimizer)
     program = capture(net, images[:2])
     dense = accuracy(net)
-    ranks = [accuracy(decomposed(program, share)) for share in SHARES]
-    filters = [accuracy(without_filters(program, share)) for share in SHARES]
+    plain = RankSettings(schemes=("channel",), metric="weights", multiple_of=1)
+    analysis = RankAnalysis(program, CalibrationSet.of(images[:2]), settings=plain)
+    ranks = [accuracy(decomposed(analysis, share)) for share in SHARES]
+    provenance = find_units(program)
+    filters = [accuracy(without_filters(provenance, share)) for share in SHARES]
     curves[name] = (dense, ranks, filters)
     print(f"{name}: dense {dense:.1f} %")
     for share, by_rank, by_filter in zip(SHARES, ranks, filters, strict=True):
