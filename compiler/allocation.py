@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, sparse
 
 from .cost import program_cost
 from .program import Program
@@ -26,6 +25,8 @@ def choose_options(
     `errors` and `costs` hold a row for each item. None when no choice stays within the budget. Solved by HiGHS; of
     choices of equal error any may come back, the same one every time.
     """
+    from scipy import optimize, sparse  # slow to import, and not everyone who imports foldcut needs it
+
     if not errors:
         return [] if budget >= 0 else None
     sizes = [len(row) for row in errors]
