@@ -20,8 +20,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# two at a time; each one's output comes whole, and one that fails fails all
 examples: install
-	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
+	printf '%s\n' examples/*.py | xargs -P 2 -I{} sh -c \
+	  'said=$$($(BIN)/python {} 2>&1); code=$$?; printf "== %s\n%s\n" {} "$$said"; exit $$code'
 
 install: $(STAMP)
 

@@ -37,9 +37,15 @@ LAYERS: dict[str, Any] = {
 }
 
 
+CAPTURED: dict[Any, Program] = {}
+
+
 def one_layer(make: Any, nets: SimpleNamespace) -> tuple[Program, torch.Tensor]:
-    images = torch.randn(6, 8, 11, 9)
-    return capture(nets.seeded(make, seed=1), images[:2]), images
+    """The layer as a program, captured once for all tests, and images for it."""
+    images = torch.randn(6, 8, 11, 9, generator=torch.Generator().manual_seed(0))
+    if make not in CAPTURED:
+        CAPTURED[make] = capture(nets.seeded(make, seed=1), images[:2])
+    return CAPTURED[make], images
 
 
 def only_layer(program: Program) -> Any:
