@@ -206,7 +206,7 @@ def test_measure_prints_the_ratio(folder: Path, done: tuple[Any, Path]) -> None:
     assert data["low"] <= data["high"]
     assert data["ratio"] > 0
     plain = run("measure", "net.onnx", "net.onnx")
-    assert plain.exit_code == 0
+    assert plain.exit_code == 0, plain.output
     assert "ratio x" in plain.stdout
 
 

@@ -275,8 +275,16 @@ def test_clock_that_does_not_move_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("foldcut.runtime.timing._MOST_REPEATS", 100)
     with pytest.raises(BackendError, match="the clock 'thread_cpu' counted 0 ms"):
         choose_repeats(StuckRunner("thread_cpu"), 10)
+    monkeypatch.setattr("foldcut.runtime.timing._MOST_STANDSTILL_MS", 1)
     with pytest.raises(BackendError, match="the clock 'thread_cpu' counted 0 ms"):
         time_block(StuckRunner("thread_cpu"), 1)
+
+
+def test_clock_that_stands_still_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start and end of a block are read; the third block is the first in which the clock moves."""
+    readings = iter([7, 7, 7, 7, 7, 2_000_007])
+    monkeypatch.setattr("foldcut.runtime.timing.time.thread_time_ns", lambda: next(readings))
+    assert time_block(StuckRunner("thread_cpu"), 4).per_run_ms == pytest.approx(0.5)
 
 
 def test_waiting_for_a_core_is_flagged_as_contention(monkeypatch: pytest.MonkeyPatch) -> None:
