@@ -102,7 +102,7 @@ def pruned(teacher: Program, fit: CalibrationSet, held_out: CalibrationSet, keep
     cut = cut_channels(
         teacher, fit, held_out, Channels(keep), settings=settings, resolve=ResolveSettings(), clock=StageClock()
     )
-    return cut.resolved.program
+    return cut.program
 
 
 def print_header() -> None:

@@ -12,20 +12,19 @@ of the optimum that the vertex misses, the worst over steps. One thread, float32
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from foldcut.passes.frank_wolfe import SpectralKSupport, Subspace
+from rows import Row, write_json
 
 SHAPES = ("64x576", "128x1152", "256x2304", "512x4608")
 #: Steps before the times count: the first basis is exact and momentum has to build up.
 WARM_UP = 3
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -41,7 +40,7 @@ def main() -> None:
         print(table_row(rows[-1]), flush=True)
     if arguments.output:
         settings = {name: getattr(arguments, name) for name in ("share", "repeats", "threads", "sweeps", "seed")}
-        arguments.output.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
+        write_json(arguments.output, settings | {"rows": rows})
 
 
 def parse_arguments() -> argparse.Namespace:

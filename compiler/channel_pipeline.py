@@ -23,6 +23,7 @@ from .plan import ChannelGoal, Channels, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance, find_units
+from .rewritten import Rewritten
 from .unit_groups import UnitGroup, surplus_units
 from .verify import output_error
 
@@ -50,20 +51,6 @@ class ChannelSettings:
     on_lattice: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChannelCut:
-    """The pruned, re-solved program and how it came about. `met` says whether the goal was."""
-
-    pruned: Pruned
-    resolved: Resolved
-    decisions: tuple[PruneChannels, ...]
-    selections: Mapping[str, Selection]
-    provenance: Provenance
-    rejects: tuple[Reject, ...]
-    errors: Mapping[str, float]
-    met: bool
-
-
 def on_lattice(settings: ChannelSettings, probe: LatencyProbe, progress: Progress = silent) -> ChannelSettings:
     """The settings with the multiple of the backend's lattice, where they ask for it. Raises BackendError."""
     if not settings.on_lattice:
@@ -82,7 +69,7 @@ def cut_channels(
     resolve: ResolveSettings,
     clock: StageClock,
     progress: Progress = silent,
-) -> ChannelCut:
+) -> Rewritten:
     """Prune `teacher` to a `Channels` or `Macs` goal and re-solve what consumes the lost channels.
 
     The errors are those of the outputs on `held_out`, relative, after plain removal, after the re-solve of the
@@ -113,15 +100,17 @@ def cut_channels(
             errors["polished"] = output_error(teacher, resolved.program, held_out)
             if errors["polished"] > errors["re-solved"]:
                 resolved, errors["polished"] = replace(resolved, program=pruned.program), errors["re-solved"]
-    return ChannelCut(
-        pruned=pruned,
-        resolved=resolved,
+    stuck_rejects = (Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
+    return Rewritten(
+        program=resolved.program,
         decisions=tuple(_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
-        selections=choice.selections,
-        provenance=provenance,
-        rejects=(*group_rejects(provenance), *(Reject(reason=str(e.message), node=g.name) for g, e in stuck)),
-        errors=errors,
         met=met,
+        rejects=(*group_rejects(provenance), *stuck_rejects, *resolved.locked),
+        errors=errors,
+        layers=resolved.layers,
+        kept=pruned.kept,
+        provenance=provenance,
+        selections=choice.selections,
     )
 
 
@@ -262,4 +251,4 @@ def group_rejects(provenance: Provenance) -> tuple[Reject, ...]:
     return (*locked, *unknown)
 
 
-__all__ = ["ChannelCut", "ChannelSettings", "cut_channels", "error_curves", "group_rejects", "removed_units"]
+__all__ = ["ChannelSettings", "cut_channels", "error_curves", "group_rejects", "removed_units"]

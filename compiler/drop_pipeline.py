@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.recoverability import Recoverability, RecoverabilitySettings
-from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from ..passes.resolve_network import ResolveSettings, resolve_network
 from .calibration_set import CalibrationSet
 from .errors import GoalError
 from .latency_probe import LatencyProbe
-from .plan import Blocks, DropBlock, Goal, Latency
+from .plan import Blocks, Goal, Latency
 from .planner import Choice, choose_drops
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .regions import Region, RegionAnalysis
+from .rewritten import Rewritten
 from .verify import output_error
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockCut:
-    """The network with regions bypassed, re-solved, and how it came about. `met` says whether the goal was."""
-
-    program: Program
-    resolved: Resolved
-    decisions: tuple[DropBlock, ...]
-    errors: Mapping[str, float]
-    met: bool
 
 
 def cut_blocks(
@@ -43,7 +32,7 @@ def cut_blocks(
     solve_samples: int,
     clock: StageClock,
     progress: Progress = silent,
-) -> BlockCut:
+) -> Rewritten:
     """Drop regions of `teacher` to a `Latency` or `Blocks` goal and re-solve the layers around them on the first
     `solve_samples` samples.
 
@@ -72,8 +61,13 @@ def cut_blocks(
             progress=progress,
         )
         errors["re-solved"] = output_error(teacher, resolved.program, held_out)
-    return BlockCut(
-        program=resolved.program, resolved=resolved, decisions=choice.decisions, errors=errors, met=choice.met
+    return Rewritten(
+        program=resolved.program,
+        decisions=choice.decisions,
+        met=choice.met,
+        rejects=(*analysis.rejects, *resolved.locked),
+        errors=errors,
+        layers=resolved.layers,
     )
 
 
@@ -95,16 +89,12 @@ def choose(
         with clock.stage("measure savings"):
             savings = probe.savings(analysis.regions, progress=progress)
     enough = _stopping_rule(goal, probe, savings, clock, progress)
-
-    def errors(chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
-        return recoverability(chosen, candidates)
-
     with clock.stage("choose"):
-        choice = choose_drops(analysis.blocks, errors=errors, savings=savings, enough=enough)
+        choice = choose_drops(analysis.blocks, errors=recoverability, savings=savings, enough=enough)
         if not choice.met and len(analysis.blocks) < len(analysis.regions):
             choice = choose_drops(
                 analysis.regions,
-                errors=errors,
+                errors=recoverability,
                 savings=savings,
                 enough=enough,
                 chosen=choice.regions,

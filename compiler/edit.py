@@ -5,7 +5,7 @@ Program."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,20 +134,17 @@ def replace_calls(
     return result
 
 
-def check_outputs(program: Program, changed: Program, names: Sequence[str] | None = None) -> None:
-    """Raise RewriteError unless the outputs, or the named nodes, have the shapes and dtypes that they had."""
-    if names is None:
-        pairs = list(zip(output_nodes(program.graph), output_nodes(changed.graph), strict=True))
-    else:
-        pairs = [(program.nodes[name], changed.nodes[name]) for name in names]
+def check_outputs(program: Program, changed: Program) -> None:
+    """Raise RewriteError unless the outputs have the shapes and dtypes that they had."""
+    pairs = zip(output_nodes(program.graph), output_nodes(changed.graph), strict=True)
+    check_same(pairs, "a rewrite may not change the outputs")
+
+
+def check_same(pairs: Iterable[tuple[fx.Node, fx.Node]], message: str) -> None:
+    """Raise RewriteError at the first pair of nodes, before and after, of another shape or dtype."""
     for before, after in pairs:
         if signature(before) != signature(after):
-            raise RewriteError(
-                "a rewrite may not change " + ("the outputs" if names is None else "what a node is"),
-                node=before.name,
-                expected=signature(before),
-                actual=signature(after),
-            )
+            raise RewriteError(message, node=before.name, expected=signature(before), actual=signature(after))
 
 
 def _with_aliases(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | nn.Parameter]:

@@ -15,7 +15,6 @@ from ..passes.recoverability import RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings
 from ..passes.select_ranks import RankSettings
 from ..passes.submodular import Selection
-from ..passes.targets import Kept
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet, View
@@ -25,13 +24,14 @@ from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .latency_probe import LatencyProbe
-from .plan import Blocks, Channels, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
+from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
 from .planner import require_regions
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .regions import find_regions
+from .rewritten import Rewritten
 from .verify import compare, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
@@ -56,23 +56,6 @@ class PipelineSettings:
     threads: int = 1
     seed: int = 0
     opset: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewritten:
-    """A smaller network before mimicking: what was decided, what was left alone and why, and the output errors so far.
-
-    `kept` names the channels left of each node that lost some; `provenance` is there when channels were looked at.
-    """
-
-    program: Program
-    decisions: tuple[Decision, ...]
-    met: bool
-    rejects: tuple[Reject, ...]
-    errors: dict[str, float]
-    kept: Mapping[str, Kept] = field(default_factory=dict)
-    provenance: Provenance | None = None
-    selections: Mapping[str, Selection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +118,9 @@ def run_pipeline(
         deployed=deployed,
     )
     try:
+        solve = fit.take(slice(0, settings.solve_samples))
         if rewrite == "drop_blocks":
-            cut = cut_blocks(
+            rewritten = cut_blocks(
                 teacher,
                 analysis,
                 fit,
@@ -149,21 +133,35 @@ def run_pipeline(
                 clock=clock,
                 progress=progress,
             )
-            rewritten = Rewritten(
-                program=cut.program,
-                decisions=cut.decisions,
-                met=cut.met,
-                rejects=(*analysis.rejects, *cut.resolved.locked),
-                errors=dict(cut.errors),
-            )
         elif rewrite == "factorize":
+            assert isinstance(goal, RankGoal)
             with clock.stage("probe lattice"):
                 settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
-            rewritten = _factorised(teacher, fit, held_out, goal, probe, settings, clock, progress)
+            rewritten = cut_ranks(
+                teacher,
+                solve,
+                held_out,
+                goal,
+                probe,
+                settings=settings.ranks,
+                resolve=settings.resolve,
+                clock=clock,
+                progress=progress,
+            )
         else:
+            assert isinstance(goal, ChannelGoal)
             with clock.stage("probe lattice"):
                 settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
-            rewritten = _pruned(teacher, fit, held_out, goal, settings, clock, progress)
+            rewritten = cut_channels(
+                teacher,
+                solve,
+                held_out,
+                goal,
+                settings=settings.channels,
+                resolve=settings.resolve,
+                clock=clock,
+                progress=progress,
+            )
         return _finish(teacher, rewritten, fit, held_out, goal, probe, settings, clock, progress)
     finally:
         probe.close()
@@ -178,71 +176,6 @@ def rewrites_for(goal: Goal) -> tuple[str, ...]:
     if isinstance(goal, Ranks):
         return ("factorize",)
     return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
-
-
-def _pruned(
-    teacher: Program,
-    fit: CalibrationSet,
-    held_out: CalibrationSet,
-    goal: Goal,
-    settings: PipelineSettings,
-    clock: StageClock,
-    progress: Progress,
-) -> Rewritten:
-    """Channels removed, the layers that consumed them re-solved."""
-    assert isinstance(goal, (Channels, Macs))
-    cut = cut_channels(
-        teacher,
-        fit.take(slice(0, settings.solve_samples)),
-        held_out,
-        goal,
-        settings=settings.channels,
-        resolve=settings.resolve,
-        clock=clock,
-        progress=progress,
-    )
-    return Rewritten(
-        program=cut.resolved.program,
-        decisions=cut.decisions,
-        met=cut.met,
-        rejects=(*cut.rejects, *cut.resolved.locked),
-        errors=dict(cut.errors),
-        kept=cut.pruned.kept,
-        provenance=cut.provenance,
-        selections=cut.selections,
-    )
-
-
-def _factorised(
-    teacher: Program,
-    fit: CalibrationSet,
-    held_out: CalibrationSet,
-    goal: Goal,
-    probe: LatencyProbe,
-    settings: PipelineSettings,
-    clock: StageClock,
-    progress: Progress,
-) -> Rewritten:
-    """Layers replaced by factors of low rank, what they feed re-solved."""
-    assert isinstance(goal, RankGoal)
-    cut = cut_ranks(
-        teacher,
-        fit.take(slice(0, settings.solve_samples)),
-        held_out,
-        goal,
-        probe,
-        settings=settings.ranks,
-        resolve=settings.resolve,
-        clock=clock,
-        progress=progress,
-    )
-    return Rewritten(
-        program=cut.program,
-        decisions=cut.decisions,
-        met=cut.met,
-        rejects=(*cut.rejects, *cut.resolved.locked),
-        errors=dict(cut.errors),
-    )
 
 
 def _finish(

@@ -106,7 +106,7 @@ class Ranks:
     macs: float | None = None
 
     def __post_init__(self) -> None:
-        given = {key: value for key, value in self._values().items() if value is not None}
+        given = self._values()
         shares = [value for key, value in given.items() if key != "rank"]
         good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in shares)
         whole = self.rank is None or (isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1)
@@ -118,19 +118,14 @@ class Ranks:
             )
 
     def _values(self) -> dict[str, Any]:
-        return {
-            "rank": self.rank,
-            "keep": self.keep,
-            "energy": self.energy,
-            "error": self.error,
-            "macs": self.macs,
-        }
+        """What was given."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "ranks", **{key: value for key, value in self._values().items() if value is not None}}
+        return {"kind": "ranks", **self._values()}
 
     def __str__(self) -> str:
-        ((key, value),) = ((k, v) for k, v in self._values().items() if v is not None)
+        ((key, value),) = self._values().items()
         named = {
             "rank": "rank {:g}",
             "keep": "{:g} of full rank",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..passes.factorize import chain_nodes, factorize_for_timing
 from ..passes.select_ranks import Candidate, Option, RankAnalysis
 from .latency_probe import LatencyProbe
@@ -30,10 +32,9 @@ def thinned(candidate: Candidate, most: int = MOST_OPTIONS) -> list[Option]:
     options = list(candidate.options)
     if len(options) <= most:
         return options
-    low, high = options[0].macs, options[-1].macs
-    marks = [low + (high - low) * step / (most - 1) for step in range(most)]
-    places = {min(range(len(options)), key=lambda i, mark=mark: abs(options[i].macs - mark)) for mark in marks}  # type: ignore[misc]
-    return [options[place] for place in sorted(places)]
+    macs = np.array([option.macs for option in options], float)
+    marks = np.linspace(macs[0], macs[-1], most)
+    return [options[place] for place in np.unique(np.abs(macs - marks[:, None]).argmin(1))]
 
 
 def option_latencies(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..passes.factorize import factorize, factorize_for_timing
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
@@ -12,28 +12,17 @@ from ..passes.select_ranks import Option, RankAnalysis, RankSettings, output_err
 from .allocation import choose_options, weighing_samples
 from .calibration_set import CalibrationSet
 from .cost import program_cost
-from .errors import GoalError, Reject
+from .errors import GoalError
 from .latency_probe import LatencyProbe
-from .plan import FactorizeLayer, Macs, RankGoal, Ranks
+from .plan import Macs, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .rank_latency import option_latencies, thinned
+from .rewritten import Rewritten
 from .verify import output_error
 
 #: How often a latency goal is planned again when the measurement contradicts the plan.
 MOST_ROUNDS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankCut:
-    """The factorised, re-solved program and how it came about. `met` says whether the goal was."""
-
-    program: Program
-    resolved: Resolved
-    decisions: tuple[FactorizeLayer, ...]
-    rejects: tuple[Reject, ...]
-    errors: Mapping[str, float]
-    met: bool
 
 
 def ranks_on_lattice(settings: RankSettings, probe: LatencyProbe, progress: Progress = silent) -> RankSettings:
@@ -55,7 +44,7 @@ def cut_ranks(
     resolve: ResolveSettings,
     clock: StageClock,
     progress: Progress = silent,
-) -> RankCut:
+) -> Rewritten:
     """Factorise the layers of `teacher` to a `Macs`, `Latency` or `Ranks` goal, and re-solve what they feed.
 
     Under a budget the choice has the least sum of the layers' predicted output errors: a layer's error at a rank, times
@@ -86,13 +75,13 @@ def cut_ranks(
             errors["re-solved"] = output_error(teacher, resolved.program, held_out)
             if errors["re-solved"] > errors["factorised"]:
                 resolved, errors["re-solved"] = replace(resolved, program=student), errors["factorised"]
-    return RankCut(
+    return Rewritten(
         program=resolved.program,
-        resolved=resolved,
         decisions=tuple(analysis.decision(name, option) for name, option in choice.items()),
+        met=met,
         rejects=tuple(analysis.rejects),
         errors=errors,
-        met=met,
+        layers=resolved.layers,
     )
 
 

@@ -100,6 +100,13 @@ def collect_moments(
     return totals
 
 
+def gram_bytes(program: Program, layer: Layer) -> int:
+    """What the moments of a layer take."""
+    weight = program.module.get_parameter(layer.weight)
+    columns = weight[0].numel()
+    return 8 * layer.groups * columns * (columns + weight.shape[0] // layer.groups)
+
+
 def thinning(rows: int, columns: int, rows_per_column: int | None) -> int:
     """Take every so-many-th row to keep about `rows_per_column` rows per column; odd, so that it does not run along
     an image's columns."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..compiler.calibration_set import CalibrationSet
 from ..compiler.program import Program
-from .calibrate import Moments, collect_moments
+from .calibrate import Moments, collect_moments, gram_bytes
 from .layers import Layer
 from .resolve_network import batch_size_for
 
@@ -65,7 +65,4 @@ class LayerMoments:
             yield name, found
 
     def _bytes(self, name: str) -> int:
-        layer = self.layers[name]
-        weight = self.program.module.get_parameter(layer.weight)
-        columns = weight[0].numel()
-        return 8 * layer.groups * columns * (columns + weight.shape[0] // layer.groups)
+        return gram_bytes(self.program, self.layers[name])

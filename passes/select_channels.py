@@ -22,7 +22,7 @@ from ..compiler.program import Program
 from ..compiler.progress import Progress, silent
 from ..compiler.provenance import Provenance
 from ..compiler.unit_groups import UnitGroup
-from .calibrate import Moments, check_finite, collect_moments
+from .calibrate import Moments, check_finite, collect_moments, gram_bytes
 from .layers import Layer, find_layers
 from .lockstep import Lockstep, Step, plan_steps
 from .resolve import solve_without
@@ -175,22 +175,16 @@ def _batches(
     held = 0
     for group in groups:
         needs = _readers(consumers, group)
-        cost = sum(_gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)
+        cost = sum(gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)
         if batch and held + cost > memory_bytes:
             yield batch, nodes
             batch, nodes, held = [], [], 0
-            cost = sum(_gram_bytes(program, consumers[n].layer) for n in needs)
+            cost = sum(gram_bytes(program, consumers[n].layer) for n in needs)
         batch.append(group)
         nodes += [n for n in needs if n not in nodes]
         held += cost
     if batch:
         yield batch, nodes
-
-
-def _gram_bytes(program: Program, layer: Layer) -> int:
-    weight = program.module.get_parameter(layer.weight)
-    columns = weight[0].numel()
-    return 8 * layer.groups * columns * (columns + weight.shape[0] // layer.groups)
 
 
 def _cheap(objective: Objective) -> bool:

@@ -24,7 +24,7 @@ from ..compiler.program import Program, is_tensor, output_nodes
 from ..compiler.progress import Progress, silent
 from ..compiler.verify import squared_distance
 from .calibrate import Moments
-from .decompositions import PLAIN, Decomposition, Geometry, Metric
+from .decompositions import PLAIN, Geometry, Metric
 from .factorize import Factors, decompose, shift_tensors
 from .layer_moments import MEMORY_BYTES, LayerMoments
 from .layers import Layer, find_layers
@@ -143,7 +143,8 @@ class RankAnalysis:
         found = {}
         for index, (name, moments) in enumerate(self._each(list(choice))):
             candidate, option = self.candidates[name], choice[name]
-            decomposition = self._decompose(candidate, option.scheme, moments)
+            metric, gain = self._metric(candidate, moments)
+            decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain)
             found[name] = Factors.of(name, decomposition, option.ranks)
             progress("factorise", index + 1, len(choice))
         return [found[name] for name in choice]
@@ -182,13 +183,14 @@ class RankAnalysis:
     def _at(self, candidate: Candidate, goal: Ranks, moments: Moments | None) -> list[Option]:
         """One option for each scheme, at the rank that the goal gives, where that is cheaper than the layer."""
         options = []
-        for scheme in suitable(candidate.size, self.settings.schemes):
+        metric, gain = self._metric(candidate, moments)
+        for scheme in suitable(candidate.size, self._schemes(candidate.size)):
             full = scheme.full(candidate.size)
             wanted = [goal.rank or max(1, round((goal.keep or 0) * rank)) for rank in full]
             ranks = tuple(min(rank, most) for rank, most in zip(wanted, full, strict=True))
             macs = scheme.macs(candidate.size, ranks)
             if macs < candidate.size.macs:
-                error = self._decompose(candidate, scheme.name, moments).error(ranks)
+                error = decompose(self.program, candidate.layer, scheme.name, metric, gain).error(ranks)
                 options.append(Option(scheme=scheme.name, ranks=ranks, macs=macs, error=error))
         return options
 
@@ -239,22 +241,24 @@ class RankAnalysis:
     def _options(self, candidate: Candidate, moments: Moments | None) -> tuple[Option, ...]:
         """Every option below the layer's own cost that no other dominates, cheapest first."""
         found = []
+        metric, gain = self._metric(candidate, moments)
         for scheme in suitable(candidate.size, self._schemes(candidate.size)):
             cheap = self._ranks(scheme, candidate.size)
             if cheap:
-                decomposition = self._decompose(candidate, scheme.name, moments)
+                decomposition = decompose(self.program, candidate.layer, scheme.name, metric, gain)
                 found += [
                     Option(scheme=scheme.name, ranks=ranks, macs=macs, error=decomposition.error(ranks))
                     for ranks, macs in cheap
                 ]
         return tuple(not_dominated(found))
 
-    def _decompose(self, candidate: Candidate, scheme: str, moments: Moments | None) -> Decomposition:
+    def _metric(self, candidate: Candidate, moments: Moments | None) -> tuple[Metric, torch.Tensor | None]:
+        """What a layer's approximation is judged by, under every scheme: the metric and the gains of the outputs."""
         metric = PLAIN
         if moments is not None:
             metric = Metric.of(moments, ridge=self.ridge, centred=candidate.target.shift is not None)
         gain = output_gain(self.program, candidate.target) if self.settings.metric == "data" else None
-        return decompose(self.program, candidate.layer, scheme, metric, gain)
+        return metric, gain
 
     def _each(self, names: Sequence[str]) -> Iterator[tuple[str, Moments | None]]:
         """The layers with their moments, those that do without first, with None."""
@@ -297,7 +301,7 @@ def output_errors(
         for batch in samples.batches(size):
             given = bind(program, batch)
             values = given | run_until(program, calls, given, free=False)
-            energy += sum(squared_distance(values[name], values[name] * 0)[0] for name in outputs)
+            energy += sum(squared_distance(values[name], values[name])[1] for name in outputs)
             for item in factors:
                 totals[item.layer] += _output_distance(analysis, item, values, outputs)
                 done += 1

@@ -23,6 +23,7 @@ TOP = {
     "drop_pipeline",
     "rank_latency",
     "rank_pipeline",
+    "rewritten",
 }
 #: The modules that may change graphs.
 EDITS = {f"compiler/{name}.py" for name in ("edit", "edit_chain", "edit_extract", "edit_folds", "onnx_module")}

@@ -3,7 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import foldcut
 import onnx
@@ -265,13 +265,11 @@ def test_an_output_can_be_shielded(counting_backend: Any) -> None:
 
 @pytest.mark.parametrize(("score", "power"), [("l1", 1), ("l2", 2)])
 def test_filters_by_norm_with_nothing_solved_again(
-    score: str, power: int, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
+    score: Literal["l1", "l2"], power: int, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
 ) -> None:
     """What the papers compare with: the filters of least norm leave, and no weight changes."""
     limits = foldcut.ChannelLimits(multiple_of=2)
-    settings = foldcut.PipelineSettings(
-        channels=foldcut.ChannelSettings(limits=limits, score=score, resolve=False)  # type: ignore[arg-type]
-    )
+    settings = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=limits, score=score, resolve=False))
     made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), settings=settings)
     assert list(made.report.output_errors) == ["pruned"]
     provenance = made.outcome.provenance

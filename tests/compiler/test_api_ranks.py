@@ -15,7 +15,8 @@ import torch
 from foldcut.compiler.allocation import choose_options
 from foldcut.compiler.cost import program_cost
 from foldcut.compiler.progress import StageClock
-from foldcut.compiler.rank_pipeline import RankCut, cut_ranks
+from foldcut.compiler.rank_pipeline import cut_ranks
+from foldcut.compiler.rewritten import Rewritten
 from foldcut.compiler.verify import relative_error
 from foldcut.passes.resolve_network import ResolveSettings
 from hypothesis import given
@@ -137,7 +138,7 @@ def test_a_goal_out_of_reach_comes_back_with_the_best(
     assert caught.value.best.report.macs["after"] < 0.5 * caught.value.best.report.macs["before"]
 
 
-def cut(net: nn.Module, data: torch.Tensor, ratio: float, fresh: torch.Tensor, **resolve: Any) -> RankCut:
+def cut(net: nn.Module, data: torch.Tensor, ratio: float, fresh: torch.Tensor, **resolve: Any) -> Rewritten:
     """Without export and measurement."""
     teacher = foldcut.capture(net, data[:2])
     samples, held_out = (foldcut.CalibrationSet.of(x) for x in (data, fresh))
@@ -173,8 +174,8 @@ def test_a_chain_without_branches(nets: SimpleNamespace) -> None:
     left = {}
     for refine in (0, 2):
         made = cut(nets.seeded(make, seed=6), nets.images(128), 0.4, nets.images(64, seed=9), refine=refine)
-        assert all(0 <= layer.after <= layer.before for layer in made.resolved.layers)
-        left[refine] = sum(layer.after for layer in made.resolved.layers)
+        assert all(0 <= layer.after <= layer.before for layer in made.layers)
+        left[refine] = sum(layer.after for layer in made.layers)
         assert made.errors["re-solved"] < made.errors["factorised"]
     assert left[2] < left[0]
 

@@ -37,6 +37,8 @@ LAYERS: dict[str, Any] = {
 }
 
 
+#: A kernel of 1 has nothing to be split along.
+UNSUITABLE = {("1x1", "spatial"), ("1x1", "tucker"), ("tall", "spatial")}
 CAPTURED: dict[Any, Program] = {}
 
 
@@ -66,8 +68,9 @@ def test_full_rank_is_exact(kind: str, scheme: str, data_aware: bool, nets: Simp
     program, images = one_layer(LAYERS[kind], nets)
     layer = only_layer(program)
     size = Geometry.of(program, layer)
-    if not SCHEMES[scheme].suits(size):
-        pytest.skip("has nothing to offer for this kernel")
+    assert SCHEMES[scheme].suits(size) == ((kind, scheme) not in UNSUITABLE)
+    if (kind, scheme) in UNSUITABLE:
+        return
     metric = metric_of(program, images, centred=layer.bias is not None) if data_aware else PLAIN
     decomposition = decompose(program, layer, scheme, metric)
     full = SCHEMES[scheme].full(size)

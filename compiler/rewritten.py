@@ -1,0 +1,34 @@
+"""What each kind of rewrite hands on: the smaller network before mimicking, and how it came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..passes.resolve_network import LayerError
+from ..passes.submodular import Selection
+from ..passes.targets import Kept
+from .errors import Reject
+from .plan import Decision
+from .program import Program
+from .provenance import Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """A smaller network before mimicking: what was decided, whether the goal was met, what was left alone and why, and
+    the relative output errors so far, stage by stage.
+
+    `layers` are the errors of the layers that were solved again, `kept` the channels left of each node that lost some;
+    `provenance` and `selections` are there when channels were looked at.
+    """
+
+    program: Program
+    decisions: tuple[Decision, ...]
+    met: bool
+    rejects: tuple[Reject, ...]
+    errors: Mapping[str, float]
+    layers: tuple[LayerError, ...] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    provenance: Provenance | None = None
+    selections: Mapping[str, Selection] = field(default_factory=dict)
