@@ -13,8 +13,8 @@ from .latency_probe import LatencyProbe
 from .progress import Progress, silent
 from .segments import Segment
 
-#: Options of a layer that are timed: enough to see where latency steps.
-MOST_OPTIONS = 6
+#: Options of each scheme that are timed for a layer: enough to see where latency steps.
+MOST_OPTIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +27,15 @@ class OptionLatencies:
 
 
 def thinned(candidate: Candidate, most: int = MOST_OPTIONS) -> list[Option]:
-    """Some of a layer's options, about evenly spread over their multiply-accumulates, the cheapest and the dearest
-    among them."""
-    options = list(candidate.options)
-    if len(options) <= most:
-        return options
-    macs = np.array([option.macs for option in options], float)
-    marks = np.linspace(macs[0], macs[-1], most)
-    return [options[place] for place in np.unique(np.abs(macs - marks[:, None]).argmin(1))]
+    """Some of a layer's options of each scheme, about evenly spread over their multiply-accumulates, the cheapest and
+    the dearest among them. What another scheme dominates by multiply-accumulates may yet be faster."""
+    found = []
+    for scheme in dict.fromkeys(option.scheme for option in candidate.every):
+        options = [option for option in candidate.every if option.scheme == scheme]
+        macs = np.array([option.macs for option in options], float)
+        marks = np.linspace(macs[0], macs[-1], most)
+        found += [options[place] for place in np.unique(np.abs(macs - marks[:, None]).argmin(1))]
+    return found
 
 
 def option_latencies(

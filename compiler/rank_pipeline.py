@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..passes.factorize import factorize, factorize_for_timing
+from ..passes.rank_trials import RankTrials
 from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
-from ..passes.select_ranks import Option, RankAnalysis, RankSettings, output_errors
-from .allocation import choose_options, weighing_samples
+from ..passes.select_ranks import Option, RankAnalysis, RankSettings
+from .allocation import weighing_samples
 from .calibration_set import CalibrationSet
 from .cost import program_cost
 from .errors import GoalError
@@ -17,6 +18,7 @@ from .latency_probe import LatencyProbe
 from .plan import Macs, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
+from .rank_choice import Menu, search_plan, weights_alone
 from .rank_latency import option_latencies, thinned
 from .rewritten import Rewritten
 from .verify import output_error
@@ -47,10 +49,10 @@ def cut_ranks(
 ) -> Rewritten:
     """Factorise the layers of `teacher` to a `Macs`, `Latency` or `Ranks` goal, and re-solve what they feed.
 
-    Under a budget the choice has the least sum of the layers' predicted output errors: a layer's error at a rank, times
-    what the network's output loses when the layer alone is factorised to half. Costs are multiply-accumulates, or under
-    a `Latency` goal, which needs the `probe`, measured latencies of every option; a layer that gets no faster stays
-    whole, and the whole network is measured before the choice stands. The errors are those of the outputs on
+    Under a budget the choice is the one of least measured output error of those that `search_plan` tries, each the
+    exact optimum of an integer programme. Costs are multiply-accumulates, or under a `Latency` goal, which needs the
+    `probe`, measured latencies of every option; a layer that gets no faster stays whole, and the whole network is
+    measured before the choice stands. The errors are those of the outputs on
     `held_out`, relative, after the factorisation and after the re-solve. Raises GoalError when no layer gets cheaper.
     """
     with clock.stage("analyse"):
@@ -95,64 +97,60 @@ def _choose(
 ) -> tuple[dict[str, Option], bool]:
     if isinstance(goal, Ranks):
         return analysis.each(goal), True
-    weights = error_weights(analysis, calibration, progress=progress)
+    few = calibration.take(slice(0, weighing_samples(analysis.program, len(analysis.candidates))))
+    trials = RankTrials(analysis, few, progress=progress)
+    alone = weights_alone(analysis, trials)
     if isinstance(goal, Macs):
-        every = {name: candidate.options for name, candidate in analysis.candidates.items()}
-        whole = {name: float(candidate.size.macs) for name, candidate in analysis.candidates.items()}
-        costs = {name: [float(o.macs) for o in found] for name, found in every.items()}
-        macs = program_cost(analysis.program).macs
-        return _within(every, costs, whole, weights, goal.ratio * macs - (macs - sum(whole.values())))
+        found = search_plan(_macs_menu(analysis, goal.ratio), trials, alone)
+        return found.choice, found.possible
     assert probe is not None
-    options = {name: thinned(candidate) for name, candidate in analysis.candidates.items()}
     with clock.stage("time options"):
-        timed = option_latencies(analysis, options, probe, progress=progress)
-    faster = {n: [i for i, cost in enumerate(timed.options[n]) if cost < timed.whole[n]] for n in options}
-    options = {n: [options[n][i] for i in places] for n, places in faster.items() if places}
-    costs = {n: [timed.options[n][i] for i in faster[n]] for n in options}
-    whole = {n: timed.whole[n] for n in options}
-    saving = (1 - goal.ratio) * timed.network
-    for _ in range(MOST_ROUNDS):
-        choice, possible = _within(options, costs, whole, weights, sum(whole.values()) - saving)
+        menu, network = _latency_menu(analysis, probe, progress)
+    saving = (1 - goal.ratio) * network
+    found = search_plan(replace(menu, budget=menu.budget - saving), trials, alone)
+    choice, possible = found.choice, found.possible
+    for last in (False,) * (MOST_ROUNDS - 1) + (True,):
         with clock.stage("measure plan"):
             measured = probe.against(planned_shape(analysis, choice))
-        if measured.high <= goal.ratio or not possible:
-            return choice, measured.high <= goal.ratio
+        if measured.high <= goal.ratio or not possible or last:
+            break
         # what was predicted to be saved, against what was: the next plan asks for so much more
         reached = max(0.05, 1 - measured.high)
         saving *= max(1.02, (1 - goal.ratio) / reached)
-    return choice, False
+        choice, possible = replace(menu, budget=menu.budget - saving).best(found.weights)
+    return choice, measured.high <= goal.ratio
+
+
+def _macs_menu(analysis: RankAnalysis, ratio: float) -> Menu:
+    """Every option at its multiply-accumulates; the budget is what the goal leaves to the layers on the menu."""
+    options = {name: candidate.every for name, candidate in analysis.candidates.items()}
+    whole = {name: float(candidate.size.macs) for name, candidate in analysis.candidates.items()}
+    macs = program_cost(analysis.program).macs
+    return Menu(
+        options=options,
+        costs={name: [float(option.macs) for option in row] for name, row in options.items()},
+        whole=whole,
+        budget=ratio * macs - (macs - sum(whole.values())),
+    )
+
+
+def _latency_menu(analysis: RankAnalysis, probe: LatencyProbe, progress: Progress) -> tuple[Menu, float]:
+    """Options that were timed and found faster than their layer, at their latencies, the budget being what the layers
+    cost whole; and the latency of the network in the same unit."""
+    options = {name: thinned(candidate) for name, candidate in analysis.candidates.items()}
+    timed = option_latencies(analysis, options, probe, progress=progress)
+    faster = {n: [i for i, cost in enumerate(timed.options[n]) if cost < timed.whole[n]] for n in options}
+    faster = {name: places for name, places in faster.items() if places}
+    whole = {name: timed.whole[name] for name in faster}
+    menu = Menu(
+        options={name: [options[name][i] for i in places] for name, places in faster.items()},
+        costs={name: [timed.options[name][i] for i in places] for name, places in faster.items()},
+        whole=whole,
+        budget=sum(whole.values()),
+    )
+    return menu, timed.network
 
 
 def planned_shape(analysis: RankAnalysis, choice: Mapping[str, Option]) -> Program:
     """The network that a choice leads to, with made-up weights: its latency is that of the real one."""
     return factorize_for_timing(analysis.program, [analysis.decision(n, option) for n, option in choice.items()])
-
-
-def error_weights(
-    analysis: RankAnalysis, calibration: CalibrationSet, *, progress: Progress = silent
-) -> dict[str, float]:
-    """For each layer what its relative error is to be multiplied by to predict the network's: from one trial, the layer
-    alone factorised to about half of its multiply-accumulates, on a few samples."""
-    trials = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
-    samples = calibration.take(slice(0, weighing_samples(analysis.program, len(trials))))
-    found = output_errors(analysis, analysis.factors(trials), samples, progress=progress)
-    return {name: found[name] / trial.error if trial.error > 0 else 0.0 for name, trial in trials.items()}
-
-
-def _within(
-    options: Mapping[str, Sequence[Option]],
-    costs: Mapping[str, Sequence[float]],
-    whole: Mapping[str, float],
-    weights: Mapping[str, float],
-    budget: float,
-) -> tuple[dict[str, Option], bool]:
-    """The options of least predicted error whose costs stay within the budget, and whether there is such a choice;
-    without one, the cheapest of each layer. Layers that are best left whole are not in it."""
-    names = list(options)
-    errors = [[0.0, *(weights[n] * o.error for o in options[n])] for n in names]
-    prices = [[whole[n], *costs[n]] for n in names]
-    picked = choose_options(errors, prices, budget)
-    if picked is None:
-        cheapest = [min(range(len(row)), key=row.__getitem__) for row in prices]
-        return {n: options[n][i - 1] for n, i in zip(names, cheapest, strict=True) if i}, False
-    return {n: options[n][i - 1] for n, i in zip(names, picked, strict=True) if i}, True

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import product
 from typing import Literal, TypeVar
 
@@ -18,14 +19,12 @@ import torch
 
 from ..compiler.calibration_set import CalibrationSet
 from ..compiler.errors import GoalError, Reject
-from ..compiler.execute import bind, descendants, run_until
 from ..compiler.plan import FactorizeLayer, Ranks
-from ..compiler.program import Program, is_tensor, output_nodes
+from ..compiler.program import Program
 from ..compiler.progress import Progress, silent
-from ..compiler.verify import squared_distance
 from .calibrate import Moments
 from .decompositions import PLAIN, Geometry, Metric
-from .factorize import Factors, decompose, shift_tensors
+from .factorize import Factors, decompose
 from .layer_moments import MEMORY_BYTES, LayerMoments
 from .layers import Layer, find_layers
 from .low_rank import SCHEMES, Scheme, suitable
@@ -82,12 +81,19 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layer with its options, cheapest first, none dominated by another; `size.macs` is what it costs whole."""
+    """A layer with its options, cheapest first, none dominated by another; `size.macs` is what it costs whole.
+
+    `every` has those too that only another scheme dominates.
+    """
 
     layer: Layer
     target: Target
     size: Geometry
-    options: tuple[Option, ...] = field(default=())
+    every: tuple[Option, ...] = ()
+
+    @cached_property
+    def options(self) -> tuple[Option, ...]:
+        return tuple(not_dominated(self.every))
 
     def trial(self) -> Option:
         """The option nearest to half of the layer's multiply-accumulates, of those that lose something: an exact one
@@ -132,7 +138,7 @@ class RankAnalysis:
         for index, (name, moments) in enumerate(self._each(list(found))):
             options = self._options(found[name], moments)
             if options:
-                self.candidates[name] = replace(found[name], options=options)
+                self.candidates[name] = replace(found[name], every=options)
             else:
                 self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=name))
             progress("decompose layers", index + 1, len(found))
@@ -239,18 +245,20 @@ class RankAnalysis:
         return [number * step for number in range(first, most // step + 1)] or [most]
 
     def _options(self, candidate: Candidate, moments: Moments | None) -> tuple[Option, ...]:
-        """Every option below the layer's own cost that no other dominates, cheapest first."""
-        found = []
+        """Every option below the layer's own cost that no other of its scheme dominates."""
+        found: list[Option] = []
         metric, gain = self._metric(candidate, moments)
         for scheme in suitable(candidate.size, self._schemes(candidate.size)):
             cheap = self._ranks(scheme, candidate.size)
             if cheap:
                 decomposition = decompose(self.program, candidate.layer, scheme.name, metric, gain)
-                found += [
-                    Option(scheme=scheme.name, ranks=ranks, macs=macs, error=decomposition.error(ranks))
-                    for ranks, macs in cheap
-                ]
-        return tuple(not_dominated(found))
+                found += not_dominated(
+                    [
+                        Option(scheme=scheme.name, ranks=ranks, macs=macs, error=decomposition.error(ranks))
+                        for ranks, macs in cheap
+                    ]
+                )
+        return tuple(found)
 
     def _metric(self, candidate: Candidate, moments: Moments | None) -> tuple[Metric, torch.Tensor | None]:
         """What a layer's approximation is judged by, under every scheme: the metric and the gains of the outputs."""
@@ -286,47 +294,4 @@ def not_dominated(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def output_errors(
-    analysis: RankAnalysis, factors: Sequence[Factors], samples: CalibrationSet, *, progress: Progress = silent
-) -> dict[str, float]:
-    """The relative error of the network's outputs with each layer factorised alone, nothing else solved again."""
-    program = analysis.program
-    outputs = list(dict.fromkeys(node.name for node in output_nodes(program.graph)))
-    calls = [name for name, node in program.nodes.items() if node.op == "call_function"]
-    totals = {item.layer: 0.0 for item in factors}
-    energy = 0.0
-    size = _batch_that_fits(program)
-    done, total = 0, len(factors) * -(-len(samples) // size)
-    with torch.no_grad():
-        for batch in samples.batches(size):
-            given = bind(program, batch)
-            values = given | run_until(program, calls, given, free=False)
-            energy += sum(squared_distance(values[name], values[name])[1] for name in outputs)
-            for item in factors:
-                totals[item.layer] += _output_distance(analysis, item, values, outputs)
-                done += 1
-                progress("weigh layers", done, total)
-    return {name: error / energy if energy > 0 else error for name, error in totals.items()}
-
-
-def _batch_that_fits(program: Program, budget_bytes: int = 512 << 20) -> int:
-    """Samples whose values, all those of the network, stay within the budget; at most 32."""
-    held = sum(4 * math.prod(program.shape(n)) for n in program.graph.nodes if n.op == "call_function" and is_tensor(n))
-    return max(1, min(32, budget_bytes // max(1, held)))
-
-
-def _output_distance(
-    analysis: RankAnalysis, item: Factors, values: Mapping[str, torch.Tensor], outputs: Sequence[str]
-) -> float:
-    """Sum of squared differences of the outputs when one layer has the weight that its factors stand for."""
-    program, candidate = analysis.program, analysis.candidates[item.layer]
-    weight = program.module.get_parameter(candidate.layer.weight)
-    tensors = {candidate.layer.weight: item.dense.reshape(weight.shape).to(weight.dtype)}
-    if item.shift is not None:
-        tensors |= shift_tensors(program, candidate.target, item.shift)
-    behind = descendants(program, [item.layer]) | {item.layer}
-    changed = run_until(program, outputs, {k: v for k, v in values.items() if k not in behind}, tensors)
-    return sum(squared_distance(values[name], changed[name])[0] for name in outputs)
-
-
-__all__ = ["Candidate", "Option", "RankAnalysis", "RankSettings", "not_dominated", "output_errors"]
+__all__ = ["Candidate", "Option", "RankAnalysis", "RankSettings", "not_dominated"]

@@ -21,6 +21,7 @@ TOP = {
     "_package",
 } | {
     "drop_pipeline",
+    "rank_choice",
     "rank_latency",
     "rank_pipeline",
     "rewritten",

@@ -1,5 +1,7 @@
 """Low rank: exact at full rank, optimal where that is known, never another function than the factors stand for."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,14 @@ from foldcut.compiler.edit_chain import Link, replace_layers
 from foldcut.compiler.errors import RewriteError
 from foldcut.compiler.plan import FactorizeLayer, Ranks
 from foldcut.compiler.program import Program
+from foldcut.compiler.verify import output_error
 from foldcut.passes.calibrate import collect_moments
 from foldcut.passes.decompositions import PLAIN, Geometry, Metric
 from foldcut.passes.factorize import Factors, decompose, factorize, factorize_for_timing, factorize_plain
 from foldcut.passes.layers import find_layers
 from foldcut.passes.low_rank import SCHEMES
-from foldcut.passes.select_ranks import RankAnalysis, RankSettings, not_dominated, output_errors
+from foldcut.passes.rank_trials import BROKEN, RankTrials
+from foldcut.passes.select_ranks import RankAnalysis, RankSettings, not_dominated
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -366,16 +370,31 @@ def test_ranks_for_single_layers(goal: Ranks, residual: Program, nets: SimpleNam
             assert all(o.error > 0.1 for o in cheaper)
 
 
-def test_output_errors_are_those_of_the_rewritten_network(residual: Program, nets: SimpleNamespace) -> None:
-    """The trial runs with the weight that the factors stand for; the rewritten program gives the same error."""
+def test_trials_are_those_of_the_rewritten_network(residual: Program, nets: SimpleNamespace) -> None:
+    """They run with the weights that the factors stand for; the rewritten programs give the same errors."""
     samples = CalibrationSet.of(nets.images(24))
     analysis = RankAnalysis(residual, samples)
-    trials = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
-    factors = analysis.factors(trials)
-    found = output_errors(analysis, factors, samples)
-    images = nets.images(24)
-    wanted = residual(images).double()
-    for item in factors:
-        made = factorize(residual, [item])(images).double()
-        error = float((made - wanted).square().sum() / wanted.square().sum())
-        assert found[item.layer] == pytest.approx(error, rel=1e-3)
+    trials = RankTrials(analysis, samples)
+    choice = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
+
+    def rewritten(names: Sequence[str]) -> float:
+        student = factorize(residual, analysis.factors({name: choice[name] for name in names}))
+        return output_error(residual, student, samples)
+
+    assert trials.error(choice) == pytest.approx(rewritten(list(choice)), rel=1e-3)
+    alone, without = trials.alone(choice), trials.without(choice)
+    for name in choice:
+        assert alone[name] == pytest.approx(rewritten([name]), rel=1e-3)
+        assert without[name] == pytest.approx(rewritten([n for n in choice if n != name]), rel=1e-3)
+    assert trials.error({}) == 0
+
+
+def test_a_network_that_is_no_longer_finite_counts_as_broken(
+    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = CalibrationSet.of(nets.images(8))
+    analysis = RankAnalysis(residual, samples)
+    choice = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
+    lost = [replace(item, dense=item.dense * torch.nan, shift=None) for item in analysis.factors(choice)]
+    monkeypatch.setattr(analysis, "factors", lambda _choice: lost)
+    assert RankTrials(analysis, samples).error(choice) == BROKEN
