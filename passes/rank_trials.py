@@ -24,8 +24,8 @@ HELD_BYTES = 512 << 20
 class RankTrials:
     """Runs the original network with the weights that factors stand for; no graph is rewritten for it.
 
-    Every error is relative, sum ||S - T||^2 / sum ||T||^2 over all outputs and samples, accumulated in float64; `BROKEN`
-    where it is not finite.
+    Every error is relative, sum ||S - T||^2 / sum ||T||^2 over all outputs and samples, accumulated in float64;
+    `BROKEN` where it is not finite.
     """
 
     def __init__(self, analysis: RankAnalysis, samples: CalibrationSet, *, progress: Progress = silent) -> None:
