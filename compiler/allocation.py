@@ -18,12 +18,16 @@ WEIGHING_MACS = 2 * 10**12
 
 
 def choose_options(
-    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
+    errors: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[float]],
+    budget: float,
+    conflicts: Sequence[tuple[int, int]] = (),
 ) -> list[int] | None:
     """For each item the index of one of its options: the least sum of errors whose costs add up to at most `budget`.
 
-    `errors` and `costs` hold a row for each item. None when no choice stays within the budget. Solved by HiGHS; of
-    choices of equal error any may come back, the same one every time.
+    `errors` and `costs` hold a row for each item. Of two items in `conflicts` one at least takes its first option, that
+    of leaving it alone. None when no choice stays within the budget. Solved by HiGHS; of choices of equal error any may
+    come back, the same one every time.
     """
     from scipy import optimize, sparse  # slow to import, and not everyone who imports foldcut needs it
 
@@ -35,7 +39,13 @@ def choose_options(
     flat_costs, flat_errors = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (costs, errors))
     if sum(min(row) for row in costs) > budget:
         return None
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     one_each = sparse.csr_matrix((np.ones(len(items)), (items, places)), shape=(len(sizes), len(items)))
+    constraints = [optimize.LinearConstraint(one_each, 1, 1)]
+    if conflicts:
+        rows, columns = np.repeat(np.arange(len(conflicts)), 2), starts[np.asarray(conflicts).ravel()]
+        alone = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(conflicts), len(items)))
+        constraints.append(optimize.LinearConstraint(alone, 1, np.inf))
     cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
     error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
     found = optimize.milp(
@@ -43,14 +53,13 @@ def choose_options(
         integrality=np.ones(len(items), dtype=np.int64),
         bounds=optimize.Bounds(0, 1),
         constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
+            *constraints,
             optimize.LinearConstraint(flat_costs[None, :] / cost_scale, -np.inf, budget / cost_scale),
         ],
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if found.x is None:
         return None
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
 
 

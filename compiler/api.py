@@ -27,7 +27,7 @@ from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
 from .onnx_file import in_one_piece, input_count
 from .pipeline import Outcome, PipelineSettings, cost_report, rewrites_for, run_pipeline
-from .plan import Blocks, DropBlock, FactorizeLayer, Goal, Macs, Plan, PruneChannels
+from .plan import Blocks, DropBlock, FactorizeLayer, Goal, Latency, Macs, Plan, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .provenance import find_units
@@ -102,10 +102,11 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)`, measured on `backend` at `batch` with
     `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`, which prune
-    channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` restricts which may be used: with
-    ``("factorize",)`` low rank reaches `Macs` and `Latency` too. `mimic` False or None leaves out the gradient stage, a
-    `MimicSettings` sets it. `views` such as
-    `foldcut.horizontal_flip` add changed copies of the samples, where the task does not care about the change.
+    channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may be used: with
+    ``("factorize",)`` low rank reaches `Macs` and `Latency` too, and a `Latency` goal given several of ``drop_blocks``,
+    ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
+    stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add
+    changed copies of the samples, where the task does not care about the change.
     `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
     works; batch, threads, seed and views are taken from the arguments.
 
@@ -132,7 +133,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             goal,
             resolved_backend,
             settings=options,
-            rewrite=next(r for r in rewrites_for(goal) if rewrites is None or r in rewrites),
+            rewrites=None if rewrites is None else _usable(goal, rewrites),
             deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
             clock=clock,
             progress=show,
@@ -172,12 +173,12 @@ def apply_plan(program: Program, plan: Plan) -> Program:
     if program.fingerprint != plan.fingerprint:
         program = fold_parameters(program)  # as compile does before it plans
     plan.check(program.fingerprint)
-    program = factorize_plain(program, [d for d in plan.decisions if isinstance(d, FactorizeLayer)])
+    program = drop_blocks(program, [d for d in plan.decisions if isinstance(d, DropBlock)])
     cuts = [d for d in plan.decisions if isinstance(d, PruneChannels)]
     if cuts:
         provenance = find_units(program)
         program = prune_channels(provenance, removed_units(provenance, cuts)).program
-    return drop_blocks(program, [d for d in plan.decisions if isinstance(d, DropBlock)])
+    return factorize_plain(program, [d for d in plan.decisions if isinstance(d, FactorizeLayer)])
 
 
 def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
@@ -199,6 +200,12 @@ def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thr
             f"the goal {goal} is reached by {needed}, which rewrites={list(rewrites)} leaves out",
             hint=f"add {needed} to rewrites, or leave rewrites out",
         )
+
+
+def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:
+    """Those of the rewrites that reach the goal; the first of them, where the goal does not mix."""
+    found = tuple(r for r in rewrites_for(goal) if r in rewrites)
+    return found if isinstance(goal, Latency) else found[:1]
 
 
 def _check_fixed_batch(program: Program, batch: int) -> None:
@@ -244,8 +251,9 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
         return f"{goal} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
-    low_rank = any(isinstance(d, FactorizeLayer) for d in outcome.plan.decisions)
-    done = f"{dropped} layers factorised" if low_rank else f"{dropped} regions dropped"
+    kinds = ((DropBlock, "regions dropped"), (PruneChannels, "groups pruned"), (FactorizeLayer, "layers factorised"))
+    counts = [(sum(isinstance(d, kind) for d in outcome.plan.decisions), text) for kind, text in kinds]
+    done = " and ".join(f"{count} {text}" for count, text in counts if count) or "nothing done"
     return f"{goal} is not met: with {done}, the ratio is {reached}"
 
 

@@ -103,7 +103,7 @@ def cut_channels(
     stuck_rejects = (Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
     return Rewritten(
         program=resolved.program,
-        decisions=tuple(_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
+        decisions=tuple(channel_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
         met=met,
         rejects=(*group_rejects(provenance), *stuck_rejects, *resolved.locked),
         errors=errors,
@@ -221,7 +221,8 @@ def _macs_left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapp
     return program_cost(prune_channels(provenance, surplus_units(groups, counts)).program).macs
 
 
-def _decision(group: UnitGroup, selection: Selection) -> PruneChannels:
+def channel_decision(group: UnitGroup, selection: Selection) -> PruneChannels:
+    """A selection as a plan's decision."""
     kept = tuple(sorted(int(i) for i in selection.order))
     return PruneChannels(group=group.name, kept=kept, total=len(group), error=float(selection.errors[-1]))
 
@@ -251,4 +252,4 @@ def group_rejects(provenance: Provenance) -> tuple[Reject, ...]:
     return (*locked, *unknown)
 
 
-__all__ = ["ChannelSettings", "cut_channels", "error_curves", "group_rejects", "removed_units"]
+__all__ = ["ChannelSettings", "channel_decision", "cut_channels", "error_curves", "group_rejects", "removed_units"]

@@ -23,6 +23,7 @@ from .cost import program_cost
 from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
+from .joint_pipeline import JointSettings, cut_jointly
 from .latency_probe import LatencyProbe
 from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
 from .planner import require_regions
@@ -30,7 +31,7 @@ from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
-from .regions import find_regions
+from .regions import RegionAnalysis, find_regions
 from .rewritten import Rewritten
 from .verify import compare, output_error
 
@@ -86,22 +87,26 @@ def run_pipeline(
     backend: Backend,
     *,
     settings: PipelineSettings | None = None,
-    rewrite: str | None = None,
+    rewrites: Sequence[str] | None = None,
     deployed: bytes | None = None,
     clock: StageClock | None = None,
     progress: Progress = silent,
 ) -> Outcome:
-    """Everything after capture. `rewrite` is the one to use, where the goal leaves a choice (`rewrites_for`); by
-    default the first of those. `deployed` is the model that runs today, where it came as a file: latency is compared
-    with it, else with the exported original. Raises GoalError when nothing can be removed; an unmet goal comes back as
-    `met` False."""
+    """Everything after capture.
+
+    `rewrites` are those to use, of the ones that reach the goal (`rewrites_for`); by default the first of those. A
+    latency goal takes several, and mixes them. `deployed` is the model that runs today, where it came as a file:
+    latency is compared with it, else with the exported original. Raises GoalError when nothing can be removed; an unmet
+    goal comes back as `met` False.
+    """
     settings, clock = settings or PipelineSettings(), clock or StageClock()
     calibration = calibration.aligned(teacher)
     calibration.check(teacher)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
-    rewrite = rewrite or rewrites_for(goal)[0]
-    if rewrite == "drop_blocks":
+    used = tuple(rewrites) if rewrites else rewrites_for(goal)[:1]
+    analysis = None
+    if used == ("drop_blocks",):
         with clock.stage("analyse"):
             analysis = find_regions(teacher)
         require_regions(analysis, goal)
@@ -118,53 +123,78 @@ def run_pipeline(
         deployed=deployed,
     )
     try:
-        solve = fit.take(slice(0, settings.solve_samples))
-        if rewrite == "drop_blocks":
-            rewritten = cut_blocks(
-                teacher,
-                analysis,
-                fit,
-                held_out,
-                goal,
-                probe,
-                recoverability=settings.recoverability,
-                resolve=settings.resolve,
-                solve_samples=settings.solve_samples,
-                clock=clock,
-                progress=progress,
+        with clock.stage("probe lattice"):
+            settings = replace(
+                settings,
+                ranks=ranks_on_lattice(settings.ranks, probe, progress),
+                channels=on_lattice(settings.channels, probe, progress),
             )
-        elif rewrite == "factorize":
-            assert isinstance(goal, RankGoal)
-            with clock.stage("probe lattice"):
-                settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
-            rewritten = cut_ranks(
-                teacher,
-                solve,
-                held_out,
-                goal,
-                probe,
-                settings=settings.ranks,
-                resolve=settings.resolve,
-                clock=clock,
-                progress=progress,
-            )
-        else:
-            assert isinstance(goal, ChannelGoal)
-            with clock.stage("probe lattice"):
-                settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
-            rewritten = cut_channels(
-                teacher,
-                solve,
-                held_out,
-                goal,
-                settings=settings.channels,
-                resolve=settings.resolve,
-                clock=clock,
-                progress=progress,
-            )
+        rewritten = _rewritten(teacher, analysis, fit, held_out, goal, probe, used, settings, clock, progress)
         return _finish(teacher, rewritten, fit, held_out, goal, probe, settings, clock, progress)
     finally:
         probe.close()
+
+
+def _rewritten(
+    teacher: Program,
+    analysis: RegionAnalysis | None,
+    fit: CalibrationSet,
+    held_out: CalibrationSet,
+    goal: Goal,
+    probe: LatencyProbe,
+    used: tuple[str, ...],
+    settings: PipelineSettings,
+    clock: StageClock,
+    progress: Progress,
+) -> Rewritten:
+    """The rewrite, or the mix of several."""
+    if analysis is not None:
+        return cut_blocks(
+            teacher,
+            analysis,
+            fit,
+            held_out,
+            goal,
+            probe,
+            recoverability=settings.recoverability,
+            resolve=settings.resolve,
+            solve_samples=settings.solve_samples,
+            clock=clock,
+            progress=progress,
+        )
+    solve = fit.take(slice(0, settings.solve_samples))
+    if used == ("factorize",):
+        assert isinstance(goal, RankGoal)
+        return cut_ranks(
+            teacher,
+            solve,
+            held_out,
+            goal,
+            probe,
+            settings=settings.ranks,
+            resolve=settings.resolve,
+            clock=clock,
+            progress=progress,
+        )
+    if isinstance(goal, Latency):
+        joint = JointSettings(
+            resolve=settings.resolve,
+            channels=settings.channels,
+            ranks=settings.ranks,
+            recoverability=settings.recoverability,
+        )
+        return cut_jointly(teacher, solve, held_out, goal, probe, used, settings=joint, clock=clock, progress=progress)
+    assert isinstance(goal, ChannelGoal)
+    return cut_channels(
+        teacher,
+        solve,
+        held_out,
+        goal,
+        settings=settings.channels,
+        resolve=settings.resolve,
+        clock=clock,
+        progress=progress,
+    )
 
 
 def rewrites_for(goal: Goal) -> tuple[str, ...]:
@@ -172,7 +202,7 @@ def rewrites_for(goal: Goal) -> tuple[str, ...]:
     if isinstance(goal, Macs):
         return ("prune_channels", "factorize")
     if isinstance(goal, Latency):
-        return ("drop_blocks", "factorize")
+        return ("drop_blocks", "prune_channels", "factorize")
     if isinstance(goal, Ranks):
         return ("factorize",)
     return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)

@@ -26,14 +26,14 @@ class OptionLatencies:
     network: float
 
 
-def thinned(candidate: Candidate, most: int = MOST_OPTIONS) -> list[Option]:
+def thinned(candidate: Candidate) -> list[Option]:
     """Some of a layer's options of each scheme, about evenly spread over their multiply-accumulates, the cheapest and
     the dearest among them. What another scheme dominates by multiply-accumulates may yet be faster."""
     found = []
     for scheme in dict.fromkeys(option.scheme for option in candidate.every):
         options = [option for option in candidate.every if option.scheme == scheme]
         macs = np.array([option.macs for option in options], float)
-        marks = np.linspace(macs[0], macs[-1], most)
+        marks = np.linspace(macs[0], macs[-1], MOST_OPTIONS)
         found += [options[place] for place in np.unique(np.abs(macs - marks[:, None]).argmin(1))]
     return found
 

@@ -97,15 +97,13 @@ def _choose(
 ) -> tuple[dict[str, Option], bool]:
     if isinstance(goal, Ranks):
         return analysis.each(goal), True
-    few = calibration.take(slice(0, weighing_samples(analysis.program, len(analysis.candidates))))
-    trials = RankTrials(analysis, few, progress=progress)
-    alone = weights_alone(analysis, trials)
+    trials, alone = rank_trials(analysis, calibration, progress=progress)
     if isinstance(goal, Macs):
         found = search_plan(_macs_menu(analysis, goal.ratio), trials, alone)
         return found.choice, found.possible
     assert probe is not None
     with clock.stage("time options"):
-        menu, network = _latency_menu(analysis, probe, progress)
+        menu, network = latency_menu(analysis, probe, progress=progress)
     saving = (1 - goal.ratio) * network
     found = search_plan(replace(menu, budget=menu.budget - saving), trials, alone)
     choice, possible = found.choice, found.possible
@@ -121,6 +119,15 @@ def _choose(
     return choice, measured.high <= goal.ratio
 
 
+def rank_trials(
+    analysis: RankAnalysis, calibration: CalibrationSet, *, progress: Progress = silent
+) -> tuple[RankTrials, dict[str, float]]:
+    """Trials of plans on as many samples as their work allows, and the layers' weights by themselves."""
+    few = calibration.take(slice(0, weighing_samples(analysis.program, len(analysis.candidates))))
+    trials = RankTrials(analysis, few, progress=progress)
+    return trials, weights_alone(analysis, trials)
+
+
 def _macs_menu(analysis: RankAnalysis, ratio: float) -> Menu:
     """Every option at its multiply-accumulates; the budget is what the goal leaves to the layers on the menu."""
     options = {name: candidate.every for name, candidate in analysis.candidates.items()}
@@ -134,7 +141,7 @@ def _macs_menu(analysis: RankAnalysis, ratio: float) -> Menu:
     )
 
 
-def _latency_menu(analysis: RankAnalysis, probe: LatencyProbe, progress: Progress) -> tuple[Menu, float]:
+def latency_menu(analysis: RankAnalysis, probe: LatencyProbe, *, progress: Progress = silent) -> tuple[Menu, float]:
     """Options that were timed and found faster than their layer, at their latencies, the budget being what the layers
     cost whole; and the latency of the network in the same unit."""
     options = {name: thinned(candidate) for name, candidate in analysis.candidates.items()}

@@ -8,7 +8,7 @@ that are cheaper than the layer and not dominated (cheaper and better at once) b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -105,7 +105,8 @@ class Candidate:
 class RankAnalysis:
     """The layers of a program that low rank can make cheaper, and their factors at any of their ranks.
 
-    `candidates` by node in topological order, `rejects` what was left alone and why. Never changes the program.
+    `candidates` by node in topological order, `rejects` what was left alone and why; with `only`, of these nodes. Never
+    changes the program.
     Raises GoalError when a pattern of `ignore` matches nothing, CalibrationError when activations are not finite.
     """
 
@@ -116,6 +117,7 @@ class RankAnalysis:
         *,
         settings: RankSettings | None = None,
         resolve: ResolveSettings | None = None,
+        only: Collection[str] | None = None,
         memory_bytes: int = MEMORY_BYTES,
         progress: Progress = silent,
     ) -> None:
@@ -124,6 +126,7 @@ class RankAnalysis:
         self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
         layers, locked = find_layers(program)
         self._check_ignored(layers)
+        layers = {name: layer for name, layer in layers.items() if only is None or name in only}
         self._sizes = {name: Geometry.of(program, layer) for name, layer in layers.items()}
         self._moments = LayerMoments(
             program, layers, calibration, rows_per_column=self.settings.rows_per_column, memory_bytes=memory_bytes

@@ -21,6 +21,9 @@ TOP = {
     "_package",
 } | {
     "drop_pipeline",
+    "channel_latency",
+    "joint_pipeline",
+    "joint_proposals",
     "rank_choice",
     "rank_latency",
     "rank_pipeline",

@@ -1,7 +1,6 @@
 """Low rank end to end: goals, plans, reports, ONNX in and out, and clear errors."""
 
 import json
-import math
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -30,27 +29,6 @@ ONES = foldcut.PipelineSettings(ranks=foldcut.RankSettings(multiple_of=1))
 def run(net: Any, data: Any, backend: Any, goal: Any, **options: Any) -> foldcut.Compiled:
     options = {"mimic": None, "progress": False, "settings": ONES, "rewrites": ("factorize",), **options}
     return foldcut.compile(net, data, goal=goal, backend=backend, **options)
-
-
-@pytest.fixture(scope="module")
-def work_backend(counting_backend: Any) -> Any:
-    """Latency = multiply-accumulates of the convolutions, and a little for each layer: known in advance."""
-
-    class WorkBackend(type(counting_backend)):  # type: ignore[misc]
-        name = "work"
-
-        def load(self, engine: Any, inputs: Any, *, threads: int = 1) -> Any:
-            runner = super().load(engine, inputs, threads=threads)
-            graph = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(engine)).graph
-            sizes = {w.name: list(w.dims) for w in graph.initializer}
-            shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
-            shapes |= {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.output}
-            convs = [node for node in graph.node if node.op_type == "Conv"]
-            macs = sum(math.prod(sizes[n.input[1]]) * math.prod(shapes[n.output[0]][2:]) for n in convs)
-            runner.time_ms = 1 + macs / 1e4 + 0.05 * len(convs)
-            return runner
-
-    return WorkBackend()
 
 
 @pytest.fixture(scope="module")

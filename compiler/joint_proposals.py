@@ -1,0 +1,102 @@
+"""What each analysis offers towards a latency goal, in one currency: predicted output error, share of the latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..passes.prune_channels import cuttable_groups
+from ..passes.select_ranks import RankAnalysis
+from .calibration_set import CalibrationSet
+from .channel_budget import ChannelLimits, free_groups
+from .channel_latency import group_savings, touched_layers
+from .channel_pipeline import error_curves
+from .errors import GoalError, Reject
+from .latency_probe import LatencyProbe
+from .planner import Choice
+from .progress import Progress, silent
+from .proposals import Item, Proposal
+from .provenance import find_units
+from .rank_choice import Menu
+from .unit_groups import UnitGroup
+
+#: Shares of a group's units that a plan may keep.
+KEEPS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+#: Proposals that save less of the latency than this are left out: they cannot be told from none.
+LEAST_SAVING = 0.0005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offered:
+    """Items of one kind, and what was left alone and why."""
+
+    items: tuple[Item, ...]
+    rejects: tuple[Reject, ...] = ()
+
+
+def offered_drops(choice: Choice) -> Offered:
+    """The regions in the order in which they would be dropped; each adds what the choice predicted at its turn."""
+    items = []
+    before = 0.0
+    for region, decision in zip(choice.regions, choice.decisions, strict=True):
+        error = decision.error or 0.0
+        proposal = Proposal(error=max(error - before, 0.0), saving=decision.saving or 0.0, change=decision)
+        items.append(Item(kind="drop_blocks", name=region.name, nodes=region.nodes, proposals=(proposal,)))
+        before = max(before, error)
+    return Offered(items=tuple(items))
+
+
+def offered_cuts(
+    probe: LatencyProbe,
+    calibration: CalibrationSet,
+    limits: ChannelLimits,
+    *,
+    progress: Progress = silent,
+) -> Offered:
+    """Each unit group at some counts on the lattice, with the height of its error curve and the latency of the segments
+    that it changes. Nothing is offered where no group can be cut."""
+    program = probe.program
+    provenance = find_units(program)
+    try:
+        groups, stuck = cuttable_groups(provenance, free_groups(provenance, limits))
+    except GoalError as cause:
+        return Offered(items=(), rejects=(Reject(reason=cause.message, node=""),))
+    counts = {group.name: _counts(group, limits) for group in groups}
+    groups = [group for group in groups if counts[group.name]]
+    curves = error_curves(provenance, calibration, groups, progress=progress) if groups else {}
+    savings = group_savings(provenance, groups, counts, probe.table(), progress=progress)
+    items = []
+    for group in groups:
+        proposals = tuple(
+            Proposal(error=float(curves[group.name][count]), saving=saving, change=count)
+            for count, saving in zip(counts[group.name], savings[group.name], strict=True)
+            if saving >= LEAST_SAVING
+        )
+        if proposals:
+            nodes = frozenset(touched_layers(provenance, group))
+            items.append(Item(kind="prune_channels", name=group.name, nodes=nodes, proposals=proposals))
+    rejects = tuple(Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
+    return Offered(items=tuple(items), rejects=rejects)
+
+
+def _counts(group: UnitGroup, limits: ChannelLimits) -> list[int]:
+    found = dict.fromkeys(group.count_for(keep, limits.multiple_of) for keep in KEEPS)
+    return [count for count in found if limits.least * len(group) <= count < len(group)]
+
+
+def offered_ranks(analysis: RankAnalysis, menu: Menu, weights: Mapping[str, float], network: float) -> Offered:
+    """The options of a menu with its measured latencies, over the latency of the network in the same unit."""
+    items = []
+    for name, options in menu.options.items():
+        proposals = tuple(
+            Proposal(
+                error=weights[name] * option.error,
+                saving=(menu.whole[name] - cost) / network,
+                change=analysis.decision(name, option),
+            )
+            for option, cost in zip(options, menu.costs[name], strict=True)
+        )
+        kept = tuple(p for p in proposals if p.saving >= LEAST_SAVING)
+        if kept:
+            items.append(Item(kind="factorize", name=name, nodes=frozenset([name]), proposals=kept))
+    return Offered(items=tuple(items), rejects=tuple(analysis.rejects))

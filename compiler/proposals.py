@@ -1,0 +1,105 @@
+"""What a plan may do to a network, kind by kind, and the exact choice among it under a latency goal. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from .allocation import choose_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """One change: the relative output error that it is predicted to add and the share of the latency that it saves.
+    `change` is what the rewrite of its kind takes."""
+
+    error: float
+    saving: float
+    change: Any = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer.
+
+    `kind` names the rewrite, `nodes` the calls of the program that the change concerns.
+    """
+
+    kind: str
+    name: str
+    nodes: frozenset[str] = field(repr=False)
+    proposals: tuple[Proposal, ...] = field(repr=False)
+
+
+#: The items that a plan changes, each with the proposal taken.
+Mix = dict[Item, Proposal]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What the predictions of one kind are multiplied by: learnt from whole plans."""
+
+    error: float = 1.0
+    saving: float = 1.0
+
+
+def kinds_of(mix: Mapping[Item, Proposal]) -> tuple[str, ...]:
+    """The kinds of rewrite that a plan uses."""
+    return tuple(dict.fromkeys(item.kind for item in mix))
+
+
+def predicted_error(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) -> float:
+    """The sum of the proposals' errors."""
+    return sum(scales[item.kind].error * proposal.error for item, proposal in mix.items())
+
+
+def predicted_saving(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) -> float:
+    """The sum of the proposals' savings."""
+    return sum(scales[item.kind].saving * proposal.saving for item, proposal in mix.items())
+
+
+def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """Pairs of items of which a plan may change only one.
+
+    Regions that share a node; a region and what lies wholly inside it; a unit group and a layer that makes or consumes
+    its units, since both change that layer's weight.
+    """
+    found = []
+    for (i, one), (j, other) in combinations(enumerate(items), 2):
+        kinds = {one.kind, other.kind}
+        if kinds == {"drop_blocks"} or kinds == {"prune_channels", "factorize"}:
+            clash = bool(one.nodes & other.nodes)
+        elif "drop_blocks" in kinds:
+            region, inside = (one, other) if one.kind == "drop_blocks" else (other, one)
+            clash = inside.nodes <= region.nodes
+        else:
+            clash = False
+        if clash:
+            found.append((i, j))
+    return found
+
+
+def choose_mix(items: Sequence[Item], saving: float, scales: Mapping[str, Scale]) -> Mix | None:
+    """The proposals of least predicted error that together save `saving` of the latency; None when nothing does."""
+    errors = [[0.0, *(scales[item.kind].error * p.error for p in item.proposals)] for item in items]
+    return _picked(items, errors, -saving, scales)
+
+
+def most_saving(items: Sequence[Item], scales: Mapping[str, Scale]) -> Mix:
+    """The proposals that save the most together."""
+    costs = [[0.0, *(-scales[item.kind].saving * p.saving for p in item.proposals)] for item in items]
+    found = choose_options(costs, costs, 0.0, excluded_pairs(items))
+    assert found is not None  # leaving all alone is allowed
+    return {item: item.proposals[i - 1] for item, i in zip(items, found, strict=True) if i}
+
+
+def _picked(
+    items: Sequence[Item], errors: Sequence[Sequence[float]], budget: float, scales: Mapping[str, Scale]
+) -> Mix | None:
+    costs = [[0.0, *(-scales[item.kind].saving * p.saving for p in item.proposals)] for item in items]
+    found = choose_options(errors, costs, budget, excluded_pairs(items))
+    if found is None:
+        return None
+    return {item: item.proposals[i - 1] for item, i in zip(items, found, strict=True) if i}

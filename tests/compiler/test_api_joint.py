@@ -1,0 +1,172 @@
+"""All rewrites under one latency goal, end to end."""
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import foldcut
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.channel_budget import ChannelLimits
+from foldcut.compiler.channel_pipeline import ChannelSettings
+from foldcut.compiler.joint_pipeline import JointSettings, apply_mix, mix_shape
+from foldcut.compiler.plan import FactorizeLayer, PruneChannels
+from foldcut.compiler.program import Program
+from foldcut.compiler.proposals import Item, Mix, Proposal
+from foldcut.compiler.regions import find_regions
+from foldcut.compiler.verify import relative_error
+from foldcut.passes.recoverability import RecoverabilitySettings
+from foldcut.passes.resolve_network import ResolveSettings
+from foldcut.passes.select_ranks import RankAnalysis, RankSettings
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
+KINDS = {"drop": foldcut.DropBlock.kind, "prune": PruneChannels.kind, "rank": FactorizeLayer.kind}
+ALL = ("drop_blocks", "prune_channels", "factorize")
+SETTINGS = foldcut.PipelineSettings(
+    channels=ChannelSettings(limits=ChannelLimits(multiple_of=2)), ranks=RankSettings(multiple_of=2)
+)
+JOINT = JointSettings(
+    resolve=ResolveSettings(),
+    channels=SETTINGS.channels,
+    ranks=SETTINGS.ranks,
+    recoverability=RecoverabilitySettings(),
+)
+
+
+def one(kind: str, name: str, change: Any) -> Mix:
+    proposal = Proposal(error=0.1, saving=0.1, change=change)
+    return {Item(kind=kind, name=name, nodes=frozenset([name]), proposals=(proposal,)): proposal}
+
+
+@pytest.fixture(scope="module")
+def parts(residual: Program, nets: SimpleNamespace) -> dict[str, Mix]:
+    """One change of each kind in different blocks of the residual network, whose second block does nothing."""
+    region = find_regions(residual).blocks[1]
+    drop = foldcut.DropBlock(entry=region.entry, exit=region.exit, path=region.path)
+    group = next(g for g in foldcut.find_units(residual).prunable if g.name.startswith("blocks.0"))
+    analysis = RankAnalysis(residual, CalibrationSet.of(nets.images(24)), settings=JOINT.ranks)
+    last = next(name for name in reversed(analysis.candidates) if "conv" in name)
+    decision = analysis.decision(last, analysis.candidates[last].trial())
+    return {
+        "drop": one("drop_blocks", region.name, drop),
+        "prune": one("prune_channels", group.name, len(group) // 2),
+        "rank": one("factorize", last, decision),
+    }
+
+
+@pytest.mark.parametrize("names", ["drop", "prune", "rank", "drop prune", "drop rank", "prune rank", "drop prune rank"])
+def test_mixes_in_effect(names: str, parts: dict[str, Mix], residual: Program, nets: SimpleNamespace) -> None:
+    """The program has the shape that was timed, the plan says how to get there, and the last re-solve only helps."""
+    mix = {item: proposal for name in names.split() for item, proposal in parts[name].items()}
+    applied = apply_mix(residual, mix, CalibrationSet.of(nets.images(64)), JOINT)
+    assert [d.kind for d in applied.decisions] == [KINDS[name] for name in names.split()]
+    assert applied.program.parameter_count() == mix_shape(residual, mix).parameter_count()
+    plan = foldcut.Plan(
+        decisions=applied.decisions, goal=foldcut.Latency(0.5), fingerprint=residual.fingerprint, predicted={}
+    )
+    again = foldcut.apply_plan(residual, foldcut.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))))
+    assert [n.name for n in again.graph.nodes] == [n.name for n in applied.program.graph.nodes]
+    assert again.parameter_count() == applied.program.parameter_count()
+    x = nets.images(32, seed=8)
+    wanted = residual(x)
+    solved = relative_error(wanted, applied.program(x))
+    assert solved <= relative_error(wanted, again(x)) + 1e-9
+    if names == "drop":
+        assert solved < 1e-9  # the block does nothing
+
+
+@pytest.fixture(scope="module")
+def few_options() -> Iterator[None]:
+    """Every option costs an export: two of each kind will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foldcut.compiler.joint_proposals.KEEPS", (0.75, 0.5))
+        patch.setattr("foldcut.compiler.rank_latency.MOST_OPTIONS", 2)
+        yield
+
+
+def run(net: nn.Module, data: torch.Tensor, backend: Any, ratio: float, *rewrites: str) -> foldcut.Compiled:
+    return foldcut.compile(
+        net,
+        data,
+        goal=foldcut.Latency(ratio),
+        rewrites=rewrites,
+        backend=backend,
+        mimic=None,
+        progress=False,
+        settings=SETTINGS,
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed(residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace, few_options: None) -> foldcut.Compiled:
+    return run(residual_net, nets.images(80), work_backend, 0.45, *ALL)
+
+
+@pytest.fixture(scope="module")
+def chain(nets: SimpleNamespace) -> nn.Module:
+    layers = [layer for _ in range(2) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    return nets.seeded(lambda: nets.image_net(*layers), seed=6)
+
+
+def test_the_goal_is_reached_and_said_so(mixed: foldcut.Compiled) -> None:
+    report = mixed.report
+    assert report.met
+    assert report.latency["ratio"] <= 0.45 + 1e-6
+    assert list(report.output_errors) == ["rewritten", "re-solved"]
+    assert report.output_errors["re-solved"] <= report.output_errors["rewritten"]
+    assert {"try plans", "measure plan", "offer channels", "offer ranks"} <= set(report.seconds)
+
+
+def test_what_goes_out_is_what_was_made(mixed: foldcut.Compiled, nets: SimpleNamespace) -> None:
+    onnx.checker.check_model(onnx.load_from_string(mixed.onnx))
+    session = onnxruntime.InferenceSession(mixed.onnx, providers=["CPUExecutionProvider"])
+    x = nets.images(5, seed=2)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.abs(found - mixed.module(x).detach().numpy()).max() < 1e-4
+    assert foldcut.Plan.from_dict(json.loads(json.dumps(mixed.plan.to_dict()))) == mixed.plan
+
+
+def test_more_than_one_kind_is_used(mixed: foldcut.Compiled) -> None:
+    assert len({decision.kind for decision in mixed.plan.decisions}) > 1
+
+
+def test_pruning_alone_reaches_a_latency(
+    chain: nn.Module, work_backend: Any, nets: SimpleNamespace, few_options: None
+) -> None:
+    made = run(chain, nets.images(60), work_backend, 0.7, "prune_channels")
+    assert {decision.kind for decision in made.plan.decisions} == {PruneChannels.kind}
+    assert made.report.latency["ratio"] <= 0.7 + 1e-6
+
+
+def test_a_chain_has_nothing_to_drop(
+    chain: nn.Module, work_backend: Any, nets: SimpleNamespace, few_options: None
+) -> None:
+    made = run(chain, nets.images(60), work_backend, 0.7, "drop_blocks", "factorize")
+    assert {decision.kind for decision in made.plan.decisions} == {FactorizeLayer.kind}
+    assert made.report.latency["ratio"] <= 0.7 + 1e-6
+
+
+def test_a_goal_out_of_reach_says_what_was_done(
+    chain: nn.Module, work_backend: Any, nets: SimpleNamespace, few_options: None
+) -> None:
+    with pytest.raises(foldcut.GoalError, match=r"is not met: with . groups pruned, the ratio is") as caught:
+        run(chain, nets.images(40), work_backend, 0.02, "prune_channels")
+    assert caught.value.best is not None
+
+
+def test_nothing_that_can_be_changed(nets: SimpleNamespace, work_backend: Any) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cumsum(-1)
+
+    with pytest.raises(foldcut.GoalError, match="nothing can be done"):
+        foldcut.compile(
+            Fixed().eval(), nets.images(8), goal=foldcut.Latency(0.5), rewrites=ALL, backend=work_backend, progress=False
+        )

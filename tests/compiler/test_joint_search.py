@@ -1,0 +1,191 @@
+"""The search for the best mix of rewrites, on invented networks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+
+import pytest
+from foldcut.compiler.joint_search import MixSearch
+from foldcut.compiler.proposals import (
+    Item,
+    Mix,
+    Proposal,
+    Scale,
+    choose_mix,
+    excluded_pairs,
+    most_saving,
+    predicted_error,
+    predicted_saving,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+KINDS = ("drop_blocks", "prune_channels", "factorize")
+PLAIN = dict.fromkeys(KINDS, Scale())
+
+
+def item(kind: str, name: str, nodes: str, *figures: tuple[float, float]) -> Item:
+    """An item that concerns the nodes named by single letters; figures are (error, saving)."""
+    proposals = tuple(
+        Proposal(error=error, saving=saving, change=place) for place, (error, saving) in enumerate(figures)
+    )
+    return Item(kind=kind, name=name, nodes=frozenset(nodes), proposals=proposals)
+
+
+def allowed(items: list[Item]) -> Iterator[Mix]:
+    """Every mix that the exclusions leave."""
+    pairs = excluded_pairs(items)
+    for taken in product(*([None, *one.proposals] for one in items)):
+        if not any(taken[i] and taken[j] for i, j in pairs):
+            yield {one: proposal for one, proposal in zip(items, taken, strict=True) if proposal is not None}
+
+
+def some_items() -> st.SearchStrategy[list[Item]]:
+    figures = st.lists(st.tuples(st.floats(0.001, 1), st.floats(0.01, 0.3)), min_size=1, max_size=2)
+    one = st.tuples(st.sampled_from(KINDS), st.sets(st.sampled_from("abcd"), min_size=1, max_size=2), figures)
+    return st.lists(one, min_size=1, max_size=5).map(
+        lambda rows: [item(kind, str(i), "".join(nodes), *found) for i, (kind, nodes, found) in enumerate(rows)]
+    )
+
+
+@settings(deadline=None)
+@given(some_items(), st.floats(0.05, 0.8))
+def test_the_choice_is_the_best_of_all_that_are_allowed(items: list[Item], saving: float) -> None:
+    mix = choose_mix(items, saving, PLAIN)
+    every = list(allowed(items))
+    enough = [predicted_error(m, PLAIN) for m in every if predicted_saving(m, PLAIN) >= saving]
+    if mix is None:
+        assert not any(predicted_saving(m, PLAIN) >= saving + 1e-6 for m in every)
+    else:
+        assert predicted_saving(mix, PLAIN) >= saving - 1e-6
+        assert predicted_error(mix, PLAIN) <= min(enough, default=9) * (1 + 1e-3) + 1e-9
+        assert mix in every
+    most = most_saving(items, PLAIN)
+    assert most in every
+    assert predicted_saving(most, PLAIN) == pytest.approx(max(predicted_saving(m, PLAIN) for m in every), rel=1e-3)
+
+
+def test_what_excludes_what() -> None:
+    items = [
+        item("drop_blocks", "block", "abc", (0.1, 0.1)),
+        item("drop_blocks", "half", "bc", (0.1, 0.1)),
+        item("prune_channels", "inner", "ab", (0.1, 0.1)),
+        item("prune_channels", "stream", "cd", (0.1, 0.1)),
+        item("factorize", "b", "b", (0.1, 0.1)),
+        item("factorize", "d", "d", (0.1, 0.1)),
+    ]
+    pairs = {(items[i].name, items[j].name) for i, j in excluded_pairs(items)}
+    assert pairs == {
+        ("block", "half"), ("block", "inner"), ("block", "b"), ("half", "b"), ("inner", "b"), ("stream", "d"),
+    }  # fmt: skip
+
+
+class World:
+    """A network on a machine: what plans truly lose and save. Counts what it is asked."""
+
+    def __init__(self, error: Callable[[Mix], float], saving: Callable[[Mix], float]) -> None:
+        self.true_error, self.true_saving = error, saving
+        self.measured = self.tried = 0
+
+    def measure(self, mix: Mix) -> float:
+        self.measured += 1
+        return 1 - self.true_saving(mix)
+
+    def trial(self, mix: Mix) -> float:
+        self.tried += 1
+        return self.true_error(mix)
+
+
+def search(items: list[Item], ratio: float, world: World) -> MixSearch:
+    return MixSearch(items, ratio, measure=world.measure, trial=world.trial)
+
+
+def scaled(errors: Mapping[str, float], savings: Mapping[str, float]) -> World:
+    """True figures are a kind's predictions times a number."""
+
+    def total(mix: Mix, by: Mapping[str, float], figure: Callable[[Proposal], float]) -> float:
+        return sum(by[one.kind] * figure(proposal) for one, proposal in mix.items())
+
+    return World(lambda m: total(m, errors, lambda p: p.error), lambda m: total(m, savings, lambda p: p.saving))
+
+
+def family(kind: str, letters: str, error: float, saving: float) -> list[Item]:
+    """Items of growing error."""
+    return [
+        item(kind, x, x, ((1 + i) * error, saving), (3 * (1 + i) * error, 2 * saving)) for i, x in enumerate(letters)
+    ]
+
+
+ALL = [
+    *family("drop_blocks", "abcdef", 0.01, 0.08),
+    *family("prune_channels", "ghijkl", 0.01, 0.08),
+    *family("factorize", "mnopqr", 0.01, 0.08),
+]
+
+
+def test_kinds_whose_predictions_are_off_are_put_right() -> None:
+    """Dropping loses five times what was predicted, low rank saves half of it: the mix knows."""
+    world = scaled(
+        {"drop_blocks": 5, "prune_channels": 1, "factorize": 1},
+        {"drop_blocks": 1, "prune_channels": 1, "factorize": 0.5},
+    )
+    found = search(ALL, 0.6, world).run()
+    assert found.met
+    assert found.scales["drop_blocks"].error / found.scales["prune_channels"].error == pytest.approx(5, rel=0.3)
+    assert found.scales["factorize"].saving == pytest.approx(0.5, rel=0.3)
+    reaching = [m for m in allowed(ALL[6:12]) if world.true_saving(m) >= 0.4]
+    assert found.best.error <= min(world.true_error(m) for m in reaching)
+    assert len(found.best.kinds) > 1
+
+
+def test_never_worse_than_one_kind_alone() -> None:
+    """Two kinds together make each other far worse than alone."""
+
+    def error(mix: Mix) -> float:
+        kinds = {one.kind for one in mix}
+        return sum(p.error for p in mix.values()) * (10 if len(kinds) > 1 else 1)
+
+    world = World(error, lambda mix: sum(p.saving for p in mix.values()))
+    found = search(ALL, 0.6, world).run()
+    singles = [plan for plan in found.tried if len(plan.kinds) == 1]
+    assert len(singles) == 3
+    assert found.best in singles
+    assert found.best.error == min(plan.error for plan in singles)
+
+
+def test_a_goal_that_no_single_kind_reaches() -> None:
+    world = scaled(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 1))
+    items = [item(kind, letter, letter, (0.1, 0.2)) for kind, letter in zip(KINDS, "abc", strict=True)]
+    found = search(items, 0.5, world).run()
+    assert found.met
+    assert len(found.best.mix) == 3
+
+
+def test_a_goal_out_of_reach_gives_the_fastest() -> None:
+    world = scaled(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 1))
+    items = [item(kind, letter, letter, (0.1, 0.1)) for kind, letter in zip(KINDS, "abc", strict=True)]
+    found = search(items, 0.5, world).run()
+    assert not found.met
+    assert found.best.ratio == pytest.approx(0.7)
+
+
+def test_nothing_to_change() -> None:
+    found = search([], 0.5, scaled({}, {})).run()
+    assert not found.met
+    assert found.best.mix == {}
+
+
+def test_plans_are_few() -> None:
+    """Each costs a measurement or a re-solve."""
+    world = scaled({"drop_blocks": 2, "prune_channels": 1, "factorize": 3}, dict.fromkeys(KINDS, 0.8))
+    found = search(ALL, 0.5, world).run()
+    assert found.met
+    assert world.measured <= 20
+    assert world.tried <= 16
+
+
+def test_a_plan_that_saves_too_much_is_made_again() -> None:
+    world = scaled({"drop_blocks": 1}, {"drop_blocks": 2})
+    items = [item("drop_blocks", x, x, (0.1, 0.05)) for x in "abcdefgh"]
+    found = search(items, 0.6, world).run()
+    assert found.met
+    assert len(found.best.mix) == 4
