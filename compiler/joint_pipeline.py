@@ -19,7 +19,7 @@ from .channel_pipeline import ChannelSettings, channel_decision
 from .drop_pipeline import choose
 from .errors import GoalError, Reject
 from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
-from .joint_search import MixSearch
+from .joint_search import MOST_MIXES, MixSearch
 from .latency_probe import LatencyProbe
 from .plan import Decision, DropBlock, FactorizeLayer, Latency, PruneChannels
 from .program import Program
@@ -162,7 +162,11 @@ def _factorised(
 
 def _by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLayer]]:
     """What a mix drops, in the order offered; the units that it leaves of each group; what it factorises."""
-    drops = [proposal.change for item, proposal in mix.items() if item.kind == "drop_blocks"]
+    drops, error = [], 0.0
+    for item, proposal in mix.items():
+        if item.kind == "drop_blocks":
+            error += proposal.error
+            drops.append(replace(proposal.change, error=error))
     counts = {item.name: proposal.change for item, proposal in mix.items() if item.kind == "prune_channels"}
     return drops, counts, [proposal.change for item, proposal in mix.items() if item.kind == "factorize"]
 
@@ -196,7 +200,7 @@ def cut_jointly(
     rejects = [reject for offer in offered for reject in offer.rejects]
     quick = replace(settings, resolve=QUICK_RESOLVE)
     few = calibration.take(slice(0, TRIAL_SAMPLES))
-    done = 0
+    done, most = 0, len(rewrites) + MOST_MIXES * (1 + len(rewrites))
 
     def measure(mix: Mix) -> float:
         with clock.stage("measure plan"):
@@ -205,7 +209,7 @@ def cut_jointly(
     def trial(mix: Mix) -> float:
         nonlocal done
         done += 1
-        progress("try plans", done, done + 1)
+        progress("try plans", done, max(done, most))
         with clock.stage("try plans"):
             return output_error(teacher, apply_mix(teacher, mix, few, quick).program, held_out)
 
@@ -229,6 +233,7 @@ def cut_jointly(
         errors=errors,
         layers=applied.layers,
         kept=applied.kept,
+        provenance=next((offer.provenance for offer in offered if offer.provenance is not None), None),
         selections=applied.selections,
     )
 

@@ -10,13 +10,13 @@ from ..passes.select_ranks import RankAnalysis
 from .calibration_set import CalibrationSet
 from .channel_budget import ChannelLimits, free_groups
 from .channel_latency import group_savings, touched_layers
-from .channel_pipeline import error_curves
+from .channel_pipeline import error_curves, group_rejects
 from .errors import GoalError, Reject
 from .latency_probe import LatencyProbe
 from .planner import Choice
 from .progress import Progress, silent
 from .proposals import Item, Proposal
-from .provenance import find_units
+from .provenance import Provenance, find_units
 from .rank_choice import Menu
 from .unit_groups import UnitGroup
 
@@ -28,10 +28,11 @@ LEAST_SAVING = 0.0005
 
 @dataclass(frozen=True, kw_only=True)
 class Offered:
-    """Items of one kind, and what was left alone and why."""
+    """Items of one kind, what was left alone and why, and the unit groups where they were looked at."""
 
     items: tuple[Item, ...]
     rejects: tuple[Reject, ...] = ()
+    provenance: Provenance | None = None
 
 
 def offered_drops(choice: Choice) -> Offered:
@@ -60,7 +61,7 @@ def offered_cuts(
     try:
         groups, stuck = cuttable_groups(provenance, free_groups(provenance, limits))
     except GoalError as cause:
-        return Offered(items=(), rejects=(Reject(reason=cause.message, node=""),))
+        return Offered(items=(), rejects=(Reject(reason=cause.message, node=""),), provenance=provenance)
     counts = {group.name: _counts(group, limits) for group in groups}
     groups = [group for group in groups if counts[group.name]]
     curves = error_curves(provenance, calibration, groups, progress=progress) if groups else {}
@@ -76,7 +77,7 @@ def offered_cuts(
             nodes = frozenset(touched_layers(provenance, group))
             items.append(Item(kind="prune_channels", name=group.name, nodes=nodes, proposals=proposals))
     rejects = tuple(Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
-    return Offered(items=tuple(items), rejects=rejects)
+    return Offered(items=tuple(items), rejects=(*group_rejects(provenance), *rejects), provenance=provenance)
 
 
 def _counts(group: UnitGroup, limits: ChannelLimits) -> list[int]:

@@ -143,6 +143,8 @@ def test_pruning_alone_reaches_a_latency(
     made = run(chain, nets.images(60), work_backend, 0.7, "prune_channels")
     assert {decision.kind for decision in made.plan.decisions} == {PruneChannels.kind}
     assert made.report.latency["ratio"] <= 0.7 + 1e-6
+    cut = {d.group: len(d.kept) for d in made.plan.decisions if isinstance(d, PruneChannels)}
+    assert {g["group"]: g["kept"] for g in made.report.groups if g["group"] in cut} == cut
 
 
 def test_a_chain_has_nothing_to_drop(
@@ -168,5 +170,10 @@ def test_nothing_that_can_be_changed(nets: SimpleNamespace, work_backend: Any) -
 
     with pytest.raises(foldcut.GoalError, match="nothing can be done"):
         foldcut.compile(
-            Fixed().eval(), nets.images(8), goal=foldcut.Latency(0.5), rewrites=ALL, backend=work_backend, progress=False
+            Fixed().eval(),
+            nets.images(8),
+            goal=foldcut.Latency(0.5),
+            rewrites=ALL,
+            backend=work_backend,
+            progress=False,
         )
