@@ -17,22 +17,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..passes.select_ranks import RankSettings
 from .api import Compiled
 from .api import compile as compile_model
 from .atomic import check_writable, write_folder
 from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
-from .channel_budget import ChannelLimits
-from .channel_pipeline import ChannelSettings
+from .cli_goals import read_goal, read_settings
 from .cli_measure import MeasureWish, measure_files, read_sizes, show_measured
 from .cli_tables import describe, show_comparison, show_groups, show_regions, show_report
 from .edit_folds import fold_parameters
 from .errors import CaptureError, CompilerError, GoalError
 from .model_source import load_model
 from .onnx_compare import compare_onnx, random_samples
-from .pipeline import PipelineSettings
-from .plan import Blocks, Channels, Goal, Latency, Macs, Ranks
+from .plan import Latency
 from .progress import rich_progress, silent
 
 app = typer.Typer(
@@ -65,7 +62,8 @@ def compile_command(
         Path, typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2, plan.json, report.json.")
     ],
     latency: Annotated[
-        float | None, typer.Option(metavar="R", help="Goal: measured latency at most R times the original's.")
+        str | None,
+        typer.Option(metavar="R", help="Goal: measured latency at most R times the original's, or `2.5ms` in all."),
     ] = None,
     blocks: Annotated[int | None, typer.Option(metavar="K", help="Goal: drop K blocks.")] = None,
     keep: Annotated[
@@ -111,7 +109,7 @@ def compile_command(
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
-        goal = _goal(latency, blocks, keep, macs, ranks)
+        goal = read_goal(latency, blocks, keep, macs, ranks)
         check_writable(output)
         samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
         _check_shape(samples, input_shape)
@@ -126,7 +124,7 @@ def compile_command(
             views=(horizontal_flip,) if flip else (),
             seed=seed,
             rewrites=None if rewrites is None else [r.strip() for r in rewrites.split(",")],
-            settings=_settings(multiple_of, ignore or [], low_rank=ranks is not None or rewrites == "factorize"),
+            settings=read_settings(multiple_of, ignore or [], low_rank=ranks is not None or rewrites == "factorize"),
             progress=not (as_json or quiet),
         )
         result.save(output)
@@ -282,40 +280,6 @@ def demo(
         out.print(f"wrote {output}/ ({', '.join(result.files)})")
 
     _guarded(work, debug=debug)
-
-
-def _goal(
-    latency: float | None, blocks: int | None, keep: float | None, macs: float | None, ranks: float | None
-) -> Goal:
-    given: list[Goal] = []
-    if latency is not None:
-        given.append(Latency(latency))
-    if blocks is not None:
-        given.append(Blocks(blocks))
-    if keep is not None:
-        given.append(Channels(keep))
-    if macs is not None:
-        given.append(Macs(macs))
-    if ranks is not None:
-        given.append(Ranks(keep=ranks))
-    if len(given) != 1:
-        raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6 or --ranks 0.25")
-    return given[0]
-
-
-def _settings(multiple_of: str | None, ignore: list[str], *, low_rank: bool) -> PipelineSettings:
-    lattice = multiple_of == "lattice"
-    try:
-        multiple = None if lattice or multiple_of is None else int(multiple_of)
-    except ValueError:
-        raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
-    steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
-    names = tuple(ignore)
-    limits = ChannelLimits(**steps, ignore=() if low_rank else names)
-    return PipelineSettings(
-        channels=ChannelSettings(limits=limits, on_lattice=lattice),
-        ranks=RankSettings(**steps, ignore=names if low_rank else (), on_lattice=lattice),
-    )
 
 
 def _example(model: Model, shape: str | None, calib: Path | None) -> Any:

@@ -118,7 +118,7 @@ def _stopping_rule(
 
         return dropped_enough
     assert savings is not None and isinstance(goal, Latency)
-    target, shares = goal.ratio, savings
+    target, shares = goal.share, savings
 
     def fast_enough(chosen: Sequence[Region]) -> bool:
         """Measured only when the sum of single savings comes near: the sum is a guide, the measurement decides."""

@@ -213,7 +213,7 @@ def cut_jointly(
         with clock.stage("try plans"):
             return output_error(teacher, apply_mix(teacher, mix, few, quick).program, held_out)
 
-    found = MixSearch(items, goal.ratio, measure=measure, trial=trial).run()
+    found = MixSearch(items, goal.share, measure=measure, trial=trial).run()
     if not found.best.mix:
         raise GoalError(f"nothing can be done towards {goal}", hint=_reasons(rejects))
     with clock.stage("re-solve"):
@@ -285,7 +285,7 @@ def _offered_ranks(
         return Offered(items=(), rejects=tuple(analysis.rejects))
     trials, alone = rank_trials(analysis, calibration, progress=progress)
     menu, network = latency_menu(analysis, probe, progress=progress)
-    wanted = replace(menu, budget=menu.budget - (1 - goal.ratio) * network)
+    wanted = replace(menu, budget=menu.budget - (1 - goal.share) * network)
     return offered_ranks(analysis, menu, search_plan(wanted, trials, alone).weights, network)
 
 

@@ -11,7 +11,7 @@ from ..passes.drop_blocks import drop_blocks
 from ..runtime.backend import Array, Backend, Runner
 from ..runtime.latency_table import LatencyTable
 from ..runtime.lattice import Lattice, probe_lattice
-from ..runtime.measure import measure_pair, measure_savings
+from ..runtime.measure import measure_pair, measure_savings, measure_single
 from ..runtime.measurement import Measurement
 from ..runtime.measurement_cache import MeasurementCache, default_folder
 from .calibration_set import CalibrationSet
@@ -52,6 +52,10 @@ class LatencyProbe:
 
     def load(self, model: bytes) -> Runner:
         return self.backend.load(self.backend.build(model, self.inputs), self.inputs, threads=self.threads)
+
+    def original_ms(self) -> float:
+        """The original's latency in milliseconds, by itself."""
+        return measure_single(self.original)
 
     def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
         """Share of the original's latency that each region saves.

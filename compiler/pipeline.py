@@ -3,8 +3,9 @@ called alone."""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -122,7 +123,11 @@ def run_pipeline(
         seed=settings.seed,
         deployed=deployed,
     )
+    asked = goal
     try:
+        if isinstance(goal, Latency) and goal.ms is not None:
+            with clock.stage("measure original"):
+                goal = goal.relative(probe.original_ms())
         with clock.stage("probe lattice"):
             settings = replace(
                 settings,
@@ -130,7 +135,8 @@ def run_pipeline(
                 channels=on_lattice(settings.channels, probe, progress),
             )
         rewritten = _rewritten(teacher, analysis, fit, held_out, goal, probe, used, settings, clock, progress)
-        return _finish(teacher, rewritten, fit, held_out, goal, probe, settings, clock, progress)
+        met = functools.partial(reached, goal)
+        return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress)
     finally:
         probe.close()
 
@@ -214,12 +220,13 @@ def _finish(
     fit: CalibrationSet,
     held_out: CalibrationSet,
     goal: Goal,
+    met: Callable[[Measurement], bool],
     probe: LatencyProbe,
     settings: PipelineSettings,
     clock: StageClock,
     progress: Progress,
 ) -> Outcome:
-    """Mimicking, export and the final measurement."""
+    """Mimicking, export and the final measurement, which `met` is asked about."""
     student, errors = rewritten.program, dict(rewritten.errors)
     if settings.mimic is not None:
         with clock.stage("mimic"):
@@ -235,7 +242,7 @@ def _finish(
         teacher=teacher,
         program=student,
         plan=make_plan(teacher, goal, rewritten.decisions, errors),
-        met=rewritten.met and reached(goal, measurement),
+        met=rewritten.met and met(measurement),
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
         selections=rewritten.selections,
@@ -252,7 +259,7 @@ def _finish(
 def reached(goal: Goal, measurement: Measurement) -> bool:
     """Whether the final measurement lets the goal stand. The choice has measured it as reached with its whole interval
     below; a second measurement has to contradict that with its whole interval above."""
-    return not isinstance(goal, Latency) or measurement.low <= goal.ratio
+    return not isinstance(goal, Latency) or measurement.low <= goal.share
 
 
 def _mimicked(

@@ -104,19 +104,19 @@ def _choose(
     assert probe is not None
     with clock.stage("time options"):
         menu, network = latency_menu(analysis, probe, progress=progress)
-    saving = (1 - goal.ratio) * network
+    saving = (1 - goal.share) * network
     found = search_plan(replace(menu, budget=menu.budget - saving), trials, alone)
     choice, possible = found.choice, found.possible
     for last in (False,) * (MOST_ROUNDS - 1) + (True,):
         with clock.stage("measure plan"):
             measured = probe.against(planned_shape(analysis, choice))
-        if measured.high <= goal.ratio or not possible or last:
+        if measured.high <= goal.share or not possible or last:
             break
         # what was predicted to be saved, against what was: the next plan asks for so much more
         reached = max(0.05, 1 - measured.high)
-        saving *= max(1.02, (1 - goal.ratio) / reached)
+        saving *= max(1.02, (1 - goal.share) / reached)
         choice, possible = replace(menu, budget=menu.budget - saving).best(found.weights)
-    return choice, measured.high <= goal.ratio
+    return choice, measured.high <= goal.share
 
 
 def rank_trials(

@@ -22,6 +22,7 @@ TOP = {
 } | {
     "drop_pipeline",
     "channel_latency",
+    "cli_goals",
     "joint_pipeline",
     "joint_proposals",
     "rank_choice",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from foldcut.compiler.errors import GoalError, PlanError
@@ -161,6 +162,21 @@ def test_block_goals_out_of_range(count: object) -> None:
 
 def test_goals_as_text_and_data() -> None:
     assert str(Latency(0.7)) == "latency ratio 0.7"
+    assert str(Latency(ms=2.5)) == "latency 2.5 ms"
     assert [str(Blocks(n)) for n in (1, 2)] == ["1 block dropped", "2 blocks dropped"]
     assert goal_from_dict(Blocks(3).to_dict()) == Blocks(3)
     assert goal_from_dict(Latency(0.5).to_dict()) == Latency(0.5)
+    assert goal_from_dict(Latency(ms=3).to_dict()) == Latency(ms=3)
+
+
+def test_milliseconds_become_a_ratio() -> None:
+    assert Latency(ms=2).relative(8) == Latency(0.25)
+    assert Latency(0.5).relative(8) == Latency(0.5)
+    with pytest.raises(GoalError, match=r"the original takes 1\.500 ms here"):
+        Latency(ms=2).relative(1.5)
+
+
+@pytest.mark.parametrize("given", [{}, {"ms": 0}, {"ms": -1}, {"ms": "2"}, {"ms": True}, {"ratio": 0.5, "ms": 2}])
+def test_latencies_that_are_no_goal(given: dict[str, Any]) -> None:
+    with pytest.raises(GoalError, match="is not a goal"):
+        Latency(**given)

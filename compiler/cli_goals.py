@@ -1,0 +1,56 @@
+"""Goals and settings as the command line gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..passes.select_ranks import RankSettings
+from .channel_budget import ChannelLimits
+from .channel_pipeline import ChannelSettings
+from .errors import GoalError
+from .pipeline import PipelineSettings
+from .plan import Blocks, Channels, Goal, Latency, Macs, Ranks
+
+
+def read_goal(
+    latency: str | None, blocks: int | None, keep: float | None, macs: float | None, ranks: float | None
+) -> Goal:
+    """The one goal that was given. Raises GoalError."""
+    given: list[Goal] = []
+    if latency is not None:
+        given.append(_latency(latency))
+    if blocks is not None:
+        given.append(Blocks(blocks))
+    if keep is not None:
+        given.append(Channels(keep))
+    if macs is not None:
+        given.append(Macs(macs))
+    if ranks is not None:
+        given.append(Ranks(keep=ranks))
+    if len(given) != 1:
+        raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6 or --ranks 0.25")
+    return given[0]
+
+
+def _latency(text: str) -> Latency:
+    number, unit = (text[:-2].strip(), "ms") if text.endswith("ms") else (text, "ratio")
+    try:
+        return Latency(**{unit: float(number)})
+    except ValueError:
+        raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
+
+
+def read_settings(multiple_of: str | None, ignore: list[str], *, low_rank: bool) -> PipelineSettings:
+    """What channel counts and ranks go to, and what is left alone. Raises GoalError."""
+    lattice = multiple_of == "lattice"
+    try:
+        multiple = None if lattice or multiple_of is None else int(multiple_of)
+    except ValueError:
+        raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
+    steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
+    names = tuple(ignore)
+    limits = ChannelLimits(**steps, ignore=() if low_rank else names)
+    return PipelineSettings(
+        channels=ChannelSettings(limits=limits, on_lattice=lattice),
+        ranks=RankSettings(**steps, ignore=names if low_rank else (), on_lattice=lattice),
+    )
