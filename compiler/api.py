@@ -100,15 +100,14 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     `model` is an `nn.Module`, an `ExportedProgram`, the path of a `.pt2` or `.onnx` file, or an `onnx.ModelProto`;
     `calibration` a few hundred unlabelled inputs (a tensor or array with all samples, a tuple or dict for several
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
-    out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend` at `batch`
-    with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`, which prune
-    channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may be used: with
+    out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend`
+    at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`,
+    which prune channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may be used: with
     ``("factorize",)`` low rank reaches `Macs` and `Latency` too, and a `Latency` goal given several of ``drop_blocks``,
     ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
-    stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add
-    changed copies of the samples, where the task does not care about the change.
-    `progress` True shows bars on stderr; a callable receives (stage, done, total). `settings` sets how each stage
-    works; batch, threads, seed and views are taken from the arguments.
+    stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where
+    the task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done,
+    total). `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments.
 
     The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
     choice also depends on measured times.
