@@ -45,7 +45,7 @@ def main() -> None:
     data = load_cifar(arguments.data, arguments.samples, arguments.test_limit)
     rows: list[Row] = []
     print_header()
-    for path in sorted(arguments.folder.glob(f"*{arguments.match}*.json")):
+    for path in sorted(path for path in arguments.folder.glob("*.json") if arguments.match in path.stem):
         trained = json.loads(path.read_text())
         network = CifarResNet(BLOCKS[trained["network"]]).eval()
         network.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))

@@ -8,6 +8,7 @@ the least error of all those tried that reach the goal stands, so it is never wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ MOST_MEASURED = 4
 #: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
 NEAR = 0.02
 #: How many plans of all kinds together are tried.
-MOST_MIXES = 3
+MOST_MIXES = 4
 #: Kinds make up for each other in a plan, but none counts for less than this share of what it does alone.
 LEAST_SHARE = 0.1
 
@@ -87,16 +88,22 @@ class MixSearch:
                 self.scales[kind] = replace(self.scales[kind], error=plan.error / predicted)
 
     def _mixes(self) -> None:
+        """Plans of all kinds. One that leads gives each kind its scale; after a worse one the step is halved."""
         alone = {kind: scale.error for kind, scale in self.scales.items()}
+        lead, used = float("inf"), dict(self.scales)
         for _ in range(MOST_MIXES):
             mix, ratio = self._reaching(self.items, one_kind=False)
             if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
                 return
             plan = self._try(mix, ratio)
-            kinds = kinds_of(mix)
-            if len(kinds) > 1:
-                for kind in kinds:
-                    self._contribution(plan, kind, alone[kind])
+            if plan.error < lead:
+                lead, used = plan.error, dict(self.scales)
+                if len(plan.kinds) > 1:
+                    for kind in plan.kinds:
+                        self._contribution(plan, kind, alone[kind])
+            else:
+                for kind, scale in self.scales.items():
+                    self.scales[kind] = replace(scale, error=math.sqrt(scale.error * used[kind].error))
 
     def _contribution(self, plan: Tried, kind: str, alone: float) -> None:
         """Scale a kind's errors to what the plan gains when that kind is left out of it."""
