@@ -32,6 +32,7 @@ from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .provenance import find_units
 from .report import Report, unit_groups
+from .saved import ONNX, PLAN, PT2, REPORT
 
 REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
@@ -66,10 +67,10 @@ class Compiled:
     def files(self) -> dict[str, bytes]:
         """The content of the output folder by file name."""
         return {
-            "model.onnx": self.outcome.onnx,
-            "model.pt2": self.outcome.pt2,
-            "plan.json": _json(self.plan.to_dict()),
-            "report.json": _json(self.report.to_dict()),
+            ONNX: self.outcome.onnx,
+            PT2: self.outcome.pt2,
+            PLAN: _json(self.plan.to_dict()),
+            REPORT: _json(self.report.to_dict()),
         }
 
     def save(self, folder: str | Path) -> Path:

@@ -23,6 +23,7 @@ from .compiler.program import Program, TensorSpec
 from .compiler.provenance import Provenance, find_units
 from .compiler.regions import Region, RegionAnalysis, find_regions
 from .compiler.report import Report
+from .compiler.saved import Saved, load
 from .compiler.unit_groups import UnitGroup
 from .passes.mimic import MimicSettings
 from .passes.select_ranks import RankSettings
@@ -61,6 +62,7 @@ __all__ = [
     "Reject",
     "Report",
     "RewriteError",
+    "Saved",
     "TensorSpec",
     "UnitGroup",
     "apply_plan",
@@ -69,6 +71,7 @@ __all__ = [
     "find_regions",
     "find_units",
     "horizontal_flip",
+    "load",
     "random_crop",
     "read_calibration",
 ]

@@ -128,6 +128,34 @@ def test_the_written_network_can_be_compiled_from(compiled: foldcut.Compiled, ne
     assert len(foldcut.find_regions(again).blocks) == 1
 
 
+def test_a_saved_network_is_loaded(compiled: foldcut.Compiled, nets: SimpleNamespace, tmp_path: Path) -> None:
+    saved = foldcut.load(compiled.save(tmp_path / "out"))
+    x = nets.images(3, seed=8)
+    assert torch.equal(saved.module(x), compiled.module(x))
+    assert saved.plan == compiled.plan
+    assert saved.onnx == compiled.onnx
+    assert saved.report == json.loads(json.dumps(compiled.report.to_dict()))
+    assert saved.program.parameter_count() == compiled.program.parameter_count()
+
+
+def test_a_folder_that_is_no_compiled_network(compiled: foldcut.Compiled, tmp_path: Path) -> None:
+    with pytest.raises(foldcut.OutputError, match=r"is not a compiled network: it has no model\.onnx, no model\.pt2"):
+        foldcut.load(tmp_path / "nothing")
+    out = compiled.save(tmp_path / "out")
+    (out / "report.json").write_text("[]")
+    with pytest.raises(foldcut.OutputError, match=r"report\.json is not a report"):
+        foldcut.load(out)
+    (out / "report.json").write_text("{")
+    with pytest.raises(foldcut.OutputError, match="cannot read"):
+        foldcut.load(out)
+    (out / "plan.json").write_text("{}")
+    with pytest.raises(foldcut.PlanError, match="not a plan"):
+        foldcut.load(out)
+    (out / "model.pt2").unlink()
+    with pytest.raises(foldcut.OutputError, match=r"it has no model\.pt2"):
+        foldcut.load(out)
+
+
 def test_saving_onto_a_file_writes_nothing(compiled: foldcut.Compiled, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(foldcut.OutputError):
