@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from .proposals import Item, Mix, Scale, choose_mix, kinds_of, most_saving, predicted_error, predicted_saving
 
 #: How often a plan is made again when its measured latency misses the goal.
-MOST_MEASURED = 3
+MOST_MEASURED = 4
 #: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
-NEAR = 0.03
+NEAR = 0.02
 #: How many plans of all kinds together are tried.
 MOST_MIXES = 4
 #: Kinds make up for each other in a plan, but none counts for less than this share of what it does alone.
