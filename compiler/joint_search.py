@@ -65,6 +65,7 @@ class MixSearch:
         self.tried: list[Tried] = []
         self._measure, self._trial = measure, trial
         self._errors: dict[frozenset[tuple[str, str, int]], float] = {}
+        self._ratios: dict[frozenset[tuple[str, str, int]], float] = {}
 
     def run(self) -> Found:
         """Search. Nothing can be changed at all: the empty plan comes back, with error 0 and ratio 1."""
@@ -124,7 +125,7 @@ class MixSearch:
             mix = most_saving(items, self.scales) if planned is None else planned
             if not mix or any(mix == earlier for _, earlier in seen):
                 break
-            ratio = self._measure(mix)
+            ratio = self._ratio(mix)
             seen.append((ratio, mix))
             if self.ratio - NEAR <= ratio <= self.ratio or (planned is None and ratio > self.ratio):
                 break
@@ -136,7 +137,7 @@ class MixSearch:
             else:
                 saving = expected * (1 - self.ratio) / reached
         met = [pair for pair in seen if pair[0] <= self.ratio]
-        ratio, mix = max(met, key=_ratio) if met else min(seen, key=_ratio, default=(1.0, {}))
+        ratio, mix = max(met, key=_first) if met else min(seen, key=_first, default=(1.0, {}))
         return mix, ratio
 
     def _try(self, mix: Mix, ratio: float) -> Tried:
@@ -153,12 +154,19 @@ class MixSearch:
             self._errors[key] = self._trial(mix)
         return self._errors[key]
 
+    def _ratio(self, mix: Mix) -> float:
+        """The latency ratio of a plan, measured once."""
+        key = _key(mix)
+        if key not in self._ratios:
+            self._ratios[key] = self._measure(mix)
+        return self._ratios[key]
+
 
 def _key(mix: Mix) -> frozenset[tuple[str, str, int]]:
     return frozenset((item.kind, item.name, item.proposals.index(taken)) for item, taken in mix.items())
 
 
-def _ratio(pair: tuple[float, Mix]) -> float:
+def _first(pair: tuple[float, Mix]) -> float:
     return pair[0]
 
 

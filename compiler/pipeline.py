@@ -129,11 +129,10 @@ def run_pipeline(
             with clock.stage("measure original"):
                 goal = goal.relative(probe.original_ms())
         with clock.stage("probe lattice"):
-            settings = replace(
-                settings,
-                ranks=ranks_on_lattice(settings.ranks, probe, progress),
-                channels=on_lattice(settings.channels, probe, progress),
-            )
+            if "factorize" in used:
+                settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
+            if "prune_channels" in used:
+                settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
         rewritten = _rewritten(teacher, analysis, fit, held_out, goal, probe, used, settings, clock, progress)
         met = functools.partial(reached, goal)
         return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress)

@@ -89,17 +89,20 @@ def choose_mix(items: Sequence[Item], saving: float, scales: Mapping[str, Scale]
 
 def most_saving(items: Sequence[Item], scales: Mapping[str, Scale]) -> Mix:
     """The proposals that save the most together."""
-    costs = [[0.0, *(-scales[item.kind].saving * p.saving for p in item.proposals)] for item in items]
-    found = choose_options(costs, costs, 0.0, excluded_pairs(items))
+    found = _picked(items, _costs(items, scales), 0.0, scales)
     assert found is not None  # leaving all alone is allowed
-    return {item: item.proposals[i - 1] for item, i in zip(items, found, strict=True) if i}
+    return found
+
+
+def _costs(items: Sequence[Item], scales: Mapping[str, Scale]) -> list[list[float]]:
+    """What each choice adds to the latency: nothing where an item is left alone, else less than that."""
+    return [[0.0, *(-scales[item.kind].saving * p.saving for p in item.proposals)] for item in items]
 
 
 def _picked(
     items: Sequence[Item], errors: Sequence[Sequence[float]], budget: float, scales: Mapping[str, Scale]
 ) -> Mix | None:
-    costs = [[0.0, *(-scales[item.kind].saving * p.saving for p in item.proposals)] for item in items]
-    found = choose_options(errors, costs, budget, excluded_pairs(items))
+    found = choose_options(errors, _costs(items, scales), budget, excluded_pairs(items))
     if found is None:
         return None
     return {item: item.proposals[i - 1] for item, i in zip(items, found, strict=True) if i}

@@ -111,8 +111,9 @@ def mixed(residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace, few
 
 @pytest.fixture(scope="module")
 def chain(nets: SimpleNamespace) -> nn.Module:
-    layers = [layer for _ in range(2) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
-    return nets.seeded(lambda: nets.image_net(*layers), seed=6)
+    """Every layer changes the number of channels, so that no part of it can stand for what went in."""
+    layers = (nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU())
+    return nets.seeded(lambda: nets.image_net(*layers, channels=16), seed=6)
 
 
 def test_the_goal_is_reached_and_said_so(mixed: foldcut.Compiled) -> None:
