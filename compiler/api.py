@@ -19,6 +19,8 @@ from ..passes.factorize import factorize_plain
 from ..passes.mimic import MimicSettings
 from ..passes.prune_channels import prune_channels
 from ..runtime.backend import Backend, resolve_backend
+from ..runtime.measurement_cache import default_folder
+from .analysis_store import AnalysisStore
 from .atomic import write_folder
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture, is_onnx
@@ -94,6 +96,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     progress: bool | Progress = True,
     threads: int = 1,
     settings: PipelineSettings | None = None,
+    cache: bool | str | Path = True,
 ) -> Compiled:
     """Make a trained network faster: drop blocks, prune channels or factorise layers, re-solve what is left, mimic the
     original's features, measure.
@@ -108,7 +111,9 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
     stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where
     the task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done,
-    total). `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments.
+    total). `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments. `cache`
+    True keeps the results of analyses in ``$FOLDCUT_CACHE`` (else ``~/.cache/foldcut``), a path elsewhere, False
+    nowhere: the same call after an interruption goes on where it was and ends with the same network.
 
     The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
     choice also depends on measured times.
@@ -137,6 +142,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
             clock=clock,
             progress=show,
+            store=store_at(cache),
         )
     result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages))
     if not outcome.met:
@@ -162,6 +168,13 @@ def _collected_warnings() -> Iterator[list[str]]:
     finally:
         for message in messages:
             warnings.warn(message, stacklevel=4)
+
+
+def store_at(cache: bool | str | Path) -> AnalysisStore:
+    """The store that a `cache` argument means."""
+    if cache is False:
+        return AnalysisStore(None)
+    return AnalysisStore(default_folder() if cache is True else Path(cache))
 
 
 def apply_plan(program: Program, plan: Plan) -> Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,11 @@ from typing import Literal
 import torch
 
 from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
-from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from ..passes.resolve_network import Resolved, ResolveSettings
 from ..passes.select_channels import ChannelChoice, Variant, choose_channels, select_by_norm, select_layerwise
 from ..passes.submodular import Selection
 from .allocation import weighing_samples
+from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .channel_budget import ChannelLimits, MacsModel, allocate, free_groups, uniform_counts
 from .cost import program_cost
@@ -24,6 +26,7 @@ from .program import Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance, find_units
 from .rewritten import Rewritten
+from .stored_passes import stored_channels, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
 from .verify import output_error
 
@@ -69,6 +72,7 @@ def cut_channels(
     resolve: ResolveSettings,
     clock: StageClock,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
     """Prune `teacher` to a `Channels` or `Macs` goal and re-solve what consumes the lost channels.
 
@@ -81,8 +85,8 @@ def cut_channels(
         if not groups:
             raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
     with clock.stage("choose"):
-        counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress)
-        choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress)
+        counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress, store)
+        choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress, store)
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(
             f"nothing was cut: no group can keep fewer units for {goal} in steps of "
@@ -94,8 +98,8 @@ def cut_channels(
     resolved = Resolved(program=pruned.program, layers=choice.layers, locked=())
     if settings.resolve and settings.polish and pruned.kept:
         with clock.stage("re-solve"):
-            resolved = resolve_network(
-                teacher, pruned.program, calibration, (), kept=pruned.kept, settings=resolve, progress=progress
+            resolved = stored_resolve(
+                store, teacher, pruned.program, calibration, (), kept=pruned.kept, settings=resolve, progress=progress
             )
             errors["polished"] = output_error(teacher, resolved.program, held_out)
             if errors["polished"] > errors["re-solved"]:
@@ -122,6 +126,7 @@ def _choice(
     settings: ChannelSettings,
     resolve: ResolveSettings,
     progress: Progress,
+    store: AnalysisStore,
 ) -> ChannelChoice:
     """The units to remove and, where consumers are re-solved, their weights."""
     given = _by_norm(provenance, groups, counts, settings)
@@ -129,7 +134,8 @@ def _choice(
         gone = [g.without(given[g.name].order) for g in groups if g.name in given]
         removed = torch.cat(gone) if gone else torch.zeros(0, dtype=torch.long)
         return ChannelChoice(removed=removed, tensors={}, selections=given)
-    choice = choose_channels(
+    choice = stored_channels(
+        store,
         provenance,
         calibration,
         counts,
@@ -174,10 +180,11 @@ def _counts(
     groups: Sequence[UnitGroup],
     limits: ChannelLimits,
     progress: Progress,
+    store: AnalysisStore,
 ) -> tuple[dict[str, int], bool]:
     if isinstance(goal, Channels):
         return uniform_counts(groups, goal.keep, limits), True
-    curves = error_curves(provenance, calibration, groups, progress=progress)
+    curves = error_curves(provenance, calibration, groups, progress=progress, store=store)
     model = MacsModel(provenance, groups)
     macs = program_cost(provenance.program).macs
     target = goal.ratio * macs
@@ -192,7 +199,12 @@ def _counts(
 
 
 def error_curves(
-    provenance: Provenance, calibration: CalibrationSet, groups: Sequence[UnitGroup], *, progress: Progress = silent
+    provenance: Provenance,
+    calibration: CalibrationSet,
+    groups: Sequence[UnitGroup],
+    *,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> dict[str, torch.Tensor]:
     """For each group the error at the network's outputs, as predicted, with 0, 1, 2 ... units kept.
 
@@ -200,21 +212,30 @@ def error_curves(
     height comes from one trial: the group alone pruned to half and re-solved, and the output error measured on
     a few samples (`weighing_samples`).
     """
-    counts = {g.name: len(g) for g in groups}
-    found = {
-        group.name: selection
-        for group, selection in select_layerwise(provenance, calibration, groups, counts, progress=progress)
-    }
-    samples = calibration.take(slice(0, weighing_samples(provenance.program, len(groups))))
-    curves = {}
+    program, counts = provenance.program, {g.name: len(g) for g in groups}
+
+    def shapes() -> tuple[None, dict[str, torch.Tensor]]:
+        found = select_layerwise(provenance, calibration, groups, counts, progress=progress)
+        return None, {group.name: selection.errors for group, selection in found}
+
+    _, curves = store.result("error curves", [program, calibration, counts], shapes)
+    samples = calibration.take(slice(0, weighing_samples(program, len(groups))))
     for index, group in enumerate(groups):
-        curve, half = found[group.name].errors.clone(), max(1, len(group) // 2)
-        trial = choose_channels(provenance, samples, {group.name: half})
-        smaller = prune_channels(provenance, trial.removed, trial.tensors).program
-        height, shape = output_error(provenance.program, smaller, samples), float(curve[half])
-        curves[group.name] = curve * (height / shape if shape > 0 else 1.0)
+        half = max(1, len(group) // 2)
+        height = store.value(
+            "height", [program, samples, group.name, half], functools.partial(_height, provenance, samples, group, half)
+        )
+        shape = float(curves[group.name][half])
+        curves[group.name] = curves[group.name] * (height / shape if shape > 0 else 1.0)
         progress("weigh groups", index + 1, len(groups))
     return curves
+
+
+def _height(provenance: Provenance, samples: CalibrationSet, group: UnitGroup, count: int) -> float:
+    """The output error with one group alone pruned to `count` units and re-solved."""
+    trial = choose_channels(provenance, samples, {group.name: count})
+    smaller = prune_channels(provenance, trial.removed, trial.tensors).program
+    return output_error(provenance.program, smaller, samples)
 
 
 def _macs_left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.recoverability import Recoverability, RecoverabilitySettings
-from ..passes.resolve_network import ResolveSettings, resolve_network
+from ..passes.resolve_network import ResolveSettings
+from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .errors import GoalError
 from .latency_probe import LatencyProbe
@@ -16,6 +17,8 @@ from .program import Program
 from .progress import Progress, StageClock, silent
 from .regions import Region, RegionAnalysis
 from .rewritten import Rewritten
+from .stored_latency import StoredLatency
+from .stored_passes import StoredErrors, stored_resolve
 from .verify import output_error
 
 
@@ -32,6 +35,7 @@ def cut_blocks(
     solve_samples: int,
     clock: StageClock,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
     """Drop regions of `teacher` to a `Latency` or `Blocks` goal and re-solve the layers around them on the first
     `solve_samples` samples.
@@ -40,7 +44,15 @@ def cut_blocks(
     when nothing can be dropped.
     """
     choice = choose(
-        teacher, analysis, calibration, goal, probe, settings=recoverability, clock=clock, progress=progress
+        teacher,
+        analysis,
+        calibration,
+        goal,
+        probe,
+        settings=recoverability,
+        clock=clock,
+        progress=progress,
+        store=store,
     )
     if not choice.regions:
         raise GoalError(
@@ -52,7 +64,8 @@ def cut_blocks(
         student = drop_blocks(teacher, choice.regions)
         errors["dropped"] = output_error(teacher, student, held_out)
     with clock.stage("re-solve"):
-        resolved = resolve_network(
+        resolved = stored_resolve(
+            store,
             teacher,
             student,
             calibration.take(slice(0, solve_samples)),
@@ -81,20 +94,22 @@ def choose(
     settings: RecoverabilitySettings,
     clock: StageClock,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Choice:
     """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them."""
-    recoverability = Recoverability(teacher, fit, regions=analysis.regions, settings=settings)
+    errors = StoredErrors(store, Recoverability(teacher, fit, regions=analysis.regions, settings=settings))
+    latency = StoredLatency(store, probe)
     savings: dict[str, float] | None = None
     if isinstance(goal, Latency):
         with clock.stage("measure savings"):
-            savings = probe.savings(analysis.regions, progress=progress)
-    enough = _stopping_rule(goal, probe, savings, clock, progress)
+            savings = latency.savings(analysis.regions, progress=progress)
+    enough = _stopping_rule(goal, latency, savings, clock, progress)
     with clock.stage("choose"):
-        choice = choose_drops(analysis.blocks, errors=recoverability, savings=savings, enough=enough)
+        choice = choose_drops(analysis.blocks, errors=errors, savings=savings, enough=enough)
         if not choice.met and len(analysis.blocks) < len(analysis.regions):
             choice = choose_drops(
                 analysis.regions,
-                errors=recoverability,
+                errors=errors,
                 savings=savings,
                 enough=enough,
                 chosen=choice.regions,
@@ -105,7 +120,7 @@ def choose(
 
 def _stopping_rule(
     goal: Goal,
-    probe: LatencyProbe,
+    latency: StoredLatency,
     savings: Mapping[str, float] | None,
     clock: StageClock,
     progress: Progress,
@@ -127,6 +142,8 @@ def _stopping_rule(
         if predicted > target + 0.03:
             return False
         with clock.stage("measure plan"):
-            return probe.ratio(chosen).high <= target
+            names = [region.name for region in chosen]
+            ratio: float = latency.kept("drops", [names], lambda: latency.probe.ratio(chosen).high)
+            return ratio <= target
 
     return fast_enough

@@ -31,12 +31,15 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
     args, kwargs, dynamic = _example(program)
     try:
         with quiet_exporters():
-            return torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
+            exported = torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
     except Exception as cause:
         raise ExportError(
             f"torch.export refused the rewritten network: {named_first_line(cause)}",
             hint="report the model: every captured program should export again",
         ) from cause
+    for node in exported.graph.nodes:
+        node.meta.pop("from_node", None)  # holds addresses of this process, which would end up in the file
+    return exported
 
 
 def to_pt2(exported: torch.export.ExportedProgram) -> bytes:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..passes.drop_blocks import drop_blocks, entry_exit
-from ..passes.factorize import factorize, factorize_for_timing
+from ..passes.factorize import Factors, factorize, factorize_for_timing
 from ..passes.prune_channels import prune_channels
 from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
-from ..passes.resolve_network import LayerError, ResolveSettings, resolve_network
-from ..passes.select_channels import choose_channels
+from ..passes.resolve_network import LayerError, ResolveSettings
 from ..passes.select_ranks import Option, RankAnalysis, RankSettings
 from ..passes.submodular import Selection
 from ..passes.targets import Kept
+from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .channel_pipeline import ChannelSettings, channel_decision
 from .drop_pipeline import choose
@@ -30,6 +31,8 @@ from .rank_choice import search_plan
 from .rank_pipeline import latency_menu, rank_trials
 from .regions import find_regions
 from .rewritten import Rewritten
+from .stored_latency import StoredLatency
+from .stored_passes import stored_channels, stored_factors, stored_rank_analysis, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
 from .verify import output_error
 
@@ -78,6 +81,7 @@ def apply_mix(
     settings: JointSettings,
     *,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Applied:
     """Put a mix into effect: drop, re-solve what stands for the dropped blocks, select and remove channels of what is
     left, factorise, and solve all of it once more toward the original network.
@@ -92,16 +96,17 @@ def apply_mix(
     kept: Mapping[str, Kept] = {}
     selections: Mapping[str, Selection] = {}
     if drops and (counts or ranks):
-        program = resolve_network(
-            teacher, program, calibration, pairs, settings=QUICK_RESOLVE, progress=progress
+        program = stored_resolve(
+            store, teacher, program, calibration, pairs, settings=QUICK_RESOLVE, progress=progress
         ).program
     if counts:
-        program, kept, selections, cuts = _pruned(program, counts, calibration, settings, progress)
+        program, kept, selections, cuts = _pruned(program, counts, calibration, settings, progress, store)
         decisions += cuts
     if ranks:
-        program = _factorised(program, ranks, calibration, settings, progress)
+        program = _factorised(program, ranks, calibration, settings, progress, store)
         decisions += ranks
-    resolved = resolve_network(
+    resolved = stored_resolve(
+        store,
         teacher,
         program,
         calibration,
@@ -128,9 +133,11 @@ def _pruned(
     calibration: CalibrationSet,
     settings: JointSettings,
     progress: Progress,
+    store: AnalysisStore,
 ) -> tuple[Program, Mapping[str, Kept], Mapping[str, Selection], list[PruneChannels]]:
     provenance = find_units(program)
-    choice = choose_channels(
+    choice = stored_channels(
+        store,
         provenance,
         calibration,
         counts,
@@ -150,14 +157,20 @@ def _factorised(
     calibration: CalibrationSet,
     settings: JointSettings,
     progress: Progress,
+    store: AnalysisStore,
 ) -> Program:
     """Factors cut out of what the layers now see."""
-    layers = {decision.layer: decision for decision in ranks}
-    analysis = RankAnalysis(
-        program, calibration, settings=replace(settings.ranks, ignore=()), resolve=settings.resolve, only=layers
-    )
-    options = {name: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for name, d in layers.items()}
-    return factorize(program, analysis.factors(options, progress=progress))
+    chosen = {d.layer: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for d in ranks}
+    free = replace(settings.ranks, ignore=())
+
+    def compute() -> list[Factors]:
+        # options are not looked for: they are given
+        given = {name: (option,) for name, option in chosen.items()}
+        analysis = RankAnalysis(program, calibration, settings=free, resolve=settings.resolve, only=chosen, given=given)
+        return analysis.factors(chosen, progress=progress)
+
+    factors = stored_factors(store, program, calibration, ranks, compute, settings=free, resolve=settings.resolve)
+    return factorize(program, factors)
 
 
 def _by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLayer]]:
@@ -187,6 +200,7 @@ def cut_jointly(
     settings: JointSettings,
     clock: StageClock,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
     """Reach a latency goal by the best mix of `rewrites`: dropped regions, removed channels, factorised layers.
 
@@ -195,7 +209,8 @@ def cut_jointly(
     are those of the outputs on `held_out`, relative: after the rewrites, each with its own closed form, and after the
     re-solve of the whole. Raises GoalError when nothing can be changed towards the goal.
     """
-    offered = _offered(teacher, calibration, goal, probe, rewrites, settings, clock, progress)
+    latency = StoredLatency(store, probe)
+    offered = _offered(teacher, calibration, goal, latency, rewrites, settings, clock, progress, store)
     items = [item for offer in offered for item in offer.items]
     rejects = [reject for offer in offered for reject in offer.rejects]
     quick = replace(settings, resolve=QUICK_RESOLVE)
@@ -204,20 +219,25 @@ def cut_jointly(
 
     def measure(mix: Mix) -> float:
         with clock.stage("measure plan"):
-            return probe.against(mix_shape(teacher, mix)).high
+            ratio: float = latency.kept("mix", [_changes(mix)], lambda: probe.against(mix_shape(teacher, mix)).high)
+        return ratio
 
     def trial(mix: Mix) -> float:
         nonlocal done
         done += 1
         progress("try plans", done, max(done, most))
         with clock.stage("try plans"):
-            return output_error(teacher, apply_mix(teacher, mix, few, quick).program, held_out)
+            return store.value(
+                "mix trial",
+                [teacher, few, held_out, quick, _changes(mix)],
+                lambda: output_error(teacher, apply_mix(teacher, mix, few, quick).program, held_out),
+            )
 
     found = MixSearch(items, goal.share, measure=measure, trial=trial).run()
     if not found.best.mix:
         raise GoalError(f"nothing can be done towards {goal}", hint=_reasons(rejects))
     with clock.stage("re-solve"):
-        applied = apply_mix(teacher, found.best.mix, calibration, settings, progress=progress)
+        applied = apply_mix(teacher, found.best.mix, calibration, settings, progress=progress, store=store)
     errors = {
         "rewritten": output_error(teacher, applied.rewritten, held_out),
         "re-solved": output_error(teacher, applied.program, held_out),
@@ -238,15 +258,21 @@ def cut_jointly(
     )
 
 
+def _changes(mix: Mix) -> list[Any]:
+    """What a mix does, to be known again by."""
+    return [[item.kind, item.name, proposal.change] for item, proposal in mix.items()]
+
+
 def _offered(
     teacher: Program,
     calibration: CalibrationSet,
     goal: Latency,
-    probe: LatencyProbe,
+    latency: StoredLatency,
     rewrites: Sequence[str],
     settings: JointSettings,
     clock: StageClock,
     progress: Progress,
+    store: AnalysisStore,
 ) -> list[Offered]:
     """What each of the rewrites can do for the goal."""
     offered = []
@@ -257,18 +283,19 @@ def _offered(
             regions,
             calibration,
             goal,
-            probe,
+            latency.probe,
             settings=settings.recoverability,
             clock=clock,
             progress=progress,
+            store=store,
         )
         offered.append(replace(offered_drops(choice), rejects=regions.rejects))
     if "prune_channels" in rewrites:
         with clock.stage("offer channels"):
-            offered.append(offered_cuts(probe, calibration, settings.channels.limits, progress=progress))
+            offered.append(offered_cuts(latency, calibration, settings.channels.limits, progress=progress, store=store))
     if "factorize" in rewrites:
         with clock.stage("offer ranks"):
-            offered.append(_offered_ranks(teacher, calibration, goal, probe, settings, progress))
+            offered.append(_offered_ranks(teacher, calibration, goal, latency, settings, progress, store))
     return offered
 
 
@@ -276,15 +303,18 @@ def _offered_ranks(
     teacher: Program,
     calibration: CalibrationSet,
     goal: Latency,
-    probe: LatencyProbe,
+    latency: StoredLatency,
     settings: JointSettings,
     progress: Progress,
+    store: AnalysisStore,
 ) -> Offered:
-    analysis = RankAnalysis(teacher, calibration, settings=settings.ranks, resolve=settings.resolve, progress=progress)
+    analysis = stored_rank_analysis(
+        store, teacher, calibration, settings=settings.ranks, resolve=settings.resolve, progress=progress
+    )
     if not analysis.candidates:
         return Offered(items=(), rejects=tuple(analysis.rejects))
-    trials, alone = rank_trials(analysis, calibration, progress=progress)
-    menu, network = latency_menu(analysis, probe, progress=progress)
+    trials, alone = rank_trials(analysis, calibration, progress=progress, store=store)
+    menu, network = latency_menu(analysis, latency, progress=progress)
     wanted = replace(menu, budget=menu.budget - (1 - goal.share) * network)
     return offered_ranks(analysis, menu, search_plan(wanted, trials, alone).weights, network)
 

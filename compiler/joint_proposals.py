@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 from ..passes.prune_channels import cuttable_groups
 from ..passes.select_ranks import RankAnalysis
+from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .channel_budget import ChannelLimits, free_groups
 from .channel_latency import group_savings, touched_layers
 from .channel_pipeline import error_curves, group_rejects
 from .errors import GoalError, Reject
-from .latency_probe import LatencyProbe
 from .planner import Choice
 from .progress import Progress, silent
 from .proposals import Item, Proposal
 from .provenance import Provenance, find_units
 from .rank_choice import Menu
+from .stored_latency import StoredLatency
 from .unit_groups import UnitGroup
 
 #: Shares of a group's units that a plan may keep.
@@ -48,15 +49,16 @@ def offered_drops(choice: Choice) -> Offered:
 
 
 def offered_cuts(
-    probe: LatencyProbe,
+    latency: StoredLatency,
     calibration: CalibrationSet,
     limits: ChannelLimits,
     *,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Offered:
     """Each unit group at some counts on the lattice, with the height of its error curve and the latency of the segments
     that it changes. Nothing is offered where no group can be cut."""
-    program = probe.program
+    program = latency.probe.program
     provenance = find_units(program)
     try:
         groups, stuck = cuttable_groups(provenance, free_groups(provenance, limits))
@@ -64,8 +66,12 @@ def offered_cuts(
         return Offered(items=(), rejects=(Reject(reason=cause.message, node=""),), provenance=provenance)
     counts = {group.name: _counts(group, limits) for group in groups}
     groups = [group for group in groups if counts[group.name]]
-    curves = error_curves(provenance, calibration, groups, progress=progress) if groups else {}
-    savings = group_savings(provenance, groups, counts, probe.table(), progress=progress)
+    curves = error_curves(provenance, calibration, groups, progress=progress, store=store) if groups else {}
+    savings: Mapping[str, list[float]] = latency.kept(
+        "cuts",
+        [[g.name for g in groups], counts],
+        lambda: group_savings(provenance, groups, counts, latency.probe.table(), progress=progress),
+    )
     items = []
     for group in groups:
         proposals = tuple(

@@ -42,6 +42,8 @@ class LatencyProbe:
     ) -> None:
         self.program = program
         self.model = model
+        #: What runs today, and what latencies are compared with.
+        self.before = model if deployed is None else deployed
         self.backend = backend
         self.batch = batch
         self.threads = threads

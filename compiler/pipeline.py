@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ..passes.mimic import MimicSettings, mimic
+from ..passes.mimic import MimicSettings
 from ..passes.recoverability import RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings
 from ..passes.select_ranks import RankSettings
 from ..passes.submodular import Selection
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
+from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet, View
 from .channel_pipeline import ChannelSettings, cut_channels, on_lattice
 from .cost import program_cost
@@ -34,6 +35,8 @@ from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .regions import RegionAnalysis, find_regions
 from .rewritten import Rewritten
+from .stored_latency import StoredLatency
+from .stored_passes import stored_mimic
 from .verify import compare, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
@@ -92,8 +95,9 @@ def run_pipeline(
     deployed: bytes | None = None,
     clock: StageClock | None = None,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Outcome:
-    """Everything after capture.
+    """Everything after capture. What is in the `store` is not computed again.
 
     `rewrites` are those to use, of the ones that reach the goal (`rewrites_for`); by default the first of those. A
     latency goal takes several, and mixes them. `deployed` is the model that runs today, where it came as a file:
@@ -127,15 +131,15 @@ def run_pipeline(
     try:
         if isinstance(goal, Latency) and goal.ms is not None:
             with clock.stage("measure original"):
-                goal = goal.relative(probe.original_ms())
+                goal = goal.relative(StoredLatency(store, probe).original_ms())
         with clock.stage("probe lattice"):
             if "factorize" in used:
                 settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
             if "prune_channels" in used:
                 settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
-        rewritten = _rewritten(teacher, analysis, fit, held_out, goal, probe, used, settings, clock, progress)
+        rewritten = _rewritten(teacher, analysis, fit, held_out, goal, probe, used, settings, clock, progress, store)
         met = functools.partial(reached, goal)
-        return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress)
+        return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress, store)
     finally:
         probe.close()
 
@@ -151,6 +155,7 @@ def _rewritten(
     settings: PipelineSettings,
     clock: StageClock,
     progress: Progress,
+    store: AnalysisStore,
 ) -> Rewritten:
     """The rewrite, or the mix of several."""
     if analysis is not None:
@@ -166,6 +171,7 @@ def _rewritten(
             solve_samples=settings.solve_samples,
             clock=clock,
             progress=progress,
+            store=store,
         )
     solve = fit.take(slice(0, settings.solve_samples))
     if used == ("factorize",):
@@ -180,6 +186,7 @@ def _rewritten(
             resolve=settings.resolve,
             clock=clock,
             progress=progress,
+            store=store,
         )
     if isinstance(goal, Latency):
         joint = JointSettings(
@@ -188,7 +195,9 @@ def _rewritten(
             ranks=settings.ranks,
             recoverability=settings.recoverability,
         )
-        return cut_jointly(teacher, solve, held_out, goal, probe, used, settings=joint, clock=clock, progress=progress)
+        return cut_jointly(
+            teacher, solve, held_out, goal, probe, used, settings=joint, clock=clock, progress=progress, store=store
+        )
     assert isinstance(goal, ChannelGoal)
     return cut_channels(
         teacher,
@@ -199,6 +208,7 @@ def _rewritten(
         resolve=settings.resolve,
         clock=clock,
         progress=progress,
+        store=store,
     )
 
 
@@ -224,12 +234,13 @@ def _finish(
     settings: PipelineSettings,
     clock: StageClock,
     progress: Progress,
+    store: AnalysisStore,
 ) -> Outcome:
     """Mimicking, export and the final measurement, which `met` is asked about."""
     student, errors = rewritten.program, dict(rewritten.errors)
     if settings.mimic is not None:
         with clock.stage("mimic"):
-            student = _mimicked(teacher, rewritten, fit, held_out, settings, progress)
+            student = _mimicked(teacher, rewritten, fit, held_out, settings.mimic, settings.seed, progress, store)
             errors["mimicked"] = output_error(teacher, student, held_out)
     with clock.stage("export"):
         exported = to_exported(student)
@@ -266,22 +277,25 @@ def _mimicked(
     rewritten: Rewritten,
     fit: CalibrationSet,
     held_out: CalibrationSet,
-    settings: PipelineSettings,
+    settings: MimicSettings,
+    seed: int,
     progress: Progress,
+    store: AnalysisStore,
 ) -> Program:
     """The student after mimicking; the re-solved one, with a warning, when the training fails (out of memory, an
     operator without a gradient): the work before it is not lost."""
     try:
-        return mimic(
+        return stored_mimic(
+            store,
             teacher,
             rewritten.program,
             fit,
             held_out,
             kept=rewritten.kept,
-            settings=settings.mimic,
-            seed=settings.seed,
+            settings=settings,
+            seed=seed,
             progress=progress,
-        ).program
+        )
     except (RuntimeError, NotImplementedError) as cause:
         warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
         return rewritten.program

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..passes.rank_trials import RankTrials
 from ..passes.select_ranks import Option, RankAnalysis
 from .allocation import choose_options
+from .stored_passes import Trials
 
 Choice = dict[str, Option]
 
@@ -67,7 +67,7 @@ class Search:
     possible: bool
 
 
-def search_plan(menu: Menu, trials: RankTrials, alone: Mapping[str, float]) -> Search:
+def search_plan(menu: Menu, trials: Trials, alone: Mapping[str, float]) -> Search:
     """The plan within the budget whose measured output error is least, of those tried.
 
     Tried are the best under `alone`, what each layer does by itself, from the whole menu and from each scheme alone;
@@ -99,7 +99,7 @@ def search_plan(menu: Menu, trials: RankTrials, alone: Mapping[str, float]) -> S
     return Search(choice=choice, weights=used, tried=tuple(error for error, _ in tried), possible=True)
 
 
-def contributions(choice: Choice, error: float, trials: RankTrials, weights: Mapping[str, float]) -> dict[str, float]:
+def contributions(choice: Choice, error: float, trials: Trials, weights: Mapping[str, float]) -> dict[str, float]:
     """What each layer's relative error is to be multiplied by near a plan; layers that are whole in it keep theirs."""
     without = trials.without(choice)
     found = dict(weights)
@@ -109,7 +109,7 @@ def contributions(choice: Choice, error: float, trials: RankTrials, weights: Map
     return found
 
 
-def weights_alone(analysis: RankAnalysis, trials: RankTrials) -> dict[str, float]:
+def weights_alone(analysis: RankAnalysis, trials: Trials) -> dict[str, float]:
     """What each layer's relative error is to be multiplied by to predict the network's: from one trial, the layer alone
     factorised to about half of its multiply-accumulates."""
     halves = {name: candidate.trial() for name, candidate in analysis.candidates.items()}

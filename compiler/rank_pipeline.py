@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from ..passes.factorize import factorize, factorize_for_timing
 from ..passes.rank_trials import RankTrials
-from ..passes.resolve_network import Resolved, ResolveSettings, resolve_network
+from ..passes.resolve_network import Resolved, ResolveSettings
 from ..passes.select_ranks import Option, RankAnalysis, RankSettings
 from .allocation import weighing_samples
+from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .cost import program_cost
 from .errors import GoalError
@@ -19,8 +21,10 @@ from .plan import Macs, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .rank_choice import Menu, search_plan, weights_alone
-from .rank_latency import option_latencies, thinned
+from .rank_latency import OptionLatencies, option_latencies, thinned
 from .rewritten import Rewritten
+from .stored_latency import StoredLatency
+from .stored_passes import StoredTrials, Trials, stored_factors, stored_rank_analysis, stored_resolve
 from .verify import output_error
 
 #: How often a latency goal is planned again when the measurement contradicts the plan.
@@ -46,6 +50,7 @@ def cut_ranks(
     resolve: ResolveSettings,
     clock: StageClock,
     progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
     """Factorise the layers of `teacher` to a `Macs`, `Latency` or `Ranks` goal, and re-solve what they feed.
 
@@ -56,23 +61,35 @@ def cut_ranks(
     `held_out`, relative, after the factorisation and after the re-solve. Raises GoalError when no layer gets cheaper.
     """
     with clock.stage("analyse"):
-        analysis = RankAnalysis(teacher, calibration, settings=settings, resolve=resolve, progress=progress)
+        analysis = stored_rank_analysis(
+            store, teacher, calibration, settings=settings, resolve=resolve, progress=progress
+        )
         if not analysis.candidates:
             reasons = "; ".join(dict.fromkeys(r.reason for r in analysis.rejects)) or "it has no layer"
             raise GoalError(f"nothing can be factorised: {reasons}", hint="allow lower ranks or other schemes")
     with clock.stage("choose"):
-        choice, met = _choose(analysis, calibration, goal, probe, clock, progress)
+        latency = None if probe is None else StoredLatency(store, probe)
+        choice, met = _choose(analysis, calibration, goal, latency, clock, progress, store)
         if not choice:
             warnings.warn(f"nothing was factorised: no layer gets cheaper under {goal}", stacklevel=2)
     errors: dict[str, float] = {}
     with clock.stage("factorise"):
-        student = factorize(teacher, analysis.factors(choice, progress=progress))
+        factors = stored_factors(
+            store,
+            teacher,
+            calibration,
+            [analysis.decision(name, option) for name, option in choice.items()],
+            lambda: analysis.factors(choice, progress=progress),
+            settings=settings,
+            resolve=resolve,
+        )
+        student = factorize(teacher, factors)
         errors["factorised"] = output_error(teacher, student, held_out)
     resolved = Resolved(program=student, layers=(), locked=())
     if choice and settings.resolve:
         with clock.stage("re-solve"):
-            resolved = resolve_network(
-                teacher, student, calibration, (), replaced=choice, settings=resolve, progress=progress
+            resolved = stored_resolve(
+                store, teacher, student, calibration, (), replaced=choice, settings=resolve, progress=progress
             )
             errors["re-solved"] = output_error(teacher, resolved.program, held_out)
             if errors["re-solved"] > errors["factorised"]:
@@ -91,40 +108,52 @@ def _choose(
     analysis: RankAnalysis,
     calibration: CalibrationSet,
     goal: RankGoal,
-    probe: LatencyProbe | None,
+    latency: StoredLatency | None,
     clock: StageClock,
     progress: Progress,
+    store: AnalysisStore,
 ) -> tuple[dict[str, Option], bool]:
     if isinstance(goal, Ranks):
         return analysis.each(goal), True
-    trials, alone = rank_trials(analysis, calibration, progress=progress)
+    trials, alone = rank_trials(analysis, calibration, progress=progress, store=store)
     if isinstance(goal, Macs):
         found = search_plan(_macs_menu(analysis, goal.ratio), trials, alone)
         return found.choice, found.possible
-    assert probe is not None
+    assert latency is not None
     with clock.stage("time options"):
-        menu, network = latency_menu(analysis, probe, progress=progress)
+        menu, network = latency_menu(analysis, latency, progress=progress)
     saving = (1 - goal.share) * network
     found = search_plan(replace(menu, budget=menu.budget - saving), trials, alone)
     choice, possible = found.choice, found.possible
     for last in (False,) * (MOST_ROUNDS - 1) + (True,):
         with clock.stage("measure plan"):
-            measured = probe.against(planned_shape(analysis, choice))
-        if measured.high <= goal.share or not possible or last:
+            measured = _measured(analysis, choice, latency)
+        if measured <= goal.share or not possible or last:
             break
         # what was predicted to be saved, against what was: the next plan asks for so much more
-        reached = max(0.05, 1 - measured.high)
+        reached = max(0.05, 1 - measured)
         saving *= max(1.02, (1 - goal.share) / reached)
         choice, possible = replace(menu, budget=menu.budget - saving).best(found.weights)
-    return choice, measured.high <= goal.share
+    return choice, measured <= goal.share
+
+
+def _measured(analysis: RankAnalysis, choice: Mapping[str, Option], latency: StoredLatency) -> float:
+    """The latency ratio of the network that a choice leads to (upper end of its interval)."""
+    shape = functools.partial(planned_shape, analysis, choice)
+    ratio: float = latency.kept("ranks", [choice], lambda: latency.probe.against(shape()).high)
+    return ratio
 
 
 def rank_trials(
-    analysis: RankAnalysis, calibration: CalibrationSet, *, progress: Progress = silent
-) -> tuple[RankTrials, dict[str, float]]:
+    analysis: RankAnalysis,
+    calibration: CalibrationSet,
+    *,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
+) -> tuple[Trials, dict[str, float]]:
     """Trials of plans on as many samples as their work allows, and the layers' weights by themselves."""
     few = calibration.take(slice(0, weighing_samples(analysis.program, len(analysis.candidates))))
-    trials = RankTrials(analysis, few, progress=progress)
+    trials = StoredTrials(store, RankTrials(analysis, few, progress=progress))
     return trials, weights_alone(analysis, trials)
 
 
@@ -141,11 +170,17 @@ def _macs_menu(analysis: RankAnalysis, ratio: float) -> Menu:
     )
 
 
-def latency_menu(analysis: RankAnalysis, probe: LatencyProbe, *, progress: Progress = silent) -> tuple[Menu, float]:
+def latency_menu(analysis: RankAnalysis, latency: StoredLatency, *, progress: Progress = silent) -> tuple[Menu, float]:
     """Options that were timed and found faster than their layer, at their latencies, the budget being what the layers
     cost whole; and the latency of the network in the same unit."""
     options = {name: thinned(candidate) for name, candidate in analysis.candidates.items()}
-    timed = option_latencies(analysis, options, probe, progress=progress)
+    timed = OptionLatencies(
+        **latency.kept(
+            "options",
+            [list(options.items())],
+            lambda: asdict(option_latencies(analysis, options, latency.probe, progress=progress)),
+        )
+    )
     faster = {n: [i for i, cost in enumerate(timed.options[n]) if cost < timed.whole[n]] for n in options}
     faster = {name: places for name, places in faster.items() if places}
     whole = {name: timed.whole[name] for name in faster}

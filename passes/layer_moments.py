@@ -33,6 +33,8 @@ class LayerMoments:
         self.program, self.layers, self.calibration = program, layers, calibration
         self._rows_per_column, self._memory_bytes = rows_per_column, memory_bytes
         self._kept: dict[str, Moments] = {}
+        # of all layers: sums are then added up alike, whichever of them are collected together
+        self._batch_size = batch_size_for(program, layers.values())
 
     def __call__(self, names: Sequence[str]) -> Iterator[tuple[str, Moments]]:
         """Each of the named layers once, those that are at hand first. Raises CalibrationError when activations are not
@@ -55,7 +57,7 @@ class LayerMoments:
             self.program,
             layers,
             self.calibration,
-            batch_size=batch_size_for(self.program, layers.values()),
+            batch_size=self._batch_size,
             rows_per_column=self._rows_per_column,
         )
         for name in names:

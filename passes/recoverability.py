@@ -81,20 +81,22 @@ class Recoverability:
             few.take(slice(half, None)) if len(few) > half else few,
         )
         self.batch_size = batch_size_for(teacher, find_layers(teacher)[0].values())
-        self._few = few
-        self._recovery: dict[str, float] = {}
+        #: The samples that are read.
+        self.samples = few
+        #: Of each region the share of its local error that is left when the layers behind it are re-solved too.
+        self.recovery: dict[str, float] = {}
         self._state: tuple[tuple[str, ...], Program] = ((), teacher)
 
     def __call__(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
         """Region name -> error with that region dropped as well. The candidates share two passes over the samples."""
         if self.settings.mode != "calibrated":
             return self._errors(chosen, candidates, self.settings.mode)
-        if not self._recovery:
-            self._calibrate(candidates)
+        if not self.recovery:
+            self.recovery = self.calibration_of(candidates)
         base = self._base(chosen)
         local = self._errors(chosen, candidates, "local")
-        usual = sorted(self._recovery.values())[len(self._recovery) // 2]
-        return {name: base + self._recovery.get(name, usual) * (error - base) for name, error in local.items()}
+        usual = sorted(self.recovery.values())[len(self.recovery) // 2]
+        return {name: base + self.recovery.get(name, usual) * (error - base) for name, error in local.items()}
 
     def _errors(self, chosen: Sequence[Region], candidates: Sequence[Region], mode: Mode) -> dict[str, float]:
         student = self._student(chosen)
@@ -104,11 +106,11 @@ class Recoverability:
         errors = self._judge(student, trials)
         return {region.name: error for region, error in zip(candidates, errors, strict=True)}
 
-    def _calibrate(self, candidates: Sequence[Region]) -> None:
-        """How much of each region's local error is left when the layers behind it are re-solved too: once, with
-        nothing else dropped."""
+    def calibration_of(self, candidates: Sequence[Region]) -> dict[str, float]:
+        """How much of each region's local error is left when the layers behind it are re-solved too, with nothing else
+        dropped."""
         local, exact = (self._errors((), candidates, mode) for mode in ("local", "exact"))
-        self._recovery = {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}
+        return {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}
 
     def _base(self, chosen: Sequence[Region]) -> float:
         """Error of the network as it stands."""
@@ -125,7 +127,7 @@ class Recoverability:
             if self.settings.mode != "plain":
                 pairs = entry_exit(chosen)
                 student = resolve_network(
-                    self.teacher, student, self._few, pairs, settings=self.settings.resolve
+                    self.teacher, student, self.samples, pairs, settings=self.settings.resolve
                 ).program
             self._state = (key, student)
         return self._state[1]

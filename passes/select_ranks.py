@@ -105,7 +105,8 @@ class Candidate:
 class RankAnalysis:
     """The layers of a program that low rank can make cheaper, and their factors at any of their ranks.
 
-    `candidates` by node in topological order, `rejects` what was left alone and why; with `only`, of these nodes. Never
+    `candidates` by node in topological order, `rejects` what was left alone and why; with `only`, of these nodes. With
+    `given`, the options of an earlier analysis of the same, the data is not read before factors are asked for. Never
     changes the program.
     Raises GoalError when a pattern of `ignore` matches nothing, CalibrationError when activations are not finite.
     """
@@ -118,10 +119,11 @@ class RankAnalysis:
         settings: RankSettings | None = None,
         resolve: ResolveSettings | None = None,
         only: Collection[str] | None = None,
+        given: Mapping[str, tuple[Option, ...]] | None = None,
         memory_bytes: int = MEMORY_BYTES,
         progress: Progress = silent,
     ) -> None:
-        self.program = program
+        self.program, self.calibration = program, calibration
         self.settings = settings or RankSettings()
         self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
         layers, locked = find_layers(program)
@@ -137,15 +139,18 @@ class RankAnalysis:
             candidate = self._candidate(layer)
             if candidate is not None:
                 found[name] = candidate
-        self.candidates: dict[str, Candidate] = {}
+        options = self._every(found, progress) if given is None else given
+        self.candidates = {n: replace(c, every=options[n]) for n, c in found.items() if options.get(n)}
+        dear = [name for name in found if name not in self.candidates]
+        self.rejects += [Reject(reason="no rank that is allowed makes it cheaper", node=name) for name in dear]
+
+    def _every(self, found: Mapping[str, Candidate], progress: Progress) -> dict[str, tuple[Option, ...]]:
+        """The options of all candidates, from their moments."""
+        options = {}
         for index, (name, moments) in enumerate(self._each(list(found))):
-            options = self._options(found[name], moments)
-            if options:
-                self.candidates[name] = replace(found[name], every=options)
-            else:
-                self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=name))
+            options[name] = self._options(found[name], moments)
             progress("decompose layers", index + 1, len(found))
-        self.candidates = {name: self.candidates[name] for name in found if name in self.candidates}
+        return options
 
     def factors(self, choice: Mapping[str, Option], *, progress: Progress = silent) -> list[Factors]:
         """The factors of the chosen options, by node."""

@@ -29,6 +29,8 @@ TOP = {
     "rank_latency",
     "rank_pipeline",
     "rewritten",
+    "stored_latency",
+    "stored_passes",
 }
 #: The modules that may change graphs.
 EDITS = {f"compiler/{name}.py" for name in ("edit", "edit_chain", "edit_extract", "edit_folds", "onnx_module")}

@@ -1,0 +1,40 @@
+"""What was measured on a backend on the way to a plan, kept for a day: a compile that goes on after an interruption
+then plans by the same figures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..runtime.environment import lasting
+from .analysis_store import AnalysisStore
+from .latency_probe import LatencyProbe
+from .progress import Progress, silent
+from .regions import Region
+
+#: Seconds after which a measurement is taken again: machines change in ways that their description does not show.
+MOST_AGE_S = 24 * 3600.0
+
+
+class StoredLatency:
+    """A `LatencyProbe` whose results are kept under the original's fingerprint and file, backend, machine, batch and
+    threads. The final measurement is never read from here."""
+
+    def __init__(self, store: AnalysisStore, probe: LatencyProbe) -> None:
+        self.probe, self._store = probe, store
+        settings = [lasting(probe.backend.environment()), probe.batch, probe.threads, probe.seed]
+        self._inputs = [probe.program, hashlib.blake2b(probe.before, digest_size=16).hexdigest(), *settings]
+
+    def original_ms(self) -> float:
+        """The original's latency in milliseconds, by itself."""
+        return self.kept("original", [], self.probe.original_ms)
+
+    def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
+        """Share of the original's latency that each region saves."""
+        names = [region.name for region in regions]
+        return self.kept("savings", [names], lambda: self.probe.savings(regions, progress=progress))
+
+    def kept(self, name: str, inputs: Sequence[Any], measure: Callable[[], Any]) -> Any:
+        """Plain data that `measure` finds out about `inputs`, beside the original."""
+        return self._store.value(f"measured {name}", [*self._inputs, *inputs], measure, most_age_s=MOST_AGE_S)
