@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import copy
 import re
 from io import BytesIO
 from pathlib import Path
@@ -106,20 +107,13 @@ def to_onnx_model(
 
     target = opset or (program.origin.opset if program.origin else None)
     exported = exported or to_exported(program)
+    version = None if target is None else max(target, EXPORTER_OPSET)
     try:
         with quiet_exporters():
-            result = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                verbose=False,
-                opset_version=None if target is None else max(target, EXPORTER_OPSET),
-                optimize=False,
-                custom_translation_table=translations(),
-            )
-            assert result is not None  # None only with a file path
-            _clear_names(result.model.graph)
-            result.optimize()
+            try:
+                result = _translated(_as_it_is(exported), version, translations())
+            except Exception:  # an operator that has an ONNX form only once it is decomposed
+                result = _translated(exported, version, translations())
     except Exception as cause:
         raise ExportError(
             f"torch.onnx cannot express the network: {named_first_line(cause)}",
@@ -133,6 +127,34 @@ def to_onnx_model(
     if program.origin is not None:
         program.origin.write(model, {s.name: s.shape for s in (*program.inputs, *program.outputs)})
     return model
+
+
+def _as_it_is(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A copy that the exporter does not decompose.
+
+    Decomposing traces the network twice more and takes half of an export. The exporter only takes apart operators that
+    it has no translation for; where there are none the model is the same, and where there are it says so.
+    """
+    same = copy.copy(exported)
+    same._graph_module = copy.deepcopy(exported.graph_module)  # the exporter puts in casts of its own
+    same.run_decompositions = lambda *_args, **_options: same
+    return same
+
+
+def _translated(exported: torch.export.ExportedProgram, opset: int | None, table: dict[Any, Any]) -> Any:
+    result = torch.onnx.export(
+        exported,
+        (),
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        optimize=False,
+        custom_translation_table=table,
+    )
+    assert result is not None  # None only with a file path
+    _clear_names(result.model.graph)
+    result.optimize()
+    return result
 
 
 def _externalise(model: onnx.ModelProto, location: str) -> bytes:

@@ -1,0 +1,188 @@
+"""Results kept by content: found again, never for other inputs, whole or not there."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import foldcut.compiler.analysis_store as analysis_store
+import pytest
+import torch
+from foldcut.compiler.analysis_store import NOTHING_KEPT, AnalysisStore
+from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.edit import set_tensors
+from foldcut.compiler.program import Program
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@dataclass(frozen=True)
+class Settings:
+    ridge: float | None = 0.1
+    names: tuple[str, ...] = ("a",)
+
+
+class Counter:
+    """Gives back what it was made with, and counts how often it was asked."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        return self.value
+
+
+def entries(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(value=plain)
+def test_plain_data_comes_back_bit_for_bit(value: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    compute = Counter(value)
+    assert AnalysisStore(folder).value("x", [1], compute) == value
+    assert AnalysisStore(folder).value("x", [1], compute) == value
+    assert compute.calls == 1
+
+
+def test_tensors_come_back_bit_for_bit_and_contiguous(tmp_path: Path) -> None:
+    tensors = {
+        "turned": torch.randn(3, 5).double().t(),
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+        "number": torch.tensor(3),
+        "half": torch.randn(4).bfloat16(),
+    }
+    compute = Counter(({"k": [1, 2]}, tensors))
+    for _ in range(2):
+        data, found = AnalysisStore(tmp_path).result("x", [], compute)
+        assert data == {"k": [1, 2]} and found.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+            assert (found[name].is_contiguous() and found[name].data_ptr() != value.data_ptr()) or not value.numel()
+    assert compute.calls == 1
+
+
+def test_other_inputs_are_other_results(tmp_path: Path, residual: Program) -> None:
+    weight = next(name for name, _ in residual.module.named_parameters())
+    other = set_tensors(residual, {weight: residual.tensor(weight) + 1}, note="other")
+    images = torch.zeros(4, 3, 8, 8)
+    keys: list[tuple[str, list[Any]]] = [
+        ("x", []),
+        ("y", []),
+        ("x", [1]),
+        ("x", [1.0]),
+        ("x", ["1"]),
+        ("x", [True]),
+        ("x", [None]),
+        ("x", [[1]]),
+        ("x", [{"a": 1}]),
+        ("x", [{"b": 1}]),
+        ("x", [{1}]),
+        ("x", [Settings()]),
+        ("x", [Settings(ridge=None)]),
+        ("x", [Settings(names=("a", "b"))]),
+        ("x", [residual]),
+        ("x", [other]),
+        ("x", [CalibrationSet.of(images)]),
+        ("x", [CalibrationSet.of(images[:3])]),
+        ("x", [torch.zeros(2)]),
+        ("x", [torch.zeros(2, 1)]),
+        ("x", [torch.zeros(2).double()]),
+        ("x", [-torch.zeros(2)]),
+    ]
+    store = AnalysisStore(tmp_path)
+    for number, (name, inputs) in enumerate(keys):
+        assert store.value(name, inputs, Counter(number)) == number
+    for number, (name, inputs) in enumerate(keys):
+        assert store.value(name, inputs, Counter("computed again")) == number
+    assert (store.computed, store.reused) == (len(keys), len(keys))
+
+
+def test_other_code_and_threads_are_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AnalysisStore(tmp_path)
+    store.value("x", [], Counter(1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert store.value("x", [], Counter(2)) == 2
+    monkeypatch.setattr(analysis_store, "_source", lambda: "another version")
+    assert store.value("x", [], Counter(3)) == 3
+
+
+def test_what_has_no_content_is_computed(tmp_path: Path) -> None:
+    compute = Counter(1)
+    store = AnalysisStore(tmp_path)
+    assert [store.value("x", [lambda: 0], compute) for _ in range(2)] == [1, 1]
+    assert compute.calls == 2 and not entries(tmp_path)
+
+
+def test_nothing_is_kept_without_a_folder() -> None:
+    compute = Counter(1)
+    assert [NOTHING_KEPT.value("x", [], compute) for _ in range(2)] == [1, 1]
+    assert compute.calls == 2
+
+
+def test_measurements_get_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AnalysisStore(tmp_path)
+    now = 1e9
+    monkeypatch.setattr("time.time", lambda: now)
+    store.value("x", [], Counter(1), most_age_s=60)
+    now += 59
+    assert store.value("x", [], Counter(2), most_age_s=60) == 1
+    now += 2
+    assert store.value("x", [], Counter(2), most_age_s=60) == 2
+    assert store.value("x", [], Counter(3), most_age_s=60) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors at all", None])
+def test_a_damaged_entry_is_computed_again(damage: bytes | None, tmp_path: Path) -> None:
+    AnalysisStore(tmp_path).result("x", [], Counter(({}, {"t": torch.ones(100)})))
+    (path,) = entries(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9] if damage is None else damage)
+    compute = Counter(({}, {"t": torch.ones(100)}))
+    _, tensors = AnalysisStore(tmp_path).result("x", [], compute)
+    assert compute.calls == 1 and torch.equal(tensors["t"], torch.ones(100))
+    AnalysisStore(tmp_path).result("x", [], compute)
+    assert compute.calls == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = AnalysisStore(tmp_path / "file")
+    with pytest.warns(UserWarning, match="analyses are not kept"):
+        assert store.value("x", [], Counter(1)) == 1
+    assert store.value("y", [], Counter(2)) == 2
+
+
+def test_what_was_not_used_for_longest_goes(tmp_path: Path) -> None:
+    size = 2 << 20
+    store = AnalysisStore(tmp_path, most_bytes=4 * size)
+
+    def put(name: str) -> int:
+        compute = Counter((None, {"t": torch.zeros(size, dtype=torch.uint8)}))
+        store.result(name, [], compute)
+        for path in entries(tmp_path):  # the clock of a file system may be coarse
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 10))
+        return compute.calls
+
+    assert [put(name) for name in "abc"] == [1, 1, 1]
+    assert put("a") == 0  # used again
+    part = entries(tmp_path)[0].with_name(".part-left")
+    part.write_bytes(bytes(size))
+    assert put("d") == 1
+    assert not part.exists() and sum(path.stat().st_size for path in entries(tmp_path)) <= 4 * size
+    assert put("e") == 1
+    assert [put("a"), put("e"), put("b")] == [0, 0, 1]
+
+
+def test_what_is_larger_than_all_that_may_be_kept_is_not(tmp_path: Path) -> None:
+    store = AnalysisStore(tmp_path, most_bytes=1000)
+    store.result("x", [], Counter((None, {"t": torch.zeros(1000)})))
+    assert not entries(tmp_path)
