@@ -126,7 +126,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     clock = StageClock()
     with _progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
-            samples = CalibrationSet.of(calibration, inputs=_input_count(model))
+            samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
             teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))
             _check_fixed_batch(teacher, batch)
         options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
@@ -238,7 +238,7 @@ def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
     return nullcontext(silent if progress is False else progress)
 
 
-def _input_count(model: Any) -> int | None:
+def needed_inputs(model: Any) -> int | None:
     """How many inputs the model needs, read off forward(); None when that does not say."""
     if is_onnx(model):
         return input_count(model)

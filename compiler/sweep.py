@@ -1,0 +1,168 @@
+"""Several goals in one go: the compiled networks, and which of them no other beats in latency and error at once."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..passes.mimic import MimicSettings
+from ..runtime.backend import Backend
+from .api import Compiled, needed_inputs
+from .api import compile as compile_model
+from .atomic import write_folder
+from .calibration_set import CalibrationData, CalibrationSet, View
+from .capture import Model
+from .errors import GoalError
+from .pipeline import PipelineSettings
+from .plan import Goal, Latency
+from .progress import Progress
+
+#: The goals of a sweep that names none.
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+#: What a sweep writes beside the folders of its points.
+SWEEP = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepPoint:
+    """One goal: what it came to, or why nothing could be done towards it (`compiled` None)."""
+
+    goal: Goal
+    compiled: Compiled | None
+    met: bool
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name for a folder: ``latency-ratio-0.6``."""
+        return "-".join(str(self.goal).replace("%", "").split())
+
+    @property
+    def cost(self) -> tuple[float, float] | None:
+        """(measured latency ratio, relative output error on the held-out samples)."""
+        if self.compiled is None:
+            return None
+        return float(self.compiled.report.latency["ratio"]), self.compiled.report.output_error
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"goal": self.goal.to_dict(), "met": self.met, "folder": self.name}
+        if self.compiled is None:
+            return {**data, "folder": None, "reason": self.reason}
+        report = self.compiled.report
+        return {
+            **data,
+            "latency": {key: report.latency[key] for key in ("ratio", "low", "high", "before_ms", "after_ms")},
+            "macs": dict(report.macs),
+            "parameters": dict(report.parameters),
+            "output_error": report.output_error,
+            "decisions": len(report.decisions),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sweep:
+    """The points in the order of the goals."""
+
+    points: tuple[SweepPoint, ...]
+
+    @property
+    def front(self) -> tuple[SweepPoint, ...]:
+        """The Pareto front, fastest first: points that no other equals or beats in both measured latency ratio and
+        output error."""
+        found: list[SweepPoint] = []
+        for point in sorted((p for p in self.points if p.cost is not None), key=lambda p: p.cost or ()):
+            if not found or (point.cost or (0, 0))[1] < (found[-1].cost or (0, 0))[1]:
+                found.append(point)
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        front = {point.name for point in self.front}
+        return {"version": 1, "points": [{**p.to_dict(), "on_front": p.name in front} for p in self.points]}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every point's files into a folder of its own, then sweep.json. Each appears whole or not at all. Raises
+        OutputError."""
+        folder = Path(folder)
+        for point in self.points:
+            if point.compiled is not None:
+                point.compiled.save(folder / point.name)
+        write_folder(folder, {SWEEP: (json.dumps(self.to_dict(), indent=2) + "\n").encode()})
+        return folder
+
+
+def sweep(
+    model: Model,
+    calibration: CalibrationData,
+    *,
+    goals: Sequence[Goal] = tuple(Latency(ratio) for ratio in RATIOS),
+    backend: str | Backend | type[Backend] = "onnxruntime",
+    batch: int = 1,
+    rewrites: Sequence[str] | None = None,
+    mimic: MimicSettings | bool | None = True,
+    views: Sequence[View] = (),
+    seed: int = 0,
+    progress: bool | Progress = True,
+    threads: int = 1,
+    settings: PipelineSettings | None = None,
+    cache: bool | str | Path = True,
+    each: Callable[[SweepPoint], None] | None = None,
+) -> Sweep:
+    """Compile to each of `goals`; what the analyses find out is shared, so a further goal costs its own plan only.
+
+    The other arguments are those of `foldcut.compile`; `cache` False keeps the analyses for the time of the sweep.
+    A goal that cannot be met is a point with `met` False and the best there is. `each` is called with every point as
+    it is there. Raises GoalError when `goals` is empty or names one twice, else what `compile` raises.
+    """
+    _check_goals(goals)
+    points = []
+    samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
+    with _shared(cache) as place:
+        for goal in goals:
+            options: dict[str, Any] = {
+                "goal": goal,
+                "backend": backend,
+                "batch": batch,
+                "rewrites": rewrites,
+                "mimic": mimic,
+                "views": views,
+                "seed": seed,
+                "progress": progress,
+                "threads": threads,
+                "settings": settings,
+                "cache": place,
+            }
+            points.append(_point(model, samples, goal, options))
+            if each is not None:
+                each(points[-1])
+    return Sweep(points=tuple(points))
+
+
+def _point(model: Model, samples: CalibrationSet, goal: Goal, options: dict[str, Any]) -> SweepPoint:
+    try:
+        return SweepPoint(goal=goal, compiled=compile_model(model, samples, **options), met=True)
+    except GoalError as unmet:
+        best = unmet.best if isinstance(unmet.best, Compiled) else None
+        return SweepPoint(goal=goal, compiled=best, met=False, reason=unmet.message)
+
+
+def _check_goals(goals: Sequence[Goal]) -> None:
+    if not goals:
+        raise GoalError("a sweep needs a goal", hint="goals=[foldcut.Latency(0.8), foldcut.Latency(0.6)]")
+    names = [str(goal) for goal in goals]
+    if len(set(names)) < len(names):
+        raise GoalError(f"a goal is there twice: {', '.join(names)}", hint="name each goal once")
+
+
+@contextmanager
+def _shared(cache: bool | str | Path) -> Iterator[bool | str | Path]:
+    """The cache, or one that goes when the sweep is over."""
+    if cache is not False:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(prefix="foldcut-") as folder:
+        yield folder
