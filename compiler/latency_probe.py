@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..passes.drop_blocks import drop_blocks
-from ..runtime.backend import Array, Backend, Runner
+from ..runtime.backend import Array, Backend, NodeTime, ProfilingBackend, Runner
 from ..runtime.latency_table import LatencyTable
 from ..runtime.lattice import Lattice, probe_lattice
 from ..runtime.measure import measure_pair, measure_savings, measure_single
 from ..runtime.measurement import Measurement
 from ..runtime.measurement_cache import MeasurementCache, default_folder
 from .calibration_set import CalibrationSet
+from .errors import CompilerError
 from .export import to_onnx
 from .onnx_bypass import onnx_without
 from .program import Program
@@ -22,8 +24,17 @@ from .progress import Progress, silent
 from .regions import Region
 
 
+@dataclass(frozen=True, kw_only=True)
+class Profiles:
+    """Where the time goes in foldcut's export of the original and in the finished model, node by node."""
+
+    before: tuple[NodeTime, ...]
+    after: tuple[NodeTime, ...]
+
+
 class LatencyProbe:
-    """The original on a backend, and its variants with regions bypassed, measured against it in pairs.
+    """The original on a backend, and its variants with regions bypassed, measured against it in pairs. `names` are the
+    program's for what `model` calls otherwise (`exported_names`).
 
     Raises BackendError when the backend cannot build or run the original.
     """
@@ -39,6 +50,7 @@ class LatencyProbe:
         threads: int,
         seed: int,
         deployed: bytes | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.program = program
         self.model = model
@@ -46,6 +58,7 @@ class LatencyProbe:
         self.batch = batch
         self.threads = threads
         self.seed = seed
+        self.names = names or {}
         self.inputs = example_inputs(program, samples, batch)
         self.exported = self.load(model)
         self.original = self.exported if deployed is None else self.load(deployed)
@@ -118,6 +131,19 @@ class LatencyProbe:
         finally:
             runner.close()
 
+    def profiles(self, model: bytes, names: Mapping[str, str]) -> Profiles | None:
+        """Times of single nodes before and after, for people, under the names of the programs; None where the backend
+        does not tell them. `names` are those of the finished model."""
+        if not isinstance(self.backend, ProfilingBackend):
+            return None
+        try:
+            before, after = (
+                self.backend.profile(content, self.inputs, threads=self.threads) for content in (self.model, model)
+            )
+        except CompilerError:
+            return None
+        return Profiles(before=_renamed(before, self.names), after=_renamed(after, names))
+
     def close(self) -> None:
         self.exported.close()
         self.original.close()
@@ -137,6 +163,15 @@ class LatencyProbe:
             settings = [a for a in node.args if not hasattr(a, "op")]
             digest.update(f"{node.target}{shapes}{settings}".encode())
         return digest.hexdigest()
+
+
+def _renamed(nodes: Sequence[NodeTime], names: Mapping[str, str]) -> tuple[NodeTime, ...]:
+    """The nodes under the program's names; a name that stands for something else in the program is left out."""
+    taken = set(names.values())
+    return tuple(
+        replace(node, names=tuple(names.get(n, n) for n in node.names if n in names or n not in taken))
+        for node in nodes
+    )
 
 
 def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:

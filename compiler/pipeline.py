@@ -23,9 +23,9 @@ from .channel_pipeline import ChannelSettings, cut_channels, on_lattice
 from .cost import program_cost
 from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
-from .export import to_exported, to_onnx, to_pt2
+from .export import exported_names, to_exported, to_onnx, to_pt2
 from .joint_pipeline import JointSettings, cut_jointly
-from .latency_probe import LatencyProbe
+from .latency_probe import LatencyProbe, Profiles
 from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
 from .planner import require_regions
 from .program import Batch, Program
@@ -33,8 +33,8 @@ from .progress import Progress, StageClock, silent
 from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .regions import RegionAnalysis, find_regions
-from .rewritten import Rewritten
-from .verify import compare, output_error
+from .rewritten import Rewritten, TriedPlan
+from .verify import compare, errors_by_output, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
@@ -79,6 +79,9 @@ class Outcome:
     onnx_difference: float
     settings: PipelineSettings
     clock: StageClock
+    tried: tuple[TriedPlan, ...] = ()
+    errors_by_output: Mapping[str, float] = field(default_factory=dict)
+    profiles: Profiles | None = None
 
 
 def run_pipeline(
@@ -112,7 +115,8 @@ def run_pipeline(
             analysis = find_regions(teacher)
         require_regions(analysis, goal)
     with clock.stage("export"):
-        original = to_onnx(teacher, opset=settings.opset)
+        exported = to_exported(teacher)
+        original = to_onnx(teacher, opset=settings.opset, exported=exported)
     probe = LatencyProbe(
         teacher,
         original,
@@ -122,6 +126,7 @@ def run_pipeline(
         threads=settings.threads,
         seed=settings.seed,
         deployed=deployed,
+        names=exported_names(teacher, exported),
     )
     asked = goal
     try:
@@ -237,6 +242,8 @@ def _finish(
     with clock.stage("measure"):
         difference = onnx_difference(student, onnx, probe, held_out)
         measurement = probe.final(onnx)
+    with clock.stage("profile"):
+        profiles = probe.profiles(onnx, exported_names(student, exported))
     return Outcome(
         teacher=teacher,
         program=student,
@@ -252,6 +259,9 @@ def _finish(
         onnx_difference=difference,
         settings=settings,
         clock=clock,
+        tried=rewritten.tried,
+        errors_by_output=errors_by_output(teacher, student, held_out),
+        profiles=profiles,
     )
 
 
