@@ -32,7 +32,7 @@ from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .provenance import find_units
 from .report import Report, unit_groups
-from .report_page import report_page
+from .report_page import page_or_reason
 from .report_parts import report_parts
 from .saved import ONNX, PAGE, PLAN, PT2, REPORT
 
@@ -73,7 +73,7 @@ class Compiled:
             PT2: self.outcome.pt2,
             PLAN: _json(self.plan.to_dict()),
             REPORT: _json(self.report.to_dict()),
-            PAGE: report_page(self.report.to_dict()).encode(),
+            PAGE: page_or_reason(self.report.to_dict()).encode(),
         }
 
     def save(self, folder: str | Path) -> Path:

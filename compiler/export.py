@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .atomic import write_folder
 from .errors import ExportError, named_first_line
 from .logs import quiet_exporters
-from .program import Program, is_size, is_tensor
+from .program import Program, is_tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -37,18 +37,6 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
             f"torch.export refused the rewritten network: {named_first_line(cause)}",
             hint="report the model: every captured program should export again",
         ) from cause
-
-
-def exported_names(program: Program, exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """What the export calls each tensor -> what the Program calls it: torch.export numbers nodes anew, in the same
-    order. Nothing where the two do not correspond call by call."""
-    ours, theirs = (
-        [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
-        for graph in (program.graph, exported.graph)
-    )
-    if [n.target for n in ours] != [n.target for n in theirs]:
-        return {}
-    return {there.name: here.name for here, there in zip(ours, theirs, strict=True)}
 
 
 def to_pt2(exported: torch.export.ExportedProgram) -> bytes:

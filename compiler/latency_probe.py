@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,15 +26,15 @@ from .regions import Region
 
 @dataclass(frozen=True, kw_only=True)
 class Profiles:
-    """Where the time goes in foldcut's export of the original and in the finished model, node by node."""
+    """Where the time goes, node by node, in foldcut's export of the original (`model`) and in the finished model."""
 
+    model: bytes = field(repr=False)
     before: tuple[NodeTime, ...]
     after: tuple[NodeTime, ...]
 
 
 class LatencyProbe:
-    """The original on a backend, and its variants with regions bypassed, measured against it in pairs. `names` are the
-    program's for what `model` calls otherwise (`exported_names`).
+    """The original on a backend, and its variants with regions bypassed, measured against it in pairs.
 
     Raises BackendError when the backend cannot build or run the original.
     """
@@ -50,7 +50,6 @@ class LatencyProbe:
         threads: int,
         seed: int,
         deployed: bytes | None = None,
-        names: Mapping[str, str] | None = None,
     ) -> None:
         self.program = program
         self.model = model
@@ -58,7 +57,6 @@ class LatencyProbe:
         self.batch = batch
         self.threads = threads
         self.seed = seed
-        self.names = names or {}
         self.inputs = example_inputs(program, samples, batch)
         self.exported = self.load(model)
         self.original = self.exported if deployed is None else self.load(deployed)
@@ -131,9 +129,8 @@ class LatencyProbe:
         finally:
             runner.close()
 
-    def profiles(self, model: bytes, names: Mapping[str, str]) -> Profiles | None:
-        """Times of single nodes before and after, for people, under the names of the programs; None where the backend
-        does not tell them. `names` are those of the finished model."""
+    def profiles(self, model: bytes) -> Profiles | None:
+        """Times of single nodes before and after, for people; None where the backend does not tell them."""
         if not isinstance(self.backend, ProfilingBackend):
             return None
         try:
@@ -142,7 +139,7 @@ class LatencyProbe:
             )
         except CompilerError:
             return None
-        return Profiles(before=_renamed(before, self.names), after=_renamed(after, names))
+        return Profiles(model=self.model, before=before, after=after)
 
     def close(self) -> None:
         self.exported.close()
@@ -163,15 +160,6 @@ class LatencyProbe:
             settings = [a for a in node.args if not hasattr(a, "op")]
             digest.update(f"{node.target}{shapes}{settings}".encode())
         return digest.hexdigest()
-
-
-def _renamed(nodes: Sequence[NodeTime], names: Mapping[str, str]) -> tuple[NodeTime, ...]:
-    """The nodes under the program's names; a name that stands for something else in the program is left out."""
-    taken = set(names.values())
-    return tuple(
-        replace(node, names=tuple(names.get(n, n) for n in node.names if n in names or n not in taken))
-        for node in nodes
-    )
 
 
 def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:

@@ -23,7 +23,7 @@ from .channel_pipeline import ChannelSettings, cut_channels, on_lattice
 from .cost import program_cost
 from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
-from .export import exported_names, to_exported, to_onnx, to_pt2
+from .export import to_exported, to_onnx, to_pt2
 from .joint_pipeline import JointSettings, cut_jointly
 from .latency_probe import LatencyProbe, Profiles
 from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
@@ -115,8 +115,7 @@ def run_pipeline(
             analysis = find_regions(teacher)
         require_regions(analysis, goal)
     with clock.stage("export"):
-        exported = to_exported(teacher)
-        original = to_onnx(teacher, opset=settings.opset, exported=exported)
+        original = to_onnx(teacher, opset=settings.opset)
     probe = LatencyProbe(
         teacher,
         original,
@@ -126,7 +125,6 @@ def run_pipeline(
         threads=settings.threads,
         seed=settings.seed,
         deployed=deployed,
-        names=exported_names(teacher, exported),
     )
     asked = goal
     try:
@@ -243,7 +241,7 @@ def _finish(
         difference = onnx_difference(student, onnx, probe, held_out)
         measurement = probe.final(onnx)
     with clock.stage("profile"):
-        profiles = probe.profiles(onnx, exported_names(student, exported))
+        profiles = probe.profiles(onnx)
     return Outcome(
         teacher=teacher,
         program=student,

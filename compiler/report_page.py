@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .errors import first_line
 from .report_cards import block_cards, runs_of_blocks
 from .report_pareto import pareto_plot
 from .report_words import (
@@ -42,6 +45,16 @@ def report_page(report: Mapping[str, Any]) -> str:
     """The page of a report as plain data (`Report.to_dict`, or report.json). Everything is drawn as it stands there;
     scripts only show details next to the pointer."""
     return _environment().get_template(TEMPLATE).render(_content(report))
+
+
+def page_or_reason(report: Mapping[str, Any]) -> str:
+    """The page, or one that says what is wrong with it, with a warning: a compile is not lost over its picture."""
+    try:
+        return report_page(report)
+    except Exception as cause:  # whatever it is, report.json has the figures
+        reason = f"the page of the report could not be made: {first_line(cause)}"
+        warnings.warn(reason, stacklevel=3)
+        return f"<!doctype html><title>foldcut report</title><p>{escape(reason)}. report.json has all figures.</p>\n"
 
 
 def _environment() -> Environment:

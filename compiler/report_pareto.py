@@ -61,7 +61,7 @@ def pareto_plot(report: Mapping[str, Any]) -> dict[str, Any]:
 def _label(result: Mapping[str, Any], marks: Sequence[tuple[float, float]], goal: float | None) -> dict[str, Any]:
     """Where the result's name hides least: beside, below or above it."""
     wide, high = 7.2 * len("result"), 14.0
-    places = []
+    places: list[tuple[float, int, dict[str, Any]]] = []
     for dy in (24.0, -13.0, 4.5):
         for anchor, dx, left in (("start", 14.0, 14.0), ("end", -14.0, -14.0 - wide), ("middle", 0.0, -wide / 2)):
             if dy == 4.5 and anchor == "middle":

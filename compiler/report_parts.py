@@ -52,6 +52,7 @@ def _block_latency(outcome: Outcome) -> Part:
     found = block_latency(
         outcome.teacher,
         outcome.program,
+        (profiles.model, outcome.onnx),
         (profiles.before, profiles.after),
         (measured.before_ms, measured.after_ms),
     )

@@ -28,6 +28,7 @@ TOP = {
     "rank_choice",
     "rank_latency",
     "rank_pipeline",
+    "report_parts",
     "rewritten",
 }
 #: The modules that may change graphs.
