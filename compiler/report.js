@@ -2,6 +2,7 @@
 (() => {
   const tip = document.getElementById("tip");
   const texts = new Map();
+  let focused = null;
   for (const place of document.querySelectorAll(".tip-at")) {
     const title = place.querySelector(":scope > title");
     texts.set(place, title ? title.textContent : place.getAttribute("title"));
@@ -10,9 +11,9 @@
   }
   const move = (x, y) => {
     const { width, height } = tip.getBoundingClientRect();
-    const left = Math.min(Math.max(8, x + 14), window.innerWidth - width - 8);
+    const left = Math.min(x + 14, window.innerWidth - width - 8);
     const top = y + 18 + height > window.innerHeight ? y - height - 12 : y + 18;
-    tip.style.left = `${left}px`;
+    tip.style.left = `${Math.max(8, left)}px`;
     tip.style.top = `${Math.max(8, top)}px`;
   };
   const show = (place, x, y) => {
@@ -20,17 +21,22 @@
     tip.hidden = false;
     move(x, y);
   };
-  const hide = () => { tip.hidden = true; };
+  const hide = () => {
+    tip.hidden = true;
+    focused = null;
+  };
+  const follow = () => {
+    if (!focused) return;
+    const box = focused.getBoundingClientRect();
+    move(box.left, box.bottom - 8);
+  };
   for (const place of texts.keys()) {
-    place.addEventListener("pointerenter", (event) => show(place, event.clientX, event.clientY));
-    place.addEventListener("pointermove", (event) => move(event.clientX, event.clientY));
-    place.addEventListener("pointerleave", hide);
-    place.addEventListener("focus", () => {
-      const box = place.getBoundingClientRect();
-      show(place, box.left, box.bottom - 8);
-    });
+    place.addEventListener("pointerenter", (event) => { focused = null; show(place, event.clientX, event.clientY); });
+    place.addEventListener("pointermove", (event) => { if (!focused) move(event.clientX, event.clientY); });
+    place.addEventListener("pointerleave", () => { if (!focused) hide(); });
+    place.addEventListener("focus", () => { show(place, 0, 0); focused = place; follow(); });
     place.addEventListener("blur", hide);
   }
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-  window.addEventListener("scroll", hide, { passive: true });
+  window.addEventListener("scroll", follow, { passive: true });
 })();
