@@ -8,7 +8,7 @@ SOURCES := $(wildcard compiler/*.py compiler/report.* compiler/_package/*.py pas
 .PHONY: demo test lint types examples install clean
 
 demo: install
-	$(BIN)/foldcut demo --output demo-output
+	$(BIN)/foldcut demo --output demo-output $(if $(REWRITES),--rewrites $(REWRITES))
 
 test: install
 	$(BIN)/python -m pytest -q -n 2
