@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard compiler/*.py compiler/_package/*.py passes/*.py passes/*/*.py runtime/*.py)
+SOURCES := $(wildcard compiler/*.py compiler/report.* compiler/_package/*.py passes/*.py passes/*/*.py runtime/*.py)
 
 .PHONY: demo test lint types examples install clean
 
 demo: install
-	$(BIN)/foldcut demo --output demo-output
+	$(BIN)/foldcut demo --output demo-output $(if $(REWRITES),--rewrites $(REWRITES))
 
 test: install
 	$(BIN)/python -m pytest -q -n 2

@@ -34,7 +34,9 @@ from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .provenance import find_units
 from .report import Report, unit_groups
-from .saved import ONNX, PLAN, PT2, REPORT
+from .report_page import page_or_reason
+from .report_parts import report_parts
+from .saved import ONNX, PAGE, PLAN, PT2, REPORT
 
 REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
@@ -73,11 +75,12 @@ class Compiled:
             PT2: self.outcome.pt2,
             PLAN: _json(self.plan.to_dict()),
             REPORT: _json(self.report.to_dict()),
+            PAGE: page_or_reason(self.report.to_dict()).encode(),
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write model.onnx, model.pt2, plan.json and report.json; all or none appear. Raises OutputError when it
-        cannot be written."""
+        """Write model.onnx, model.pt2, plan.json, report.json and report.html; all or none appear. Raises OutputError
+        when they cannot be written."""
         write_folder(Path(folder), self.files)
         return Path(folder)
 
@@ -281,6 +284,8 @@ def _report(
     macs, parameters = cost_report(outcome)
     latency = outcome.measurement.to_dict(samples=False)
     environment = latency.pop("environment", {})
+    with outcome.clock.stage("report"):
+        parts = report_parts(outcome, samples)
     return Report(
         goal=goal.to_dict(),
         met=outcome.met,
@@ -305,6 +310,8 @@ def _report(
         environment=dict(environment) if isinstance(environment, dict) else {},
         seed=options.seed,
         warnings=tuple(messages),
+        errors_by_output=outcome.errors_by_output,
+        **parts,
     )
 
 

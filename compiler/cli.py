@@ -31,6 +31,7 @@ from .model_source import load_model
 from .onnx_compare import compare_onnx, random_samples
 from .plan import Latency
 from .progress import rich_progress, silent
+from .saved import PAGE
 
 app = typer.Typer(
     name="foldcut",
@@ -59,7 +60,8 @@ def compile_command(
     model: ModelArgument,
     calib: Annotated[Path, typer.Option(help="Unlabelled inputs: .npy, .npz, .pt or a folder of images.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2, plan.json, report.json.")
+        Path,
+        typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2, plan.json, report.json, report.html."),
     ],
     latency: Annotated[
         str | None,
@@ -123,7 +125,7 @@ def compile_command(
             mimic=mimic,
             views=(horizontal_flip,) if flip else (),
             seed=seed,
-            rewrites=None if rewrites is None else [r.strip() for r in rewrites.split(",")],
+            rewrites=_names(rewrites),
             settings=read_settings(multiple_of, ignore or [], low_rank=ranks is not None or rewrites == "factorize"),
             progress=not (as_json or quiet),
         )
@@ -132,12 +134,22 @@ def compile_command(
             print(json.dumps(result.report.to_dict()))
         elif not quiet:
             show_report(result.report, out)
-            out.print(f"wrote {output}/ ({', '.join(result.files)})")
+            _say_written(output, result)
         if unmet is not None:
             err.print(f"[bold red]{unmet.stage}[/]: {escape(unmet.message)}", highlight=False)
             raise typer.Exit(3)
 
     _guarded(work, debug=debug)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _say_written(output: Path, result: Compiled) -> None:
+    """What was written where, the page that people open last."""
+    out.print(f"wrote {output}/ ({', '.join(result.files)})")
+    out.print(f"open {output / PAGE} in a browser", highlight=False)
 
 
 def _check_shape(samples: CalibrationSet, shape: str | None) -> None:
@@ -265,6 +277,7 @@ def verify(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")] = Path("demo-output"),
     goal: Annotated[float, typer.Option("--latency", help="Latency goal.")] = 0.6,
+    rewrites: Annotated[str | None, typer.Option(help="Rewrites that may be used, as for compile.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of training and compile.")] = 0,
     quiet: QuietOption = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
@@ -275,9 +288,9 @@ def demo(
         from .demo import run_demo
 
         check_writable(output)
-        result = run_demo(Latency(goal), seed=seed, progress=not quiet, console=out)
+        result = run_demo(Latency(goal), rewrites=_names(rewrites), seed=seed, progress=not quiet, console=out)
         write_folder(output, result.files)
-        out.print(f"wrote {output}/ ({', '.join(result.files)})")
+        _say_written(output, result)
 
     _guarded(work, debug=debug)
 

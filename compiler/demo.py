@@ -3,6 +3,8 @@ scikit-learn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -92,7 +94,9 @@ def accuracy(module: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> f
         return 100 * float((module(images).argmax(1) == labels).float().mean())
 
 
-def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Compiled:
+def run_demo(
+    goal: Goal, *, rewrites: Sequence[str] | None = None, seed: int, progress: bool, console: Console
+) -> Compiled:
     """Train, compile, print the table, and return the result."""
     images, labels, test_images, test_labels = load_digits()
     console.print(f"training a residual network on {len(images)} handwritten digits ...")
@@ -101,7 +105,7 @@ def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Comp
     brief = MimicSettings(iterations=120)
     samples = images[:CALIBRATION_SAMPLES]
     try:
-        result = compile_model(net, samples, goal=goal, mimic=brief, seed=seed, progress=progress)
+        result = compile_model(net, samples, goal=goal, rewrites=rewrites, mimic=brief, seed=seed, progress=progress)
     except GoalError as unmet:
         if not isinstance(unmet.best, Compiled):
             raise
@@ -120,5 +124,5 @@ def run_demo(goal: Goal, *, seed: int, progress: bool, console: Console) -> Comp
     for row in result.report.rows():
         table.add_row(*row)
     console.print(table)
-    console.print("dropped: " + ", ".join(str(d["path"]) for d in result.report.decisions), highlight=False)
+    console.print("done: " + ", ".join(map(str, result.plan.decisions)), highlight=False, markup=False)
     return result

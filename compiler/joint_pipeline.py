@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,7 @@ from .channel_pipeline import ChannelSettings, channel_decision
 from .drop_pipeline import choose
 from .errors import GoalError, Reject
 from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
-from .joint_search import MOST_MIXES, MixSearch
+from .joint_search import MOST_MIXES, Found, MixSearch
 from .latency_probe import LatencyProbe
 from .plan import Decision, DropBlock, FactorizeLayer, Latency, PruneChannels
 from .program import Program
@@ -30,7 +31,7 @@ from .provenance import Provenance, find_units
 from .rank_choice import search_plan
 from .rank_pipeline import latency_menu, rank_trials
 from .regions import find_regions
-from .rewritten import Rewritten
+from .rewritten import Rewritten, TriedPlan
 from .stored_latency import StoredLatency
 from .stored_passes import stored_channels, stored_factors, stored_rank_analysis, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
@@ -255,6 +256,20 @@ def cut_jointly(
         kept=applied.kept,
         provenance=next((offer.provenance for offer in offered if offer.provenance is not None), None),
         selections=applied.selections,
+        tried=tried_plans(found),
+    )
+
+
+def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
+    """What a search has tried, as plain figures."""
+    return tuple(
+        TriedPlan(
+            ratio=plan.ratio,
+            error=plan.error,
+            counts=dict(Counter(item.kind for item in plan.mix)),
+            chosen=plan is found.best,
+        )
+        for plan in found.tried
     )
 
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..passes.drop_blocks import drop_blocks
-from ..runtime.backend import Array, Backend, Runner
+from ..runtime.backend import Array, Backend, NodeTime, ProfilingBackend, Runner
 from ..runtime.latency_table import LatencyTable
 from ..runtime.lattice import Lattice, probe_lattice
 from ..runtime.measure import measure_pair, measure_savings, measure_single
 from ..runtime.measurement import Measurement
 from ..runtime.measurement_cache import MeasurementCache, default_folder
 from .calibration_set import CalibrationSet
+from .errors import CompilerError
 from .export import to_onnx
 from .onnx_bypass import onnx_without
 from .program import Program
 from .progress import Progress, silent
 from .regions import Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiles:
+    """Where the time goes, node by node, in foldcut's export of the original (`model`) and in the finished model."""
+
+    model: bytes = field(repr=False)
+    before: tuple[NodeTime, ...]
+    after: tuple[NodeTime, ...]
 
 
 class LatencyProbe:
@@ -119,6 +130,18 @@ class LatencyProbe:
             return measure_pair(self.original, runner, seed=self.seed, environment=environment)
         finally:
             runner.close()
+
+    def profiles(self, model: bytes) -> Profiles | None:
+        """Times of single nodes before and after, for people; None where the backend does not tell them."""
+        if not isinstance(self.backend, ProfilingBackend):
+            return None
+        try:
+            before, after = (
+                self.backend.profile(content, self.inputs, threads=self.threads) for content in (self.model, model)
+            )
+        except CompilerError:
+            return None
+        return Profiles(model=self.model, before=before, after=after)
 
     def close(self) -> None:
         self.exported.close()

@@ -26,7 +26,7 @@ from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .joint_pipeline import JointSettings, cut_jointly
-from .latency_probe import LatencyProbe
+from .latency_probe import LatencyProbe, Profiles
 from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
 from .planner import require_regions
 from .program import Batch, Program
@@ -34,10 +34,10 @@ from .progress import Progress, StageClock, silent
 from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .regions import RegionAnalysis, find_regions
-from .rewritten import Rewritten
+from .rewritten import Rewritten, TriedPlan
 from .stored_latency import StoredLatency
 from .stored_passes import stored_mimic
-from .verify import compare, output_error
+from .verify import compare, errors_by_output, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
@@ -82,6 +82,9 @@ class Outcome:
     onnx_difference: float
     settings: PipelineSettings
     clock: StageClock
+    tried: tuple[TriedPlan, ...] = ()
+    errors_by_output: Mapping[str, float] = field(default_factory=dict)
+    profiles: Profiles | None = None
 
 
 def run_pipeline(
@@ -248,6 +251,8 @@ def _finish(
     with clock.stage("measure"):
         difference = onnx_difference(student, onnx, probe, held_out)
         measurement = probe.final(onnx)
+    with clock.stage("profile"):
+        profiles = probe.profiles(onnx)
     return Outcome(
         teacher=teacher,
         program=student,
@@ -263,6 +268,9 @@ def _finish(
         onnx_difference=difference,
         settings=settings,
         clock=clock,
+        tried=rewritten.tried,
+        errors_by_output=errors_by_output(teacher, student, held_out),
+        profiles=profiles,
     )
 
 

@@ -257,7 +257,7 @@ def _region(program: Program, flow: _Flow, entry: str, exit_: str) -> Region:
         exit=exit_,
         kind=_kind(program, entry, exit_, contracted),
         nodes=frozenset(nodes),
-        path=_common_path(program, contracted),
+        path=common_path(program, contracted),
         cost=region_cost(program, (program.nodes[n] for n in nodes)),
     )
 
@@ -330,7 +330,7 @@ def _concat_regions(program: Program, flow: _Flow, covered: frozenset[str]) -> l
                 exit=operand.name,
                 kind="concat",
                 nodes=frozenset(nodes),
-                path=_common_path(program, contracted),
+                path=common_path(program, contracted),
                 cost=region_cost(program, (program.nodes[n] for n in nodes)),
             )
     return list(regions.values())
@@ -356,7 +356,7 @@ def _rejected_joins(program: Program, flow: _Flow, covered: frozenset[str]) -> l
     return rejects
 
 
-def _common_path(program: Program, names: Iterable[str]) -> str:
+def common_path(program: Program, names: Iterable[str]) -> str:
     """The longest module path that the nodes share; for an ONNX file without such paths, the first and last name."""
     paths = [program.path(program.nodes[n]) for n in sorted(names, key=program.order.__getitem__)]
     if not paths:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .plan import Decision, PruneChannels
@@ -19,6 +19,11 @@ class Report:
     samples at each stage and at the end; `groups` the unit groups, kept and total, and `multiple_of` what channel
     counts went to multiples of, where channels were pruned;
     `seconds` wall and CPU seconds per stage.
+
+    `errors_by_output` is the final error of each output by name; `tried` the plans that were compared on the way
+    (`TriedPlan`); `changes` what each kind of decision costs by itself (`errors_by_class`); `graph` the network block
+    by block with what became of each layer (`describe_graph`); `block_latency` where the time went before and after. A
+    part that is not there has a `missing` with the reason.
     """
 
     goal: Mapping[str, Any]
@@ -40,6 +45,11 @@ class Report:
     warnings: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
     multiple_of: int | None = None
+    errors_by_output: Mapping[str, float] = field(default_factory=dict)
+    tried: Sequence[Mapping[str, Any]] = ()
+    changes: Sequence[Mapping[str, Any]] = ()
+    graph: Mapping[str, Any] = field(default_factory=dict)
+    block_latency: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -54,10 +64,15 @@ class Report:
             "parameters": dict(self.parameters),
             "output_error": self.output_error,
             "output_errors": dict(self.output_errors),
+            "errors_by_output": dict(self.errors_by_output),
             "decisions": [dict(d) for d in self.decisions],
             "rejects": list(self.rejects),
             "groups": [dict(g) for g in self.groups],
             "multiple_of": self.multiple_of,
+            "changes": [dict(c) for c in self.changes],
+            "tried": [dict(t) for t in self.tried],
+            "block_latency": dict(self.block_latency),
+            "graph": dict(self.graph),
             "onnx_difference": self.onnx_difference,
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),

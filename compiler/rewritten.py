@@ -15,12 +15,23 @@ from .provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedPlan:
+    """A plan that was tried on the way: its measured latency ratio, its relative output error after a quick re-solve,
+    how many decisions of each kind it has (`drop_blocks`, `prune_channels`, `factorize`), and whether it was chosen."""
+
+    ratio: float
+    error: float
+    counts: Mapping[str, int]
+    chosen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rewritten:
     """A smaller network before mimicking: what was decided, whether the goal was met, what was left alone and why, and
     the relative output errors so far, stage by stage.
 
     `layers` are the errors of the layers that were solved again, `kept` the channels left of each node that lost some;
-    `provenance` and `selections` are there when channels were looked at.
+    `provenance` and `selections` are there when channels were looked at, `tried` when several plans were compared.
     """
 
     program: Program
@@ -32,3 +43,4 @@ class Rewritten:
     kept: Mapping[str, Kept] = field(default_factory=dict)
     provenance: Provenance | None = None
     selections: Mapping[str, Selection] = field(default_factory=dict)
+    tried: tuple[TriedPlan, ...] = ()

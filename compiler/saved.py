@@ -16,8 +16,8 @@ from .errors import OutputError
 from .plan import Plan
 from .program import Program
 
-#: The files of an output folder.
-ONNX, PT2, PLAN, REPORT = "model.onnx", "model.pt2", "plan.json", "report.json"
+#: The files of an output folder. The page is for people: it is written, and never read.
+ONNX, PT2, PLAN, REPORT, PAGE = "model.onnx", "model.pt2", "plan.json", "report.json", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,7 +23,7 @@ from .plan import Goal, Latency
 from .progress import Progress
 
 #: The goals of a sweep that names none.
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
 #: What a sweep writes beside the folders of its points.
 SWEEP = "sweep.json"
 
@@ -99,7 +99,7 @@ def sweep(
     model: Model,
     calibration: CalibrationData,
     *,
-    goals: Sequence[Goal] = tuple(Latency(ratio) for ratio in RATIOS),
+    goals: Sequence[Goal] = GOALS,
     backend: str | Backend | type[Backend] = "onnxruntime",
     batch: int = 1,
     rewrites: Sequence[str] | None = None,

@@ -68,6 +68,19 @@ def output_error(teacher: Program, student: Program, samples: CalibrationSet, ba
     return error / energy if energy > 0 else error
 
 
+def errors_by_output(
+    teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32
+) -> dict[str, float]:
+    """The relative mean squared error of each output over the samples, by the output's name."""
+    names = [spec.name for spec in teacher.outputs]
+    sums = [(0.0, 0.0)] * len(names)
+    for batch in samples.batches(batch_size):
+        pairs = zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True)
+        found = [squared_distance(t, s) for t, s in pairs]
+        sums = [(error + part, energy + norm) for (error, energy), (part, norm) in zip(sums, found, strict=True)]
+    return {name: error / energy if energy > 0 else error for name, (error, energy) in zip(names, sums, strict=True)}
+
+
 def squared_distance(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     """(sum of (other - reference)^2, sum of reference^2) in float64.
 

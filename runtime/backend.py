@@ -92,6 +92,28 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeTime:
+    """One node as a runtime runs it, after its own fusing: the median of its time. `names` are those by which the model
+    may know it: the values that it makes, and its own."""
+
+    names: tuple[str, ...]
+    kind: str
+    ms: float
+
+
+@runtime_checkable
+class ProfilingBackend(Backend, Protocol):
+    """A backend that can say where the time goes."""
+
+    def profile(self, model: bytes, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
+        """Time each node of the model given as ONNX bytes, in the order in which they run.
+
+        Timing single nodes costs time itself: only the shares count. Raises BackendError where it cannot.
+        """
+        ...
+
+
 #: Name -> (module of this package, class): naming a backend does not import the others.
 _BUILTIN: dict[str, tuple[str, str]] = {
     "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..compiler.errors import BackendError, first_line
-from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner
+from .backend import Array, Availability, Clock, NodeTime, Runner, check_threads, closed_runner
 from .environment import host_environment
 from .inputs import check_inputs, draw_inputs, onnx_bytes, session_specs
 from .onnxruntime_provider import (
@@ -23,6 +24,8 @@ from .onnxruntime_provider import (
 if TYPE_CHECKING:
     import onnxruntime
 
+#: The name of the file that a traced session writes its optimised model to.
+OPTIMISED = "optimised.onnx"
 _FATAL_ONLY = 4  # refusals reach the caller as exceptions, so nothing needs printing
 
 
@@ -61,6 +64,16 @@ class OnnxRuntimeBackend:
         on_thread = threads == 1 and self._setup.device == "cpu"
         clock: Clock = "thread_cpu" if on_thread else "wall"
         return OnnxRuntimeRunner(session, inputs, clock=clock, device=self._setup.device)
+
+    def profile(self, model: bytes, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
+        """Time each node on the CPU. Raises BackendError for another provider (its nodes only start work), and where
+        ORT refuses the model or gives no profile."""
+        from .onnxruntime_profile import profile_model
+
+        if self._setup.device != "cpu":
+            raise BackendError(f"{self.name} does not time single nodes", hint="profile on the backend onnxruntime")
+        check_threads(threads)
+        return profile_model(onnx_bytes(model, "ONNX Runtime"), inputs, threads=threads)
 
     def environment(self) -> dict[str, str | int]:
         """Describe the host, ORT's version and provider, and the GPU where it uses one."""
@@ -154,8 +167,11 @@ class OnnxRuntimeRunner:
         self._values = {}
 
 
-def create_session(model: bytes, *, threads: int = 1, provider: Provider = "cpu") -> onnxruntime.InferenceSession:
-    """Load ONNX bytes into a silent session, fully optimised.
+def create_session(
+    model: bytes, *, threads: int = 1, provider: Provider = "cpu", traced: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """Load ONNX bytes into a silent session, fully optimised. `traced` is a folder that the optimised model goes to,
+    and a profile when the session ends it.
 
     Raises BackendError if ORT refuses, or does not use the provider.
     """
@@ -169,6 +185,10 @@ def create_session(model: bytes, *, threads: int = 1, provider: Provider = "cpu"
     # ALL, not EXTENDED: only ALL has the NCHWc layout, which halves the time of convolutions.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _FATAL_ONLY
+    if traced is not None:
+        options.optimized_model_filepath = str(traced / OPTIMISED)
+        options.profile_file_prefix = str(traced / "profile")
+        options.enable_profiling = True
     # Idle threads that spin would take CPU time from whatever is measured next to them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")

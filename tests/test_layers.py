@@ -28,9 +28,11 @@ TOP = {
     "rank_choice",
     "rank_latency",
     "rank_pipeline",
+    "report_parts",
     "rewritten",
     "stored_latency",
     "stored_passes",
+    "sweep",
 }
 #: The modules that may change graphs.
 EDITS = {f"compiler/{name}.py" for name in ("edit", "edit_chain", "edit_extract", "edit_folds", "onnx_module")}

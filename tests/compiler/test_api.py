@@ -99,11 +99,17 @@ def test_the_report_as_rows(compiled: foldcut.Compiled) -> None:
     assert {"MACs", "parameters"} <= set(rows)
 
 
-def test_the_folder_has_four_files_that_agree(
+def test_the_folder_has_five_files_that_agree(
     compiled: foldcut.Compiled, nets: SimpleNamespace, tmp_path: Path, residual: Program
 ) -> None:
     out = compiled.save(tmp_path / "new" / "out")
-    assert sorted(p.name for p in out.iterdir()) == ["model.onnx", "model.pt2", "plan.json", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "model.onnx",
+        "model.pt2",
+        "plan.json",
+        "report.html",
+        "report.json",
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new"]
     x = nets.images(5, seed=8)
     wanted = compiled.module(x).detach()
@@ -227,7 +233,7 @@ def test_a_goal_out_of_reach_keeps_the_best(counting_backend: Any, nets: SimpleN
     assert isinstance(best, foldcut.Compiled)
     assert len(best.plan.decisions) == 2
     assert best.report.met is False
-    assert len(list(best.save(tmp_path / "best").iterdir())) == 4
+    assert len(list(best.save(tmp_path / "best").iterdir())) == 5
     assert ".best" in str(caught.value.hint)
 
 

@@ -1,6 +1,7 @@
 """All rewrites under one latency goal, end to end."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,32 @@ def test_the_goal_is_reached_and_said_so(mixed: foldcut.Compiled) -> None:
     assert list(report.output_errors) == ["rewritten", "re-solved"]
     assert report.output_errors["re-solved"] <= report.output_errors["rewritten"]
     assert {"try plans", "measure plan", "offer channels", "offer ranks"} <= set(report.seconds)
+
+
+def test_the_report_has_the_plans_that_were_tried(mixed: foldcut.Compiled) -> None:
+    tried = json.loads(json.dumps(mixed.report.to_dict()))["tried"]
+    assert [set(plan) for plan in tried] == [{"ratio", "error", "counts", "chosen"}] * len(tried)
+    (chosen,) = (plan for plan in tried if plan["chosen"])
+    made = Counter(decision.kind for decision in mixed.plan.decisions)
+    named = {"drop_blocks": "drop_block", "prune_channels": "prune_channels", "factorize": "factorize_layer"}
+    assert {named[kind]: count for kind, count in chosen["counts"].items()} == made
+    reaching = [plan["error"] for plan in tried if plan["ratio"] <= 0.45]
+    assert chosen["error"] == min(reaching)
+    changes = {change["kind"]: change for change in mixed.report.changes}
+    assert {kind: change["count"] for kind, change in changes.items()} == made
+    assert any(change.get("error_alone", 0.0) > 0 for change in changes.values())
+
+
+def test_the_picture_shows_what_was_decided(mixed: foldcut.Compiled) -> None:
+    layers = {layer["name"]: layer for block in mixed.report.graph["blocks"] for layer in block["layers"]}
+    ranked = {d.layer: list(d.ranks) for d in mixed.plan.decisions if isinstance(d, FactorizeLayer)}
+    assert {name: layer["ranks"] for name, layer in layers.items() if layer["change"] == "factorised"} == ranked
+    gone = [name for name, layer in layers.items() if layer["change"] == "dropped"]
+    assert gone == [name for name in layers if name not in mixed.program.nodes]
+    cut = any(isinstance(d, PruneChannels) for d in mixed.plan.decisions)
+    assert cut == any(layer["change"] == "pruned" for layer in layers.values())
+    assert sum(layer["macs"]["after"] for layer in layers.values()) == mixed.report.macs["after"]
+    assert mixed.report.block_latency == {"missing": "the backend does not time single nodes"}
 
 
 def test_what_goes_out_is_what_was_made(mixed: foldcut.Compiled, nets: SimpleNamespace) -> None:

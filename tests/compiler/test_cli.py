@@ -89,7 +89,13 @@ def test_compile_writes_the_folder_and_prints_json_only(done: tuple[Any, Path]) 
     result, out = done
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert sorted(p.name for p in out.iterdir()) == ["model.onnx", "model.pt2", "plan.json", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "model.onnx",
+        "model.pt2",
+        "plan.json",
+        "report.html",
+        "report.json",
+    ]
     assert json.loads((out / "report.json").read_text()) == report
     assert report["goal"] == {"kind": "blocks", "count": 1}
     assert report["backend"] == "onnxruntime"
@@ -105,7 +111,7 @@ def test_an_unmet_goal_writes_the_best_and_ends_with_3(folder: Path, tmp_path: P
     )
     failed(result, "goal", "only 2 of 9 blocks", "warning", code=3)
     assert result.stdout == ""
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert len(list((tmp_path / "out").iterdir())) == 5
     assert json.loads((tmp_path / "out" / "report.json").read_text())["met"] is False
 
 

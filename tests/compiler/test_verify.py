@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
-from foldcut.compiler.verify import compare, flatten_outputs, relative_error
+from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.capture import capture
+from foldcut.compiler.verify import compare, errors_by_output, flatten_outputs, output_error, relative_error
+from torch import nn
 
 
 def test_figures_of_a_known_difference() -> None:
@@ -63,3 +66,21 @@ def test_a_zero_reference() -> None:
 def test_only_tensors_are_flattened_in_order() -> None:
     first, second = torch.zeros(1), torch.ones(1)
     assert flatten_outputs({"a": first, "b": [None, 3, second]}) == [first, second]
+
+
+def test_errors_by_output() -> None:
+    """Each output by its own energy; the error of all together lies between them."""
+
+    class Two(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"near": x * 100.0, "far": x * self.scale}
+
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    before, after = (capture(Two(scale).eval(), x) for scale in (2.0, 1.0))
+    samples = CalibrationSet.of(x)
+    assert errors_by_output(before, after, samples, batch_size=4) == {"near": 0.0, "far": pytest.approx(0.25)}
+    assert 0 < output_error(before, after, samples) < 0.25

@@ -1,0 +1,97 @@
+"""The parts of a report that explain a result: the graph, latency per block, plans tried, errors by class of change.
+
+A compile never fails over its report: a part that cannot be made is left out, with the reason in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..passes.drop_blocks import drop_blocks
+from ..passes.factorize import factorize_plain
+from ..passes.prune_channels import prune_channels
+from .block_latency import block_latency
+from .calibration_set import CalibrationSet
+from .channel_pipeline import removed_units
+from .errors import first_line
+from .pipeline import Outcome
+from .plan import Decision, DropBlock, FactorizeLayer, PruneChannels
+from .program import Program
+from .provenance import find_units
+from .report_graph import describe_graph
+from .verify import output_error
+
+Part = dict[str, Any]
+
+
+def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
+    """`graph`, `block_latency`, `tried` and `changes` of a report; `samples` are all those compiled with."""
+    options = outcome.settings
+    _, held_out = samples.aligned(outcome.teacher).split(options.seed, options.held_out)
+    return {
+        "graph": _or_reason(lambda: describe_graph(outcome.teacher, outcome.program, outcome.plan.decisions)),
+        "block_latency": _or_reason(lambda: _block_latency(outcome)),
+        "tried": [asdict(plan) for plan in outcome.tried],
+        "changes": errors_by_class(outcome, held_out),
+    }
+
+
+def _or_reason(make: Callable[[], Part]) -> Part:
+    try:
+        return make()
+    except Exception as cause:  # a picture is not worth a compile, whatever is wrong with it
+        return {"missing": first_line(cause)}
+
+
+def _block_latency(outcome: Outcome) -> Part:
+    measured, profiles = outcome.measurement, outcome.profiles
+    if profiles is None:
+        return {"missing": "the backend does not time single nodes"}
+    found = block_latency(
+        outcome.teacher,
+        outcome.program,
+        (profiles.model, outcome.onnx),
+        (profiles.before, profiles.after),
+        (measured.before_ms, measured.after_ms),
+    )
+    return found or {"missing": "too few of the backend's nodes are known by name"}
+
+
+def errors_by_class(outcome: Outcome, held_out: CalibrationSet) -> list[Part]:
+    """For each kind of decision their number, and the relative output error that they make by themselves, on held-out
+    samples, before anything is solved again. It says what there was to recover, and does not add up."""
+    found = []
+    for kind, alone in _ALONE.items():
+        decisions = [d for d in outcome.plan.decisions if d.kind == kind]
+        if not decisions:
+            continue
+        part: Part = {"kind": kind, "count": len(decisions)}
+        try:
+            part["error_alone"] = output_error(outcome.teacher, alone(outcome.teacher, decisions), held_out)
+        except Exception as cause:  # decisions of one kind may only fit what those before them have left
+            part["missing"] = first_line(cause)
+        found.append(part)
+    return found
+
+
+def _only_drops(teacher: Program, decisions: Sequence[Decision]) -> Program:
+    return drop_blocks(teacher, [d for d in decisions if isinstance(d, DropBlock)])
+
+
+def _only_cuts(teacher: Program, decisions: Sequence[Decision]) -> Program:
+    provenance = find_units(teacher)
+    cuts = [d for d in decisions if isinstance(d, PruneChannels)]
+    return prune_channels(provenance, removed_units(provenance, cuts)).program
+
+
+def _only_ranks(teacher: Program, decisions: Sequence[Decision]) -> Program:
+    return factorize_plain(teacher, [d for d in decisions if isinstance(d, FactorizeLayer)])
+
+
+_ALONE: dict[str, Callable[[Program, Sequence[Decision]], Program]] = {
+    DropBlock.kind: _only_drops,
+    PruneChannels.kind: _only_cuts,
+    FactorizeLayer.kind: _only_ranks,
+}

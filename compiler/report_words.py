@@ -1,0 +1,166 @@
+"""Numbers and decisions of a report in words, with units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TIMES = "\u00d7"
+ARROW = "\u2192"
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_BACKENDS = {
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-cuda": "ONNX Runtime (CUDA)",
+    "onnxruntime-tensorrt": "ONNX Runtime (TensorRT)",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "torch": "torch",
+}
+_CLOCKS = {"thread_cpu": "CPU time of the thread", "wall": "elapsed time", "cuda": "time on the device"}
+#: What a kind of decision, or of rewrite in a plan that was tried, is called, and the class that gives it its colour.
+KINDS = {
+    "drop_block": ("blocks dropped", "drops"),
+    "prune_channels": ("channels pruned", "channels"),
+    "factorize_layer": ("layers factorised", "ranks"),
+    "drop_blocks": ("blocks dropped", "drops"),
+    "factorize": ("layers factorised", "ranks"),
+}
+_STAGES = {
+    "dropped": "blocks dropped",
+    "pruned": "channels removed",
+    "factorised": "layers factorised",
+    "rewritten": "all rewrites, each with its own solve",
+    "re-solved": "re-solved",
+    "polished": "solved once more",
+    "mimicked": "mimicked",
+}
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, without exponent where it has few zeros."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    if 1e-5 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:.{decimals}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def scaled(count: float) -> str:
+    """``2.36 M`` of 2,359,296."""
+    for size, prefix in _PREFIXES:
+        if abs(count) >= size:
+            return f"{number(count / size)} {prefix}"
+    return f"{count:g}"
+
+
+def milliseconds(value_ms: float) -> str:
+    """``0.423 ms``."""
+    return f"{number(value_ms)} ms"
+
+
+def percent(share: float) -> str:
+    """``41 %``; a decimal below ten."""
+    value = 100 * share
+    return f"{value:.1f} %" if 0 < abs(value) < 10 else f"{value:.0f} %"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def goal_words(goal: Mapping[str, Any]) -> str:
+    """The goal as a sentence."""
+    kind = goal.get("kind")
+    if kind == "latency" and goal.get("ms") is not None:
+        return f"at most {number(goal['ms'])} ms for one inference"
+    if kind == "latency":
+        return f"at most {goal['ratio']:g} of the original's latency"
+    if kind == "blocks":
+        return f"{plural(goal['count'], 'block')} dropped"
+    if kind == "channels":
+        return f"{percent(goal['keep'])} of the channels kept in every group"
+    if kind == "macs":
+        return f"at most {goal['ratio']:g} of the original's multiply-accumulates"
+    values = ", ".join(f"{key} {value:g}" for key, value in goal.items() if key != "kind")
+    return f"layers factorised to {values}"
+
+
+def goal_ratio(report: Mapping[str, Any]) -> float | None:
+    """The latency ratio that the goal asks for, where it asks for one."""
+    goal = report["goal"]
+    if goal.get("kind") != "latency":
+        return None
+    ratio = goal.get("ratio")
+    return float(ratio) if ratio is not None else float(goal["ms"]) / float(report["latency"]["before_ms"])
+
+
+def backend_words(name: str) -> str:
+    """The backend's own name."""
+    return _BACKENDS.get(name, name)
+
+
+def clock_words(clock: str) -> str:
+    """What the clock shows."""
+    return _CLOCKS.get(clock, clock)
+
+
+def stage_words(stage: str) -> str:
+    """What has been done to the network when an error was taken."""
+    return _STAGES.get(stage, stage)
+
+
+def verdict(latency: Mapping[str, Any]) -> str:
+    """What the measurement lets one claim; the bounds are those of `Measurement`."""
+    ratio, low, high = (float(latency[key]) for key in ("ratio", "low", "high"))
+    if high < 1 and ratio <= 0.98:
+        return f"{number(1 / ratio)} times as fast as the original"
+    if low > 1 and ratio >= 1.02:
+        return f"slower: it takes {number(ratio)} times as long as the original"
+    return "no difference in latency that can be claimed"
+
+
+def decision_words(decision: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(class, what, how) of a decision."""
+    kind = str(decision["kind"])
+    colour = KINDS.get(kind, (kind, "kept"))[1]
+    if kind == "drop_block":
+        saving = decision.get("saving")
+        how = "dropped" if saving is None else f"dropped, predicted to save {percent(saving)} of the latency"
+        return colour, str(decision.get("path") or decision["region"]), how
+    if kind == "prune_channels":
+        return colour, str(decision["group"]), f"{len(decision['kept'])} of {decision['total']} units kept"
+    if kind == "factorize_layer":
+        how = f"{decision['scheme']}, {rank_words(decision)}"
+        return colour, str(decision.get("path") or decision["layer"]), how
+    return colour, kind, ""
+
+
+def rank_words(layer: Mapping[str, Any]) -> str:
+    """``rank 8 of 24``."""
+    ranks, full = (f" {TIMES} ".join(map(str, layer[key])) for key in ("ranks", "full"))
+    return f"rank {ranks} of {full}"
+
+
+def plan_words(counts: Mapping[str, int]) -> str:
+    """What a plan does: ``2 blocks dropped, 5 layers factorised``."""
+    names = {"drop_blocks": "block", "prune_channels": "group", "factorize": "layer"}
+    done = {"drop_blocks": "dropped", "prune_channels": "pruned", "factorize": "factorised"}
+    parts = [f"{plural(count, names.get(kind, kind))} {done.get(kind, '')}" for kind, count in counts.items() if count]
+    return ", ".join(part.strip() for part in parts) or "nothing changed"
+
+
+def plan_class(counts: Mapping[str, int]) -> str:
+    """``drops``, ``channels``, ``ranks``, or ``mix``."""
+    used = [kind for kind, count in counts.items() if count]
+    return KINDS.get(used[0], (used[0], "mix"))[1] if len(used) == 1 else "mix"
+
+
+def lines(parts: Sequence[str]) -> str:
+    """Lines of a tooltip, empty ones left out."""
+    return "\n".join(part for part in parts if part)
