@@ -2,6 +2,7 @@
 
     python benchmarks/cifar.py --models ../shared/models --data ../shared/data --method drop_blocks
     python benchmarks/cifar.py --models ../shared/models --data ../shared/data --method submodular --samples 500
+    python benchmarks/cifar.py --models ../shared/models --data ../shared/data --all --samples 500
 
 For each number of calibration images and each goal: the blocks chosen, the accuracy on the test images after
 dropping, after the re-solve
@@ -21,6 +22,8 @@ from typing import Any
 import foldcut
 import torch
 from cifar_data import Cifar, accuracy, load_cifar, load_resnet, onnx_accuracy
+from cifar_joint import METHODS, RATIOS
+from cifar_joint import run as run_joint
 from cifar_submodular import KEEPS
 from cifar_submodular import run as run_submodular
 from foldcut.compiler.calibration_set import CalibrationSet, View
@@ -42,6 +45,9 @@ from practise import finetune
 
 def main() -> None:
     arguments = parse()
+    if arguments.all:
+        run_joint(arguments)
+        return
     if arguments.method == "submodular":
         run_submodular(arguments)
         return
@@ -155,6 +161,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--method", choices=["drop_blocks", "submodular"], default="drop_blocks")
+    parser.add_argument("--all", action="store_true", help="every way to reach a latency: see cifar_joint.py")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="goals of --all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of --all")
+    parser.add_argument("--mimic", action="store_true", help="--all with mimicking")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the analyses of --all")
+    parser.add_argument("--resume", action="store_true", help="--all: keep the rows that the output file has")
     parser.add_argument("--net", default="resnet56")
     parser.add_argument("--samples", type=int, nargs="+", default=[500, 50])
     parser.add_argument("--iterations", type=int, nargs="+", default=[800, 400], help="of mimicking, per --samples")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,27 +11,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from ..passes.drop_blocks import drop_blocks
-from ..passes.factorize import factorize_plain
 from ..passes.mimic import MimicSettings
-from ..passes.prune_channels import prune_channels
 from ..runtime.backend import Backend, resolve_backend
 from ..runtime.measurement_cache import default_folder
 from .analysis_store import AnalysisStore
 from .atomic import write_folder
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture, is_onnx
-from .channel_pipeline import removed_units
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
-from .onnx_file import in_one_piece, input_count
+from .model_inputs import needed_inputs
+from .onnx_file import in_one_piece
 from .pipeline import Outcome, PipelineSettings, cost_report, rewrites_for, run_pipeline
 from .plan import Blocks, DropBlock, FactorizeLayer, Goal, Latency, Macs, Plan, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
-from .provenance import find_units
 from .report import Report, unit_groups
 from .report_page import page_or_reason
 from .report_parts import report_parts
@@ -180,23 +175,6 @@ def store_at(cache: bool | str | Path) -> AnalysisStore:
     return AnalysisStore(default_folder() if cache is True else Path(cache))
 
 
-def apply_plan(program: Program, plan: Plan) -> Program:
-    """Bypass the regions of a plan, remove its channels, factorise its layers. The weights stay those of `program`, and
-    factors are the best approximation of these: re-solve them with a calibration set, or load trained ones.
-
-    Raises PlanError when the plan was made for another network or other weights.
-    """
-    if program.fingerprint != plan.fingerprint:
-        program = fold_parameters(program)  # as compile does before it plans
-    plan.check(program.fingerprint)
-    program = drop_blocks(program, [d for d in plan.decisions if isinstance(d, DropBlock)])
-    cuts = [d for d in plan.decisions if isinstance(d, PruneChannels)]
-    if cuts:
-        provenance = find_units(program)
-        program = prune_channels(provenance, removed_units(provenance, cuts)).program
-    return factorize_plain(program, [d for d in plan.decisions if isinstance(d, FactorizeLayer)])
-
-
 def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
     if not isinstance(goal, Goal):
         raise GoalError(
@@ -239,22 +217,6 @@ def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
     if progress is True:
         return rich_progress()
     return nullcontext(silent if progress is False else progress)
-
-
-def needed_inputs(model: Any) -> int | None:
-    """How many inputs the model needs, read off forward(); None when that does not say."""
-    if is_onnx(model):
-        return input_count(model)
-    if not isinstance(model, nn.Module):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
-        return None
-    return max(1, sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters))
 
 
 def _unmet(goal: Goal, outcome: Outcome) -> str:

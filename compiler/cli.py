@@ -1,20 +1,16 @@
-"""The command line: `foldcut compile`, `inspect`, `measure`, `verify` and `demo`.
+"""The command line: `foldcut compile`, `sweep`, `apply`, `inspect`, `measure`, `verify` and `demo`.
 
-Exit codes: 0 done, 1 a foldcut error (bad input, nothing written), 2 wrong usage, 3 goal not met (the best result is
-written) or files that differ, 130 interrupted.
+Exit codes: see `cli_options.Exit`.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from .api import Compiled
@@ -22,11 +18,44 @@ from .api import compile as compile_model
 from .atomic import check_writable, write_folder
 from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
-from .cli_goals import read_goal, read_settings
-from .cli_measure import MeasureWish, measure_files, read_sizes, show_measured
+from .cli_goals import read_goal, read_rewrites, read_settings
+from .cli_measure import MeasureWish, measure_files, show_measured
+from .cli_options import (
+    BackendOption,
+    BatchOption,
+    CacheOption,
+    CalibOption,
+    DebugOption,
+    Exit,
+    FlipOption,
+    FreshOption,
+    IgnoreOption,
+    JsonOption,
+    KeyOption,
+    LimitOption,
+    MeanOption,
+    MimicOption,
+    ModelArgument,
+    MultipleOption,
+    QuietOption,
+    RewritesOption,
+    SeedOption,
+    ShapeOption,
+    SizeOption,
+    StdOption,
+    ThreadsOption,
+    WeightsOption,
+    err,
+    guarded,
+    out,
+    read_cache,
+    read_samples,
+    read_shape,
+)
+from .cli_plans import apply_command, sweep_command
 from .cli_tables import describe, show_comparison, show_groups, show_regions, show_report
 from .edit_folds import fold_parameters
-from .errors import CaptureError, CompilerError, GoalError
+from .errors import CaptureError, GoalError
 from .model_source import load_model
 from .onnx_compare import compare_onnx, random_samples
 from .plan import Latency
@@ -40,25 +69,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-out, err = Console(), Console(stderr=True)
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A .onnx or .pt2 file, or package.module:callable that returns an nn.Module."),
-]
-WeightsOption = Annotated[Path | None, typer.Option(help="A state_dict (.pt) to load into the module.")]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(metavar="C,H,W", help="Shape of one input sample, when there is no calibration set."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
 @app.command("compile")
 def compile_command(
     model: ModelArgument,
-    calib: Annotated[Path, typer.Option(help="Unlabelled inputs: .npy, .npz, .pt or a folder of images.")],
+    calib: CalibOption,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2, plan.json, report.json, report.html."),
@@ -77,44 +93,34 @@ def compile_command(
     ranks: Annotated[
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None,
-    rewrites: Annotated[
-        str | None,
-        typer.Option(help="Rewrites that may be used: some of drop_blocks, prune_channels, factorize."),
-    ] = None,
-    multiple_of: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="Channel counts and ranks in multiples of this; `lattice` asks the backend."),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(help="Unit group or layer (a pattern) or output to leave alone; repeatable."),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Where the latency counts.")] = "onnxruntime",
-    batch: Annotated[int, typer.Option(help="Batch size that the latency is measured at.")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")] = 1,
+    rewrites: RewritesOption = None,
+    multiple_of: MultipleOption = None,
+    ignore: IgnoreOption = None,
+    backend: BackendOption = "onnxruntime",
+    batch: BatchOption = 1,
+    threads: ThreadsOption = 1,
     weights: WeightsOption = None,
     input_shape: ShapeOption = None,
-    key: Annotated[str | None, typer.Option(help="Array to read from an .npz or entry of a .pt file.")] = None,
-    mean: Annotated[str, typer.Option(help="Mean per channel, for image folders.")] = "0,0,0",
-    std: Annotated[str, typer.Option(help="Standard deviation per channel, for image folders.")] = "1,1,1",
-    size: Annotated[str | None, typer.Option(metavar="H,W", help="Resize images of a folder to this.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many samples.")] = None,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Add mirrored images, where left and right mean the same.")
-    ] = False,
-    mimic: Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    key: KeyOption = None,
+    mean: MeanOption = "0,0,0",
+    std: StdOption = "1,1,1",
+    size: SizeOption = None,
+    limit: LimitOption = None,
+    flip: FlipOption = False,
+    mimic: MimicOption = True,
+    seed: SeedOption = 0,
+    cache: CacheOption = None,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
         goal = read_goal(latency, blocks, keep, macs, ranks)
         check_writable(output)
-        samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
-        _check_shape(samples, input_shape)
+        samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
         result, unmet = _compile(
             load_model(model, weights),
             samples,
@@ -125,9 +131,10 @@ def compile_command(
             mimic=mimic,
             views=(horizontal_flip,) if flip else (),
             seed=seed,
-            rewrites=_names(rewrites),
+            rewrites=read_rewrites(rewrites),
             settings=read_settings(multiple_of, ignore or [], low_rank=ranks is not None or rewrites == "factorize"),
             progress=not (as_json or quiet),
+            cache=read_cache(cache, fresh),
         )
         result.save(output)
         if as_json:
@@ -137,30 +144,15 @@ def compile_command(
             _say_written(output, result)
         if unmet is not None:
             err.print(f"[bold red]{unmet.stage}[/]: {escape(unmet.message)}", highlight=False)
-            raise typer.Exit(3)
+            raise typer.Exit(Exit.NOT_MET)
 
-    _guarded(work, debug=debug)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",")]
+    guarded(work, debug=debug)
 
 
 def _say_written(output: Path, result: Compiled) -> None:
     """What was written where, the page that people open last."""
     out.print(f"wrote {output}/ ({', '.join(result.files)})")
     out.print(f"open {output / PAGE} in a browser", highlight=False)
-
-
-def _check_shape(samples: CalibrationSet, shape: str | None) -> None:
-    """A shape given on the command line must be the calibration set's."""
-    if shape is not None and list(samples.leaves[0].shape[1:]) != _sizes(shape):
-        raise CompilerError(
-            "--input-shape is not the shape of the calibration samples",
-            expected=shape,
-            actual=list(samples.leaves[0].shape[1:]),
-            hint="leave it out, or resize the samples",
-        )
 
 
 def _compile(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Compiled, GoalError | None]:
@@ -180,7 +172,7 @@ def inspect(
     calib: Annotated[Path | None, typer.Option(help="A calibration set to take the input shape from.")] = None,
     graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show the removable regions and the unit groups of MODEL, their cost, and what was left alone and why."""
 
@@ -197,7 +189,7 @@ def inspect(
             show_regions(found, out)
             show_groups(found, out)
 
-    _guarded(work, debug=debug)
+    guarded(work, debug=debug)
 
 
 @app.command()
@@ -220,7 +212,7 @@ def measure(
     samples: Annotated[bool, typer.Option("--samples", help="With --json: every pair as well.")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Measure AFTER against BEFORE in interleaved pairs; ratio = after / before."""
 
@@ -241,7 +233,7 @@ def measure(
         else:
             show_measured(found, out)
 
-    _guarded(work, debug=debug)
+    guarded(work, debug=debug)
 
 
 @app.command()
@@ -256,7 +248,7 @@ def verify(
     limit: Annotated[int | None, typer.Option(help="Take the first so many samples.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of made-up inputs, where none are given.")] = 0,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Compare what two ONNX files compute, and their inputs and outputs. Exit code 3 when they differ."""
 
@@ -268,9 +260,9 @@ def verify(
         else:
             show_comparison(found, tolerance, out)
         if not found.same(tolerance):
-            raise typer.Exit(3)
+            raise typer.Exit(Exit.NOT_MET)
 
-    _guarded(work, debug=debug)
+    guarded(work, debug=debug)
 
 
 @app.command()
@@ -280,7 +272,7 @@ def demo(
     rewrites: Annotated[str | None, typer.Option(help="Rewrites that may be used, as for compile.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of training and compile.")] = 0,
     quiet: QuietOption = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Train a small residual network on handwritten digits, compile it to a latency goal, show before and after."""
 
@@ -288,11 +280,11 @@ def demo(
         from .demo import run_demo
 
         check_writable(output)
-        result = run_demo(Latency(goal), rewrites=_names(rewrites), seed=seed, progress=not quiet, console=out)
+        result = run_demo(Latency(goal), rewrites=read_rewrites(rewrites), seed=seed, progress=not quiet, console=out)
         write_folder(output, result.files)
         _say_written(output, result)
 
-    _guarded(work, debug=debug)
+    guarded(work, debug=debug)
 
 
 def _example(model: Model, shape: str | None, calib: Path | None) -> Any:
@@ -301,75 +293,14 @@ def _example(model: Model, shape: str | None, calib: Path | None) -> Any:
     if calib is not None:
         return read_calibration(calib).batch(slice(0, 2))
     if shape is not None:
-        return torch.randn(2, *_sizes(shape), generator=torch.Generator().manual_seed(0))
+        return torch.randn(2, *read_shape(shape), generator=torch.Generator().manual_seed(0))
     if isinstance(model, torch.nn.Module):
         raise CaptureError("the input shape is not known", hint="give --input-shape C,H,W or --calib DATA")
     return None
 
 
-def _sizes(shape: str) -> list[int]:
-    try:
-        return [int(s) for s in shape.split(",")]
-    except ValueError:
-        raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers such as 3,224,224") from None
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(v) for v in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3:
-        raise CompilerError(
-            f"{text!r} is not one number per channel", expected="three numbers such as 0.485,0.456,0.406"
-        )
-    return values
-
-
-def _pair(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    try:
-        height, width = (int(v) for v in text.split(","))
-    except ValueError:
-        raise CompilerError(f"--size {text!r} is not a size", expected="two numbers such as 224,224") from None
-    return height, width
-
-
-def _guarded(work: Callable[[], None], *, debug: bool) -> None:
-    """Errors as one line and a hint; warnings as one line each."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
-            f"[yellow]warning[/]: {escape(str(message))}", highlight=False
-        )
-        try:
-            work()
-        except CompilerError as error:
-            if debug:
-                raise
-            _fail(error)
-        except typer.Exit:
-            raise
-        except Exception as error:  # what foldcut did not foresee still ends in one line
-            if debug:
-                raise
-            err.print(f"[bold red]internal error[/]: {escape(f'{type(error).__name__}: {error}')}", highlight=False)
-            err.print("  hint: run again with --debug for the trace and report it with the model")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            err.print("interrupted; nothing was written")
-            raise typer.Exit(130) from None
-
-
-def _fail(error: CompilerError) -> NoReturn:
-    err.print(f"[bold red]{error.stage}[/]: {escape(error.message)}", highlight=False)
-    for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
-        if value is not None:
-            err.print(f"  {label}: {value}", markup=False, highlight=False)
-    if error.hint:
-        err.print(f"  hint: {error.hint}", markup=False, highlight=False)
-    raise typer.Exit(1)
+app.command("sweep")(sweep_command)
+app.command("apply")(apply_command)
 
 
 def main() -> None:

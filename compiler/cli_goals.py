@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..passes.select_ranks import RankSettings
+from .api import REWRITES
 from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
 from .errors import GoalError
 from .pipeline import PipelineSettings
 from .plan import Blocks, Channels, Goal, Latency, Macs, Ranks
+from .sweep import GOALS
 
 
 def read_goal(
@@ -30,6 +32,27 @@ def read_goal(
     if len(given) != 1:
         raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6 or --ranks 0.25")
     return given[0]
+
+
+def read_goals(latency: str | None, macs: str | None) -> tuple[Goal, ...]:
+    """The goals of a sweep, as they were given; some latency ratios where none were. Raises GoalError."""
+    goals: list[Goal] = [_latency(text.strip()) for text in (latency or "").split(",") if text.strip()]
+    goals += [Macs(_number("--macs", text)) for text in (macs or "").split(",") if text.strip()]
+    return tuple(goals) or GOALS
+
+
+def read_rewrites(text: str | None) -> list[str] | None:
+    """The names that were given; `all` stands for every one."""
+    if text is None:
+        return None
+    return list(REWRITES) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise GoalError(f"{option} {text!r} is no number", hint="give ratios such as 0.8,0.6") from None
 
 
 def _latency(text: str) -> Latency:

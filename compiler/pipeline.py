@@ -25,7 +25,8 @@ from .cost import program_cost
 from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
-from .joint_pipeline import JointSettings, cut_jointly
+from .joint_pipeline import cut_jointly
+from .joint_rewrite import JointSettings
 from .latency_probe import LatencyProbe, Profiles
 from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
 from .planner import require_regions
@@ -192,12 +193,7 @@ def _rewritten(
             store=store,
         )
     if isinstance(goal, Latency):
-        joint = JointSettings(
-            resolve=settings.resolve,
-            channels=settings.channels,
-            ranks=settings.ranks,
-            recoverability=settings.recoverability,
-        )
+        joint = joint_settings(settings)
         return cut_jointly(
             teacher, solve, held_out, goal, probe, used, settings=joint, clock=clock, progress=progress, store=store
         )
@@ -212,6 +208,16 @@ def _rewritten(
         clock=clock,
         progress=progress,
         store=store,
+    )
+
+
+def joint_settings(settings: PipelineSettings) -> JointSettings:
+    """The settings of the rewrites."""
+    return JointSettings(
+        resolve=settings.resolve,
+        channels=settings.channels,
+        ranks=settings.ranks,
+        recoverability=settings.recoverability,
     )
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from ..passes.mimic import MimicSettings
 from ..runtime.backend import Backend
-from .api import Compiled, needed_inputs
+from .api import Compiled
 from .api import compile as compile_model
 from .atomic import write_folder
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model
 from .errors import GoalError
+from .model_inputs import needed_inputs
 from .pipeline import PipelineSettings
 from .plan import Goal, Latency
 from .progress import Progress
@@ -87,12 +88,15 @@ class Sweep:
     def save(self, folder: str | Path) -> Path:
         """Write every point's files into a folder of its own, then sweep.json. Each appears whole or not at all. Raises
         OutputError."""
-        folder = Path(folder)
         for point in self.points:
             if point.compiled is not None:
-                point.compiled.save(folder / point.name)
-        write_folder(folder, {SWEEP: (json.dumps(self.to_dict(), indent=2) + "\n").encode()})
-        return folder
+                point.compiled.save(Path(folder) / point.name)
+        return self.save_index(folder)
+
+    def save_index(self, folder: str | Path) -> Path:
+        """Write sweep.json alone, where the points are there already. Raises OutputError."""
+        write_folder(Path(folder), {SWEEP: (json.dumps(self.to_dict(), indent=2) + "\n").encode()})
+        return Path(folder)
 
 
 def sweep(

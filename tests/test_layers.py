@@ -23,8 +23,11 @@ TOP = {
     "drop_pipeline",
     "channel_latency",
     "cli_goals",
+    "cli_options",
+    "cli_plans",
     "joint_pipeline",
     "joint_proposals",
+    "joint_rewrite",
     "rank_choice",
     "rank_latency",
     "rank_pipeline",
@@ -32,6 +35,7 @@ TOP = {
     "rewritten",
     "stored_latency",
     "stored_passes",
+    "replay",
     "sweep",
 }
 #: The modules that may change graphs.

@@ -1,6 +1,6 @@
 """foldcut: make a trained network faster from the network, a few hundred unlabelled inputs and a latency goal."""
 
-from .compiler.api import Compiled, apply_plan, compile
+from .compiler.api import Compiled, compile
 from .compiler.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
 from .compiler.capture import capture
 from .compiler.channel_budget import ChannelLimits
@@ -22,8 +22,10 @@ from .compiler.plan import Blocks, Channels, DropBlock, FactorizeLayer, Latency,
 from .compiler.program import Program, TensorSpec
 from .compiler.provenance import Provenance, find_units
 from .compiler.regions import Region, RegionAnalysis, find_regions
+from .compiler.replay import Replayed, apply, apply_plan
 from .compiler.report import Report
 from .compiler.saved import Saved, load
+from .compiler.sweep import Sweep, SweepPoint, sweep
 from .compiler.unit_groups import UnitGroup
 from .passes.mimic import MimicSettings
 from .passes.select_ranks import RankSettings
@@ -60,11 +62,15 @@ __all__ = [
     "Region",
     "RegionAnalysis",
     "Reject",
+    "Replayed",
     "Report",
     "RewriteError",
     "Saved",
+    "Sweep",
+    "SweepPoint",
     "TensorSpec",
     "UnitGroup",
+    "apply",
     "apply_plan",
     "capture",
     "compile",
@@ -74,4 +80,5 @@ __all__ = [
     "load",
     "random_crop",
     "read_calibration",
+    "sweep",
 ]

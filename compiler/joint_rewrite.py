@@ -1,0 +1,248 @@
+"""A mix of rewrites put into effect: blocks dropped, channels removed, layers factorised, all solved once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..passes.drop_blocks import drop_blocks, entry_exit
+from ..passes.factorize import Factors, factorize, factorize_for_timing
+from ..passes.prune_channels import prune_channels
+from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
+from ..passes.resolve_network import LayerError, ResolveSettings
+from ..passes.select_ranks import Option, RankAnalysis, RankSettings
+from ..passes.submodular import Selection
+from ..passes.targets import Kept
+from .analysis_store import NOTHING_KEPT, AnalysisStore
+from .calibration_set import CalibrationSet
+from .channel_pipeline import ChannelSettings, channel_decision, removed_units
+from .errors import Reject
+from .plan import Decision, DropBlock, FactorizeLayer, PruneChannels
+from .program import Program
+from .progress import Progress, silent
+from .proposals import Mix
+from .provenance import Provenance, find_units
+from .stored_passes import stored_channels, stored_factors, stored_resolve
+from .unit_groups import UnitGroup, surplus_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings:
+    """The settings of each rewrite, of the re-solve, and of the look at which regions recover."""
+
+    resolve: ResolveSettings
+    channels: ChannelSettings
+    ranks: RankSettings
+    recoverability: RecoverabilitySettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A mix in effect: the program before and after the last re-solve, its decisions in the order of application, and
+    what later stages ask for."""
+
+    rewritten: Program
+    program: Program
+    decisions: tuple[Decision, ...]
+    kept: Mapping[str, Kept] = field(repr=False)
+    selections: Mapping[str, Selection] = field(repr=False)
+    layers: tuple[LayerError, ...]
+    locked: tuple[Reject, ...]
+
+
+def mix_shape(teacher: Program, mix: Mix) -> Program:
+    """The network that a mix leads to, with weights that are good for timing only."""
+    drops, counts, ranks = _by_kind(mix)
+    program = drop_blocks(teacher, drops)
+    if counts:
+        provenance = find_units(program)
+        groups = _groups(provenance, counts)
+        if groups:
+            program = prune_channels(provenance, surplus_units(groups, counts)).program
+    return factorize_for_timing(program, ranks)
+
+
+def apply_mix(
+    teacher: Program,
+    mix: Mix,
+    calibration: CalibrationSet,
+    settings: JointSettings,
+    *,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
+) -> Applied:
+    """`apply_changes` with what a mix takes."""
+    drops, counts, ranks = _by_kind(mix)
+    return apply_changes(
+        teacher, calibration, settings, drops=drops, counts=counts, ranks=ranks, progress=progress, store=store
+    )
+
+
+def replay(
+    teacher: Program,
+    decisions: Sequence[Decision],
+    calibration: CalibrationSet,
+    settings: JointSettings,
+    *,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
+) -> Applied:
+    """`apply_changes` with the decisions of a plan: the units that it keeps are taken as they are. Raises PlanError
+    when a group is not the one planned for."""
+    cuts = [d for d in decisions if isinstance(d, PruneChannels)]
+    return apply_changes(
+        teacher,
+        calibration,
+        settings,
+        drops=[d for d in decisions if isinstance(d, DropBlock)],
+        counts={cut.group: len(cut.kept) for cut in cuts},
+        given=cuts,
+        ranks=[d for d in decisions if isinstance(d, FactorizeLayer)],
+        progress=progress,
+        store=store,
+    )
+
+
+def apply_changes(
+    teacher: Program,
+    calibration: CalibrationSet,
+    settings: JointSettings,
+    *,
+    drops: Sequence[DropBlock] = (),
+    counts: Mapping[str, int] | None = None,
+    given: Sequence[PruneChannels] = (),
+    ranks: Sequence[FactorizeLayer] = (),
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
+) -> Applied:
+    """Drop, re-solve what stands for the dropped blocks, select (unless `given`) and remove channels of what is left,
+    factorise, and solve all of it once more toward the original network.
+
+    Each step looks at the activations that the steps before it leave. Layers that a step has solved keep their weights
+    where the last re-solve finds nothing better; the output error on the first samples never grows by that re-solve.
+    Without a change the program comes back as it is.
+    """
+    pairs = entry_exit(drops)
+    program = drop_blocks(teacher, drops)
+    decisions: list[Decision] = [*drops]
+    pruned = _Pruned(program=program)
+    if drops and (counts or ranks):
+        program = stored_resolve(
+            store, teacher, program, calibration, pairs, settings=QUICK_RESOLVE, progress=progress
+        ).program
+    if counts:
+        pruned = _pruned(program, counts, given, calibration, settings, progress, store)
+        program, decisions = pruned.program, [*decisions, *pruned.decisions]
+    if ranks:
+        program = _factorised(program, ranks, calibration, settings, progress, store)
+        decisions += ranks
+    resolved = stored_resolve(
+        store,
+        teacher,
+        program,
+        calibration,
+        pairs,
+        kept=pruned.kept,
+        replaced=[decision.layer for decision in ranks],
+        settings=settings.resolve,
+        progress=progress,
+    )
+    return Applied(
+        rewritten=program,
+        program=resolved.program,
+        decisions=tuple(decisions),
+        kept=pruned.kept,
+        selections=pruned.selections,
+        layers=resolved.layers,
+        locked=resolved.locked,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pruned:
+    """A program without some of its channels, and how it came about."""
+
+    program: Program
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    selections: Mapping[str, Selection] = field(default_factory=dict)
+    decisions: tuple[PruneChannels, ...] = ()
+
+
+def _pruned(
+    program: Program,
+    counts: Mapping[str, int],
+    given: Sequence[PruneChannels],
+    calibration: CalibrationSet,
+    settings: JointSettings,
+    progress: Progress,
+    store: AnalysisStore,
+) -> _Pruned:
+    """The program with so many units of each group: those given, else those that the next layers need most."""
+    provenance = find_units(program)
+    groups = _groups(provenance, counts)
+    if given:
+        removed_units(provenance, given)  # says which group is not the one planned for
+    if not groups:
+        return _Pruned(program=program)
+    choice = stored_channels(
+        store,
+        provenance,
+        calibration,
+        counts,
+        variant=settings.channels.variant,
+        stream_target=settings.channels.stream_target,
+        given={cut.group: _as_given(cut) for cut in given} or None,
+        settings=settings.resolve,
+        progress=progress,
+    )
+    pruned = prune_channels(provenance, choice.removed, choice.tensors)
+    decisions = tuple(channel_decision(g, choice.selections[g.name]) for g in groups)
+    if given:
+        decisions = tuple(given)
+    return _Pruned(program=pruned.program, kept=pruned.kept, selections=choice.selections, decisions=decisions)
+
+
+def _as_given(cut: PruneChannels) -> Selection:
+    """The units of a plan. Of their errors a plan knows the last one only."""
+    errors = torch.full((len(cut.kept) + 1,), float("nan") if cut.error is None else cut.error, dtype=torch.float64)
+    return Selection(order=torch.tensor(cut.kept, dtype=torch.long), errors=errors)
+
+
+def _factorised(
+    program: Program,
+    ranks: Sequence[FactorizeLayer],
+    calibration: CalibrationSet,
+    settings: JointSettings,
+    progress: Progress,
+    store: AnalysisStore,
+) -> Program:
+    """Factors cut out of what the layers now see."""
+    chosen = {d.layer: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for d in ranks}
+    free = replace(settings.ranks, ignore=())
+
+    def compute() -> list[Factors]:
+        # options are not looked for: they are given
+        given = {name: (option,) for name, option in chosen.items()}
+        analysis = RankAnalysis(program, calibration, settings=free, resolve=settings.resolve, only=chosen, given=given)
+        return analysis.factors(chosen, progress=progress)
+
+    factors = stored_factors(store, program, calibration, ranks, compute, settings=free, resolve=settings.resolve)
+    return factorize(program, factors)
+
+
+def _by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLayer]]:
+    """What a mix drops, in the order offered; the units that it leaves of each group; what it factorises."""
+    drops, error = [], 0.0
+    for item, proposal in mix.items():
+        if item.kind == "drop_blocks":
+            error += proposal.error
+            drops.append(replace(proposal.change, error=error))
+    counts = {item.name: proposal.change for item, proposal in mix.items() if item.kind == "prune_channels"}
+    return drops, counts, [proposal.change for item, proposal in mix.items() if item.kind == "factorize"]
+
+
+def _groups(provenance: Provenance, counts: Mapping[str, int]) -> list[UnitGroup]:
+    """The groups to be cut: those that dropping has left as they were."""
+    return [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]

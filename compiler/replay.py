@@ -1,0 +1,194 @@
+"""A plan put into effect again on the network that it was made for, with the first weights or with data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from ..passes.drop_blocks import drop_blocks
+from ..passes.factorize import factorize_plain
+from ..passes.mimic import MimicSettings
+from ..passes.prune_channels import prune_channels
+from .analysis_store import NOTHING_KEPT, AnalysisStore
+from .atomic import write_folder
+from .calibration_set import CalibrationData, CalibrationSet, View
+from .capture import Model, capture
+from .channel_pipeline import removed_units
+from .edit import set_tensors
+from .edit_folds import fold_parameters
+from .errors import PlanError
+from .export import to_exported, to_onnx, to_pt2
+from .joint_rewrite import replay
+from .model_inputs import needed_inputs
+from .pipeline import PipelineSettings, joint_settings
+from .plan import DropBlock, FactorizeLayer, Plan, PruneChannels
+from .program import Batch, Program
+from .progress import Progress, silent
+from .provenance import find_units
+from .saved import ONNX, PLAN, PT2
+from .stored_passes import stored_mimic
+from .verify import output_error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Replayed:
+    """A network that a plan was applied to: `.program`, `.module`, `.onnx` (bytes), `.plan`, `.save(folder)`.
+
+    `output_errors` are the relative output errors on held-out samples after each stage, where there was data.
+    """
+
+    program: Program
+    plan: Plan
+    output_errors: Mapping[str, float]
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The rewritten network as a torch module; arguments and outputs as the original's."""
+        return self.program.module
+
+    @property
+    def onnx(self) -> bytes:
+        """The rewritten network as an ONNX model."""
+        return self.files[ONNX]
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """The content of the output folder by file name."""
+        exported = to_exported(self.program)
+        return {
+            ONNX: to_onnx(self.program, exported=exported),
+            PT2: to_pt2(exported),
+            PLAN: (json.dumps(self.plan.to_dict(), indent=2) + "\n").encode(),
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write model.onnx, model.pt2 and plan.json; all or none appear. Raises OutputError."""
+        write_folder(Path(folder), self.files)
+        return Path(folder)
+
+
+def apply(
+    model: Model,
+    plan: Plan | str | Path,
+    *,
+    weights: Model | None = None,
+    calibration: CalibrationData | None = None,
+    example: Batch | None = None,
+    mimic: MimicSettings | bool | None = True,
+    views: Sequence[View] = (),
+    seed: int = 0,
+    settings: PipelineSettings | None = None,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
+) -> Replayed:
+    """Put the decisions of a plan into effect on the network that it was made for.
+
+    `plan` is a `Plan` or the path of a plan.json. With `weights` (the model.pt2 that was saved with the plan, or any
+    network of that shape; without `calibration` the model.pt2 beside the plan) the result is the network of the first
+    time, and no data is needed. With `calibration` the layers are solved again, and mimicked unless `mimic` is False,
+    as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own. `example` is a batch of
+    inputs, for a module without calibration set.
+
+    Raises PlanError when the plan was made for another network or other weights, when the weights do not fit, or when
+    there are neither weights nor data; CaptureError and CalibrationError.
+    """
+    made = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if weights is None and calibration is None and not isinstance(plan, Plan):
+        beside = Path(plan).with_name(PT2)
+        weights = beside if beside.is_file() else None
+    if (weights is None) == (calibration is None):
+        raise PlanError(
+            "a plan says what to cut, not the weights that are left",
+            hint=f"give a calibration set, or the {PT2} that was saved with the plan; not both",
+        )
+    samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(model))
+    inputs = example if samples is None else samples.batch(slice(0, 2))
+    teacher = fold_parameters(capture(model, inputs))
+    made.check(teacher.fingerprint)
+    if samples is None:
+        assert weights is not None
+        program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
+        return Replayed(program=program, plan=made, output_errors={})
+    options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views))
+    if not isinstance(mimic, bool) or not mimic:
+        options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
+    return _solved(teacher, made, samples, options, progress, store)
+
+
+def apply_plan(program: Program, plan: Plan) -> Program:
+    """Bypass the regions of a plan, remove its channels, factorise its layers. The weights stay those of `program`, and
+    factors are the best approximation of these: re-solve them with a calibration set, or load trained ones.
+
+    Raises PlanError when the plan was made for another network or other weights.
+    """
+    if program.fingerprint != plan.fingerprint:
+        program = fold_parameters(program)  # as compile does before it plans
+    plan.check(program.fingerprint)
+    program = drop_blocks(program, [d for d in plan.decisions if isinstance(d, DropBlock)])
+    cuts = [d for d in plan.decisions if isinstance(d, PruneChannels)]
+    if cuts:
+        provenance = find_units(program)
+        program = prune_channels(provenance, removed_units(provenance, cuts)).program
+    return factorize_plain(program, [d for d in plan.decisions if isinstance(d, FactorizeLayer)])
+
+
+def with_weights(program: Program, trained: Program) -> Program:
+    """The program with the parameters and buffers of another network of the same names and shapes. Raises PlanError."""
+    ours, theirs = program.module.state_dict(), trained.module.state_dict()
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [list(state[name].shape) if name in state else None for state in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise PlanError(
+                f"the weights are not those of this plan: {name}",
+                expected=shapes[0] or "no such tensor",
+                actual=shapes[1] or "no such tensor",
+                hint=f"give the {PT2} that was saved with the plan",
+            )
+    changed: dict[str, torch.Tensor] = {name: value for name, value in theirs.items() if value.numel()}
+    return set_tensors(program, changed, note="weights of the plan")
+
+
+def _solved(
+    teacher: Program,
+    plan: Plan,
+    samples: CalibrationSet,
+    options: PipelineSettings,
+    progress: Progress,
+    store: AnalysisStore,
+) -> Replayed:
+    samples = samples.aligned(teacher)
+    samples.check(teacher)
+    fit, held_out = samples.split(options.seed, options.held_out)
+    fit = fit.with_views(options.views)
+    solve = fit.take(slice(0, options.solve_samples))
+    done = replay(teacher, plan.decisions, solve, joint_settings(options), progress=progress, store=store)
+    errors = {
+        "rewritten": output_error(teacher, done.rewritten, held_out),
+        "re-solved": output_error(teacher, done.program, held_out),
+    }
+    program = done.program
+    if errors["re-solved"] > errors["rewritten"]:
+        program, errors["re-solved"] = done.rewritten, errors["rewritten"]
+    if options.mimic is not None:
+        program = stored_mimic(
+            store,
+            teacher,
+            program,
+            fit,
+            held_out,
+            kept=done.kept,
+            settings=options.mimic,
+            seed=options.seed,
+            progress=progress,
+        )
+        errors["mimicked"] = output_error(teacher, program, held_out)
+    return Replayed(program=program, plan=plan, output_errors=errors)
+
+
+__all__ = ["Replayed", "apply", "apply_plan", "with_weights"]
