@@ -36,7 +36,7 @@ TEMPLATE = "report.html.j2"
 #: More bars than these are put together.
 MOST_BARS = 40
 #: With more of them the bars stand beside the plot and the errors, else beside the plot alone.
-TALL = 16
+TALL = 32
 #: What a kind of decision is called where plans are counted.
 _REWRITES = {"drop_block": "drop_blocks", "prune_channels": "prune_channels", "factorize_layer": "factorize"}
 
@@ -96,6 +96,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "stages": _stages(report["output_errors"]),
         "changes": _changes(report),
         "cards": block_cards(graph, times) if graph.get("blocks") else [],
+        "shown": {layer["change"] for block in graph.get("blocks", ()) for layer in block["layers"]},
         "no_graph": graph.get("missing", "not recorded"),
         "decisions": [(*decision_words(d), d.get("error")) for d in report["decisions"]],
         "groups": [g for g in report.get("groups", ()) if g["kept"] < g["total"] or not g.get("locked")],

@@ -313,7 +313,7 @@ def address(report: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return path.as_uri()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def shown(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     """The page in a window of (width, colour scheme), with what it complained about and asked for."""
     width, scheme = getattr(request, "param", (1200, "light"))
