@@ -19,7 +19,7 @@ from .atomic import check_writable, write_folder
 from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
 from .cli_goals import read_goal, read_rewrites, read_settings
-from .cli_measure import MeasureWish, measure_files, show_measured
+from .cli_measure import MeasureWish, measure_files, read_sizes, show_measured
 from .cli_options import (
     BackendOption,
     BatchOption,
