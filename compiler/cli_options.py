@@ -105,6 +105,7 @@ def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
 
 
 def read_shape(shape: str) -> list[int]:
+    """The sizes in "3,224,224". Raises CaptureError."""
     try:
         return [int(s) for s in shape.split(",")]
     except ValueError:
