@@ -13,7 +13,7 @@ import torch
 from cifar_data import Cifar, accuracy, load_cifar, load_resnet
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.capture import capture
-from foldcut.compiler.channel_budget import ChannelLimits, MacsModel, allocate
+from foldcut.compiler.channel_budget import ChannelLimits, CutModel, allocate
 from foldcut.compiler.channel_pipeline import error_curves
 from foldcut.compiler.cost import program_cost
 from foldcut.compiler.program import Program
@@ -90,7 +90,7 @@ class Bench:
 
     def allocated(self, keep: float) -> dict[str, int]:
         """Counts with at most the MACs of the uniform cut, by the groups' error curves."""
-        model = MacsModel(self.provenance, self.groups)
+        model = CutModel.of_macs(self.provenance, self.groups)
         if self.curves is None:
             self.curves = error_curves(self.provenance, self.calibration, self.groups)
         uniform = self.counts(keep)

@@ -25,7 +25,7 @@ from .errors import CompilerError, GoalError
 from .model_inputs import needed_inputs
 from .onnx_file import in_one_piece
 from .pipeline import Outcome, PipelineSettings, cost_report, rewrites_for, run_pipeline
-from .plan import Blocks, DropBlock, FactorizeLayer, Goal, Latency, Macs, Plan, PruneChannels
+from .plan import Blocks, CountedGoal, DropBlock, FactorizeLayer, Goal, Latency, Parameters, Plan, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .report import Report, unit_groups
@@ -103,9 +103,9 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     `calibration` a few hundred unlabelled inputs (a tensor or array with all samples, a tuple or dict for several
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend`
-    at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)` or `Macs(ratio)`,
+    at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)`, `Macs(ratio)` or `Parameters(ratio)`,
     which prune channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may be used: with
-    ``("factorize",)`` low rank reaches `Macs` and `Latency` too, and a `Latency` goal given several of ``drop_blocks``,
+    ``("factorize",)`` low rank reaches `Macs`, `Parameters` and `Latency` too, and a `Latency` goal given several of ``drop_blocks``,
     ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
     stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where
     the task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done,
@@ -179,7 +179,7 @@ def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thr
     if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
-            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio) or Ranks(keep=...)",
+            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio) or Ranks(keep=...)",
         )
     if batch < 1 or threads < 1:
         raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")
@@ -223,9 +223,10 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
     dropped = len(outcome.plan.decisions)
     if isinstance(goal, Blocks):
         return f"only {dropped} of {goal.count} blocks can be dropped"
-    if isinstance(goal, Macs):
-        macs, _ = cost_report(outcome)
-        ratio = macs["after"] / max(1, macs["before"])
+    if isinstance(goal, CountedGoal):
+        macs, parameters = cost_report(outcome)
+        cost = parameters if isinstance(goal, Parameters) else macs
+        ratio = cost["after"] / max(1, cost["before"])
         return f"{goal} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"

@@ -84,37 +84,62 @@ def _least(group: UnitGroup, limits: ChannelLimits) -> int:
     return min(len(group), max(1, math.ceil(limits.least * len(group) / step)) * step)
 
 
-class MacsModel:
-    """MACs of a program as a function of the units kept, without building the smaller program.
+class CutModel:
+    """What a program costs as a function of the units kept, without building the smaller program.
 
-    Each contraction's MACs shrink by the share of its consumed, made and carried channels that stay.
+    The cost is a sum of parts, `costs`; each shrinks by the share of its channels that stay, dimension by dimension.
+    `axes` name a part and the labels along one of its dimensions.
     """
 
-    def __init__(self, provenance: Provenance, groups: Sequence[UnitGroup]) -> None:
+    def __init__(
+        self,
+        provenance: Provenance,
+        groups: Sequence[UnitGroup],
+        costs: Sequence[float],
+        axes: Sequence[tuple[int, torch.Tensor]],
+    ) -> None:
         self.groups = groups
-        program = provenance.program
+        self.costs = torch.tensor(costs, dtype=torch.float64)
         owner = torch.full((provenance.size,), -1)
         for index, group in enumerate(groups):
             owner[group.units] = index
+        self.rows = torch.tensor([row for row, _ in axes], dtype=torch.long)
+        factors = [self._factor(owner, labels) for _, labels in axes]
+        self.factors = torch.stack(factors) if factors else torch.zeros(0, len(groups), dtype=torch.float64)
+
+    @classmethod
+    def of_macs(cls, provenance: Provenance, groups: Sequence[UnitGroup]) -> CutModel:
+        """MACs: each contraction's shrink by the share of its consumed, made and carried channels that stay."""
+        program = provenance.program
         nodes = [n for n in program.graph.nodes if node_macs(program, n)]
-        self.macs = torch.tensor([float(node_macs(program, n)) for n in nodes], dtype=torch.float64)
         place = {n.name: i for i, n in enumerate(nodes)}
-        rows, factors = [], []
+        axes = []
         for slot in provenance.slots:
             parameter = program.tensor(slot.parameter)
             if parameter.dim() > 1 and slot.node in place:
-                rows.append(place[slot.node])
-                factors.append(self._factor(owner, slot.labels))
+                axes.append((place[slot.node], slot.labels))
         stored = {slot.node for slot in provenance.slots}
         for node in nodes:
             if node.name not in stored:
                 for operand in data_inputs(node)[:1]:
                     labels = provenance.values.get(operand.name)
                     if isinstance(labels, torch.Tensor):
-                        rows.append(place[node.name])
-                        factors.append(self._factor(owner, slim(labels).reshape(-1)))
-        self.rows = torch.tensor(rows, dtype=torch.long)
-        self.factors = torch.stack(factors) if factors else torch.zeros(0, len(groups), dtype=torch.float64)
+                        axes.append((place[node.name], slim(labels).reshape(-1)))
+        return cls(provenance, groups, [float(node_macs(program, n)) for n in nodes], axes)
+
+    @classmethod
+    def of_parameters(cls, provenance: Provenance, groups: Sequence[UnitGroup]) -> CutModel:
+        """Trained values: each parameter shrinks by the share of the channels along its dimensions that stay."""
+        program = provenance.program
+        trained = {p.data_ptr(): p.numel() for p in program.module.parameters()}
+        place = {pointer: i for i, pointer in enumerate(trained)}
+        axes = {
+            (place[pointer], slot.dim): slot.labels  # tensors that share storage count once
+            for slot in provenance.slots
+            if (pointer := program.tensor(slot.parameter).data_ptr()) in place
+        }
+        found = [(row, labels) for (row, _), labels in axes.items()]
+        return cls(provenance, groups, [float(count) for count in trained.values()], found)
 
     def _factor(self, owner: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Share of the channels that each group has, per unit."""
@@ -132,30 +157,30 @@ class MacsModel:
         return (1 - self.factors @ gone).clamp(min=0)
 
     def _per_node(self, shares: torch.Tensor) -> torch.Tensor:
-        return self.macs * torch.ones_like(self.macs).scatter_reduce(0, self.rows, shares, "prod")
+        return self.costs * torch.ones_like(self.costs).scatter_reduce(0, self.rows, shares, "prod")
 
     def slopes(self, counts: Sequence[int]) -> torch.Tensor:
-        """MACs that one unit less of each group saves."""
+        """What one unit less of each group saves."""
         shares = self._shares(counts)
         return (self._per_node(shares)[self.rows] / shares.clamp(min=1e-12)) @ self.factors
 
 
 def group_shares(provenance: Provenance) -> list[float]:
     """For each group, the share of all MACs in the layers that make, carry or consume its units; shares overlap."""
-    model = MacsModel(provenance, provenance.groups)
-    total = float(model.macs.sum())
+    model = CutModel.of_macs(provenance, provenance.groups)
+    total = float(model.costs.sum())
     if not len(model.rows) or total == 0:
         return [0.0] * len(provenance.groups)
-    touched = torch.zeros(len(model.macs), len(provenance.groups), dtype=torch.bool)
+    touched = torch.zeros(len(model.costs), len(provenance.groups), dtype=torch.bool)
     touched.index_put_((model.rows,), model.factors > 0, accumulate=True)
-    return [float(s) for s in (touched.double() * model.macs.unsqueeze(1)).sum(0) / total]
+    return [float(s) for s in (touched.double() * model.costs.unsqueeze(1)).sum(0) / total]
 
 
 def allocate(
-    model: MacsModel, curves: Mapping[str, torch.Tensor], target: float, limits: ChannelLimits
+    model: CutModel, curves: Mapping[str, torch.Tensor], target: float, limits: ChannelLimits
 ) -> tuple[dict[str, int], bool]:
-    """Cut where a MAC costs the least error until at most `target` MACs are left; the counts, and whether that was
-    reached.
+    """Cut where what it saves costs the least error until at most `target` is left of the model's cost; the counts, and
+    whether that was reached.
 
     `curves` holds, for each group, the error with 0, 1, 2 ... units kept. Greedy on the slope of each curve's lower
     convex hull ahead of where the group stands, so that a flat part behind a step is seen.
@@ -179,7 +204,7 @@ def allocate(
     return {g.name: c for g, c in zip(groups, counts, strict=True)}, True
 
 
-def _enough(model: MacsModel, counts: list[int], index: int, goal: int, target: float, step: int) -> int:
+def _enough(model: CutModel, counts: list[int], index: int, goal: int, target: float, step: int) -> int:
     """The first count on the way down to `goal` that meets the target, else `goal`."""
     lattice = list(range((counts[index] - 1) // step * step, goal - 1, -step))
     for count in lattice:

@@ -17,11 +17,11 @@ from ..passes.submodular import Selection
 from .allocation import weighing_samples
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
-from .channel_budget import ChannelLimits, MacsModel, allocate, free_groups, uniform_counts
-from .cost import program_cost
+from .channel_budget import ChannelLimits, CutModel, allocate, free_groups, uniform_counts
+from .cost import counted
 from .errors import GoalError, PlanError, Reject
 from .latency_probe import LatencyProbe
-from .plan import ChannelGoal, Channels, PruneChannels
+from .plan import ChannelGoal, Channels, CountedGoal, Parameters, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance, find_units
@@ -30,7 +30,7 @@ from .stored_passes import stored_channels, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
 from .verify import output_error
 
-#: How often a MACs goal is tightened when the smaller program has more MACs than the allocation predicted.
+#: How often a goal is tightened when the smaller program costs more than the allocation predicted.
 MOST_CORRECTIONS = 4
 
 
@@ -74,7 +74,7 @@ def cut_channels(
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
-    """Prune `teacher` to a `Channels` or `Macs` goal and re-solve what consumes the lost channels.
+    """Prune `teacher` to a `Channels`, `Macs` or `Parameters` goal and re-solve what consumes the lost channels.
 
     The errors are those of the outputs on `held_out`, relative, after plain removal, after the re-solve of the
     consumers, and after the polish. Raises GoalError when nothing can be pruned.
@@ -185,16 +185,17 @@ def _counts(
     if isinstance(goal, Channels):
         return uniform_counts(groups, goal.keep, limits), True
     curves = error_curves(provenance, calibration, groups, progress=progress, store=store)
-    model = MacsModel(provenance, groups)
-    macs = program_cost(provenance.program).macs
-    target = goal.ratio * macs
+    of_what = CutModel.of_parameters if isinstance(goal, Parameters) else CutModel.of_macs
+    model = of_what(provenance, groups)
+    whole = counted(provenance.program, goal)
+    target = goal.ratio * whole
     for _ in range(MOST_CORRECTIONS):
         counts, met = allocate(model, curves, target, limits)
-        left = _macs_left(provenance, groups, counts)
-        if not met or left <= goal.ratio * macs:
+        left = _left(provenance, groups, counts, goal)
+        if not met or left <= goal.ratio * whole:
             return counts, met
         # what the model does not see (a product of two activations) takes its share too
-        target -= left - goal.ratio * macs
+        target -= left - goal.ratio * whole
     return counts, False
 
 
@@ -238,8 +239,8 @@ def _height(provenance: Provenance, samples: CalibrationSet, group: UnitGroup, c
     return output_error(provenance.program, smaller, samples)
 
 
-def _macs_left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> int:
-    return program_cost(prune_channels(provenance, surplus_units(groups, counts)).program).macs
+def _left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int], goal: CountedGoal) -> int:
+    return counted(prune_channels(provenance, surplus_units(groups, counts)).program, goal)
 
 
 def channel_decision(group: UnitGroup, selection: Selection) -> PruneChannels:

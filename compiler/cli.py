@@ -90,6 +90,9 @@ def compile_command(
     macs: Annotated[
         float | None, typer.Option(metavar="R", help="Goal: at most R times the original's multiply-accumulates.")
     ] = None,
+    parameters: Annotated[
+        float | None, typer.Option(metavar="R", help="Goal: at most R times the original's parameters.")
+    ] = None,
     ranks: Annotated[
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None,
@@ -118,7 +121,7 @@ def compile_command(
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
-        goal = read_goal(latency, blocks, keep, macs, ranks)
+        goal = read_goal(latency, blocks, keep, macs, parameters, ranks)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
         result, unmet = _compile(

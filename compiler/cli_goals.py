@@ -10,12 +10,17 @@ from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
 from .errors import GoalError
 from .pipeline import PipelineSettings
-from .plan import Blocks, Channels, Goal, Latency, Macs, Ranks
+from .plan import Blocks, Channels, Goal, Latency, Macs, Parameters, Ranks
 from .sweep import GOALS
 
 
 def read_goal(
-    latency: str | None, blocks: int | None, keep: float | None, macs: float | None, ranks: float | None
+    latency: str | None,
+    blocks: int | None,
+    keep: float | None,
+    macs: float | None,
+    parameters: float | None,
+    ranks: float | None,
 ) -> Goal:
     """The one goal that was given. Raises GoalError."""
     given: list[Goal] = []
@@ -27,10 +32,14 @@ def read_goal(
         given.append(Channels(keep))
     if macs is not None:
         given.append(Macs(macs))
+    if parameters is not None:
+        given.append(Parameters(parameters))
     if ranks is not None:
         given.append(Ranks(keep=ranks))
     if len(given) != 1:
-        raise GoalError("give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6 or --ranks 0.25")
+        raise GoalError(
+            "give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6, --parameters 0.5 or --ranks 0.25"
+        )
     return given[0]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .plan import CountedGoal, Parameters
 from .program import Program, argument, is_tensor
 
 aten = torch.ops.aten
@@ -62,6 +63,11 @@ def region_cost(program: Program, nodes: Iterable[fx.Node]) -> Cost:
 def program_cost(program: Program) -> Cost:
     """Cost of the whole network."""
     return region_cost(program, (n for n in program.graph.nodes if n.op == "call_function"))
+
+
+def counted(program: Program, goal: CountedGoal) -> int:
+    """What a goal bounds of a network: its multiply-accumulates or its trained values."""
+    return program.parameter_count() if isinstance(goal, Parameters) else program_cost(program).macs
 
 
 def _size(program: Program, node: object) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from .export import to_exported, to_onnx, to_pt2
 from .joint_pipeline import cut_jointly
 from .joint_rewrite import JointSettings
 from .latency_probe import LatencyProbe, Profiles
-from .plan import Blocks, ChannelGoal, Decision, DropBlock, Goal, Latency, Macs, Plan, RankGoal, Ranks
+from .plan import Blocks, ChannelGoal, CountedGoal, Decision, DropBlock, Goal, Latency, Plan, RankGoal, Ranks
 from .planner import require_regions
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
@@ -223,7 +223,7 @@ def joint_settings(settings: PipelineSettings) -> JointSettings:
 
 def rewrites_for(goal: Goal) -> tuple[str, ...]:
     """The rewrites that reach a goal, the one used unless told otherwise first."""
-    if isinstance(goal, Macs):
+    if isinstance(goal, CountedGoal):
         return ("prune_channels", "factorize")
     if isinstance(goal, Latency):
         return ("drop_blocks", "prune_channels", "factorize")

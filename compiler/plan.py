@@ -119,6 +119,27 @@ class Macs:
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """Come down to at most `ratio` times the original's trained values, cut where it costs the least error: for a limit
+    on the size of a file or on memory."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ratio, (int, float)) or isinstance(self.ratio, bool) or not 0 < self.ratio < 1:
+            raise GoalError(
+                f"Parameters({self.ratio!r}) is not a goal",
+                hint="give a ratio between 0 and 1: Parameters(0.5) asks for half of the parameters",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "parameters", "ratio": float(self.ratio)}
+
+    def __str__(self) -> str:
+        return f"parameters ratio {self.ratio:g}"
+
+
+@dataclass(frozen=True)
 class Ranks:
     """Factorise every layer that gets cheaper by it, each on its own: to `rank`, to a share `keep` of its full rank,
     to the least rank that keeps a share `energy` of its output's energy, or whose relative error is at most `error`
@@ -162,13 +183,15 @@ class Ranks:
         return named[key].format(value)
 
 
-Goal = Latency | Blocks | Channels | Macs | Ranks
+Goal = Latency | Blocks | Channels | Macs | Parameters | Ranks
+#: Goals that bound what can be counted without a measurement.
+CountedGoal = Macs | Parameters
 #: Goals that channel pruning reaches.
-ChannelGoal = Channels | Macs
+ChannelGoal = Channels | Macs | Parameters
 #: Goals that dropping blocks reaches.
 DropGoal = Latency | Blocks
 #: Goals that low rank reaches.
-RankGoal = Latency | Macs | Ranks
+RankGoal = Latency | Macs | Parameters | Ranks
 
 
 def goal_from_dict(data: Mapping[str, Any]) -> Goal:
@@ -181,6 +204,8 @@ def goal_from_dict(data: Mapping[str, Any]) -> Goal:
         return Channels(data["keep"])
     if data.get("kind") == "macs":
         return Macs(data["ratio"])
+    if data.get("kind") == "parameters":
+        return Parameters(data["ratio"])
     if data.get("kind") == "ranks":
         return Ranks(**{key: value for key, value in data.items() if key != "kind"})
     raise PlanError(f"unknown goal {dict(data)!r}", hint="the plan was written by another version of foldcut")

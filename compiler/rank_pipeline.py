@@ -14,10 +14,10 @@ from ..passes.select_ranks import Option, RankAnalysis, RankSettings
 from .allocation import weighing_samples
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
-from .cost import program_cost
+from .cost import counted
 from .errors import GoalError
 from .latency_probe import LatencyProbe
-from .plan import Macs, RankGoal, Ranks
+from .plan import CountedGoal, Parameters, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .rank_choice import Menu, search_plan, weights_alone
@@ -52,7 +52,7 @@ def cut_ranks(
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
-    """Factorise the layers of `teacher` to a `Macs`, `Latency` or `Ranks` goal, and re-solve what they feed.
+    """Factorise the layers of `teacher` to a `Macs`, `Parameters`, `Latency` or `Ranks` goal; re-solve what they feed.
 
     Under a budget the choice is the one of least measured output error of those that `search_plan` tries, each the
     exact optimum of an integer programme. Costs are multiply-accumulates, or under a `Latency` goal, which needs the
@@ -116,8 +116,8 @@ def _choose(
     if isinstance(goal, Ranks):
         return analysis.each(goal), True
     trials, alone = rank_trials(analysis, calibration, progress=progress, store=store)
-    if isinstance(goal, Macs):
-        found = search_plan(_macs_menu(analysis, goal.ratio), trials, alone)
+    if isinstance(goal, CountedGoal):
+        found = search_plan(_counted_menu(analysis, goal), trials, alone)
         return found.choice, found.possible
     assert latency is not None
     with clock.stage("time options"):
@@ -157,17 +157,19 @@ def rank_trials(
     return trials, weights_alone(analysis, trials)
 
 
-def _macs_menu(analysis: RankAnalysis, ratio: float) -> Menu:
-    """Every option at its multiply-accumulates; the budget is what the goal leaves to the layers on the menu."""
+def _counted_menu(analysis: RankAnalysis, goal: CountedGoal) -> Menu:
+    """Every option at its multiply-accumulates or trained values; the budget is what the goal leaves to the layers on
+    the menu."""
     options = {name: candidate.every for name, candidate in analysis.candidates.items()}
-    whole = {name: float(candidate.size.macs) for name, candidate in analysis.candidates.items()}
-    macs = program_cost(analysis.program).macs
-    return Menu(
-        options=options,
-        costs={name: [float(option.macs) for option in row] for name, row in options.items()},
-        whole=whole,
-        budget=ratio * macs - (macs - sum(whole.values())),
-    )
+    if isinstance(goal, Parameters):
+        module = analysis.program.module
+        whole = {n: float(module.get_parameter(c.layer.weight).numel()) for n, c in analysis.candidates.items()}
+        costs = {n: [float(c.parameters(o)) for o in options[n]] for n, c in analysis.candidates.items()}
+    else:
+        whole = {name: float(candidate.size.macs) for name, candidate in analysis.candidates.items()}
+        costs = {name: [float(option.macs) for option in row] for name, row in options.items()}
+    total = counted(analysis.program, goal)
+    return Menu(options=options, costs=costs, whole=whole, budget=goal.ratio * total - (total - sum(whole.values())))
 
 
 def latency_menu(analysis: RankAnalysis, latency: StoredLatency, *, progress: Progress = silent) -> tuple[Menu, float]:

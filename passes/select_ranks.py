@@ -95,6 +95,10 @@ class Candidate:
     def options(self) -> tuple[Option, ...]:
         return tuple(not_dominated(self.every))
 
+    def parameters(self, option: Option) -> int:
+        """Trained values of the factors of an option; its bias stays and is not counted."""
+        return sum(math.prod(shape) for shape in SCHEMES[option.scheme].shapes(self.size, option.ranks))
+
     def trial(self) -> Option:
         """The option nearest to half of the layer's multiply-accumulates, of those that lose something: an exact one
         says nothing about what errors of this layer do. The cheapest where all are exact."""

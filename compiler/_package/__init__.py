@@ -18,7 +18,18 @@ from .compiler.errors import (
     RewriteError,
 )
 from .compiler.pipeline import PipelineSettings
-from .compiler.plan import Blocks, Channels, DropBlock, FactorizeLayer, Latency, Macs, Plan, PruneChannels, Ranks
+from .compiler.plan import (
+    Blocks,
+    Channels,
+    DropBlock,
+    FactorizeLayer,
+    Latency,
+    Macs,
+    Parameters,
+    Plan,
+    PruneChannels,
+    Ranks,
+)
 from .compiler.program import Program, TensorSpec
 from .compiler.provenance import Provenance, find_units
 from .compiler.regions import Region, RegionAnalysis, find_regions
@@ -51,6 +62,7 @@ __all__ = [
     "Macs",
     "MimicSettings",
     "OutputError",
+    "Parameters",
     "PipelineSettings",
     "Plan",
     "PlanError",
