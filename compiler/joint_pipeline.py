@@ -67,7 +67,9 @@ def mix_shape(teacher: Program, mix: Mix) -> Program:
     program = drop_blocks(teacher, drops)
     if counts:
         provenance = find_units(program)
-        program = prune_channels(provenance, surplus_units(_groups(provenance, counts), counts)).program
+        groups = _groups(provenance, counts)
+        if groups:
+            program = prune_channels(provenance, surplus_units(groups, counts)).program
     return factorize_for_timing(program, ranks)
 
 
@@ -130,6 +132,9 @@ def _pruned(
     progress: Progress,
 ) -> tuple[Program, Mapping[str, Kept], Mapping[str, Selection], list[PruneChannels]]:
     provenance = find_units(program)
+    groups = _groups(provenance, counts)
+    if not groups:
+        return program, {}, {}, []
     choice = choose_channels(
         provenance,
         calibration,
@@ -140,7 +145,7 @@ def _pruned(
         progress=progress,
     )
     pruned = prune_channels(provenance, choice.removed, choice.tensors)
-    cuts = [channel_decision(g, choice.selections[g.name]) for g in _groups(provenance, counts)]
+    cuts = [channel_decision(g, choice.selections[g.name]) for g in groups]
     return pruned.program, pruned.kept, choice.selections, cuts
 
 

@@ -24,13 +24,15 @@ class Proposal:
 class Item:
     """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer.
 
-    `kind` names the rewrite, `nodes` the calls of the program that the change concerns.
+    `kind` names the rewrite, `nodes` the calls of the program that the change concerns, `producers` those without which
+    nothing is left to change, where that is not all of them: the layers that make the units of a group.
     """
 
     kind: str
     name: str
     nodes: frozenset[str] = field(repr=False)
     proposals: tuple[Proposal, ...] = field(repr=False)
+    producers: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 #: The items that a plan changes, each with the proposal taken.
@@ -63,8 +65,8 @@ def predicted_saving(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) 
 def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
     """Pairs of items of which a plan may change only one.
 
-    Regions that share a node; a region and what lies wholly inside it; a unit group and a layer that makes or consumes
-    its units, since both change that layer's weight.
+    Regions that share a node; a region and what lies wholly inside it, or a group whose units are made inside it; a
+    unit group and a layer that makes or consumes its units, since both change that layer's weight.
     """
     found = []
     for (i, one), (j, other) in combinations(enumerate(items), 2):
@@ -73,7 +75,7 @@ def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
             clash = bool(one.nodes & other.nodes)
         elif "drop_blocks" in kinds:
             region, inside = (one, other) if one.kind == "drop_blocks" else (other, one)
-            clash = inside.nodes <= region.nodes
+            clash = (inside.producers or inside.nodes) <= region.nodes
         else:
             clash = False
         if clash:

@@ -82,6 +82,20 @@ def test_mixes_in_effect(names: str, parts: dict[str, Mix], residual: Program, n
         assert solved < 1e-9  # the block does nothing
 
 
+def test_a_group_that_goes_with_a_dropped_region(nets: SimpleNamespace) -> None:
+    """Nothing is left to prune where the only layer that makes the channels is dropped."""
+    widths = ((8, 12), (12, 12), (12, 16))
+    layers = [part for a, b in widths for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    net = nets.seeded(lambda: nets.image_net(*layers, channels=16))
+    program = foldcut.capture(net, nets.images())
+    (region,) = find_regions(program).blocks
+    drop = one("drop_blocks", region.name, foldcut.DropBlock(entry=region.entry, exit=region.exit, path=region.path))
+    mix = drop | one("prune_channels", "3", 6)
+    applied = apply_mix(program, mix, CalibrationSet.of(nets.images(24)), JOINT)
+    assert [d.kind for d in applied.decisions] == [foldcut.DropBlock.kind]
+    assert applied.program.parameter_count() == mix_shape(program, mix).parameter_count()
+
+
 @pytest.fixture(scope="module")
 def few_options() -> Iterator[None]:
     """Every option costs an export: two of each kind will do."""
