@@ -281,6 +281,7 @@ def _report(
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.rejects],
         groups=_groups(outcome),
+        plans=outcome.plans,
         multiple_of=None if outcome.provenance is None else options.channels.limits.multiple_of,
         onnx_difference=outcome.onnx_difference,
         calibration={

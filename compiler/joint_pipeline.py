@@ -240,6 +240,7 @@ def cut_jointly(
         kept=applied.kept,
         provenance=next((offer.provenance for offer in offered if offer.provenance is not None), None),
         selections=applied.selections,
+        plans=tuple(found.to_list()),
     )
 
 

@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class PipelineSettings:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way. `settings`
-    are those used, with what the backend said about them."""
+    are those used, with what the backend said about them; `plans` the mixes that were tried, where several were."""
 
     teacher: Program
     program: Program
@@ -72,6 +73,7 @@ class Outcome:
     rejects: tuple[Reject, ...]
     provenance: Provenance | None
     selections: Mapping[str, Selection]
+    plans: tuple[Mapping[str, Any], ...]
     measurement: Measurement
     output_errors: Mapping[str, float]
     onnx: bytes
@@ -245,6 +247,7 @@ def _finish(
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
         selections=rewritten.selections,
+        plans=rewritten.plans,
         measurement=measurement,
         output_errors=errors,
         onnx=onnx,

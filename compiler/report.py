@@ -18,6 +18,8 @@ class Report:
     and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
     samples at each stage and at the end; `groups` the unit groups, kept and total, and `multiple_of` what channel
     counts went to multiples of, where channels were pruned;
+    `plans` the mixes of rewrites that were tried under a latency goal: how many changes of each kind, the output error
+    after a quick re-solve, the latency ratio (upper end), in how many rounds of measurement, and which was chosen;
     `seconds` wall and CPU seconds per stage.
     """
 
@@ -40,6 +42,7 @@ class Report:
     warnings: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
     multiple_of: int | None = None
+    plans: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -58,6 +61,7 @@ class Report:
             "rejects": list(self.rejects),
             "groups": [dict(g) for g in self.groups],
             "multiple_of": self.multiple_of,
+            "plans": [dict(p) for p in self.plans],
             "onnx_difference": self.onnx_difference,
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),

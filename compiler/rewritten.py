@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..passes.resolve_network import LayerError
 from ..passes.submodular import Selection
@@ -20,7 +21,8 @@ class Rewritten:
     the relative output errors so far, stage by stage.
 
     `layers` are the errors of the layers that were solved again, `kept` the channels left of each node that lost some;
-    `provenance` and `selections` are there when channels were looked at.
+    `provenance` and `selections` are there when channels were looked at, `plans` when several mixes were tried
+    (`Found.to_list`).
     """
 
     program: Program
@@ -32,3 +34,4 @@ class Rewritten:
     kept: Mapping[str, Kept] = field(default_factory=dict)
     provenance: Provenance | None = None
     selections: Mapping[str, Selection] = field(default_factory=dict)
+    plans: tuple[Mapping[str, Any], ...] = ()

@@ -139,6 +139,15 @@ def test_the_goal_is_reached_and_said_so(mixed: foldcut.Compiled) -> None:
     assert {"try plans", "measure plan", "offer channels", "offer ranks"} <= set(report.seconds)
 
 
+def test_the_report_says_which_plans_were_tried(mixed: foldcut.Compiled) -> None:
+    (chosen,) = [plan for plan in mixed.report.plans if plan["chosen"]]
+    assert chosen["ratio"] <= 0.45 + 1e-6
+    assert 1 <= chosen["rounds"] <= 4
+    assert sum(chosen["changes"].values()) == len(mixed.plan.decisions)
+    assert chosen["error"] == min(p["error"] for p in mixed.report.plans if p["ratio"] <= 0.45)
+    assert json.loads(json.dumps(mixed.report.to_dict()))["plans"] == [dict(p) for p in mixed.report.plans]
+
+
 def test_what_goes_out_is_what_was_made(mixed: foldcut.Compiled, nets: SimpleNamespace) -> None:
     onnx.checker.check_model(onnx.load_from_string(mixed.onnx))
     session = onnxruntime.InferenceSession(mixed.onnx, providers=["CPUExecutionProvider"])
