@@ -22,12 +22,13 @@ def choose_options(
     costs: Sequence[Sequence[float]],
     budget: float,
     conflicts: Sequence[tuple[int, int]] = (),
+    known: Sequence[Sequence[int]] = (),
 ) -> list[int] | None:
     """For each item the index of one of its options: the least sum of errors whose costs add up to at most `budget`.
 
     `errors` and `costs` hold a row for each item. Of two items in `conflicts` one at least takes its first option, that
-    of leaving it alone. None when no choice stays within the budget. Solved by HiGHS; of choices of equal error any may
-    come back, the same one every time.
+    of leaving it alone. A choice among the `known` ones does not come back. None when no choice stays within the
+    budget. Solved by HiGHS; of choices of equal error any may come back, the same one every time.
     """
     from scipy import optimize, sparse  # slow to import, and not everyone who imports foldcut needs it
 
@@ -46,6 +47,12 @@ def choose_options(
         rows, columns = np.repeat(np.arange(len(conflicts)), 2), starts[np.asarray(conflicts).ravel()]
         alone = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(conflicts), len(items)))
         constraints.append(optimize.LinearConstraint(alone, 1, np.inf))
+    if known:
+        rows = np.repeat(np.arange(len(known)), len(sizes))
+        taken = sparse.csr_matrix(
+            (np.ones(len(rows)), (rows, (starts + np.asarray(known)).ravel())), shape=(len(known), len(items))
+        )
+        constraints.append(optimize.LinearConstraint(taken, -np.inf, len(sizes) - 1))
     cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
     error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
     found = optimize.milp(

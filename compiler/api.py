@@ -103,10 +103,10 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     `calibration` a few hundred unlabelled inputs (a tensor or array with all samples, a tuple or dict for several
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend`
-    at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)`, `Macs(ratio)` or `Parameters(ratio)`,
-    which prune channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may be used: with
-    ``("factorize",)`` low rank reaches `Macs`, `Parameters` and `Latency` too, and a `Latency` goal given several of ``drop_blocks``,
-    ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
+    at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)`, `Macs(ratio)` or
+    `Parameters(ratio)`, which prune channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may
+    be used: with ``("factorize",)`` low rank reaches `Macs`, `Parameters` and `Latency` too, and a `Latency` goal given
+    several of ``drop_blocks``, ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
     stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where
     the task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done,
     total). `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments. `cache`
@@ -179,7 +179,8 @@ def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thr
     if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
-            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio) or Ranks(keep=...)",
+            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio) "
+            "or Ranks(keep=...)",
         )
     if batch < 1 or threads < 1:
         raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")

@@ -17,13 +17,15 @@ from .segments import Segment, find_segments
 from .unit_groups import UnitGroup, surplus_units
 
 
-def touched_layers(provenance: Provenance, group: UnitGroup) -> set[str]:
-    """The nodes whose weights hold channels of a group."""
+def touched_layers(provenance: Provenance, group: UnitGroup, *roles: str) -> set[str]:
+    """The nodes whose weights hold channels of a group; with `roles`, as outputs (``out``) or as inputs (``in``)."""
     program = provenance.program
     return {
         slot.node
         for slot in provenance.slots
-        if program.tensor(slot.parameter).dim() > 1 and bool(torch.isin(slot.labels, group.units).any())
+        if program.tensor(slot.parameter).dim() > 1
+        and (not roles or slot.role in roles)
+        and bool(torch.isin(slot.labels, group.units).any())
     }
 
 

@@ -109,6 +109,7 @@ def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
             ratio=plan.ratio,
             error=plan.error,
             counts=dict(Counter(item.kind for item in plan.mix)),
+            rounds=plan.rounds,
             chosen=plan is found.best,
         )
         for plan in found.tried

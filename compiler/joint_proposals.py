@@ -80,8 +80,9 @@ def offered_cuts(
             if saving >= LEAST_SAVING
         )
         if proposals:
-            nodes = frozenset(touched_layers(provenance, group))
-            items.append(Item(kind="prune_channels", name=group.name, nodes=nodes, proposals=proposals))
+            nodes, producers = (frozenset(touched_layers(provenance, group, *roles)) for roles in ((), ("out",)))
+            kind = "prune_channels"
+            items.append(Item(kind=kind, name=group.name, nodes=nodes, proposals=proposals, producers=producers))
     rejects = tuple(Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
     return Offered(items=tuple(items), rejects=(*group_rejects(provenance), *rejects), provenance=provenance)
 

@@ -2,8 +2,10 @@
 
 Errors do not add up over rewrites, and those of two kinds are predicted in different ways. So every kind first makes a
 plan of its own that reaches the goal; what that plan turns out to lose and to save scales the kind's predictions. Then
-plans of all kinds together are made, tried and the scales taken from what each kind contributes there. The plan with
-the least error of all those tried that reach the goal stands, so it is never worse than the best of a single kind.
+plans of all kinds together are made, tried and the scales taken from what each kind contributes there. Last, single
+items are put right around the plan that leads (`item_figures`), and plans follow that may be better by those figures.
+The plan with the least error of all those tried that reach the goal stands, so it is never worse than the best of a
+single kind.
 """
 
 from __future__ import annotations
@@ -12,7 +14,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .proposals import Item, Mix, Scale, choose_mix, kinds_of, most_saving, predicted_error, predicted_saving
+from .item_figures import LEAST_SHARE, error_fit, saving_fit
+from .proposals import (
+    Item,
+    Mix,
+    Scale,
+    choose_corrected,
+    choose_mix,
+    kinds_of,
+    most_saving,
+    predicted_error,
+    predicted_saving,
+)
 
 #: How often a plan is made again when its measured latency misses the goal.
 MOST_MEASURED = 4
@@ -20,18 +33,31 @@ MOST_MEASURED = 4
 NEAR = 0.02
 #: How many plans of all kinds together are tried.
 MOST_MIXES = 4
-#: Kinds make up for each other in a plan, but none counts for less than this share of what it does alone.
-LEAST_SHARE = 0.1
+#: How many changes, those that save the most, are tried by themselves.
+MOST_ALONE = 4
+#: No plan is made from single items' figures when so many were tried, or so many of those in a row were no better.
+MOST_TRIALS, MOST_MISSES = 48, 4
+#: So many items of a plan are left out of it, one at a time, when a plan made from their figures differs from its
+#: prediction by this share of the error.
+MOST_LEFT_OUT, SURPRISE = 8, 0.1
+#: An item that is not in the plan that leads may lose so many standard deviations less than it seems to.
+DOUBT = 0.7
+#: A plan is tried when it may lose this share less than the one that leads.
+LEAST_GAIN = 0.01
+
+#: What tells a plan from others: kind, name and the place of the proposal of each item.
+Key = frozenset[tuple[str, str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A plan with its output error after a quick re-solve and its measured latency ratio (upper end of the
-    interval)."""
+    """A plan with its output error after a quick re-solve and its measured latency ratio (upper end of the interval),
+    and how many plans were measured until this one was found to save as much as it should."""
 
     mix: Mix
     error: float
     ratio: float
+    rounds: int = 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -64,26 +90,34 @@ class MixSearch:
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
         self._measure, self._trial = measure, trial
-        self._errors: dict[frozenset[tuple[str, str, int]], float] = {}
-        self._ratios: dict[frozenset[tuple[str, str, int]], float] = {}
+        self._errors: dict[Key, float] = {}
+        self._ratios: dict[Key, float] = {}
+        self._plans: dict[Key, Mix] = {}
 
     def run(self) -> Found:
         """Search. Nothing can be changed at all: the empty plan comes back, with error 0 and ratio 1."""
         for kind in self.kinds:
             self._single(kind)
+        self._alone()
         if len(self.kinds) > 1:
             self._mixes()
-        met = [plan for plan in self.tried if plan.ratio <= self.ratio]
+        self._refine()
+        lead = self._lead()
         nothing = Tried(mix={}, error=0.0, ratio=1.0)
-        best = min(met, key=lambda plan: plan.error) if met else min(self.tried, key=lambda p: p.ratio, default=nothing)
-        return Found(best=best, met=bool(met), tried=tuple(self.tried), scales=self.scales)
+        best = lead or min(self.tried, key=lambda plan: plan.ratio, default=nothing)
+        return Found(best=best, met=lead is not None, tried=tuple(self.tried), scales=self.scales)
+
+    def _lead(self) -> Tried | None:
+        """The plan of least error among those that reach the goal."""
+        met = [plan for plan in self.tried if plan.ratio <= self.ratio]
+        return min(met, key=lambda plan: plan.error, default=None)
 
     def _single(self, kind: str) -> None:
         """The plan of one kind, and what it says about the kind's predictions."""
         items = [item for item in self.items if item.kind == kind]
-        mix, ratio = self._reaching(items, one_kind=True)
+        mix, rounds = self._reaching(items, one_kind=True)
         if mix:
-            plan = self._try(mix, ratio)
+            plan = self._try(mix, rounds)
             predicted = predicted_error(mix, self.scales)
             if predicted > 0 and plan.error > 0:
                 self.scales[kind] = replace(self.scales[kind], error=plan.error / predicted)
@@ -93,10 +127,10 @@ class MixSearch:
         alone = {kind: scale.error for kind, scale in self.scales.items()}
         lead, used = float("inf"), dict(self.scales)
         for _ in range(MOST_MIXES):
-            mix, ratio = self._reaching(self.items, one_kind=False)
+            mix, rounds = self._reaching(self.items, one_kind=False)
             if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
                 return
-            plan = self._try(mix, ratio)
+            plan = self._try(mix, rounds)
             if plan.error < lead:
                 lead, used = plan.error, dict(self.scales)
                 if len(plan.kinds) > 1:
@@ -105,6 +139,69 @@ class MixSearch:
             else:
                 for kind, scale in self.scales.items():
                     self.scales[kind] = replace(scale, error=math.sqrt(scale.error * used[kind].error))
+
+    def _alone(self) -> None:
+        """Try the changes that save the most by themselves: what a kind's plan loses does not say which of them loses
+        it."""
+        taken = [pair for plan in self.tried for pair in plan.mix.items()]
+        by_saving = sorted(taken, key=lambda pair: -self.scales[pair[0].kind].saving * pair[1].saving)
+        for item, proposal in by_saving[:MOST_ALONE]:
+            self._error({item: proposal})
+
+    def _refine(self) -> None:
+        """Plans around the one that leads, from what single items turned out to lose and to save there.
+
+        A trial is cheaper than a measurement: only plans that lose less than the lead are measured.
+        """
+        lead, misses, rounds, doubted = self._lead(), 0, 1, False
+        while lead is not None and misses < MOST_MISSES and len(self._errors) < MOST_TRIALS:
+            mix, expected = self._promising(lead)
+            if not mix:
+                return
+            error = self._error(mix)
+            if error < lead.error:
+                plan = self._try(mix, rounds)
+                if plan.ratio <= self.ratio:
+                    lead, misses, rounds, doubted = plan, 0, 1, False
+                    continue
+                rounds += 1
+            misses += 1
+            if not doubted and abs(error - expected) > SURPRISE * lead.error:
+                doubted = True
+                self._leave_out(lead)
+
+    def _leave_out(self, plan: Tried) -> None:
+        """Try a plan without each of the items that are predicted to lose the most in it."""
+        by_error = sorted(plan.mix, key=lambda item: -self.scales[item.kind].error * plan.mix[item].error)
+        for left in by_error[:MOST_LEFT_OUT]:
+            if len(self._errors) < MOST_TRIALS:
+                self._error({item: proposal for item, proposal in plan.mix.items() if item is not left})
+
+    def _promising(self, lead: Tried) -> tuple[Mix, float]:
+        """The best plan that was not tried yet, where it may lose less than `lead`, and what it is expected to lose;
+        else an empty one.
+
+        Items that are not in the lead count with the least that they may lose: a plan that takes them up in vain puts
+        their figure right.
+        """
+        errors = error_fit(self.items, self.scales, lead.mix, lead.error, self._known(self._errors))
+        savings = saving_fit(self.items, self.scales, lead.mix, lead.ratio, self._known(self._ratios))
+        scales, expected = {}, {}
+        for item, factor, spread, saved in zip(self.items, errors.factors, errors.spread, savings.factors, strict=True):
+            kind = self.scales[item.kind]
+            expected[item] = Scale(error=kind.error * float(factor), saving=kind.saving * float(saved))
+            least = factor if item in lead.mix else max(factor - DOUBT * spread, LEAST_SHARE)
+            scales[item] = replace(expected[item], error=kind.error * float(least))
+        saving = lead.ratio - self.ratio + _saving(lead.mix, scales)
+        known = [mix for mix, _ in self._known(self._errors)]
+        mix = choose_corrected(self.items, saving, list(scales.values()), known)
+        if mix is None or _loss(lead.mix, scales) - _loss(mix, scales) <= LEAST_GAIN * lead.error:
+            return {}, lead.error
+        return mix, lead.error + _loss(mix, expected) - _loss(lead.mix, expected)
+
+    def _known(self, figures: Mapping[Key, float]) -> list[tuple[Mix, float]]:
+        """Every plan that a figure is known of."""
+        return [(self._plans[key], figure) for key, figure in figures.items()]
 
     def _contribution(self, plan: Tried, kind: str, alone: float) -> None:
         """Scale a kind's errors to what the plan gains when that kind is left out of it."""
@@ -115,9 +212,10 @@ class MixSearch:
             added = (plan.error - self._error(rest)) / predicted
             self.scales[kind] = replace(self.scales[kind], error=max(added, LEAST_SHARE * alone))
 
-    def _reaching(self, items: Sequence[Item], *, one_kind: bool) -> tuple[Mix, float]:
-        """The plan of least predicted error whose measured ratio comes nearest to the goal from below; where none does,
-        the fastest. What was predicted to be saved is corrected by what was, up and down."""
+    def _reaching(self, items: Sequence[Item], *, one_kind: bool) -> tuple[Mix, int]:
+        """The plan of least predicted error whose measured ratio comes nearest to the goal from below, and how many
+        were measured; where none does, the fastest. What was predicted to be saved is corrected by what was, up and
+        down."""
         seen: list[tuple[float, Mix]] = []
         saving = 1 - self.ratio
         for _ in range(MOST_MEASURED):
@@ -137,11 +235,11 @@ class MixSearch:
             else:
                 saving = expected * (1 - self.ratio) / reached
         met = [pair for pair in seen if pair[0] <= self.ratio]
-        ratio, mix = max(met, key=_first) if met else min(seen, key=_first, default=(1.0, {}))
-        return mix, ratio
+        _, mix = max(met, key=_first) if met else min(seen, key=_first, default=(1.0, {}))
+        return mix, len(seen)
 
-    def _try(self, mix: Mix, ratio: float) -> Tried:
-        plan = Tried(mix=mix, error=self._error(mix), ratio=ratio)
+    def _try(self, mix: Mix, rounds: int) -> Tried:
+        plan = Tried(mix=mix, error=self._error(mix), ratio=self._ratio(mix), rounds=rounds)
         self.tried.append(plan)
         return plan
 
@@ -152,6 +250,7 @@ class MixSearch:
         key = _key(mix)
         if key not in self._errors:
             self._errors[key] = self._trial(mix)
+            self._plans[key] = mix
         return self._errors[key]
 
     def _ratio(self, mix: Mix) -> float:
@@ -159,11 +258,20 @@ class MixSearch:
         key = _key(mix)
         if key not in self._ratios:
             self._ratios[key] = self._measure(mix)
+            self._plans[key] = mix
         return self._ratios[key]
 
 
-def _key(mix: Mix) -> frozenset[tuple[str, str, int]]:
+def _key(mix: Mix) -> Key:
     return frozenset((item.kind, item.name, item.proposals.index(taken)) for item, taken in mix.items())
+
+
+def _loss(mix: Mix, scales: Mapping[Item, Scale]) -> float:
+    return sum(scales[item].error * proposal.error for item, proposal in mix.items())
+
+
+def _saving(mix: Mix, scales: Mapping[Item, Scale]) -> float:
+    return sum(scales[item].saving * proposal.saving for item, proposal in mix.items())
 
 
 def _first(pair: tuple[float, Mix]) -> float:

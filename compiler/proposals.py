@@ -24,13 +24,15 @@ class Proposal:
 class Item:
     """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer.
 
-    `kind` names the rewrite, `nodes` the calls of the program that the change concerns.
+    `kind` names the rewrite, `nodes` the calls of the program that the change concerns, `producers` those without which
+    nothing is left to change, where that is not all of them: the layers that make the units of a group.
     """
 
     kind: str
     name: str
     nodes: frozenset[str] = field(repr=False)
     proposals: tuple[Proposal, ...] = field(repr=False)
+    producers: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 #: The items that a plan changes, each with the proposal taken.
@@ -63,8 +65,8 @@ def predicted_saving(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) 
 def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
     """Pairs of items of which a plan may change only one.
 
-    Regions that share a node; a region and what lies wholly inside it; a unit group and a layer that makes or consumes
-    its units, since both change that layer's weight.
+    Regions that share a node; a region and what lies wholly inside it, or a group whose units are made inside it; a
+    unit group and a layer that makes or consumes its units, since both change that layer's weight.
     """
     found = []
     for (i, one), (j, other) in combinations(enumerate(items), 2):
@@ -73,7 +75,7 @@ def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
             clash = bool(one.nodes & other.nodes)
         elif "drop_blocks" in kinds:
             region, inside = (one, other) if one.kind == "drop_blocks" else (other, one)
-            clash = inside.nodes <= region.nodes
+            clash = (inside.producers or inside.nodes) <= region.nodes
         else:
             clash = False
         if clash:
@@ -81,28 +83,44 @@ def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
     return found
 
 
-def choose_mix(items: Sequence[Item], saving: float, scales: Mapping[str, Scale]) -> Mix | None:
-    """The proposals of least predicted error that together save `saving` of the latency; None when nothing does."""
-    errors = [[0.0, *(scales[item.kind].error * p.error for p in item.proposals)] for item in items]
-    return _picked(items, errors, -saving, scales)
+def choose_mix(
+    items: Sequence[Item], saving: float, scales: Mapping[str, Scale], known: Sequence[Mapping[Item, Proposal]] = ()
+) -> Mix | None:
+    """The proposals of least predicted error that together save `saving` of the latency; None when nothing does.
+    A mix among the `known` ones does not come back."""
+    return choose_corrected(items, saving, [scales[item.kind] for item in items], known)
+
+
+def choose_corrected(
+    items: Sequence[Item], saving: float, scales: Sequence[Scale], known: Sequence[Mapping[Item, Proposal]] = ()
+) -> Mix | None:
+    """`choose_mix` with a scale for each of the items."""
+    errors = [[0.0, *(by.error * p.error for p in item.proposals)] for item, by in zip(items, scales, strict=True)]
+    return _picked(items, errors, -saving, scales, known)
 
 
 def most_saving(items: Sequence[Item], scales: Mapping[str, Scale]) -> Mix:
     """The proposals that save the most together."""
-    found = _picked(items, _costs(items, scales), 0.0, scales)
+    each = [scales[item.kind] for item in items]
+    found = _picked(items, _costs(items, each), 0.0, each)
     assert found is not None  # leaving all alone is allowed
     return found
 
 
-def _costs(items: Sequence[Item], scales: Mapping[str, Scale]) -> list[list[float]]:
+def _costs(items: Sequence[Item], scales: Sequence[Scale]) -> list[list[float]]:
     """What each choice adds to the latency: nothing where an item is left alone, else less than that."""
-    return [[0.0, *(-scales[item.kind].saving * p.saving for p in item.proposals)] for item in items]
+    return [[0.0, *(-by.saving * p.saving for p in item.proposals)] for item, by in zip(items, scales, strict=True)]
 
 
 def _picked(
-    items: Sequence[Item], errors: Sequence[Sequence[float]], budget: float, scales: Mapping[str, Scale]
+    items: Sequence[Item],
+    errors: Sequence[Sequence[float]],
+    budget: float,
+    scales: Sequence[Scale],
+    known: Sequence[Mapping[Item, Proposal]] = (),
 ) -> Mix | None:
-    found = choose_options(errors, _costs(items, scales), budget, excluded_pairs(items))
+    taken = [[1 + item.proposals.index(mix[item]) if item in mix else 0 for item in items] for mix in known]
+    found = choose_options(errors, _costs(items, scales), budget, excluded_pairs(items), taken)
     if found is None:
         return None
     return {item: item.proposals[i - 1] for item, i in zip(items, found, strict=True) if i}

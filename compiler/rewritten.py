@@ -17,11 +17,13 @@ from .provenance import Provenance
 @dataclass(frozen=True, kw_only=True)
 class TriedPlan:
     """A plan that was tried on the way: its measured latency ratio, its relative output error after a quick re-solve,
-    how many decisions of each kind it has (`drop_blocks`, `prune_channels`, `factorize`), and whether it was chosen."""
+    how many decisions of each kind it has (`drop_blocks`, `prune_channels`, `factorize`), how many plans were measured
+    until one like it was found to save enough, and whether it was chosen."""
 
     ratio: float
     error: float
     counts: Mapping[str, int]
+    rounds: int = 1
     chosen: bool = False
 
 

@@ -83,6 +83,20 @@ def test_mixes_in_effect(names: str, parts: dict[str, Mix], residual: Program, n
         assert solved < 1e-9  # the block does nothing
 
 
+def test_a_group_that_goes_with_a_dropped_region(nets: SimpleNamespace) -> None:
+    """Nothing is left to prune where the only layer that makes the channels is dropped."""
+    widths = ((8, 12), (12, 12), (12, 16))
+    layers = [part for a, b in widths for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    net = nets.seeded(lambda: nets.image_net(*layers, channels=16))
+    program = foldcut.capture(net, nets.images())
+    (region,) = find_regions(program).blocks
+    drop = one("drop_blocks", region.name, foldcut.DropBlock(entry=region.entry, exit=region.exit, path=region.path))
+    mix = drop | one("prune_channels", "3", 6)
+    applied = apply_mix(program, mix, CalibrationSet.of(nets.images(24)), JOINT)
+    assert [d.kind for d in applied.decisions] == [foldcut.DropBlock.kind]
+    assert applied.program.parameter_count() == mix_shape(program, mix).parameter_count()
+
+
 @pytest.fixture(scope="module")
 def few_options() -> Iterator[None]:
     """Every option costs an export: two of each kind will do."""
@@ -128,8 +142,9 @@ def test_the_goal_is_reached_and_said_so(mixed: foldcut.Compiled) -> None:
 
 def test_the_report_has_the_plans_that_were_tried(mixed: foldcut.Compiled) -> None:
     tried = json.loads(json.dumps(mixed.report.to_dict()))["tried"]
-    assert [set(plan) for plan in tried] == [{"ratio", "error", "counts", "chosen"}] * len(tried)
+    assert [set(plan) for plan in tried] == [{"ratio", "error", "counts", "rounds", "chosen"}] * len(tried)
     (chosen,) = (plan for plan in tried if plan["chosen"])
+    assert 1 <= chosen["rounds"] <= 4
     made = Counter(decision.kind for decision in mixed.plan.decisions)
     named = {"drop_blocks": "drop_block", "prune_channels": "prune_channels", "factorize": "factorize_layer"}
     assert {named[kind]: count for kind, count in chosen["counts"].items()} == made
