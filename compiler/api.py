@@ -106,12 +106,13 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)`, `Macs(ratio)` or
     `Parameters(ratio)`, which prune channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may
     be used: with ``("factorize",)`` low rank reaches `Macs`, `Parameters` and `Latency` too, and a `Latency` goal given
-    several of ``drop_blocks``, ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None leaves out the gradient
-    stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where
-    the task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done,
-    total). `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments. `cache`
-    True keeps the results of analyses in ``$FOLDCUT_CACHE`` (else ``~/.cache/foldcut``), a path elsewhere, False
-    nowhere: the same call after an interruption goes on where it was and ends with the same network.
+    several of ``drop_blocks``, ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None
+    leaves out the gradient stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed
+    copies of the samples, where the task does not care about the change. `progress` True shows bars on stderr; a
+    callable receives (stage, done, total). `settings` sets how each stage works; batch, threads, seed and views are
+    taken from the arguments. `cache` True keeps the results of analyses in ``$FOLDCUT_CACHE`` (else
+    ``~/.cache/foldcut``), a path elsewhere, False nowhere: the same call after an interruption goes on where it was and
+    ends with the same network.
 
     The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
     choice also depends on measured times.
