@@ -25,7 +25,18 @@ from .errors import CompilerError, GoalError
 from .model_inputs import needed_inputs
 from .onnx_file import in_one_piece
 from .pipeline import Outcome, PipelineSettings, cost_report, rewrites_for, run_pipeline
-from .plan import Blocks, CountedGoal, DropBlock, FactorizeLayer, Goal, Latency, Parameters, Plan, PruneChannels
+from .plan import (
+    Blocks,
+    CountedGoal,
+    DropBlock,
+    FactorizeLayer,
+    Goal,
+    Latency,
+    MaxError,
+    Parameters,
+    Plan,
+    PruneChannels,
+)
 from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .report import Report, unit_groups
@@ -201,7 +212,7 @@ def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thr
 def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:
     """Those of the rewrites that reach the goal; the first of them, where the goal does not mix."""
     found = tuple(r for r in rewrites_for(goal) if r in rewrites)
-    return found if isinstance(goal, Latency) else found[:1]
+    return found if isinstance(goal, (Latency, MaxError)) else found[:1]
 
 
 def _check_fixed_batch(program: Program, batch: int) -> None:
@@ -230,6 +241,9 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
         cost = parameters if isinstance(goal, Parameters) else macs
         ratio = cost["after"] / max(1, cost["before"])
         return f"{goal} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
+    if isinstance(goal, MaxError):
+        error = list(outcome.output_errors.values())[-1]
+        return f"{goal} is not met: the least that was found is {error:.4f}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
     kinds = ((DropBlock, "regions dropped"), (PruneChannels, "groups pruned"), (FactorizeLayer, "layers factorised"))

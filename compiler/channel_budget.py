@@ -139,6 +139,13 @@ class CutModel:
             if (pointer := program.tensor(slot.parameter).data_ptr()) in place
         }
         found = [(row, labels) for (row, _), labels in axes.items()]
+        covered = {row for row, _ in found}
+        # the rest goes element by element: scales and shifts of a norm, a table
+        for name, labels in provenance.constants.items():
+            row = place.get(program.tensor(name).data_ptr())
+            if row is not None and row not in covered:
+                covered.add(row)
+                found.append((row, slim(labels).reshape(-1)))
         return cls(provenance, groups, [float(count) for count in trained.values()], found)
 
     def _factor(self, owner: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,9 @@ def compile_command(
     parameters: Annotated[
         float | None, typer.Option(metavar="R", help="Goal: at most R times the original's parameters.")
     ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(metavar="E", help="Goal: as fast as a relative output error of E allows.")
+    ] = None,
     ranks: Annotated[
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None,
@@ -121,7 +124,7 @@ def compile_command(
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
-        goal = read_goal(latency, blocks, keep, macs, parameters, ranks)
+        goal = read_goal(latency, blocks, keep, macs, parameters, max_error, ranks)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
         result, unmet = _compile(

@@ -10,8 +10,19 @@ from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
 from .errors import GoalError
 from .pipeline import PipelineSettings
-from .plan import Blocks, Channels, Goal, Latency, Macs, Parameters, Ranks
+from .plan import Blocks, Channels, Goal, Latency, Macs, MaxError, Parameters, Ranks
 from .sweep import GOALS
+
+#: Every goal of the command line.
+EXAMPLES = (
+    "--latency 0.7",
+    "--blocks 4",
+    "--keep 0.5",
+    "--macs 0.6",
+    "--parameters 0.5",
+    "--max-error 0.02",
+    "--ranks 0.25",
+)
 
 
 def read_goal(
@@ -20,6 +31,7 @@ def read_goal(
     keep: float | None,
     macs: float | None,
     parameters: float | None,
+    max_error: float | None,
     ranks: float | None,
 ) -> Goal:
     """The one goal that was given. Raises GoalError."""
@@ -34,12 +46,12 @@ def read_goal(
         given.append(Macs(macs))
     if parameters is not None:
         given.append(Parameters(parameters))
+    if max_error is not None:
+        given.append(MaxError(max_error))
     if ranks is not None:
         given.append(Ranks(keep=ranks))
     if len(given) != 1:
-        raise GoalError(
-            "give one goal", hint="--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6, --parameters 0.5 or --ranks 0.25"
-        )
+        raise GoalError("give one goal", hint=f"{', '.join(EXAMPLES[:-1])} or {EXAMPLES[-1]}")
     return given[0]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..passes.recoverability import QUICK_RESOLVE
@@ -14,9 +15,9 @@ from .drop_pipeline import choose
 from .errors import GoalError, Reject
 from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
 from .joint_rewrite import JointSettings, apply_mix, mix_shape
-from .joint_search import MOST_MIXES, Found, MixSearch
+from .joint_search import MOST_TRIALS, Found, MixSearch, Tried
 from .latency_probe import LatencyProbe
-from .plan import Latency
+from .plan import Latency, MaxError
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .proposals import Mix
@@ -30,13 +31,18 @@ from .verify import output_error
 
 #: Samples that a plan is put into effect with while plans are compared.
 TRIAL_SAMPLES = 128
+#: No plan is looked for below this latency ratio when only the error is bounded, nor nearer than this to one that is
+#: known, nor at more ratios than this.
+LEAST_RATIO, NARROW, MOST_RATIOS = 0.25, 0.04, 5
+#: A network whose error is this share below its bound has room left.
+ROOM = 0.15
 
 
 def cut_jointly(
     teacher: Program,
     calibration: CalibrationSet,
     held_out: CalibrationSet,
-    goal: Latency,
+    goal: Latency | MaxError,
     probe: LatencyProbe,
     rewrites: Sequence[str],
     *,
@@ -45,61 +51,207 @@ def cut_jointly(
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
-    """Reach a latency goal by the best mix of `rewrites`: dropped regions, removed channels, factorised layers.
+    """Reach a latency goal, or the least latency within an error, by the best mix of `rewrites`: dropped regions,
+    removed channels, factorised layers.
 
     Every kind offers what it can save and what that is predicted to cost; the mix is an integer programme's, corrected
     by what plans turned out to lose after a quick re-solve and to save on the backend (`MixSearch`). The errors
     are those of the outputs on `held_out`, relative: after the rewrites, each with its own closed form, and after the
     re-solve of the whole. Raises GoalError when nothing can be changed towards the goal.
     """
-    latency = StoredLatency(store, probe)
-    offered = _offered(teacher, calibration, goal, latency, rewrites, settings, clock, progress, store)
-    items = [item for offer in offered for item in offer.items]
-    rejects = [reject for offer in offered for reject in offer.rejects]
-    quick = replace(settings, resolve=QUICK_RESOLVE)
-    few = calibration.take(slice(0, TRIAL_SAMPLES))
-    done, most = 0, len(rewrites) + MOST_MIXES * (1 + len(rewrites))
+    mixing = Mixing(
+        teacher=teacher,
+        calibration=calibration,
+        held_out=held_out,
+        latency=StoredLatency(store, probe),
+        rewrites=tuple(rewrites),
+        settings=settings,
+        clock=clock,
+        progress=progress,
+        store=store,
+    )
+    if isinstance(goal, Latency):
+        mixing.offer(goal)
+        return mixing.made(mixing.searched(goal.share), goal)
+    mixing.offer(Latency(LEAST_RATIO))
+    return fastest_within(mixing, goal)
 
-    def measure(mix: Mix) -> float:
-        with clock.stage("measure plan"):
-            ratio: float = latency.kept("mix", [_changes(mix)], lambda: probe.against(mix_shape(teacher, mix)).high)
-        return ratio
 
-    def trial(mix: Mix) -> float:
-        nonlocal done
-        done += 1
-        progress("try plans", done, max(done, most))
-        with clock.stage("try plans"):
-            return store.value(
+def fastest_within(mixing: Mixing, goal: MaxError) -> Rewritten:
+    """The fastest network whose output error stays within a bound.
+
+    The latency is bisected: each search gives the plan of least error at a latency, and all that it tried counts. Plans
+    are compared after a quick re-solve on few samples, and the whole re-solve leaves less: when the first network has
+    room left, the bound on what plans may lose is raised by as much, once.
+    """
+    bound, best = goal.error, None
+    for _ in range(2):
+        found = _bisected(mixing, bound)
+        if not found.best.mix:
+            break
+        made = mixing.made(found, goal)
+        within = made.errors["re-solved"] <= goal.error
+        if best is None or (within and found.best.ratio < best[0]):
+            best = found.best.ratio, replace(made, met=within)
+        if not 0 < made.errors["re-solved"] < (1 - ROOM) * goal.error:
+            break
+        bound = goal.error * found.best.error / made.errors["re-solved"]
+    if best is None:
+        raise GoalError(f"nothing can be done within {goal}", hint=mixing.reasons())
+    return best[1]
+
+
+def _bisected(mixing: Mixing, bound: float) -> Found:
+    """The fastest plan that was tried and loses at most `bound`; where none does, the one that loses least."""
+    low, high = LEAST_RATIO, 1.0
+    tried: dict[int, Tried] = {}
+    found: Found | None = None
+    for _ in range(MOST_RATIOS):
+        if high - low < NARROW:
+            break
+        ratio = (low + high) / 2
+        found = mixing.searched(ratio)
+        tried |= {id(plan.mix): plan for plan in found.tried}
+        within = [plan.ratio for plan in tried.values() if plan.error <= bound]
+        high = min([high, *within])
+        if not found.met or found.best.error > bound:
+            low = max(low, min(ratio, high))
+    assert found is not None
+    plans = tuple(tried.values())
+    good = [plan for plan in plans if plan.error <= bound]
+    best = min(good, key=lambda p: p.ratio) if good else min(plans, key=lambda p: p.error, default=found.best)
+    return replace(found, best=best, met=bool(good), tried=plans)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Plans of one network: what is offered for them, what they turn out to save and to lose, the network of one."""
+
+    teacher: Program
+    calibration: CalibrationSet
+    held_out: CalibrationSet
+    latency: StoredLatency
+    rewrites: tuple[str, ...]
+    settings: JointSettings
+    clock: StageClock
+    progress: Progress
+    store: AnalysisStore
+    offered: list[Offered] = field(default_factory=list)
+    #: Trials so far.
+    done: list[Mix] = field(default_factory=list)
+
+    def offer(self, goal: Latency) -> None:
+        """Ask each of the rewrites what it can do for a goal."""
+        if "drop_blocks" in self.rewrites:
+            self.offered.append(self._drops(goal))
+        if "prune_channels" in self.rewrites:
+            limits = self.settings.channels.limits
+            with self.clock.stage("offer channels"):
+                self.offered.append(
+                    offered_cuts(self.latency, self.calibration, limits, progress=self.progress, store=self.store)
+                )
+        if "factorize" in self.rewrites:
+            with self.clock.stage("offer ranks"):
+                self.offered.append(self._ranks(goal))
+
+    def searched(self, ratio: float) -> Found:
+        """The best plan that reaches a latency ratio."""
+        items = [item for offer in self.offered for item in offer.items]
+        return MixSearch(items, ratio, measure=self._measure, trial=self._trial).run()
+
+    def made(self, found: Found, goal: Latency | MaxError) -> Rewritten:
+        """The network of the plan that a search found best, solved with all samples. Raises GoalError when that plan
+        changes nothing."""
+        if not found.best.mix:
+            raise GoalError(f"nothing can be done towards {goal}", hint=self.reasons())
+        with self.clock.stage("re-solve"):
+            applied = apply_mix(
+                self.teacher,
+                found.best.mix,
+                self.calibration,
+                self.settings,
+                progress=self.progress,
+                store=self.store,
+            )
+        errors = {
+            "rewritten": output_error(self.teacher, applied.rewritten, self.held_out),
+            "re-solved": output_error(self.teacher, applied.program, self.held_out),
+        }
+        if errors["re-solved"] > errors["rewritten"]:
+            applied = replace(applied, program=applied.rewritten)
+            errors["re-solved"] = errors["rewritten"]
+        return Rewritten(
+            program=applied.program,
+            decisions=applied.decisions,
+            met=found.met,
+            rejects=(*self._rejects(), *applied.locked),
+            errors=errors,
+            layers=applied.layers,
+            kept=applied.kept,
+            provenance=next((offer.provenance for offer in self.offered if offer.provenance is not None), None),
+            selections=applied.selections,
+            tried=tried_plans(found),
+        )
+
+    def reasons(self) -> str:
+        """Why nothing can be done."""
+        reasons = dict.fromkeys(reject.reason for reject in self._rejects())
+        return "; ".join(reasons) or "no rewrite saves latency on this backend"
+
+    def _rejects(self) -> list[Reject]:
+        return [reject for offer in self.offered for reject in offer.rejects]
+
+    def _measure(self, mix: Mix) -> float:
+        """The latency ratio of a plan, the upper end of its interval."""
+        with self.clock.stage("measure plan"):
+            shape = functools.partial(mix_shape, self.teacher, mix)
+            found: float = self.latency.kept("mix", [_changes(mix)], lambda: self.latency.probe.against(shape()).high)
+        return found
+
+    def _trial(self, mix: Mix) -> float:
+        """The output error of a plan after a quick re-solve on few samples."""
+        self.done.append(mix)
+        self.progress("try plans", len(self.done), max(len(self.done), MOST_TRIALS))
+        quick = replace(self.settings, resolve=QUICK_RESOLVE)
+        few = self.calibration.take(slice(0, TRIAL_SAMPLES))
+        with self.clock.stage("try plans"):
+            return self.store.value(
                 "mix trial",
-                [teacher, few, held_out, quick, _changes(mix)],
-                lambda: output_error(teacher, apply_mix(teacher, mix, few, quick).program, held_out),
+                [self.teacher, few, self.held_out, quick, _changes(mix)],
+                lambda: output_error(self.teacher, apply_mix(self.teacher, mix, few, quick).program, self.held_out),
             )
 
-    found = MixSearch(items, goal.share, measure=measure, trial=trial).run()
-    if not found.best.mix:
-        raise GoalError(f"nothing can be done towards {goal}", hint=_reasons(rejects))
-    with clock.stage("re-solve"):
-        applied = apply_mix(teacher, found.best.mix, calibration, settings, progress=progress, store=store)
-    errors = {
-        "rewritten": output_error(teacher, applied.rewritten, held_out),
-        "re-solved": output_error(teacher, applied.program, held_out),
-    }
-    if errors["re-solved"] > errors["rewritten"]:
-        applied = replace(applied, program=applied.rewritten)
-        errors["re-solved"] = errors["rewritten"]
-    return Rewritten(
-        program=applied.program,
-        decisions=applied.decisions,
-        met=found.met,
-        rejects=(*rejects, *applied.locked),
-        errors=errors,
-        layers=applied.layers,
-        kept=applied.kept,
-        provenance=next((offer.provenance for offer in offered if offer.provenance is not None), None),
-        selections=applied.selections,
-        tried=tried_plans(found),
-    )
+    def _drops(self, goal: Latency) -> Offered:
+        regions = find_regions(self.teacher)
+        choice = choose(
+            self.teacher,
+            regions,
+            self.calibration,
+            goal,
+            self.latency.probe,
+            settings=self.settings.recoverability,
+            clock=self.clock,
+            progress=self.progress,
+            store=self.store,
+        )
+        return replace(offered_drops(choice), rejects=regions.rejects)
+
+    def _ranks(self, goal: Latency) -> Offered:
+        settings = self.settings
+        analysis = stored_rank_analysis(
+            self.store,
+            self.teacher,
+            self.calibration,
+            settings=settings.ranks,
+            resolve=settings.resolve,
+            progress=self.progress,
+        )
+        if not analysis.candidates:
+            return Offered(items=(), rejects=tuple(analysis.rejects))
+        trials, alone = rank_trials(analysis, self.calibration, progress=self.progress, store=self.store)
+        menu, network = latency_menu(analysis, self.latency, progress=self.progress)
+        wanted = replace(menu, budget=menu.budget - (1 - goal.share) * network)
+        return offered_ranks(analysis, menu, search_plan(wanted, trials, alone).weights, network)
 
 
 def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
@@ -119,66 +271,6 @@ def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
 def _changes(mix: Mix) -> list[Any]:
     """What a mix does, to be known again by."""
     return [[item.kind, item.name, proposal.change] for item, proposal in mix.items()]
-
-
-def _offered(
-    teacher: Program,
-    calibration: CalibrationSet,
-    goal: Latency,
-    latency: StoredLatency,
-    rewrites: Sequence[str],
-    settings: JointSettings,
-    clock: StageClock,
-    progress: Progress,
-    store: AnalysisStore,
-) -> list[Offered]:
-    """What each of the rewrites can do for the goal."""
-    offered = []
-    if "drop_blocks" in rewrites:
-        regions = find_regions(teacher)
-        choice = choose(
-            teacher,
-            regions,
-            calibration,
-            goal,
-            latency.probe,
-            settings=settings.recoverability,
-            clock=clock,
-            progress=progress,
-            store=store,
-        )
-        offered.append(replace(offered_drops(choice), rejects=regions.rejects))
-    if "prune_channels" in rewrites:
-        with clock.stage("offer channels"):
-            offered.append(offered_cuts(latency, calibration, settings.channels.limits, progress=progress, store=store))
-    if "factorize" in rewrites:
-        with clock.stage("offer ranks"):
-            offered.append(_offered_ranks(teacher, calibration, goal, latency, settings, progress, store))
-    return offered
-
-
-def _offered_ranks(
-    teacher: Program,
-    calibration: CalibrationSet,
-    goal: Latency,
-    latency: StoredLatency,
-    settings: JointSettings,
-    progress: Progress,
-    store: AnalysisStore,
-) -> Offered:
-    analysis = stored_rank_analysis(
-        store, teacher, calibration, settings=settings.ranks, resolve=settings.resolve, progress=progress
-    )
-    if not analysis.candidates:
-        return Offered(items=(), rejects=tuple(analysis.rejects))
-    trials, alone = rank_trials(analysis, calibration, progress=progress, store=store)
-    menu, network = latency_menu(analysis, latency, progress=progress)
-    wanted = replace(menu, budget=menu.budget - (1 - goal.share) * network)
-    return offered_ranks(analysis, menu, search_plan(wanted, trials, alone).weights, network)
-
-
-def _reasons(rejects: Sequence[Reject]) -> str:
-    return "; ".join(dict.fromkeys(reject.reason for reject in rejects)) or "no rewrite saves latency on this backend"
 
 
 __all__ = ["JointSettings", "apply_mix", "cut_jointly", "mix_shape"]

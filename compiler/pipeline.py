@@ -28,7 +28,20 @@ from .export import to_exported, to_onnx, to_pt2
 from .joint_pipeline import cut_jointly
 from .joint_rewrite import JointSettings
 from .latency_probe import LatencyProbe, Profiles
-from .plan import Blocks, ChannelGoal, CountedGoal, Decision, DropBlock, Goal, Latency, Plan, RankGoal, Ranks
+from .plan import (
+    Blocks,
+    ChannelGoal,
+    CountedGoal,
+    Decision,
+    DropBlock,
+    DropGoal,
+    Goal,
+    Latency,
+    MaxError,
+    Plan,
+    RankGoal,
+    Ranks,
+)
 from .planner import require_regions
 from .program import Batch, Program
 from .progress import Progress, StageClock, silent
@@ -103,19 +116,19 @@ def run_pipeline(
 ) -> Outcome:
     """Everything after capture. What is in the `store` is not computed again.
 
-    `rewrites` are those to use, of the ones that reach the goal (`rewrites_for`); by default the first of those. A
-    latency goal takes several, and mixes them. `deployed` is the model that runs today, where it came as a file:
-    latency is compared with it, else with the exported original. Raises GoalError when nothing can be removed; an unmet
-    goal comes back as `met` False.
+    `rewrites` are those to use, of the ones that reach the goal (`rewrites_for`); `default_rewrites` where none are
+    named. A latency goal and a bound on the error take several, and mix them. `deployed` is the model that runs today,
+    where it came as a file: latency is compared with it, else with the exported original. Raises GoalError when nothing
+    can be removed; an unmet goal comes back as `met` False.
     """
     settings, clock = settings or PipelineSettings(), clock or StageClock()
     calibration = calibration.aligned(teacher)
     calibration.check(teacher)
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
-    used = tuple(rewrites) if rewrites else rewrites_for(goal)[:1]
+    used = tuple(rewrites) if rewrites else default_rewrites(goal)
     analysis = None
-    if used == ("drop_blocks",):
+    if used == ("drop_blocks",) and isinstance(goal, DropGoal):
         with clock.stage("analyse"):
             analysis = find_regions(teacher)
         require_regions(analysis, goal)
@@ -178,8 +191,7 @@ def _rewritten(
             store=store,
         )
     solve = fit.take(slice(0, settings.solve_samples))
-    if used == ("factorize",):
-        assert isinstance(goal, RankGoal)
+    if used == ("factorize",) and isinstance(goal, RankGoal):
         return cut_ranks(
             teacher,
             solve,
@@ -192,7 +204,7 @@ def _rewritten(
             progress=progress,
             store=store,
         )
-    if isinstance(goal, Latency):
+    if isinstance(goal, (Latency, MaxError)):
         joint = joint_settings(settings)
         return cut_jointly(
             teacher, solve, held_out, goal, probe, used, settings=joint, clock=clock, progress=progress, store=store
@@ -211,6 +223,11 @@ def _rewritten(
     )
 
 
+def default_rewrites(goal: Goal) -> tuple[str, ...]:
+    """The rewrites that are used for a goal when none are named."""
+    return rewrites_for(goal) if isinstance(goal, MaxError) else rewrites_for(goal)[:1]
+
+
 def joint_settings(settings: PipelineSettings) -> JointSettings:
     """The settings of the rewrites."""
     return JointSettings(
@@ -225,7 +242,7 @@ def rewrites_for(goal: Goal) -> tuple[str, ...]:
     """The rewrites that reach a goal, the one used unless told otherwise first."""
     if isinstance(goal, CountedGoal):
         return ("prune_channels", "factorize")
-    if isinstance(goal, Latency):
+    if isinstance(goal, (Latency, MaxError)):
         return ("drop_blocks", "prune_channels", "factorize")
     if isinstance(goal, Ranks):
         return ("factorize",)

@@ -140,6 +140,27 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class MaxError:
+    """Be as fast as can be while the relative output error on the held-out samples stays at most `error`:
+    sum ||S - T||^2 / sum ||T||^2 over all outputs."""
+
+    error: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.error, (int, float)) or isinstance(self.error, bool) or not 0 < self.error < 1:
+            raise GoalError(
+                f"MaxError({self.error!r}) is not a goal",
+                hint="give a relative squared error between 0 and 1: MaxError(0.02) allows two percent",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "max_error", "error": float(self.error)}
+
+    def __str__(self) -> str:
+        return f"output error at most {self.error:g}"
+
+
+@dataclass(frozen=True)
 class Ranks:
     """Factorise every layer that gets cheaper by it, each on its own: to `rank`, to a share `keep` of its full rank,
     to the least rank that keeps a share `energy` of its output's energy, or whose relative error is at most `error`
@@ -183,7 +204,7 @@ class Ranks:
         return named[key].format(value)
 
 
-Goal = Latency | Blocks | Channels | Macs | Parameters | Ranks
+Goal = Latency | Blocks | Channels | Macs | Parameters | MaxError | Ranks
 #: Goals that bound what can be counted without a measurement.
 CountedGoal = Macs | Parameters
 #: Goals that channel pruning reaches.
@@ -206,6 +227,8 @@ def goal_from_dict(data: Mapping[str, Any]) -> Goal:
         return Macs(data["ratio"])
     if data.get("kind") == "parameters":
         return Parameters(data["ratio"])
+    if data.get("kind") == "max_error":
+        return MaxError(data["error"])
     if data.get("kind") == "ranks":
         return Ranks(**{key: value for key, value in data.items() if key != "kind"})
     raise PlanError(f"unknown goal {dict(data)!r}", hint="the plan was written by another version of foldcut")

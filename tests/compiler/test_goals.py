@@ -1,0 +1,116 @@
+"""Goals in parameters and in output error: reached, said so, and refused where they are none."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import foldcut
+import pytest
+import torch
+from foldcut.compiler.channel_budget import CutModel
+from foldcut.compiler.joint_pipeline import _bisected
+from foldcut.compiler.joint_search import Found, Tried
+from foldcut.compiler.plan import goal_from_dict
+from foldcut.compiler.program import Program
+from foldcut.compiler.unit_groups import surplus_units
+from foldcut.passes.prune_channels import prune_channels
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
+SETTINGS = foldcut.PipelineSettings(
+    channels=foldcut.ChannelSettings(limits=foldcut.ChannelLimits(multiple_of=2)),
+    ranks=foldcut.RankSettings(multiple_of=2),
+)
+
+
+@pytest.fixture(scope="module")
+def net(nets: SimpleNamespace) -> nn.Module:
+    torch.manual_seed(0)
+    return nets.ResNet(3, 8).eval()
+
+
+def run(net: nn.Module, nets: SimpleNamespace, goal: Any, **options: Any) -> foldcut.Compiled:
+    return foldcut.compile(
+        net, nets.images(48), goal=goal, mimic=False, settings=SETTINGS, progress=False, cache=False, **options
+    )
+
+
+@pytest.mark.parametrize("rewrites", [None, ("factorize",)], ids=str)
+def test_a_goal_in_parameters_is_reached(net: nn.Module, nets: SimpleNamespace, rewrites: Any) -> None:
+    made = run(net, nets, foldcut.Parameters(0.6), rewrites=rewrites)
+    after, before = made.program.parameter_count(), made.outcome.teacher.parameter_count()
+    assert 0.4 * before < after <= 0.6 * before
+    assert made.report.goal == {"kind": "parameters", "ratio": 0.6}
+
+
+def test_parameters_out_of_reach_are_said(net: nn.Module, nets: SimpleNamespace) -> None:
+    with pytest.raises(
+        foldcut.GoalError, match=r"parameters ratio 0\.001 cannot be met.*the ratio is 0\.\d+"
+    ) as caught:
+        run(net, nets, foldcut.Parameters(0.001))
+    assert caught.value.best is not None
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer", "inverted"])
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_predicted_parameters_are_those_of_the_smaller_program(
+    name: str, share: float, request: pytest.FixtureRequest
+) -> None:
+    program: Program = request.getfixturevalue(name)
+    provenance = foldcut.find_units(program)
+    groups = provenance.prunable
+    counts = {g.name: g.count_for(share, 1) for g in groups}
+    model = CutModel.of_parameters(provenance, groups)
+    assert model([len(g) for g in groups]) == pytest.approx(program.parameter_count())
+    smaller = prune_channels(provenance, surplus_units(groups, counts)).program
+    assert model([counts[g.name] for g in groups]) == pytest.approx(smaller.parameter_count(), rel=1e-9)
+
+
+def test_the_fastest_within_an_error(net: nn.Module, nets: SimpleNamespace, work_backend: Any) -> None:
+    """A looser bound gives a faster network, and neither is beyond its bound."""
+    tight, loose = (
+        run(net, nets, foldcut.MaxError(bound), backend=work_backend, rewrites=("drop_blocks",))
+        for bound in (0.00015, 0.002)
+    )
+    assert tight.report.output_error <= 0.00015 and loose.report.output_error <= 0.002
+    assert loose.report.latency["ratio"] < tight.report.latency["ratio"] < 1
+    assert json.loads(json.dumps(tight.plan.to_dict()))["goal"] == {"kind": "max_error", "error": 0.00015}
+
+
+def test_an_error_that_nothing_stays_within(net: nn.Module, nets: SimpleNamespace, work_backend: Any) -> None:
+    with pytest.raises(foldcut.GoalError, match=r"at most 1e-12 is not met: the least that was found is"):
+        run(net, nets, foldcut.MaxError(1e-12), backend=work_backend, rewrites=("factorize",))
+
+
+class Searches:
+    """In place of the search: at a latency ratio r the best plan loses (1 - r) ** 2."""
+
+    def __init__(self) -> None:
+        self.ratios: list[float] = []
+
+    def searched(self, ratio: float) -> Found:
+        self.ratios.append(ratio)
+        best = Tried(mix={}, error=(1 - ratio) ** 2, ratio=ratio)
+        return Found(best=best, met=True, tried=(best,), scales={})
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.1, 0.3])
+def test_the_latency_is_bisected(bound: float) -> None:
+    searches: Any = Searches()
+    found = _bisected(searches, bound)
+    assert found.met and found.best.error <= bound
+    assert found.best.ratio - (1 - bound**0.5) < 0.08
+    assert len(searches.ratios) == len(set(searches.ratios)) <= 5
+
+
+@pytest.mark.parametrize("goal", [foldcut.Parameters(0.5), foldcut.MaxError(0.02)])
+def test_goals_come_back_from_a_plan(goal: Any) -> None:
+    assert goal_from_dict(json.loads(json.dumps(goal.to_dict()))) == goal
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, True, "half", None])
+@pytest.mark.parametrize("kind", [foldcut.Parameters, foldcut.MaxError])
+def test_what_is_no_goal_is_refused(kind: Any, value: Any) -> None:
+    with pytest.raises(foldcut.GoalError, match="is not a goal"):
+        kind(value)
