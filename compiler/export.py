@@ -3,7 +3,6 @@ batch."""
 
 from __future__ import annotations
 
-import copy
 import re
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .atomic import write_folder
 from .errors import ExportError, named_first_line
 from .logs import quiet_exporters
+from .onnx_direct import as_it_is, direct_translations
 from .program import Program, is_tensor
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def to_onnx_model(
     try:
         with quiet_exporters():
             try:
-                result = _translated(_as_it_is(exported), version, translations())
+                result = _translated(as_it_is(exported), version, translations() | direct_translations())
             except Exception:  # an operator that has an ONNX form only once it is decomposed
                 result = _translated(exported, version, translations())
     except Exception as cause:
@@ -127,18 +127,6 @@ def to_onnx_model(
     if program.origin is not None:
         program.origin.write(model, {s.name: s.shape for s in (*program.inputs, *program.outputs)})
     return model
-
-
-def _as_it_is(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """A copy that the exporter does not decompose.
-
-    Decomposing traces the network twice more and takes half of an export. The exporter only takes apart operators that
-    it has no translation for; where there are none the model is the same, and where there are it says so.
-    """
-    same = copy.copy(exported)
-    same._graph_module = copy.deepcopy(exported.graph_module)  # the exporter puts in casts of its own
-    same.run_decompositions = lambda *_args, **_options: same
-    return same
 
 
 def _translated(exported: torch.export.ExportedProgram, opset: int | None, table: dict[Any, Any]) -> Any:

@@ -329,6 +329,7 @@ def test_importing_is_light() -> None:
 def test_all_that_is_promised_is_there() -> None:
     assert {"compile", "Latency", "Blocks", "Compiled", "MimicSettings", "CompilerError"} <= set(foldcut.__all__)
     assert all(hasattr(foldcut, name) for name in foldcut.__all__)
-    errors = [getattr(foldcut, name) for name in foldcut.__all__ if name.endswith("Error")]
+    goals = {"MaxError"}
+    errors = [getattr(foldcut, name) for name in foldcut.__all__ if name.endswith("Error") and name not in goals]
     assert all(issubclass(e, foldcut.CompilerError) for e in errors)
     assert len({e.stage for e in errors}) == len(errors)

@@ -6,7 +6,7 @@ every run of the test sees the same figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from types import SimpleNamespace
@@ -120,7 +120,10 @@ class MacsTable:
 class MacsProbe:
     """Stands for `LatencyProbe`: the latency of a program is its multiply-accumulates."""
 
-    model, inputs = b"", {}
+    model = before = b""
+    inputs: Mapping[str, Any] = {}
+    batch, threads, seed = 1, 1, 0
+    backend = SimpleNamespace(environment=lambda: {"backend": "MACs"})
 
     def __init__(self, program: Program) -> None:
         self.program, self.macs = program, program_cost(program).macs

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from foldcut.compiler.joint_pipeline import tried_plans
 from foldcut.compiler.joint_search import MixSearch
 from foldcut.compiler.proposals import (
     Item,
@@ -243,12 +244,12 @@ def test_a_plan_that_saves_less_than_it_should_does_not_stand() -> None:
 
 def test_plans_as_plain_data() -> None:
     found = search(ALL, 0.6, scaled(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 0.7))).run()
-    rows = found.to_list()
+    rows = tried_plans(found)
     assert len(rows) == len(found.tried)
-    (chosen,) = [row for row in rows if row["chosen"]]
-    assert chosen["error"] == found.best.error
-    assert sum(chosen["changes"].values()) == len(found.best.mix)
-    assert rows[0]["rounds"] == 2  # the first plan of a kind saves 0.7 of what it should
+    (chosen,) = [row for row in rows if row.chosen]
+    assert chosen.error == found.best.error
+    assert sum(chosen.counts.values()) == len(found.best.mix)
+    assert rows[0].rounds == 2  # the first plan of a kind saves 0.7 of what it should
 
 
 def test_plans_are_few() -> None:
