@@ -32,7 +32,7 @@ from foldcut.compiler.drop_pipeline import choose
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.latency_probe import LatencyProbe
 from foldcut.compiler.onnx_bypass import onnx_without
-from foldcut.compiler.pipeline import PipelineSettings
+from foldcut.compiler.pipeline_settings import PipelineSettings
 from foldcut.compiler.plan import Goal
 from foldcut.compiler.progress import StageClock
 from foldcut.compiler.regions import find_regions

@@ -24,7 +24,8 @@ from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
 from .model_inputs import needed_inputs
 from .onnx_file import in_one_piece
-from .pipeline import Outcome, PipelineSettings, cost_report, rewrites_for, run_pipeline
+from .pipeline import Outcome, cost_report, run_pipeline
+from .pipeline_settings import PipelineSettings, rewrites_for
 from .plan import (
     Blocks,
     CountedGoal,

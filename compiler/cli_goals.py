@@ -9,7 +9,7 @@ from .api import REWRITES
 from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
 from .errors import GoalError
-from .pipeline import PipelineSettings
+from .pipeline_settings import PipelineSettings
 from .plan import Blocks, Channels, Goal, Latency, Macs, MaxError, Parameters, Ranks
 from .sweep import GOALS
 

@@ -12,26 +12,21 @@ import numpy as np
 import torch
 
 from ..passes.mimic import MimicSettings
-from ..passes.recoverability import RecoverabilitySettings
-from ..passes.resolve_network import ResolveSettings
-from ..passes.select_ranks import RankSettings
 from ..passes.submodular import Selection
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
 from .analysis_store import NOTHING_KEPT, AnalysisStore
-from .calibration_set import CalibrationSet, View
-from .channel_pipeline import ChannelSettings, cut_channels, on_lattice
+from .calibration_set import CalibrationSet
+from .channel_pipeline import cut_channels, on_lattice
 from .cost import program_cost
 from .drop_pipeline import cut_blocks
 from .errors import ExportError, Reject, first_line
 from .export import to_exported, to_onnx, to_pt2
 from .joint_pipeline import cut_jointly
-from .joint_rewrite import JointSettings
 from .latency_probe import LatencyProbe, Profiles
+from .pipeline_settings import PipelineSettings, default_rewrites, joint_settings
 from .plan import (
-    Blocks,
     ChannelGoal,
-    CountedGoal,
     Decision,
     DropBlock,
     DropGoal,
@@ -40,7 +35,6 @@ from .plan import (
     MaxError,
     Plan,
     RankGoal,
-    Ranks,
 )
 from .planner import require_regions
 from .program import Batch, Program
@@ -55,37 +49,21 @@ from .verify import compare, errors_by_output, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineSettings:
-    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from
-    fitting; `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
-    `solve_samples` caps what the re-solve reads, originals first."""
-
-    resolve: ResolveSettings = field(default_factory=ResolveSettings)
-    channels: ChannelSettings = field(default_factory=ChannelSettings)
-    ranks: RankSettings = field(default_factory=RankSettings)
-    recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
-    mimic: MimicSettings | None = field(default_factory=MimicSettings)
-    held_out: float = 0.1
-    views: tuple[View, ...] = ()
-    solve_samples: int = 512
-    batch: int = 1
-    threads: int = 1
-    seed: int = 0
-    opset: int | None = None
+#: How often a latency goal is planned for when the finished network misses it.
+MOST_AIMS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way. `settings`
-    are those used, with what the backend said about them."""
+    are those used, with what the backend said about them; `planned` whether the plan reaches the goal by what was
+    measured for it; `aims` the latency ratios that plans were made for, each after a network that missed."""
 
     teacher: Program
     program: Program
     plan: Plan
     met: bool
+    planned: bool
     rejects: tuple[Reject, ...]
     provenance: Provenance | None
     selections: Mapping[str, Selection]
@@ -97,6 +75,7 @@ class Outcome:
     settings: PipelineSettings
     clock: StageClock
     tried: tuple[TriedPlan, ...] = ()
+    aims: tuple[float, ...] = ()
     errors_by_output: Mapping[str, float] = field(default_factory=dict)
     profiles: Profiles | None = None
 
@@ -154,11 +133,38 @@ def run_pipeline(
                 settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
             if "prune_channels" in used:
                 settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
-        rewritten = _rewritten(teacher, analysis, fit, held_out, goal, probe, used, settings, clock, progress, store)
         met = functools.partial(reached, goal)
-        return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress, store)
+
+        def made(aim: Goal) -> Outcome:
+            rewritten = _rewritten(teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store)
+            return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress, store)
+
+        if not isinstance(goal, Latency):
+            return made(goal)
+        return _aimed(goal, made, StoredLatency(store, probe))
     finally:
         probe.close()
+
+
+def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLatency) -> Outcome:
+    """The network for a latency goal. Where the finished network misses what its plan was measured to reach, plan again
+    for as much less, `MOST_AIMS` times in all; the first that reaches the goal stands, else the fastest.
+
+    The plan that is taken is one of several that were measured, so chance has flattered it. The first measurement of
+    each network is kept: a compile that goes on after an interruption plans as often.
+    """
+    outcomes: list[Outcome] = []
+    aims = [goal.share]
+    while True:
+        last = made(Latency(aims[-1]))
+        outcomes.append(last)
+        seen = [last.measurement.ratio, last.measurement.low]
+        ratio, low = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
+        if low <= goal.share or not last.planned or len(aims) == MOST_AIMS:
+            break
+        aims.append(aims[-1] * goal.share / ratio)
+    best = next((o for o in outcomes if o.met), min(outcomes, key=lambda o: o.measurement.ratio))
+    return replace(best, aims=tuple(aims))
 
 
 def _rewritten(
@@ -223,32 +229,6 @@ def _rewritten(
     )
 
 
-def default_rewrites(goal: Goal) -> tuple[str, ...]:
-    """The rewrites that are used for a goal when none are named."""
-    return rewrites_for(goal) if isinstance(goal, MaxError) else rewrites_for(goal)[:1]
-
-
-def joint_settings(settings: PipelineSettings) -> JointSettings:
-    """The settings of the rewrites."""
-    return JointSettings(
-        resolve=settings.resolve,
-        channels=settings.channels,
-        ranks=settings.ranks,
-        recoverability=settings.recoverability,
-    )
-
-
-def rewrites_for(goal: Goal) -> tuple[str, ...]:
-    """The rewrites that reach a goal, the one used unless told otherwise first."""
-    if isinstance(goal, CountedGoal):
-        return ("prune_channels", "factorize")
-    if isinstance(goal, (Latency, MaxError)):
-        return ("drop_blocks", "prune_channels", "factorize")
-    if isinstance(goal, Ranks):
-        return ("factorize",)
-    return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
-
-
 def _finish(
     teacher: Program,
     rewritten: Rewritten,
@@ -281,6 +261,7 @@ def _finish(
         program=student,
         plan=make_plan(teacher, goal, rewritten.decisions, errors),
         met=rewritten.met and met(measurement),
+        planned=rewritten.met,
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
         selections=rewritten.selections,

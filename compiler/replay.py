@@ -26,7 +26,7 @@ from .errors import PlanError
 from .export import to_exported, to_onnx, to_pt2
 from .joint_rewrite import replay
 from .model_inputs import needed_inputs
-from .pipeline import PipelineSettings, joint_settings
+from .pipeline_settings import PipelineSettings, joint_settings
 from .plan import DropBlock, FactorizeLayer, Plan, PruneChannels
 from .program import Batch, Program
 from .progress import Progress, silent

@@ -21,7 +21,8 @@ class Report:
     `seconds` wall and CPU seconds per stage.
 
     `errors_by_output` is the final error of each output by name; `tried` the plans that were compared on the way
-    (`TriedPlan`); `changes` what each kind of decision costs by itself (`errors_by_class`); `graph` the network block
+    (`TriedPlan`), `aims` the latency ratios that they were made for: the goal, and less where the finished network
+    missed it; `changes` what each kind of decision costs by itself (`errors_by_class`); `graph` the network block
     by block with what became of each layer (`describe_graph`); `block_latency` where the time went before and after. A
     part that is not there has a `missing` with the reason.
     """
@@ -47,6 +48,7 @@ class Report:
     multiple_of: int | None = None
     errors_by_output: Mapping[str, float] = field(default_factory=dict)
     tried: Sequence[Mapping[str, Any]] = ()
+    aims: Sequence[float] = ()
     changes: Sequence[Mapping[str, Any]] = ()
     graph: Mapping[str, Any] = field(default_factory=dict)
     block_latency: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Report:
             "multiple_of": self.multiple_of,
             "changes": [dict(c) for c in self.changes],
             "tried": [dict(t) for t in self.tried],
+            "aims": list(self.aims),
             "block_latency": dict(self.block_latency),
             "graph": dict(self.graph),
             "onnx_difference": self.onnx_difference,

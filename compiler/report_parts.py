@@ -27,13 +27,14 @@ Part = dict[str, Any]
 
 
 def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
-    """`graph`, `block_latency`, `tried` and `changes` of a report; `samples` are all those compiled with."""
+    """`graph`, `block_latency`, `tried`, `aims` and `changes` of a report; `samples` are all those compiled with."""
     options = outcome.settings
     _, held_out = samples.aligned(outcome.teacher).split(options.seed, options.held_out)
     return {
         "graph": _or_reason(lambda: describe_graph(outcome.teacher, outcome.program, outcome.plan.decisions)),
         "block_latency": _or_reason(lambda: _block_latency(outcome)),
         "tried": [asdict(plan) for plan in outcome.tried],
+        "aims": list(outcome.aims),
         "changes": errors_by_class(outcome, held_out),
     }
 

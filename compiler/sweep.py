@@ -19,7 +19,7 @@ from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model
 from .errors import GoalError
 from .model_inputs import needed_inputs
-from .pipeline import PipelineSettings
+from .pipeline_settings import PipelineSettings
 from .plan import Goal, Latency
 from .progress import Progress
 

@@ -15,7 +15,12 @@ net = train_digits(images, labels, seed=0, epochs=4)
 
 # 200 inputs without labels are all that foldcut sees
 out = foldcut.compile(
-    net, images[:200], goal=foldcut.Latency(0.7), mimic=foldcut.MimicSettings(iterations=60), progress=False
+    net,
+    images[:200],
+    goal=foldcut.Latency(0.7),
+    rewrites=("drop_blocks",),
+    mimic=foldcut.MimicSettings(iterations=60),
+    progress=False,
 )
 
 before, after = (accuracy(module, test_images, test_labels) for module in (net, out.module))

@@ -35,6 +35,7 @@ TOP = {
     "rewritten",
     "stored_latency",
     "stored_passes",
+    "pipeline_settings",
     "replay",
     "sweep",
 }

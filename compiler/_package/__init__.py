@@ -17,7 +17,7 @@ from .compiler.errors import (
     Reject,
     RewriteError,
 )
-from .compiler.pipeline import PipelineSettings
+from .compiler.pipeline_settings import PipelineSettings
 from .compiler.plan import (
     Blocks,
     Channels,

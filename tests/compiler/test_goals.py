@@ -1,6 +1,7 @@
 """Goals in parameters and in output error: reached, said so, and refused where they are none."""
 
 import json
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from foldcut.compiler.channel_budget import CutModel
 from foldcut.compiler.joint_pipeline import _bisected
 from foldcut.compiler.joint_search import Found, Tried
+from foldcut.compiler.pipeline import Outcome, _aimed
 from foldcut.compiler.plan import goal_from_dict
 from foldcut.compiler.program import Program
 from foldcut.compiler.unit_groups import surplus_units
@@ -114,3 +116,59 @@ def test_goals_come_back_from_a_plan(goal: Any) -> None:
 def test_what_is_no_goal_is_refused(kind: Any, value: Any) -> None:
     with pytest.raises(foldcut.GoalError, match="is not a goal"):
         kind(value)
+
+
+def outcome(ratio: float, width: float, planned: bool = True) -> Any:
+    """A finished network of which only the latency matters."""
+    needed = (f.name for f in fields(Outcome) if f.default is MISSING and f.default_factory is MISSING)
+    values: dict[str, Any] = dict.fromkeys(needed)
+    values |= {"met": ratio - width <= 0.6, "planned": planned, "plan": SimpleNamespace(decisions=[])}
+    values["measurement"] = SimpleNamespace(ratio=ratio, low=ratio - width)
+    return Outcome(**values)
+
+
+class Kept:
+    """A store of measurements that keeps them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def kept(self, name: str, inputs: Any, measure: Any) -> Any:
+        return self.values.setdefault(str([name, inputs]), measure())
+
+
+AIMED = [
+    ([0.59], [0.6]),
+    ([0.63, 0.6], [0.6, 0.6 * 0.6 / 0.63]),
+    ([0.66, 0.63, 0.61], [0.6, 0.6 * 0.6 / 0.66, 0.6 * 0.6 / 0.66 * 0.6 / 0.63]),
+]
+
+
+@pytest.mark.parametrize(("ratios", "aims"), AIMED, ids=str)
+def test_a_network_that_misses_is_planned_again(ratios: list[float], aims: list[float]) -> None:
+    asked: list[float] = []
+
+    def made(aim: foldcut.Latency) -> Any:
+        asked.append(aim.share)
+        return outcome(ratios[len(asked) - 1], 0.005)
+
+    kept: Any = Kept()
+    found = _aimed(foldcut.Latency(0.6), made, kept)
+    assert asked == pytest.approx(aims) and list(found.aims) == asked
+    assert found.measurement.ratio == ratios[-1]
+    # an interruption in between: what was measured then decides, not what is measured now
+    asked.clear()
+    ratios[:] = [0.5] * len(ratios)
+    assert list(_aimed(foldcut.Latency(0.6), made, kept).aims) == pytest.approx(aims)
+
+
+def test_a_plan_that_falls_short_is_not_made_again() -> None:
+    asked: list[float] = []
+
+    def made(aim: foldcut.Latency) -> Any:
+        asked.append(aim.share)
+        return outcome(0.8, 0.005, planned=False)
+
+    kept: Any = Kept()
+    assert not _aimed(foldcut.Latency(0.6), made, kept).met
+    assert asked == [0.6]

@@ -1,0 +1,60 @@
+"""How each stage of a compile works, and which rewrites reach which goal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..passes.mimic import MimicSettings
+from ..passes.recoverability import RecoverabilitySettings
+from ..passes.resolve_network import ResolveSettings
+from ..passes.select_ranks import RankSettings
+from .calibration_set import View
+from .channel_pipeline import ChannelSettings
+from .joint_rewrite import JointSettings
+from .plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from
+    fitting; `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
+    `solve_samples` caps what the re-solve reads, originals first."""
+
+    resolve: ResolveSettings = field(default_factory=ResolveSettings)
+    channels: ChannelSettings = field(default_factory=ChannelSettings)
+    ranks: RankSettings = field(default_factory=RankSettings)
+    recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
+    mimic: MimicSettings | None = field(default_factory=MimicSettings)
+    held_out: float = 0.1
+    views: tuple[View, ...] = ()
+    solve_samples: int = 512
+    batch: int = 1
+    threads: int = 1
+    seed: int = 0
+    opset: int | None = None
+
+
+def joint_settings(settings: PipelineSettings) -> JointSettings:
+    """The settings of the rewrites."""
+    return JointSettings(
+        resolve=settings.resolve,
+        channels=settings.channels,
+        ranks=settings.ranks,
+        recoverability=settings.recoverability,
+    )
+
+
+def rewrites_for(goal: Goal) -> tuple[str, ...]:
+    """The rewrites that reach a goal, the one used unless told otherwise first."""
+    if isinstance(goal, CountedGoal):
+        return ("prune_channels", "factorize")
+    if isinstance(goal, (Latency, MaxError)):
+        return ("drop_blocks", "prune_channels", "factorize")
+    if isinstance(goal, Ranks):
+        return ("factorize",)
+    return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
+
+
+def default_rewrites(goal: Goal) -> tuple[str, ...]:
+    """The rewrites that are used for a goal when none are named."""
+    return rewrites_for(goal) if isinstance(goal, (Latency, MaxError)) else rewrites_for(goal)[:1]
