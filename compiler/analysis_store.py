@@ -38,6 +38,8 @@ FORMAT_VERSION = 1
 _JSON = "*json*"
 #: Entries beyond this many bytes in all go, those not used for longest first.
 MOST_BYTES = 4 << 30
+#: A temporary file this old is not being written any more.
+LEFT_S = 3600.0
 
 
 class NotAddressableError(TypeError):
@@ -52,6 +54,8 @@ class AnalysisStore:
     """
 
     def __init__(self, folder: Path | None = None, *, most_bytes: int = MOST_BYTES) -> None:
+        #: Where measurements are kept as well, in files of their own.
+        self.root = folder
         self.folder = None if folder is None else folder / f"analyses-{FORMAT_VERSION}"
         self.reused = self.computed = 0
         self._most_bytes = most_bytes
@@ -101,8 +105,9 @@ class AnalysisStore:
             kept = json.loads(bytes(tensors.pop(_JSON).numpy()))
             if time.time() - kept["taken"] > most_age_s:
                 return None
-            os.utime(path)  # what was used last goes last
-        except OSError:
+            with suppress(OSError):  # a folder that may only be read
+                os.utime(path)  # what was used last goes last
+        except (OSError, MemoryError):
             return None
         except Exception:  # a damaged entry, whatever the reader makes of it, is one that is not there
             with suppress(OSError):
@@ -127,6 +132,8 @@ class AnalysisStore:
                 raise
             if len(content) > 1 << 20:  # small ones do not fill a disk, and looking is not free
                 self._shrink(self.folder)
+        except FileNotFoundError:
+            return  # another process has made room just now: this entry is lost, the next need not be
         except OSError as cause:
             warnings.warn(f"analyses are not kept: {self.folder}: {cause.strerror}", stacklevel=4)
             self.folder = None
@@ -137,7 +144,8 @@ class AnalysisStore:
         for path in folder.glob("*/*"):
             with suppress(OSError):
                 status = path.stat()
-                found.append((not path.name.startswith(".part-"), status.st_mtime, status.st_size, path))
+                left = path.name.startswith(".part-") and time.time() - status.st_mtime > LEFT_S
+                found.append((not left, status.st_mtime, status.st_size, path))
         excess = sum(size for _, _, size, _ in found) - self._most_bytes
         for _, _, size, path in sorted(found, key=lambda entry: entry[:2]):
             if excess <= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -115,27 +116,27 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     `calibration` a few hundred unlabelled inputs (a tensor or array with all samples, a tuple or dict for several
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend`
-    at `batch` with `threads` CPU threads, or `Blocks(k)`, which drop blocks, or `Channels(keep)`, `Macs(ratio)` or
-    `Parameters(ratio)`, which prune channels, or `Ranks(keep=...)`, which factorises layers; `rewrites` says which may
-    be used: with ``("factorize",)`` low rank reaches `Macs`, `Parameters` and `Latency` too, and a `Latency` goal given
-    several of ``drop_blocks``, ``prune_channels`` and ``factorize`` mixes them (`cut_jointly`). `mimic` False or None
-    leaves out the gradient stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed
-    copies of the samples, where the task does not care about the change. `progress` True shows bars on stderr; a
-    callable receives (stage, done, total). `settings` sets how each stage works; batch, threads, seed and views are
-    taken from the arguments. `cache` True keeps the results of analyses in ``$FOLDCUT_CACHE`` (else
-    ``~/.cache/foldcut``), a path elsewhere, False nowhere: the same call after an interruption goes on where it was and
-    ends with the same network.
+    at `batch` with `threads` CPU threads, or `MaxError(e)`, the fastest within an output error: both mix dropped
+    blocks, pruned channels and factorised layers (`cut_jointly`); or `Blocks(k)`, which drops blocks, or
+    `Channels(keep)`, `Macs(ratio)` or `Parameters(ratio)`, which prune channels, or `Ranks(keep=...)`, which factorises
+    layers. `rewrites` says which of ``drop_blocks``, ``prune_channels`` and ``factorize`` may be used;
+    ``("factorize",)`` reaches `Macs` and `Parameters` by low rank. `mimic` False or None leaves out the gradient stage,
+    a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where the
+    task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done, total).
+    `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments. `cache` True
+    keeps the results of analyses in ``$FOLDCUT_CACHE`` (else ``~/.cache/foldcut``), a path elsewhere, False nowhere:
+    the same call after an interruption goes on where it was and ends with the same network.
 
-    The same seed gives the same network bit for bit on one machine under a `Blocks` goal; under a `Latency` goal the
-    choice also depends on measured times.
+    The same seed gives the same network bit for bit on one machine, but for `Latency` and `MaxError`, where the choice
+    also depends on measured times.
 
     Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot
     be met, the GoalError carries the best result in `.best`.
     """
-    _check_arguments(goal, rewrites, batch, threads)
+    check_arguments(goal, rewrites, batch, threads)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
-    with _progress(progress) as show, _collected_warnings() as messages:
+    with kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
             teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))
@@ -153,7 +154,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
             clock=clock,
             progress=show,
-            store=store_at(cache),
+            store=AnalysisStore(folder),
         )
     result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages))
     if not outcome.met:
@@ -181,19 +182,24 @@ def _collected_warnings() -> Iterator[list[str]]:
             warnings.warn(message, stacklevel=4)
 
 
-def store_at(cache: bool | str | Path) -> AnalysisStore:
-    """The store that a `cache` argument means."""
+@contextmanager
+def kept_in(cache: bool | str | Path) -> Iterator[Path]:
+    """The folder that a `cache` argument means; for False one that goes in the end, so that what one compile finds out
+    is at hand when it plans again."""
     if cache is False:
-        return AnalysisStore(None)
-    return AnalysisStore(default_folder() if cache is True else Path(cache))
+        with tempfile.TemporaryDirectory(prefix="foldcut-") as folder:
+            yield Path(folder)
+    else:
+        yield default_folder() if cache is True else Path(cache)
 
 
-def _check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
+def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
+    """Raise GoalError for what is no goal or cannot be reached by the rewrites, CompilerError for the rest."""
     if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
-            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio) "
-            "or Ranks(keep=...)",
+            hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio), "
+            "MaxError(error) or Ranks(keep=...)",
         )
     if batch < 1 or threads < 1:
         raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")

@@ -18,7 +18,7 @@ from .api import compile as compile_model
 from .atomic import check_writable, write_folder
 from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
 from .capture import Model, capture
-from .cli_goals import read_goal, read_rewrites, read_settings
+from .cli_goals import read_goal, read_rewrites, read_settings, used_rewrites
 from .cli_measure import MeasureWish, measure_files, read_sizes, show_measured
 from .cli_options import (
     BackendOption,
@@ -69,6 +69,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+
+
+#: What is true of a compile that was interrupted, unless it was to start anew.
+INTERRUPTED = "nothing was written; what is done is kept, and the same command goes on from there"
 
 
 @app.command("compile")
@@ -125,6 +129,7 @@ def compile_command(
 
     def work() -> None:
         goal = read_goal(latency, blocks, keep, macs, parameters, max_error, ranks)
+        allowed = read_rewrites(rewrites)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
         result, unmet = _compile(
@@ -137,8 +142,8 @@ def compile_command(
             mimic=mimic,
             views=(horizontal_flip,) if flip else (),
             seed=seed,
-            rewrites=read_rewrites(rewrites),
-            settings=read_settings(multiple_of, ignore or [], low_rank=ranks is not None or rewrites == "factorize"),
+            rewrites=allowed,
+            settings=read_settings(multiple_of, ignore or [], used_rewrites(goal, allowed)),
             progress=not (as_json or quiet),
             cache=read_cache(cache, fresh),
         )
@@ -152,7 +157,7 @@ def compile_command(
             err.print(f"[bold red]{unmet.stage}[/]: {escape(unmet.message)}", highlight=False)
             raise typer.Exit(Exit.NOT_MET)
 
-    guarded(work, debug=debug)
+    guarded(work, debug=debug, interrupted=INTERRUPTED)
 
 
 def _say_written(output: Path, result: Compiled) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..passes.select_ranks import RankSettings
@@ -9,7 +10,7 @@ from .api import REWRITES
 from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
 from .errors import GoalError
-from .pipeline_settings import PipelineSettings
+from .pipeline_settings import PipelineSettings, default_rewrites, rewrites_for
 from .plan import Blocks, Channels, Goal, Latency, Macs, MaxError, Parameters, Ranks
 from .sweep import GOALS
 
@@ -59,7 +60,11 @@ def read_goals(latency: str | None, macs: str | None) -> tuple[Goal, ...]:
     """The goals of a sweep, as they were given; some latency ratios where none were. Raises GoalError."""
     goals: list[Goal] = [_latency(text.strip()) for text in (latency or "").split(",") if text.strip()]
     goals += [Macs(_number("--macs", text)) for text in (macs or "").split(",") if text.strip()]
-    return tuple(goals) or GOALS
+    if latency is None and macs is None:
+        return GOALS
+    if not goals:
+        raise GoalError("no goal is named", hint="--latency 0.8,0.6 or --macs 0.8,0.5; without either some ratios")
+    return tuple(goals)
 
 
 def read_rewrites(text: str | None) -> list[str] | None:
@@ -67,6 +72,11 @@ def read_rewrites(text: str | None) -> list[str] | None:
     if text is None:
         return None
     return list(REWRITES) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+
+
+def used_rewrites(goal: Goal, rewrites: Sequence[str] | None) -> list[str]:
+    """The rewrites that a goal will use."""
+    return [r for r in rewrites_for(goal) if r in rewrites] if rewrites else list(default_rewrites(goal))
 
 
 def _number(option: str, text: str) -> float:
@@ -84,8 +94,8 @@ def _latency(text: str) -> Latency:
         raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
 
 
-def read_settings(multiple_of: str | None, ignore: list[str], *, low_rank: bool) -> PipelineSettings:
-    """What channel counts and ranks go to, and what is left alone. Raises GoalError."""
+def read_settings(multiple_of: str | None, ignore: list[str], used: Sequence[str]) -> PipelineSettings:
+    """What channel counts and ranks go to, and what is left alone by the rewrites `used`. Raises GoalError."""
     lattice = multiple_of == "lattice"
     try:
         multiple = None if lattice or multiple_of is None else int(multiple_of)
@@ -93,8 +103,8 @@ def read_settings(multiple_of: str | None, ignore: list[str], *, low_rank: bool)
         raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
     steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
     names = tuple(ignore)
-    limits = ChannelLimits(**steps, ignore=() if low_rank else names)
+    limits = ChannelLimits(**steps, ignore=names if used != ["factorize"] else ())
     return PipelineSettings(
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
-        ranks=RankSettings(**steps, ignore=names if low_rank else (), on_lattice=lattice),
+        ranks=RankSettings(**steps, ignore=names if "factorize" in used else (), on_lattice=lattice),
     )

@@ -28,7 +28,7 @@ class Exit(IntEnum):
     USAGE = 2
     #: A goal was not met (the best result is written), or files differ.
     NOT_MET = 3
-    #: Ctrl-C; nothing written. The same command goes on where it was.
+    #: Ctrl-C; no file is half-written.
     INTERRUPTED = 130
 
 
@@ -134,7 +134,7 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def guarded(work: Callable[[], None], *, debug: bool) -> None:
+def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothing was written") -> None:
     """Errors as one line and a hint; warnings as one line each."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -156,7 +156,7 @@ def guarded(work: Callable[[], None], *, debug: bool) -> None:
             err.print("  hint: run again with --debug for the trace and report it with the model")
             raise typer.Exit(Exit.ERROR) from None
         except KeyboardInterrupt:
-            err.print("interrupted; nothing was written. The same command goes on where this one was")
+            err.print(f"interrupted; {interrupted}")
             raise typer.Exit(Exit.INTERRUPTED) from None
 
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from torch import nn
 
 from .atomic import check_writable
 from .calibration_set import horizontal_flip
-from .cli_goals import read_goals, read_rewrites, read_settings
+from .cli_goals import read_goals, read_rewrites, read_settings, used_rewrites
 from .cli_options import (
     BackendOption,
     BatchOption,
@@ -44,6 +45,7 @@ from .cli_options import (
     read_samples,
     read_shape,
 )
+from .errors import CaptureError
 from .model_source import load_model
 from .progress import rich_progress, silent
 from .replay import Replayed, apply
@@ -85,7 +87,7 @@ def sweep_command(
     """
 
     def work() -> None:
-        goals = read_goals(latency, macs)
+        goals, allowed = read_goals(latency, macs), read_rewrites(rewrites)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit)
 
@@ -103,8 +105,8 @@ def sweep_command(
             mimic=mimic,
             views=(horizontal_flip,) if flip else (),
             seed=seed,
-            rewrites=read_rewrites(rewrites),
-            settings=read_settings(multiple_of, ignore or [], low_rank=rewrites == "factorize"),
+            rewrites=allowed,
+            settings=read_settings(multiple_of, ignore or [], used_rewrites(goals[0], allowed)),
             progress=not (as_json or quiet),
             cache=read_cache(cache, fresh),
             each=written,
@@ -118,7 +120,7 @@ def sweep_command(
         if not all(point.met for point in found.points):
             raise typer.Exit(Exit.NOT_MET)
 
-    guarded(work, debug=debug)
+    guarded(work, debug=debug, interrupted="finished goals are in the folder, and the same command goes on from there")
 
 
 def apply_command(
@@ -155,8 +157,11 @@ def apply_command(
         if calib is not None:
             samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
         with nullcontext(silent) if as_json or quiet else rich_progress() as progress:
+            loaded = load_model(model, weights)
+            if calib is None and input_shape is None and isinstance(loaded, nn.Module):
+                raise CaptureError("the input shape is not known", hint="give --input-shape C,H,W or --calib DATA")
             made = apply(
-                load_model(model, weights),
+                loaded,
                 plan,
                 weights=solved,
                 calibration=samples,

@@ -17,6 +17,7 @@ from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
 from .joint_rewrite import JointSettings, apply_mix, mix_shape
 from .joint_search import MOST_TRIALS, Found, MixSearch, Tried
 from .latency_probe import LatencyProbe
+from .left_alone import ignored_layers, sorted_ignores
 from .plan import Latency, MaxError
 from .program import Program
 from .progress import Progress, StageClock, silent
@@ -65,7 +66,7 @@ def cut_jointly(
         held_out=held_out,
         latency=StoredLatency(store, probe),
         rewrites=tuple(rewrites),
-        settings=settings,
+        settings=sorted_ignores(teacher, settings),
         clock=clock,
         progress=progress,
         store=store,
@@ -137,8 +138,8 @@ class Mixing:
     progress: Progress
     store: AnalysisStore
     offered: list[Offered] = field(default_factory=list)
-    #: Trials so far.
-    done: list[Mix] = field(default_factory=list)
+    #: Trials so far, to count them.
+    done: list[None] = field(default_factory=list)
 
     def offer(self, goal: Latency) -> None:
         """Ask each of the rewrites what it can do for a goal."""
@@ -210,7 +211,7 @@ class Mixing:
 
     def _trial(self, mix: Mix) -> float:
         """The output error of a plan after a quick re-solve on few samples."""
-        self.done.append(mix)
+        self.done.append(None)
         self.progress("try plans", len(self.done), max(len(self.done), MOST_TRIALS))
         quick = replace(self.settings, resolve=QUICK_RESOLVE)
         few = self.calibration.take(slice(0, TRIAL_SAMPLES))
@@ -223,6 +224,8 @@ class Mixing:
 
     def _drops(self, goal: Latency) -> Offered:
         regions = find_regions(self.teacher)
+        left = ignored_layers(self.teacher, self.settings.ranks.ignore)
+        regions = replace(regions, regions=tuple(r for r in regions.regions if not r.nodes & left))
         choice = choose(
             self.teacher,
             regions,

@@ -9,6 +9,7 @@ import torch
 
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.factorize import Factors, factorize, factorize_for_timing
+from ..passes.low_rank import SCHEMES
 from ..passes.prune_channels import prune_channels
 from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
 from ..passes.resolve_network import LayerError, ResolveSettings
@@ -220,7 +221,8 @@ def _factorised(
 ) -> Program:
     """Factors cut out of what the layers now see."""
     chosen = {d.layer: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for d in ranks}
-    free = replace(settings.ranks, ignore=())
+    # the plan has chosen: what may be chosen does not matter any more
+    free = replace(settings.ranks, schemes=tuple(SCHEMES), multiple_of=1, least=0.0, ignore=())
 
     def compute() -> list[Factors]:
         # options are not looked for: they are given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +35,8 @@ class Profiles:
 
 
 class LatencyProbe:
-    """The original on a backend, and its variants with regions bypassed, measured against it in pairs.
+    """The original on a backend, and its variants with regions bypassed, measured against it in pairs. `folder` keeps
+    the times of parts; None is the usual place.
 
     Raises BackendError when the backend cannot build or run the original.
     """
@@ -50,6 +52,7 @@ class LatencyProbe:
         threads: int,
         seed: int,
         deployed: bytes | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.program = program
         self.model = model
@@ -59,6 +62,7 @@ class LatencyProbe:
         self.batch = batch
         self.threads = threads
         self.seed = seed
+        self._folder = folder
         self.inputs = example_inputs(program, samples, batch)
         self.exported = self.load(model)
         self.original = self.exported if deployed is None else self.load(deployed)
@@ -112,12 +116,12 @@ class LatencyProbe:
 
     def table(self) -> LatencyTable:
         """Times of single segments on the backend at this batch, kept on disk."""
-        cache = MeasurementCache(default_folder())
+        cache = MeasurementCache(self._folder or default_folder())
         return LatencyTable(self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed)
 
     def lattice(self, *, progress: Progress = silent) -> Lattice:
         """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""
-        cache = MeasurementCache(default_folder())
+        cache = MeasurementCache(self._folder or default_folder())
         return probe_lattice(
             self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed, progress=progress
         )

@@ -4,14 +4,12 @@ called alone."""
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ..passes.mimic import MimicSettings
 from ..passes.submodular import Selection
 from ..runtime.backend import Backend
 from ..runtime.measurement import Measurement
@@ -20,7 +18,7 @@ from .calibration_set import CalibrationSet
 from .channel_pipeline import cut_channels, on_lattice
 from .cost import program_cost
 from .drop_pipeline import cut_blocks
-from .errors import ExportError, Reject, first_line
+from .errors import ExportError, Reject
 from .export import to_exported, to_onnx, to_pt2
 from .joint_pipeline import cut_jointly
 from .latency_probe import LatencyProbe, Profiles
@@ -44,7 +42,7 @@ from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .regions import RegionAnalysis, find_regions
 from .rewritten import Rewritten, TriedPlan
 from .stored_latency import StoredLatency
-from .stored_passes import stored_mimic
+from .stored_passes import mimicked
 from .verify import compare, errors_by_output, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
@@ -122,6 +120,7 @@ def run_pipeline(
         threads=settings.threads,
         seed=settings.seed,
         deployed=deployed,
+        folder=store.root,
     )
     asked = goal
     try:
@@ -133,11 +132,11 @@ def run_pipeline(
                 settings = replace(settings, ranks=ranks_on_lattice(settings.ranks, probe, progress))
             if "prune_channels" in used:
                 settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
-        met = functools.partial(reached, goal)
 
         def made(aim: Goal) -> Outcome:
             rewritten = _rewritten(teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store)
-            return _finish(teacher, rewritten, fit, held_out, asked, met, probe, settings, clock, progress, store)
+            outcome = _finish(teacher, rewritten, fit, held_out, asked, probe, settings, clock, progress, store)
+            return replace(outcome, met=reached(goal, outcome.measurement, rewritten.met, outcome.output_errors))
 
         if not isinstance(goal, Latency):
             return made(goal)
@@ -153,17 +152,17 @@ def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLat
     The plan that is taken is one of several that were measured, so chance has flattered it. The first measurement of
     each network is kept: a compile that goes on after an interruption plans as often.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[tuple[bool, float, Outcome]] = []
     aims = [goal.share]
     while True:
         last = made(Latency(aims[-1]))
-        outcomes.append(last)
-        seen = [last.measurement.ratio, last.measurement.low]
-        ratio, low = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
-        if low <= goal.share or not last.planned or len(aims) == MOST_AIMS:
+        seen = [last.measurement.ratio, last.met]
+        ratio, met = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
+        outcomes.append((not met, ratio, last))
+        if met or not last.planned or len(aims) == MOST_AIMS:
             break
         aims.append(aims[-1] * goal.share / ratio)
-    best = next((o for o in outcomes if o.met), min(outcomes, key=lambda o: o.measurement.ratio))
+    _, _, best = min(outcomes, key=lambda outcome: outcome[:2])
     return replace(best, aims=tuple(aims))
 
 
@@ -235,19 +234,31 @@ def _finish(
     fit: CalibrationSet,
     held_out: CalibrationSet,
     goal: Goal,
-    met: Callable[[Measurement], bool],
     probe: LatencyProbe,
     settings: PipelineSettings,
     clock: StageClock,
     progress: Progress,
     store: AnalysisStore,
 ) -> Outcome:
-    """Mimicking, export and the final measurement, which `met` is asked about."""
+    """Mimicking, export and the final measurement."""
     student, errors = rewritten.program, dict(rewritten.errors)
     if settings.mimic is not None:
         with clock.stage("mimic"):
-            student = _mimicked(teacher, rewritten, fit, held_out, settings.mimic, settings.seed, progress, store)
-            errors["mimicked"] = output_error(teacher, student, held_out)
+            trained = mimicked(
+                store,
+                teacher,
+                student,
+                fit,
+                held_out,
+                kept=rewritten.kept,
+                settings=settings.mimic,
+                seed=settings.seed,
+                progress=progress,
+            )
+            error = output_error(teacher, trained, held_out)
+        # mimicking looks at every output relative to its size; a bound on the whole is not given up for that
+        if not isinstance(goal, MaxError) or error <= max(goal.error, list(errors.values())[-1]):
+            student, errors["mimicked"] = trained, error
     with clock.stage("export"):
         exported = to_exported(student)
         onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
@@ -260,7 +271,7 @@ def _finish(
         teacher=teacher,
         program=student,
         plan=make_plan(teacher, goal, rewritten.decisions, errors),
-        met=rewritten.met and met(measurement),
+        met=rewritten.met,
         planned=rewritten.met,
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
@@ -278,48 +289,27 @@ def _finish(
     )
 
 
-def reached(goal: Goal, measurement: Measurement) -> bool:
-    """Whether the final measurement lets the goal stand. The choice has measured it as reached with its whole interval
-    below; a second measurement has to contradict that with its whole interval above."""
-    return not isinstance(goal, Latency) or measurement.low <= goal.share
-
-
-def _mimicked(
-    teacher: Program,
-    rewritten: Rewritten,
-    fit: CalibrationSet,
-    held_out: CalibrationSet,
-    settings: MimicSettings,
-    seed: int,
-    progress: Progress,
-    store: AnalysisStore,
-) -> Program:
-    """The student after mimicking; the re-solved one, with a warning, when the training fails (out of memory, an
-    operator without a gradient): the work before it is not lost."""
-    try:
-        return stored_mimic(
-            store,
-            teacher,
-            rewritten.program,
-            fit,
-            held_out,
-            kept=rewritten.kept,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
-    except (RuntimeError, NotImplementedError) as cause:
-        warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
-        return rewritten.program
+def reached(
+    goal: Goal, measurement: Measurement, planned: bool = True, errors: Mapping[str, float] | None = None
+) -> bool:
+    """Whether the finished network reaches the goal. A plan that was `planned` to has been measured with its whole
+    interval below a latency goal; a second measurement has to contradict that with its whole interval above."""
+    if isinstance(goal, Latency):
+        return (measurement.low if planned else measurement.high) <= goal.share
+    if isinstance(goal, MaxError) and errors:
+        return list(errors.values())[-1] <= goal.error
+    return planned
 
 
 def make_plan(teacher: Program, goal: Goal, decisions: Sequence[Decision], errors: Mapping[str, float]) -> Plan:
     """The plan with what it was predicted to cost and to save."""
     drops = [d for d in decisions if isinstance(d, DropBlock)]
-    predicted = {"feature_error": drops[-1].error or 0.0} if drops else {}
-    known = [d.saving for d in drops if d.saving is not None]
-    if known:
-        predicted["latency_ratio"] = 1 - sum(known)
+    predicted: dict[str, float] = {}
+    if drops and len(drops) == len(decisions):  # what other decisions lose and save is not known one by one
+        predicted["feature_error"] = drops[-1].error or 0.0
+        known = [d.saving for d in drops if d.saving is not None]
+        if known:
+            predicted["latency_ratio"] = 1 - sum(known)
     return Plan(
         decisions=tuple(decisions),
         goal=goal,

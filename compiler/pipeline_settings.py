@@ -45,7 +45,7 @@ def joint_settings(settings: PipelineSettings) -> JointSettings:
 
 
 def rewrites_for(goal: Goal) -> tuple[str, ...]:
-    """The rewrites that reach a goal, the one used unless told otherwise first."""
+    """The rewrites that reach a goal, for a goal that takes one of them the one used unless told otherwise first."""
     if isinstance(goal, CountedGoal):
         return ("prune_channels", "factorize")
     if isinstance(goal, (Latency, MaxError)):

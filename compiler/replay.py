@@ -32,7 +32,7 @@ from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
 from .saved import ONNX, PLAN, PT2
-from .stored_passes import stored_mimic
+from .stored_passes import mimicked
 from .verify import output_error
 
 
@@ -46,6 +46,7 @@ class Replayed:
     program: Program
     plan: Plan
     output_errors: Mapping[str, float]
+    opset: int | None = None
 
     @property
     def module(self) -> fx.GraphModule:
@@ -62,7 +63,7 @@ class Replayed:
         """The content of the output folder by file name."""
         exported = to_exported(self.program)
         return {
-            ONNX: to_onnx(self.program, exported=exported),
+            ONNX: to_onnx(self.program, opset=self.opset, exported=exported),
             PT2: to_pt2(exported),
             PLAN: (json.dumps(self.plan.to_dict(), indent=2) + "\n").encode(),
         }
@@ -111,10 +112,11 @@ def apply(
     inputs = example if samples is None else samples.batch(slice(0, 2))
     teacher = fold_parameters(capture(model, inputs))
     made.check(teacher.fingerprint)
+    opset = settings.opset if settings is not None else None
     if samples is None:
         assert weights is not None
         program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
-        return Replayed(program=program, plan=made, output_errors={})
+        return Replayed(program=program, plan=made, output_errors={}, opset=opset)
     options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views))
     if not isinstance(mimic, bool) or not mimic:
         options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
@@ -176,7 +178,7 @@ def _solved(
     if errors["re-solved"] > errors["rewritten"]:
         program, errors["re-solved"] = done.rewritten, errors["rewritten"]
     if options.mimic is not None:
-        program = stored_mimic(
+        program = mimicked(
             store,
             teacher,
             program,
@@ -188,7 +190,7 @@ def _solved(
             progress=progress,
         )
         errors["mimicked"] = output_error(teacher, program, held_out)
-    return Replayed(program=program, plan=plan, output_errors=errors)
+    return Replayed(program=program, plan=plan, output_errors=errors, opset=options.opset)
 
 
 __all__ = ["Replayed", "apply", "apply_plan", "with_weights"]

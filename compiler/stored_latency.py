@@ -18,13 +18,15 @@ MOST_AGE_S = 24 * 3600.0
 
 
 class StoredLatency:
-    """A `LatencyProbe` whose results are kept under the original's fingerprint and file, backend, machine, batch and
-    threads. The final measurement is never read from here."""
+    """A `LatencyProbe` whose results are kept under the original's fingerprint and files, the shapes of its inputs,
+    backend, machine, batch and threads. The final measurement is never read from here."""
 
     def __init__(self, store: AnalysisStore, probe: LatencyProbe) -> None:
         self.probe, self._store = probe, store
+        models = [hashlib.blake2b(model, digest_size=16).hexdigest() for model in (probe.before, probe.model)]
+        inputs = [[name, str(value.dtype), list(value.shape)] for name, value in probe.inputs.items()]
         settings = [lasting(probe.backend.environment()), probe.batch, probe.threads, probe.seed]
-        self._inputs = [probe.program, hashlib.blake2b(probe.before, digest_size=16).hexdigest(), *settings]
+        self._inputs = [probe.program, models, inputs, *settings]
 
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""

@@ -6,6 +6,7 @@ started from, so names, graph and history come out as if it had run.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from ..passes.targets import Kept
 from .analysis_store import AnalysisStore, Tensors
 from .calibration_set import CalibrationSet
 from .edit import set_tensors
-from .errors import Reject
+from .errors import Reject, first_line
 from .plan import FactorizeLayer
 from .program import Program
 from .progress import Progress, silent
@@ -85,6 +86,37 @@ def stored_mimic(
 
     inputs = [teacher, student, calibration, held_out, kept, settings, seed]
     return _changed(student, *store.result("mimic", inputs, compute))
+
+
+def mimicked(
+    store: AnalysisStore,
+    teacher: Program,
+    student: Program,
+    calibration: CalibrationSet,
+    held_out: CalibrationSet,
+    *,
+    kept: Mapping[str, Kept],
+    settings: MimicSettings,
+    seed: int,
+    progress: Progress = silent,
+) -> Program:
+    """The student after mimicking; as it was, with a warning, when the training fails (out of memory, an operator
+    without a gradient): the work before it is not lost."""
+    try:
+        return stored_mimic(
+            store,
+            teacher,
+            student,
+            calibration,
+            held_out,
+            kept=kept,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+        )
+    except (RuntimeError, NotImplementedError) as cause:
+        warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
+        return student
 
 
 def stored_channels(

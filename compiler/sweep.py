@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..passes.mimic import MimicSettings
 from ..runtime.backend import Backend
-from .api import Compiled
+from .api import Compiled, check_arguments, kept_in
 from .api import compile as compile_model
 from .atomic import write_folder
 from .calibration_set import CalibrationData, CalibrationSet, View
@@ -123,9 +121,11 @@ def sweep(
     it is there. Raises GoalError when `goals` is empty or names one twice, else what `compile` raises.
     """
     _check_goals(goals)
+    for goal in goals:
+        check_arguments(goal, rewrites, batch, threads)
     points = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
-    with _shared(cache) as place:
+    with kept_in(cache) as place:
         for goal in goals:
             options: dict[str, Any] = {
                 "goal": goal,
@@ -151,7 +151,8 @@ def _point(model: Model, samples: CalibrationSet, goal: Goal, options: dict[str,
         return SweepPoint(goal=goal, compiled=compile_model(model, samples, **options), met=True)
     except GoalError as unmet:
         best = unmet.best if isinstance(unmet.best, Compiled) else None
-        return SweepPoint(goal=goal, compiled=best, met=False, reason=unmet.message)
+        reason = f"{unmet.message} ({unmet.hint})" if unmet.hint and best is None else unmet.message
+        return SweepPoint(goal=goal, compiled=best, met=False, reason=reason)
 
 
 def _check_goals(goals: Sequence[Goal]) -> None:
@@ -160,13 +161,3 @@ def _check_goals(goals: Sequence[Goal]) -> None:
     names = [str(goal) for goal in goals]
     if len(set(names)) < len(names):
         raise GoalError(f"a goal is there twice: {', '.join(names)}", hint="name each goal once")
-
-
-@contextmanager
-def _shared(cache: bool | str | Path) -> Iterator[bool | str | Path]:
-    """The cache, or one that goes when the sweep is over."""
-    if cache is not False:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory(prefix="foldcut-") as folder:
-        yield folder

@@ -176,7 +176,12 @@ def test_what_was_not_used_for_longest_goes(tmp_path: Path) -> None:
     assert put("a") == 0  # used again
     part = entries(tmp_path)[0].with_name(".part-left")
     part.write_bytes(bytes(size))
+    fresh = part.with_name(".part-of-another-process")
+    fresh.touch()
+    os.utime(part, (0, 0))
     assert put("d") == 1
+    assert fresh.exists()
+    fresh.unlink()
     assert not part.exists() and sum(path.stat().st_size for path in entries(tmp_path)) <= 4 * size
     assert put("e") == 1
     assert [put("a"), put("e"), put("b")] == [0, 0, 1]

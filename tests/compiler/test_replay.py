@@ -76,7 +76,7 @@ def test_with_data_the_same_is_cut_and_solved_again(
     saved: tuple[foldcut.Compiled, Path], net: nn.Module, data: torch.Tensor
 ) -> None:
     made, folder = saved
-    again = foldcut.apply(net, folder / "plan.json", calibration=data, mimic=False, settings=SETTINGS)
+    again = foldcut.apply(net, folder / "plan.json", calibration=data, mimic=False)
     plain = foldcut.apply_plan(foldcut.capture(net, data[:2]), made.plan)
     assert again.program.parameter_count() == made.program.parameter_count() == plain.parameter_count()
     assert again.plan.decisions == made.plan.decisions
@@ -169,6 +169,9 @@ def test_sweep_on_the_command_line(files: Path, tmp_path: Path) -> None:
     unmet = run("sweep", *common, "--macs", "0.001", "-o", tmp_path / "unmet", "-q")
     assert unmet.exit_code == 3 and (tmp_path / "unmet/sweep.json").is_file()
     assert run("sweep", *common, "--macs", "half", "-o", tmp_path / "no").exit_code == 1
+    assert run("sweep", *common, "--latency", ",", "-o", tmp_path / "no").exit_code == 1
+    wrong = run("sweep", *common, "--macs", "0.5", "--rewrites", "drop_blocks", "-o", tmp_path / "no")
+    assert wrong.exit_code == 1 and "drop_blocks" in wrong.output and not (tmp_path / "no").exists()
 
 
 def test_analyses_are_shared_within_a_sweep(net: nn.Module, data: torch.Tensor) -> None:
