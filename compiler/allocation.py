@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .cost import program_cost
+from .logs import without_native_output
 from .program import Program
 
 #: How far from the best the choice may be, relative; nearer takes long and says nothing about the network.
@@ -55,16 +56,15 @@ def choose_options(
         constraints.append(optimize.LinearConstraint(taken, -np.inf, len(sizes) - 1))
     cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
     error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
-    found = optimize.milp(
-        flat_errors / error_scale,
-        integrality=np.ones(len(items), dtype=np.int64),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            *constraints,
-            optimize.LinearConstraint(flat_costs[None, :] / cost_scale, -np.inf, budget / cost_scale),
-        ],
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-    )
+    constraints.append(optimize.LinearConstraint(flat_costs[None, :] / cost_scale, -np.inf, budget / cost_scale))
+    with without_native_output():
+        found = optimize.milp(
+            flat_errors / error_scale,
+            integrality=np.ones(len(items), dtype=np.int64),
+            bounds=optimize.Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
     if found.x is None:
         return None
     return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]

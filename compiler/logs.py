@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -34,3 +36,24 @@ def quiet_exporters() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def without_native_output() -> Iterator[None]:
+    """Nothing that C code prints reaches stdout, which may be a stream of JSON: HiGHS has a debug line that no option
+    turns off. What it has in its buffer goes before stdout is given back; other threads' output meanwhile is lost."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if library is None:
+        yield
+        return
+    library.fflush(None)  # what was printed before is not ours to swallow
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(nowhere)
+        os.close(kept)
