@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from ..passes.layers import Layer, find_layers
+from ..passes.layers import find_layers, layer_names
 from .errors import GoalError
 from .joint_rewrite import JointSettings
 from .program import Program
@@ -20,7 +20,7 @@ def sorted_ignores(program: Program, settings: JointSettings) -> JointSettings:
     if not patterns:
         return settings
     groups = [*(group.name for group in find_units(program).groups), *(spec.name for spec in program.outputs)]
-    layers = [name for layer in find_layers(program)[0].values() for name in _names(program, layer)]
+    layers = [name for layer in find_layers(program)[0].values() for name in layer_names(program, layer)]
     for_channels = tuple(p for p in patterns if _matches(p, groups))
     for_ranks = tuple(p for p in patterns if _matches(p, layers))
     for pattern in patterns:
@@ -41,13 +41,8 @@ def ignored_layers(program: Program, patterns: Sequence[str]) -> frozenset[str]:
     """The nodes of the layers that the patterns name."""
     layers = find_layers(program)[0]
     return frozenset(
-        name for name, layer in layers.items() if any(_matches(p, _names(program, layer)) for p in patterns)
+        name for name, layer in layers.items() if any(_matches(p, layer_names(program, layer)) for p in patterns)
     )
-
-
-def _names(program: Program, layer: Layer) -> tuple[str, ...]:
-    """What a layer may be called."""
-    return layer.node, program.path(program.nodes[layer.node]), layer.weight
 
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:

@@ -87,6 +87,10 @@ def goal_words(goal: Mapping[str, Any]) -> str:
         return f"{percent(goal['keep'])} of the channels kept in every group"
     if kind == "macs":
         return f"at most {goal['ratio']:g} of the original's multiply-accumulates"
+    if kind == "parameters":
+        return f"at most {goal['ratio']:g} of the original's parameters"
+    if kind == "max_error":
+        return f"as fast as a relative output error of {number(goal['error'])} allows"
     values = ", ".join(f"{key} {value:g}" for key, value in goal.items() if key != "kind")
     return f"layers factorised to {values}"
 

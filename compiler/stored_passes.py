@@ -64,30 +64,6 @@ def stored_resolve(
     )
 
 
-def stored_mimic(
-    store: AnalysisStore,
-    teacher: Program,
-    student: Program,
-    calibration: CalibrationSet,
-    held_out: CalibrationSet,
-    *,
-    kept: Mapping[str, Kept],
-    settings: MimicSettings,
-    seed: int,
-    progress: Progress = silent,
-) -> Program:
-    """The program that `mimic` ends with, or ended with before."""
-
-    def compute() -> tuple[dict[str, Any], Tensors]:
-        found = mimic(
-            teacher, student, calibration, held_out, kept=kept, settings=settings, seed=seed, progress=progress
-        )
-        return _with_changes({}, student, found.program)
-
-    inputs = [teacher, student, calibration, held_out, kept, settings, seed]
-    return _changed(student, *store.result("mimic", inputs, compute))
-
-
 def mimicked(
     store: AnalysisStore,
     teacher: Program,
@@ -100,20 +76,18 @@ def mimicked(
     seed: int,
     progress: Progress = silent,
 ) -> Program:
-    """The student after mimicking; as it was, with a warning, when the training fails (out of memory, an operator
-    without a gradient): the work before it is not lost."""
-    try:
-        return stored_mimic(
-            store,
-            teacher,
-            student,
-            calibration,
-            held_out,
-            kept=kept,
-            settings=settings,
-            seed=seed,
-            progress=progress,
+    """The student after `mimic`, or what it came to before; as it was, with a warning, when the training fails (out of
+    memory, an operator without a gradient): the work before it is not lost."""
+
+    def compute() -> tuple[dict[str, Any], Tensors]:
+        found = mimic(
+            teacher, student, calibration, held_out, kept=kept, settings=settings, seed=seed, progress=progress
         )
+        return _with_changes({}, student, found.program)
+
+    inputs = [teacher, student, calibration, held_out, kept, settings, seed]
+    try:
+        return _changed(student, *store.result("mimic", inputs, compute))
     except (RuntimeError, NotImplementedError) as cause:
         warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
         return student

@@ -72,6 +72,11 @@ class Layer:
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
 
+def layer_names(program: Program, layer: Layer) -> tuple[str, ...]:
+    """What a layer may be called in an `ignore` pattern: its node, its module path, its weight."""
+    return layer.node, program.path(program.nodes[layer.node]), layer.weight
+
+
 def find_layers(program: Program) -> tuple[dict[str, Layer], list[Reject]]:
     """Re-solvable layers by node name in topological order, and those contractions that are locked, with the reason."""
     layers: dict[str, Layer] = {}

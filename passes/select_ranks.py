@@ -26,7 +26,7 @@ from .calibrate import Moments
 from .decompositions import PLAIN, Geometry, Metric
 from .factorize import Factors, decompose
 from .layer_moments import MEMORY_BYTES, LayerMoments
-from .layers import Layer, find_layers
+from .layers import Layer, find_layers, layer_names
 from .low_rank import SCHEMES, Scheme, suitable
 from .resolve_network import ResolveSettings
 from .targets import Target, output_gain, trace_target
@@ -215,7 +215,7 @@ class RankAnalysis:
     def _candidate(self, layer: Layer) -> Candidate | None:
         """The layer, unless it is ignored or no scheme is cheaper at its least ranks; rejects say which."""
         size = self._sizes[layer.node]
-        names = self._names(layer)
+        names = layer_names(self.program, layer)
         if any(fnmatchcase(name, pattern) for pattern in self.settings.ignore for name in names):
             self.rejects.append(Reject(reason="ignored", node=layer.node))
             return None
@@ -224,12 +224,8 @@ class RankAnalysis:
             return None
         return Candidate(layer=layer, target=trace_target(self.program, layer, {}), size=size)
 
-    def _names(self, layer: Layer) -> tuple[str, ...]:
-        """What a layer may be called in `ignore`."""
-        return layer.node, self.program.path(self.program.nodes[layer.node]), layer.weight
-
     def _check_ignored(self, layers: Mapping[str, Layer]) -> None:
-        known = [name for layer in layers.values() for name in self._names(layer)]
+        known = [name for layer in layers.values() for name in layer_names(self.program, layer)]
         for pattern in self.settings.ignore:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise GoalError(f"ignore: no layer matches {pattern!r}", hint=f"layers: {', '.join(layers)}")

@@ -178,6 +178,8 @@ def test_a_page_that_cannot_be_made_is_no_error(report: dict[str, Any]) -> None:
         foldcut.Blocks(1),
         foldcut.Channels(0.5),
         foldcut.Macs(0.4),
+        foldcut.Parameters(0.5),
+        foldcut.MaxError(0.02),
         foldcut.Ranks(energy=0.99),
     ],
     ids=str,
