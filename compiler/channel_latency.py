@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import networkx as nx
+import numpy as np
 import torch
 
 from ..passes.prune_channels import prune_channels
@@ -39,10 +40,36 @@ def group_savings(
 ) -> dict[str, list[float]]:
     """Share of the network's latency that each group saves at each of its counts, cut alone.
 
-    Groups that run through different segments are cut together, which costs one export for all of them; each is then
-    credited with what its own segments save. Segments of equal shapes are timed once. Raises BackendError and
-    ExportError.
+    Every second count is timed, the smallest among them; the others lie on straight lines between those and the whole
+    group, which saves nothing. Groups that run through different segments are cut together, which costs one export for
+    all of them; each is then credited with what its own segments save. Segments of equal shapes are timed once. Raises
+    BackendError and ExportError.
     """
+    timed = {group.name: _timed(counts[group.name]) for group in groups}
+    found = _timed_savings(provenance, groups, timed, table, progress)
+    return {
+        group.name: _between([len(group), *timed[group.name]], [0.0, *found[group.name]], counts[group.name])
+        for group in groups
+    }
+
+
+def _timed(counts: Sequence[int]) -> list[int]:
+    return sorted(counts)[::2]
+
+
+def _between(known: Sequence[int], savings: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """Savings at `counts` by linear interpolation."""
+    by_count = np.argsort(known)
+    return [float(x) for x in np.interp(counts, np.array(known)[by_count], np.array(savings)[by_count])]
+
+
+def _timed_savings(
+    provenance: Provenance,
+    groups: Sequence[UnitGroup],
+    counts: Mapping[str, Sequence[int]],
+    table: LatencyTable,
+    progress: Progress,
+) -> dict[str, list[float]]:
     program = provenance.program
     before = table.predict(program, progress=progress)
     segments = find_segments(program)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..passes.layers import find_layers
 from ..passes.recoverability import QUICK_RESOLVE
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
+from .cost import program_cost
 from .drop_pipeline import choose
 from .errors import GoalError, Reject
 from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
@@ -32,6 +35,8 @@ from .verify import output_error
 
 #: Samples that a plan is put into effect with while plans are compared.
 TRIAL_SAMPLES = 128
+#: Multiply-accumulates that all trials of a search may take, about, and how many trials there may be all the same.
+TRIAL_MACS, LEAST_TRIALS = 4_000_000_000_000, 20
 #: No plan is looked for below this latency ratio when only the error is bounded, nor nearer than this to one that is
 #: known, nor at more ratios than this.
 LEAST_RATIO, NARROW, MOST_RATIOS = 0.25, 0.04, 5
@@ -158,7 +163,14 @@ class Mixing:
     def searched(self, ratio: float) -> Found:
         """The best plan that reaches a latency ratio."""
         items = [item for offer in self.offered for item in offer.items]
-        return MixSearch(items, ratio, measure=self._measure, trial=self._trial).run()
+        return MixSearch(items, ratio, measure=self._measure, trial=self._trial, most_trials=self.most_trials).run()
+
+    @functools.cached_property
+    def most_trials(self) -> int:
+        """As many plans as `TRIAL_MACS` allow, a few at least. It goes by the work, not by the clock, so that a search
+        is the same each time."""
+        work = trial_macs(self.teacher, min(len(self.calibration), TRIAL_SAMPLES))
+        return max(LEAST_TRIALS, min(MOST_TRIALS, TRIAL_MACS // work))
 
     def made(self, found: Found, goal: Latency | MaxError) -> Rewritten:
         """The network of the plan that a search found best, solved with all samples. Raises GoalError when that plan
@@ -212,8 +224,9 @@ class Mixing:
     def _trial(self, mix: Mix) -> float:
         """The output error of a plan after a quick re-solve on few samples."""
         self.done.append(None)
-        self.progress("try plans", len(self.done), max(len(self.done), MOST_TRIALS))
-        quick = replace(self.settings, resolve=QUICK_RESOLVE)
+        self.progress("try plans", len(self.done), max(len(self.done), self.most_trials))
+        ranks = replace(self.settings.ranks, rows_per_column=QUICK_RESOLVE.rows_per_column)
+        quick = replace(self.settings, resolve=QUICK_RESOLVE, ranks=ranks)
         few = self.calibration.take(slice(0, TRIAL_SAMPLES))
         with self.clock.stage("try plans"):
             return self.store.value(
@@ -255,6 +268,17 @@ class Mixing:
         menu, network = latency_menu(analysis, self.latency, progress=self.progress)
         wanted = replace(menu, budget=menu.budget - (1 - goal.share) * network)
         return offered_ranks(analysis, menu, search_plan(wanted, trials, alone).weights, network)
+
+
+def trial_macs(program: Program, samples: int) -> int:
+    """About what it takes to put a plan into effect and to re-solve it: two networks are run, and each layer's Gram
+    matrix is made from so many rows per column, as far as there are as many, factorised and solved with."""
+    cost = program_cost(program).macs * samples * 2
+    for layer in find_layers(program)[0].values():
+        outputs, columns = program.module.get_parameter(layer.weight).flatten(1).shape
+        rows = samples * math.prod(program.shape(program.nodes[layer.node])) // outputs
+        cost += columns**2 * (min(rows, (QUICK_RESOLVE.rows_per_column or 1) * columns) + columns // 3 + outputs)
+    return max(1, cost)
 
 
 def tried_plans(found: Found) -> tuple[TriedPlan, ...]:

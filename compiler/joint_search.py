@@ -35,7 +35,8 @@ NEAR = 0.02
 MOST_MIXES = 4
 #: How many changes, those that save the most, are tried by themselves.
 MOST_ALONE = 4
-#: No plan is made from single items' figures when so many were tried, or so many of those in a row were no better.
+#: No plan is made from single items' figures when so many plans were tried, or so many of those made from them were no
+#: better in a row.
 MOST_TRIALS, MOST_MISSES = 48, 4
 #: So many items of a plan are left out of it, one at a time, when a plan made from their figures differs from its
 #: prediction by this share of the error.
@@ -75,7 +76,8 @@ class Found:
 
 
 class MixSearch:
-    """`measure` gives a plan's latency ratio, `trial` its relative output error: both are dear."""
+    """`measure` gives a plan's latency ratio, `trial` its relative output error: both are dear. No plan is made from
+    single items' figures once `most_trials` were tried."""
 
     def __init__(
         self,
@@ -84,8 +86,9 @@ class MixSearch:
         *,
         measure: Callable[[Mix], float],
         trial: Callable[[Mix], float],
+        most_trials: int = MOST_TRIALS,
     ) -> None:
-        self.items, self.ratio = items, ratio
+        self.items, self.ratio, self.most_trials = items, ratio, most_trials
         self.kinds = tuple(dict.fromkeys(item.kind for item in items))
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
@@ -154,7 +157,7 @@ class MixSearch:
         A trial is cheaper than a measurement: only plans that lose less than the lead are measured.
         """
         lead, misses, rounds, doubted = self._lead(), 0, 1, False
-        while lead is not None and misses < MOST_MISSES and len(self._errors) < MOST_TRIALS:
+        while lead is not None and misses < MOST_MISSES and len(self._errors) < self.most_trials:
             mix, expected = self._promising(lead)
             if not mix:
                 return
@@ -174,7 +177,7 @@ class MixSearch:
         """Try a plan without each of the items that are predicted to lose the most in it."""
         by_error = sorted(plan.mix, key=lambda item: -self.scales[item.kind].error * plan.mix[item].error)
         for left in by_error[:MOST_LEFT_OUT]:
-            if len(self._errors) < MOST_TRIALS:
+            if len(self._errors) < self.most_trials:
                 self._error({item: proposal for item, proposal in plan.mix.items() if item is not left})
 
     def _promising(self, lead: Tried) -> tuple[Mix, float]:

@@ -24,6 +24,9 @@ from .program import Program
 from .progress import Progress, silent
 from .regions import Region
 
+#: Rounds that a segment is timed in: what a plan saves is measured as a whole before it counts.
+_TABLE_ROUNDS = 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profiles:
@@ -117,7 +120,9 @@ class LatencyProbe:
     def table(self) -> LatencyTable:
         """Times of single segments on the backend at this batch, kept on disk."""
         cache = MeasurementCache(self._folder or default_folder())
-        return LatencyTable(self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed)
+        return LatencyTable(
+            self.backend, batch=self.batch, threads=self.threads, cache=cache, rounds=_TABLE_ROUNDS, seed=self.seed
+        )
 
     def lattice(self, *, progress: Progress = silent) -> Lattice:
         """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""

@@ -90,8 +90,9 @@ def collect_moments(
             values = run_until(program, inputs, bind(program, batch))
             for name in wanted:
                 layer = layers[name]
-                rows = layer.rows(program, values[layer.input])
-                rows = rows[:, :, :: thinning(rows.shape[2] * batches, rows.shape[1], rows_per_column)]
+                columns, count = layer.extent(program, values[layer.input])
+                every = thinning(count * batches, columns, rows_per_column)
+                rows = layer.rows(program, values[layer.input], every)
                 weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
                 part = Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
                 totals[name] = totals[name] + part if name in totals else part

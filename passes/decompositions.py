@@ -112,9 +112,16 @@ PLAIN = Metric()
 
 
 class Decomposition(ABC):
-    """One layer's weight under one scheme, ready to be cut at any rank."""
+    """One layer's weight under one scheme, ready to be cut at any rank; or at any up to `most`, for less work."""
 
-    def __init__(self, geometry: Geometry, weight: torch.Tensor, metric: Metric, gain: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        weight: torch.Tensor,
+        metric: Metric,
+        gain: torch.Tensor | None,
+        most: Ranks | None = None,
+    ) -> None:
         self.geometry = geometry
         self.weight = weight.detach().double().reshape(geometry.groups, geometry.outputs, geometry.columns)
         self.metric = metric
@@ -123,6 +130,7 @@ class Decomposition(ABC):
         weighed = self.gain.unsqueeze(2) * self.weight
         self.image = self.weight if metric.gram is None else self.weight @ metric.gram  # W G
         self.total = float(((self.gain.unsqueeze(2) * self.image) * weighed).sum())
+        self._prepare(most)
 
     def error(self, ranks: Ranks) -> float:
         """The relative error left, from 0 at full rank to 1; what rounding leaves of an exact one is 0."""
@@ -135,6 +143,10 @@ class Decomposition(ABC):
             return None
         change = self.weight - self.dense(ranks)
         return (change @ self.metric.mean.unsqueeze(2)).reshape(-1)
+
+    @abstractmethod
+    def _prepare(self, most: Ranks | None) -> None:
+        """What all ranks share."""
 
     @abstractmethod
     def explained(self, ranks: Ranks) -> float:
@@ -152,8 +164,8 @@ class Decomposition(ABC):
 class ChannelDecomposition(Decomposition):
     """See `Channel`."""
 
-    def __init__(self, geometry: Geometry, weight: torch.Tensor, metric: Metric, gain: torch.Tensor | None) -> None:
-        super().__init__(geometry, weight, metric, gain)
+    def _prepare(self, most: Ranks | None) -> None:
+        del most  # one eigendecomposition serves all
         self.values, self.vectors = _leading(self._gained(self.image @ self.weight.transpose(1, 2)))
 
     def _gained(self, square: torch.Tensor) -> torch.Tensor:
@@ -180,13 +192,13 @@ class ChannelDecomposition(Decomposition):
 class SpatialDecomposition(Decomposition):
     """See `Spatial`. The columns (input, y, x) of A are seen as (input * y, x)."""
 
-    def __init__(self, geometry: Geometry, weight: torch.Tensor, metric: Metric, gain: torch.Tensor | None) -> None:
-        super().__init__(geometry, weight, metric, gain)
+    def _prepare(self, most: Ranks | None) -> None:
+        geometry, metric = self.geometry, self.metric
         groups, tall, wide = geometry.groups, geometry.inputs * geometry.kernel[0], geometry.kernel[1]
         gram = metric.full(geometry).view(groups, tall, wide, tall, wide)
         matrix = (self.gain.unsqueeze(2) * self.weight).view(groups, geometry.outputs, tall, wide)
         matrix = matrix.permute(0, 2, 1, 3).reshape(groups, tall, -1)
-        self.basis = _whitened_basis(matrix, torch.einsum("gaxbx->gab", gram))
+        self.basis = _whitened_basis(matrix, torch.einsum("gaxbx->gab", gram), most[0] if most else None)
         self.second = _Second(self, self.basis, gram)
 
     def explained(self, ranks: Ranks) -> float:
@@ -207,13 +219,13 @@ class SpatialDecomposition(Decomposition):
 class TuckerDecomposition(Decomposition):
     """See `Tucker`. The columns (input, y, x) of A are seen as (input, y * x)."""
 
-    def __init__(self, geometry: Geometry, weight: torch.Tensor, metric: Metric, gain: torch.Tensor | None) -> None:
-        super().__init__(geometry, weight, metric, gain)
+    def _prepare(self, most: Ranks | None) -> None:
+        geometry, metric = self.geometry, self.metric
         groups, inputs, taps = geometry.groups, geometry.inputs, math.prod(geometry.kernel)
         gram = metric.full(geometry).view(groups, inputs, taps, inputs, taps)
         matrix = (self.gain.unsqueeze(2) * self.weight).view(groups, geometry.outputs, inputs, taps)
         matrix = matrix.permute(0, 2, 1, 3).reshape(groups, inputs, -1)
-        self.basis = _whitened_basis(matrix, torch.einsum("gaxbx->gab", gram))
+        self.basis = _whitened_basis(matrix, torch.einsum("gaxbx->gab", gram), most[0] if most else None)
         self.second = _Second(self, self.basis, gram)
         self._sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -278,9 +290,9 @@ class _Second:
         return self.gain.unsqueeze(2) * square * self.gain.unsqueeze(1)
 
 
-def _whitened_basis(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns (groups, rows, min(rows, columns)), the first r of which span the best r features of A for
-    the weight `matrix` (groups, rows, columns) in the metric `gram` (groups, rows, rows)."""
+def _whitened_basis(matrix: torch.Tensor, gram: torch.Tensor, most: int | None = None) -> torch.Tensor:
+    """Orthonormal columns (groups, rows, min(rows, columns)), or the first `most`, the first r of which span the best r
+    features of A for the weight `matrix` (groups, rows, columns) in the metric `gram` (groups, rows, rows)."""
     factor = torch.linalg.cholesky(gram)
     white = factor.transpose(1, 2) @ matrix
     if matrix.shape[1] <= matrix.shape[2]:
@@ -289,7 +301,7 @@ def _whitened_basis(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     else:
         _, vectors = _leading(white.transpose(1, 2) @ white)
         spanning = matrix @ vectors
-    return torch.linalg.qr(spanning)[0]
+    return torch.linalg.qr(spanning[:, :, :most])[0]
 
 
 def _leading(square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

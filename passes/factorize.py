@@ -82,7 +82,11 @@ def factorize_plain(program: Program, decisions: Sequence[FactorizeLayer]) -> Pr
     for decision in decisions:
         layer = _layer(layers, decision.layer)
         check_ranks(Geometry.of(program, layer), decision)
-        found.append(Factors.of(layer.node, decompose(program, layer, decision.scheme, PLAIN), decision.ranks))
+        found.append(
+            Factors.of(
+                layer.node, decompose(program, layer, decision.scheme, PLAIN, most=decision.ranks), decision.ranks
+            )
+        )
     return factorize(program, found)
 
 
@@ -111,11 +115,17 @@ def chain_nodes(program: Program, layer: Layer) -> list[str]:
 
 
 def decompose(
-    program: Program, layer: Layer, scheme: str, metric: Metric, gain: torch.Tensor | None = None
+    program: Program,
+    layer: Layer,
+    scheme: str,
+    metric: Metric,
+    gain: torch.Tensor | None = None,
+    most: tuple[int, ...] | None = None,
 ) -> Decomposition:
-    """A layer's weight under a scheme, for a metric and the gains of its outputs."""
+    """A layer's weight under a scheme, for a metric and the gains of its outputs; where no ranks above `most` are
+    wanted, with no more work than for those."""
     weight = program.module.get_parameter(layer.weight)
-    return SCHEMES[scheme].decomposition(Geometry.of(program, layer), weight, metric, gain)
+    return SCHEMES[scheme].decomposition(Geometry.of(program, layer), weight, metric, gain, most)
 
 
 def check_ranks(size: Geometry, decision: FactorizeLayer) -> None:

@@ -32,13 +32,22 @@ class Layer:
     #: stride, padding, dilation of a convolution as 2-tuples; None for a linear layer
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
 
-    def rows(self, program: Program, value: torch.Tensor) -> torch.Tensor:
-        """A as (groups, columns, rows), from the layer's input value. The row axis is last: Gram products read it in
-        place."""
+    def extent(self, program: Program, value: torch.Tensor) -> tuple[int, int]:
+        """(columns, rows) of A for an input value, without making it."""
         if self.window is None:
-            return value.reshape(1, -1, value.shape[-1]).transpose(1, 2)
-        kernel = self.kernel(program)
-        image = value.unsqueeze(2) if value.dim() == 3 else value
+            return value.shape[-1], value.numel() // value.shape[-1]
+        kernel, image = self.kernel(program), _as_image(value)
+        height, width = self._positions(kernel, image)
+        return image.shape[1] // self.groups * kernel[0] * kernel[1], image.shape[0] * height * width
+
+    def rows(self, program: Program, value: torch.Tensor, every: int = 1) -> torch.Tensor:
+        """A as (groups, columns, rows), from the layer's input value: all of its rows, or each `every`-th. The row axis
+        is last: Gram products read it in place."""
+        if self.window is None:
+            return value.reshape(-1, value.shape[-1])[::every].T.unsqueeze(0)
+        kernel, image = self.kernel(program), _as_image(value)
+        if every > 1:
+            return self._gathered(kernel, image, every)
         stride, padding, dilation = self.window
         if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
             columns = image.flatten(2)
@@ -51,17 +60,41 @@ class Layer:
             .reshape(self.groups, d // self.groups, -1)
         )
 
-    def outputs(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor of the layer's output shape as (groups, out/groups, rows), rows in the order of `rows`."""
+    def outputs(self, value: torch.Tensor, every: int = 1) -> torch.Tensor:
+        """A tensor of the layer's output shape as (groups, out/groups, rows), rows those of `rows` in their order."""
         if self.window is None:
-            return value.reshape(1, -1, value.shape[-1]).transpose(1, 2)
+            return value.reshape(-1, value.shape[-1])[::every].T.unsqueeze(0)
         flat = value.flatten(2)
         n, o, positions = flat.shape
+        if every > 1:
+            picks = torch.arange(0, n * positions, every)
+            return flat[picks // positions, :, picks % positions].T.reshape(self.groups, o // self.groups, -1)
         return (
             flat.view(n, self.groups, o // self.groups, positions)
             .permute(1, 2, 0, 3)
             .reshape(self.groups, o // self.groups, -1)
         )
+
+    def _positions(self, kernel: tuple[int, int], image: torch.Tensor) -> tuple[int, int]:
+        """Height and width of the output."""
+        assert self.window is not None
+        height, width = (
+            (size + 2 * pad - reach * (taps - 1) - 1) // step + 1
+            for size, taps, step, pad, reach in zip(image.shape[2:], kernel, *self.window, strict=True)
+        )
+        return height, width
+
+    def _gathered(self, kernel: tuple[int, int], image: torch.Tensor, every: int) -> torch.Tensor:
+        """Some patches, without those between them."""
+        assert self.window is not None
+        (down, right), (top, left), (below, beside) = self.window
+        height, width = self._positions(kernel, image)
+        picks = torch.arange(0, image.shape[0] * height * width, every).reshape(-1, 1, 1)
+        sample, place = picks // (height * width), picks % (height * width)
+        y = place // width * down + (torch.arange(kernel[0]) * below).reshape(-1, 1)
+        x = place % width * right + torch.arange(kernel[1]) * beside
+        patches = F.pad(image, (left, left, top, top))[sample, :, y, x]  # (rows, kernel height, kernel width, channels)
+        return patches.permute(3, 1, 2, 0).reshape(self.groups, -1, len(picks))
 
     def kernel(self, program: Program) -> tuple[int, int]:
         shape = program.module.get_parameter(self.weight).shape
@@ -70,6 +103,10 @@ class Layer:
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as (groups, out/groups, columns)."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+
+def _as_image(value: torch.Tensor) -> torch.Tensor:
+    return value.unsqueeze(2) if value.dim() == 3 else value
 
 
 def layer_names(program: Program, layer: Layer) -> tuple[str, ...]:

@@ -216,12 +216,10 @@ def batch_moments(
         if target.counterparts
         else torch.zeros_like(value)
     )
-    rows, outputs = (
-        target.layer.rows(student, ours[target.layer.input]),
-        target.layer.outputs(target.pull_back(residual)),
-    )
-    every = thinning(rows.shape[2] * batches, rows.shape[1], rows_per_column)
-    return Moments.of(rows[:, :, ::every], outputs[:, :, ::every])
+    layer, value = target.layer, ours[target.layer.input]
+    columns, count = layer.extent(student, value)
+    every = thinning(count * batches, columns, rows_per_column)
+    return Moments.of(layer.rows(student, value, every), layer.outputs(target.pull_back(residual), every))
 
 
 def _apply(

@@ -116,7 +116,10 @@ def choose_channels(
         if group.name in selections:
             removed[group.without(selections[group.name].order)] = True
     early = [g for g in groups if g.name not in selections and (variant == "layerwise" or len(readers[g.name]) != 1)]
-    for group, selection in select_layerwise(provenance, calibration, early, counts, progress=progress):
+    thin = settings.rows_per_column
+    for group, selection in select_layerwise(
+        provenance, calibration, early, counts, rows_per_column=thin, progress=progress
+    ):
         selections[group.name] = selection
         removed[group.without(selection.order)] = True
     waiting = {readers[g.name][0]: g for g in groups if g.name not in selections}
@@ -135,15 +138,21 @@ def select_layerwise(
     counts: Mapping[str, int],
     *,
     memory_bytes: int = 1 << 30,
+    rows_per_column: int | None = None,
     progress: Progress = silent,
 ) -> list[tuple[UnitGroup, Selection]]:
-    """Selections from the original network's moments; consumers share passes over the data as memory allows."""
+    """Selections from the original network's moments; consumers share passes over the data as memory allows.
+    `rows_per_column` caps the rows that are read, relative to a layer's columns (None: all)."""
     program, consumers = provenance.program, find_consumers(provenance)
     found = []
     for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, memory_bytes)):
         layers = {n: consumers[n].layer for n in nodes}
         size = batch_size_for(program, layers.values())
-        moments = collect_moments(program, layers, calibration, batch_size=size) if layers else {}
+        moments = (
+            collect_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
+            if layers
+            else {}
+        )
         for group in batch:
             objectives = [
                 _objective(

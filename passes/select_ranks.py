@@ -162,7 +162,7 @@ class RankAnalysis:
         for index, (name, moments) in enumerate(self._each(list(choice))):
             candidate, option = self.candidates[name], choice[name]
             metric, gain = self._metric(candidate, moments)
-            decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain)
+            decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain, option.ranks)
             found[name] = Factors.of(name, decomposition, option.ranks)
             progress("factorise", index + 1, len(choice))
         return [found[name] for name in choice]

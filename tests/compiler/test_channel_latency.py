@@ -36,6 +36,18 @@ def test_inverted_blocks(inverted: Program, work_backend: Any) -> None:
     check(inverted, work_backend)
 
 
+def test_counts_between_those_timed_are_interpolated(residual: Program, work_backend: Any) -> None:
+    provenance = find_units(residual)
+    groups, _ = cuttable_groups(provenance, provenance.prunable)
+    every = {g.name: list(range(len(g) - 1, 0, -1)) for g in groups}
+    found = group_savings(provenance, groups, every, LatencyTable(work_backend, rounds=2))
+    for group in groups:
+        savings = [0.0, *found[group.name]]  # at the whole group, one unit less, two units less ...
+        assert len(savings) == len(group)
+        for fewer in range(len(group) - 2, 0, -2):  # the smallest count is timed, so is every second from there
+            assert savings[fewer] == pytest.approx((savings[fewer - 1] + savings[fewer + 1]) / 2)
+
+
 def test_the_layers_of_a_group(residual: Program) -> None:
     provenance = find_units(residual)
     group = next(g for g in provenance.prunable if g.name.startswith("blocks.0"))

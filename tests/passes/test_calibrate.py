@@ -153,6 +153,19 @@ def test_rows_times_weights_are_the_layers_outputs(
     torch.testing.assert_close(layer.outputs(zoo(data)[name]), product, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("every", [2, 3, 7, 1000])
+@pytest.mark.parametrize("name", [*CONVS, *LINES, "linear", "unbiased"])
+def test_thinned_rows_are_those_of_all(
+    zoo: Program, layers: dict[str, Layer], data: tuple[torch.Tensor, torch.Tensor], name: str, every: int
+) -> None:
+    layer = layers[name]
+    value = data[0] if name in CONVS else data[1][:, 0] if name == "unbiased" else data[1]
+    rows, outputs = layer.rows(zoo, value), layer.outputs(zoo(data)[name])
+    assert layer.extent(zoo, value) == rows.shape[1:]
+    assert torch.equal(layer.rows(zoo, value, every), rows[:, :, ::every])
+    assert torch.equal(layer.outputs(zoo(data)[name], every), outputs[:, :, ::every])
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_streaming_equals_one_batch(
     zoo: Program, layers: dict[str, Layer], data: tuple[torch.Tensor, torch.Tensor], batch_size: int

@@ -129,6 +129,16 @@ def test_the_error_is_the_one_on_the_data(scheme: str, centred: bool, nets: Simp
     assert decomposition.error(ranks) == pytest.approx(error, rel=1e-2)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_known_ranks_take_less_work_and_give_the_same(scheme: str, nets: SimpleNamespace) -> None:
+    program, images = one_layer(lambda: nn.Conv2d(8, 12, 3, padding=1), nets)
+    layer, metric = only_layer(program), metric_of(program, images, centred=True)
+    ranks = (3, 4) if scheme == "tucker" else (4,)
+    whole, short = (decompose(program, layer, scheme, metric, most=most) for most in (None, ranks))
+    torch.testing.assert_close(short.dense(ranks), whole.dense(ranks), rtol=1e-9, atol=1e-12)
+    assert short.error(ranks) == pytest.approx(whole.error(ranks), rel=1e-9)
+
+
 def test_channel_is_the_optimum_of_its_rank(nets: SimpleNamespace) -> None:
     """Eckart and Young: no other approximation of the outputs of that rank is nearer."""
     program, images = one_layer(lambda: nn.Conv2d(8, 12, 3, padding=1, bias=False), nets)
