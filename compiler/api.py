@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,9 +15,9 @@ from torch import fx
 
 from ..passes.mimic import MimicSettings
 from ..runtime.backend import Backend, resolve_backend
-from ..runtime.measurement_cache import default_folder
 from .analysis_store import AnalysisStore
 from .atomic import write_folder
+from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture, is_onnx
 from .edit_folds import fold_parameters
@@ -142,8 +141,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))
             _check_fixed_batch(teacher, batch)
         options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
-        if not isinstance(mimic, bool) or not mimic:
-            options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
+        options = options.with_mimic(mimic)
         outcome = run_pipeline(
             teacher,
             samples,
@@ -180,17 +178,6 @@ def _collected_warnings() -> Iterator[list[str]]:
     finally:
         for message in messages:
             warnings.warn(message, stacklevel=4)
-
-
-@contextmanager
-def kept_in(cache: bool | str | Path) -> Iterator[Path]:
-    """The folder that a `cache` argument means; for False one that goes in the end, so that what one compile finds out
-    is at hand when it plans again."""
-    if cache is False:
-        with tempfile.TemporaryDirectory(prefix="foldcut-") as folder:
-            yield Path(folder)
-    else:
-        yield default_folder() if cache is True else Path(cache)
 
 
 def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:

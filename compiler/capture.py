@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from . import onnx_operator  # noqa: F401 - registers the operator of opaque nodes, for .pt2 files that hold some
 from .edit import rebuild
 from .errors import CaptureError, named_first_line
+from .graph_copy import copied
 from .logs import quiet_exporters
 from .program import (
     Batch,
@@ -103,7 +104,7 @@ def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool 
     module = decomposed.module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
         raise CaptureError(f"torch.export returned a {type(module).__name__}", hint=_WAY_OUT)
-    graph = copy.deepcopy(module.graph)
+    graph = copied(module.graph)
     for node in reversed(list(graph.nodes)):
         if (node.op == "get_attr" and not node.users) or (node.op == "call_module" and node.target == "_guards_fn"):
             graph.erase_node(node)

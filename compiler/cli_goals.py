@@ -94,8 +94,11 @@ def _latency(text: str) -> Latency:
         raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
 
 
-def read_settings(multiple_of: str | None, ignore: list[str], used: Sequence[str]) -> PipelineSettings:
-    """What channel counts and ranks go to, and what is left alone by the rewrites `used`. Raises GoalError."""
+def read_settings(
+    multiple_of: str | None, ignore: list[str], used: Sequence[str], search_seconds: float | None
+) -> PipelineSettings:
+    """What channel counts and ranks go to, what is left alone by the rewrites `used`, how long a mix is looked for.
+    Raises GoalError."""
     lattice = multiple_of == "lattice"
     try:
         multiple = None if lattice or multiple_of is None else int(multiple_of)
@@ -107,4 +110,5 @@ def read_settings(multiple_of: str | None, ignore: list[str], used: Sequence[str
     return PipelineSettings(
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
         ranks=RankSettings(**steps, ignore=names if "factorize" in used else (), on_lattice=lattice),
+        search_seconds=search_seconds,
     )

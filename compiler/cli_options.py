@@ -54,6 +54,15 @@ IgnoreOption = Annotated[
     list[str] | None,
     typer.Option(help="Unit group or layer (a pattern) or output to leave alone; repeatable."),
 ]
+SearchOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        min=0,
+        help="Seconds for the search of a better mix, beside the analyses.",
+        show_default="while it finds better ones",
+    ),
+]
 BackendOption = Annotated[str, typer.Option(help="Where the latency counts.")]
 BatchOption = Annotated[int, typer.Option(help="Batch size that the latency is measured at.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")]

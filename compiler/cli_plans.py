@@ -33,6 +33,7 @@ from .cli_options import (
     MultipleOption,
     QuietOption,
     RewritesOption,
+    SearchOption,
     SeedOption,
     ShapeOption,
     SizeOption,
@@ -63,6 +64,7 @@ def sweep_command(
     rewrites: RewritesOption = None,
     multiple_of: MultipleOption = None,
     ignore: IgnoreOption = None,
+    search_seconds: SearchOption = None,
     backend: BackendOption = "onnxruntime",
     batch: BatchOption = 1,
     threads: ThreadsOption = 1,
@@ -106,7 +108,7 @@ def sweep_command(
             views=(horizontal_flip,) if flip else (),
             seed=seed,
             rewrites=allowed,
-            settings=read_settings(multiple_of, ignore or [], used_rewrites(goals[0], allowed)),
+            settings=read_settings(multiple_of, ignore or [], used_rewrites(goals[0], allowed), search_seconds),
             progress=not (as_json or quiet),
             cache=read_cache(cache, fresh),
             each=written,
@@ -144,6 +146,8 @@ def apply_command(
     flip: FlipOption = False,
     mimic: MimicOption = True,
     seed: SeedOption = 0,
+    cache: CacheOption = None,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -170,6 +174,7 @@ def apply_command(
                 views=(horizontal_flip,) if flip else (),
                 seed=seed,
                 progress=progress,
+                cache=read_cache(cache, fresh),
             )
             made.save(output)
         if as_json:

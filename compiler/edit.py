@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .errors import RewriteError, first_line
+from .graph_copy import copied
 from .program import Program, is_call, is_tensor, output_nodes
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ def bypass(program: Program, entry: str, exit_: str, *, note: str | None = None)
         )
     if program.order[entry] >= program.order[exit_]:
         raise RewriteError(f"{entry} does not come before {exit_}", node=exit_, excerpt=program.excerpt(after))
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     by_name = {n.name: n for n in graph.nodes}
     by_name[exit_].replace_all_uses_with(by_name[entry])
     erase_dead(graph)
@@ -71,7 +72,7 @@ def bypass(program: Program, entry: str, exit_: str, *, note: str | None = None)
 
 def set_tensors(program: Program, tensors: Mapping[str, torch.Tensor], *, note: str) -> Program:
     """Give the named parameters or buffers new values of the same shape. The old Program keeps the old ones."""
-    module = rebuild(program.module, copy.deepcopy(program.graph))
+    module = rebuild(program.module, copied(program.graph))
     owners = {}
     for target, value in tensors.items():
         path, _, leaf = target.rpartition(".")
@@ -110,7 +111,7 @@ def replace_calls(
     Names that share one tensor share the new one. Raises RewriteError when the new graph does not fit together or
     when an input or output would change its shape.
     """
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     module = rebuild(program.module, graph)
     by_name = {n.name: n for n in module.graph.nodes}
     for target, value in _with_aliases(program, tensors).items():
@@ -232,7 +233,7 @@ def _shapes(node: fx.Node) -> str:
 def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False) -> fx.GraphModule:
     """A module that returns the values of the named nodes as a tuple, and computes nothing else. Takes the program's
     arguments."""
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     by_name = {n.name: n for n in graph.nodes}
     for node in graph.nodes:
         if is_call(node, aten.view):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx, nn
 
 from .edit import check_outputs, check_same, erase_dead, infer_shapes, rebuild
 from .errors import RewriteError
+from .graph_copy import copied
 from .program import Program, argument
 
 
@@ -36,7 +36,7 @@ def replace_layers(program: Program, chains: Mapping[str, Sequence[Link]], *, no
 
     Raises RewriteError when a node is missing or no such layer, or when the chain's result has another shape or dtype.
     """
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     module = rebuild(program.module, graph)
     nodes = {node.name: node for node in module.graph.nodes}
     added: set[str] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import fx, nn
 
 from .edit import erase_dead, rebuild
 from .execute import run_until
+from .graph_copy import copied
 from .norms import BatchNorm, batch_norm_of
 from .program import Program, is_call, is_constant, is_tensor
 
@@ -34,7 +34,7 @@ def fold_batch_norms(program: Program) -> tuple[Program, tuple[FoldedNorm, ...]]
     `unfold_tensors` takes
     new weights back to the program with its norms.
     """
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     module = rebuild(program.module, graph)
     by_name = {n.name: n for n in module.graph.nodes}
     folded: list[FoldedNorm] = []
@@ -161,7 +161,7 @@ def _separate_vectors(program: Program) -> Program:
     pairs = [pair for found in readers.values() for pair in found[1:]]
     if not pairs:
         return program
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     module = rebuild(program.module, graph)
     by_name = {n.name: n for n in module.graph.nodes}
     for source, reader in pairs:
@@ -200,7 +200,7 @@ def _fold_derived(program: Program) -> Program:
                     derived[source.name] = value
     if not wanted:
         return program
-    graph = copy.deepcopy(program.graph)
+    graph = copied(program.graph)
     module = rebuild(program.module, graph)
     by_name = {n.name: n for n in module.graph.nodes}
     for name, index in wanted:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from .cost import program_cost
 from .drop_pipeline import choose
 from .errors import GoalError, Reject
 from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
-from .joint_rewrite import JointSettings, apply_mix, mix_shape
+from .joint_rewrite import JointSettings, apply_mix, judged, mix_shape
 from .joint_search import MOST_TRIALS, Found, MixSearch, Tried
 from .latency_probe import LatencyProbe
 from .left_alone import ignored_layers, sorted_ignores
@@ -29,6 +30,7 @@ from .rank_choice import search_plan
 from .rank_pipeline import latency_menu, rank_trials
 from .regions import find_regions
 from .rewritten import Rewritten, TriedPlan
+from .search_time import SearchTime
 from .stored_latency import StoredLatency
 from .stored_passes import stored_rank_analysis
 from .verify import output_error
@@ -56,6 +58,7 @@ def cut_jointly(
     clock: StageClock,
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
+    time: SearchTime | None = None,
 ) -> Rewritten:
     """Reach a latency goal, or the least latency within an error, by the best mix of `rewrites`: dropped regions,
     removed channels, factorised layers.
@@ -63,7 +66,8 @@ def cut_jointly(
     Every kind offers what it can save and what that is predicted to cost; the mix is an integer programme's, corrected
     by what plans turned out to lose after a quick re-solve and to save on the backend (`MixSearch`). The errors
     are those of the outputs on `held_out`, relative: after the rewrites, each with its own closed form, and after the
-    re-solve of the whole. Raises GoalError when nothing can be changed towards the goal.
+    re-solve of the whole. When the `time` for the search has run out, the best plan so far stands. Raises GoalError
+    when nothing can be changed towards the goal.
     """
     mixing = Mixing(
         teacher=teacher,
@@ -75,6 +79,7 @@ def cut_jointly(
         clock=clock,
         progress=progress,
         store=store,
+        time=time or SearchTime(),
     )
     if isinstance(goal, Latency):
         mixing.offer(goal)
@@ -142,9 +147,10 @@ class Mixing:
     clock: StageClock
     progress: Progress
     store: AnalysisStore
+    time: SearchTime
     offered: list[Offered] = field(default_factory=list)
-    #: Trials so far, to count them.
-    done: list[None] = field(default_factory=list)
+    #: Counts the trials.
+    trials: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def offer(self, goal: Latency) -> None:
         """Ask each of the rewrites what it can do for a goal."""
@@ -163,7 +169,10 @@ class Mixing:
     def searched(self, ratio: float) -> Found:
         """The best plan that reaches a latency ratio."""
         items = [item for offer in self.offered for item in offer.items]
-        return MixSearch(items, ratio, measure=self._measure, trial=self._trial, most_trials=self.most_trials).run()
+        search = MixSearch(
+            items, ratio, measure=self._measure, trial=self._trial, most_trials=self.most_trials, time=self.time
+        )
+        return search.run()
 
     @functools.cached_property
     def most_trials(self) -> int:
@@ -186,15 +195,9 @@ class Mixing:
                 progress=self.progress,
                 store=self.store,
             )
-        errors = {
-            "rewritten": output_error(self.teacher, applied.rewritten, self.held_out),
-            "re-solved": output_error(self.teacher, applied.program, self.held_out),
-        }
-        if errors["re-solved"] > errors["rewritten"]:
-            applied = replace(applied, program=applied.rewritten)
-            errors["re-solved"] = errors["rewritten"]
+        program, errors = judged(self.teacher, applied, self.held_out)
         return Rewritten(
-            program=applied.program,
+            program=program,
             decisions=applied.decisions,
             met=found.met,
             rejects=(*self._rejects(), *applied.locked),
@@ -223,8 +226,8 @@ class Mixing:
 
     def _trial(self, mix: Mix) -> float:
         """The output error of a plan after a quick re-solve on few samples."""
-        self.done.append(None)
-        self.progress("try plans", len(self.done), max(len(self.done), self.most_trials))
+        done = next(self.trials)
+        self.progress("try plans", done, max(done, self.most_trials))
         ranks = replace(self.settings.ranks, rows_per_column=QUICK_RESOLVE.rows_per_column)
         quick = replace(self.settings, resolve=QUICK_RESOLVE, ranks=ranks)
         few = self.calibration.take(slice(0, TRIAL_SAMPLES))
@@ -298,6 +301,3 @@ def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
 def _changes(mix: Mix) -> list[Any]:
     """What a mix does, to be known again by."""
     return [[item.kind, item.name, proposal.change] for item, proposal in mix.items()]
-
-
-__all__ = ["JointSettings", "apply_mix", "cut_jointly", "mix_shape"]

@@ -27,6 +27,7 @@ from .proposals import Mix
 from .provenance import Provenance, find_units
 from .stored_passes import stored_channels, stored_factors, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
+from .verify import output_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,18 @@ class Applied:
     selections: Mapping[str, Selection] = field(repr=False)
     layers: tuple[LayerError, ...]
     locked: tuple[Reject, ...]
+
+
+def judged(teacher: Program, applied: Applied, held_out: CalibrationSet) -> tuple[Program, dict[str, float]]:
+    """The network with the weights of before or after the last re-solve, whichever loses less on `held_out`, and the
+    relative output errors of both."""
+    errors = {
+        "rewritten": output_error(teacher, applied.rewritten, held_out),
+        "re-solved": output_error(teacher, applied.program, held_out),
+    }
+    if errors["re-solved"] <= errors["rewritten"]:
+        return applied.program, errors
+    return applied.rewritten, {**errors, "re-solved": errors["rewritten"]}
 
 
 def mix_shape(teacher: Program, mix: Mix) -> Program:

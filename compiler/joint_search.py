@@ -26,9 +26,12 @@ from .proposals import (
     predicted_error,
     predicted_saving,
 )
+from .search_time import SearchTime
 
 #: How often a plan is made again when its measured latency misses the goal.
 MOST_MEASURED = 4
+#: How much more is asked for after a plan that missed.
+MORE = 1.03
 #: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
 NEAR = 0.02
 #: How many plans of all kinds together are tried.
@@ -77,7 +80,8 @@ class Found:
 
 class MixSearch:
     """`measure` gives a plan's latency ratio, `trial` its relative output error: both are dear. No plan is made from
-    single items' figures once `most_trials` were tried."""
+    single items' figures once `most_trials` were tried; when the `time` has run out, the best plan of those tried so
+    far stands, each kind's own among them, once one reaches the goal."""
 
     def __init__(
         self,
@@ -87,18 +91,21 @@ class MixSearch:
         measure: Callable[[Mix], float],
         trial: Callable[[Mix], float],
         most_trials: int = MOST_TRIALS,
+        time: SearchTime | None = None,
     ) -> None:
         self.items, self.ratio, self.most_trials = items, ratio, most_trials
         self.kinds = tuple(dict.fromkeys(item.kind for item in items))
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
         self._measure, self._trial = measure, trial
+        self._time = time or SearchTime()
         self._errors: dict[Key, float] = {}
         self._ratios: dict[Key, float] = {}
         self._plans: dict[Key, Mix] = {}
 
     def run(self) -> Found:
         """Search. Nothing can be changed at all: the empty plan comes back, with error 0 and ratio 1."""
+        self._time.left()  # starts it
         for kind in self.kinds:
             self._single(kind)
         self._alone()
@@ -130,6 +137,8 @@ class MixSearch:
         alone = {kind: scale.error for kind, scale in self.scales.items()}
         lead, used = float("inf"), dict(self.scales)
         for _ in range(MOST_MIXES):
+            if self._lead() is not None and not self._time.left():
+                return
             mix, rounds = self._reaching(self.items, one_kind=False)
             if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
                 return
@@ -149,6 +158,8 @@ class MixSearch:
         taken = [pair for plan in self.tried for pair in plan.mix.items()]
         by_saving = sorted(taken, key=lambda pair: -self.scales[pair[0].kind].saving * pair[1].saving)
         for item, proposal in by_saving[:MOST_ALONE]:
+            if not self._time.left():
+                return
             self._error({item: proposal})
 
     def _refine(self) -> None:
@@ -157,7 +168,7 @@ class MixSearch:
         A trial is cheaper than a measurement: only plans that lose less than the lead are measured.
         """
         lead, misses, rounds, doubted = self._lead(), 0, 1, False
-        while lead is not None and misses < MOST_MISSES and len(self._errors) < self.most_trials:
+        while lead is not None and misses < MOST_MISSES and self._may_try():
             mix, expected = self._promising(lead)
             if not mix:
                 return
@@ -173,11 +184,14 @@ class MixSearch:
                 doubted = True
                 self._leave_out(lead)
 
+    def _may_try(self) -> bool:
+        return len(self._errors) < self.most_trials and self._time.left()
+
     def _leave_out(self, plan: Tried) -> None:
         """Try a plan without each of the items that are predicted to lose the most in it."""
         by_error = sorted(plan.mix, key=lambda item: -self.scales[item.kind].error * plan.mix[item].error)
         for left in by_error[:MOST_LEFT_OUT]:
-            if len(self._errors) < self.most_trials:
+            if self._may_try():
                 self._error({item: proposal for item, proposal in plan.mix.items() if item is not left})
 
     def _promising(self, lead: Tried) -> tuple[Mix, float]:
@@ -218,18 +232,24 @@ class MixSearch:
     def _reaching(self, items: Sequence[Item], *, one_kind: bool) -> tuple[Mix, int]:
         """The plan of least predicted error whose measured ratio comes nearest to the goal from below, and how many
         were measured; where none does, the fastest. What was predicted to be saved is corrected by what was, up and
-        down."""
+        down; after each plan that missed the goal a little more is asked for, since the items differ in how far off
+        they are."""
         seen: list[tuple[float, Mix]] = []
-        saving = 1 - self.ratio
-        for _ in range(MOST_MEASURED):
-            planned = choose_mix(items, saving, self.scales)
+        saving, misses = 1 - self.ratio, 0
+        while len(seen) < MOST_MEASURED:
+            planned = choose_mix(items, saving * MORE**misses, self.scales)
             mix = most_saving(items, self.scales) if planned is None else planned
-            if not mix or any(mix == earlier for _, earlier in seen):
+            before = next((ratio for ratio, known in seen if known == mix), None)
+            if not mix or (before is not None and (before <= self.ratio or planned is None)):
                 break
+            if before is not None:
+                misses += 1
+                continue
             ratio = self._ratio(mix)
             seen.append((ratio, mix))
             if self.ratio - NEAR <= ratio <= self.ratio or (planned is None and ratio > self.ratio):
                 break
+            misses += ratio > self.ratio
             expected = predicted_saving(mix, self.scales)
             reached = max(1 - ratio, LEAST_SHARE * (1 - self.ratio))
             if one_kind:

@@ -4,6 +4,7 @@ called alone."""
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,6 +42,7 @@ from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .regions import RegionAnalysis, find_regions
 from .rewritten import Rewritten, TriedPlan
+from .search_time import SearchTime
 from .stored_latency import StoredLatency
 from .stored_passes import mimicked
 from .verify import compare, errors_by_output, output_error
@@ -99,10 +101,7 @@ def run_pipeline(
     can be removed; an unmet goal comes back as `met` False.
     """
     settings, clock = settings or PipelineSettings(), clock or StageClock()
-    calibration = calibration.aligned(teacher)
-    calibration.check(teacher)
-    fit, held_out = calibration.split(settings.seed, settings.held_out)
-    fit = fit.with_views(settings.views)
+    fit, held_out = settings.split(calibration, teacher)
     used = tuple(rewrites) if rewrites else default_rewrites(goal)
     analysis = None
     if used == ("drop_blocks",) and isinstance(goal, DropGoal):
@@ -122,7 +121,7 @@ def run_pipeline(
         deployed=deployed,
         folder=store.root,
     )
-    asked = goal
+    asked, time = goal, SearchTime(settings.search_seconds)
     try:
         if isinstance(goal, Latency) and goal.ms is not None:
             with clock.stage("measure original"):
@@ -134,13 +133,16 @@ def run_pipeline(
                 settings = replace(settings, channels=on_lattice(settings.channels, probe, progress))
 
         def made(aim: Goal) -> Outcome:
-            rewritten = _rewritten(teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store)
+            rewritten = _rewritten(
+                teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store, time
+            )
             outcome = _finish(teacher, rewritten, fit, held_out, asked, probe, settings, clock, progress, store)
             return replace(outcome, met=reached(goal, outcome.measurement, rewritten.met, outcome.output_errors))
 
-        if not isinstance(goal, Latency):
-            return made(goal)
-        return _aimed(goal, made, StoredLatency(store, probe))
+        found = _aimed(goal, made, StoredLatency(store, probe)) if isinstance(goal, Latency) else made(goal)
+        if time.ran_out:
+            warnings.warn(f"the search for a better plan ended after {time.seconds:g} s, as asked for", stacklevel=3)
+        return found
     finally:
         probe.close()
 
@@ -178,6 +180,7 @@ def _rewritten(
     clock: StageClock,
     progress: Progress,
     store: AnalysisStore,
+    time: SearchTime,
 ) -> Rewritten:
     """The rewrite, or the mix of several."""
     if analysis is not None:
@@ -212,7 +215,17 @@ def _rewritten(
     if isinstance(goal, (Latency, MaxError)):
         joint = joint_settings(settings)
         return cut_jointly(
-            teacher, solve, held_out, goal, probe, used, settings=joint, clock=clock, progress=progress, store=store
+            teacher,
+            solve,
+            held_out,
+            goal,
+            probe,
+            used,
+            settings=joint,
+            clock=clock,
+            progress=progress,
+            store=store,
+            time=time,
         )
     assert isinstance(goal, ChannelGoal)
     return cut_channels(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..passes.mimic import MimicSettings
 from ..passes.recoverability import RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings
 from ..passes.select_ranks import RankSettings
-from .calibration_set import View
+from .calibration_set import CalibrationSet, View
 from .channel_pipeline import ChannelSettings
 from .joint_rewrite import JointSettings
 from .plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
+from .program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
     """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from
     fitting; `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
-    `solve_samples` caps what the re-solve reads, originals first."""
+    `solve_samples` caps what the re-solve reads, originals first; `search_seconds` what the search for a better mix
+    takes (it is not repeatable then), None as long as it finds better plans."""
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     channels: ChannelSettings = field(default_factory=ChannelSettings)
@@ -32,6 +34,22 @@ class PipelineSettings:
     threads: int = 1
     seed: int = 0
     opset: int | None = None
+    search_seconds: float | None = None
+
+    def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
+        """With gradient mimicking as an argument of the API asks for it: True leaves it as it is, False and None leave
+        it out."""
+        if mimic is True:
+            return self
+        return replace(self, mimic=mimic or None)
+
+    def split(self, samples: CalibrationSet, program: Program) -> tuple[CalibrationSet, CalibrationSet]:
+        """(the samples to fit with, views of them included; those to judge by). Raises CalibrationError when the
+        samples do not suit the program."""
+        samples = samples.aligned(program)
+        samples.check(program)
+        fit, held_out = samples.split(self.seed, self.held_out)
+        return fit.with_views(self.views), held_out
 
 
 def joint_settings(settings: PipelineSettings) -> JointSettings:

@@ -15,8 +15,9 @@ from ..passes.drop_blocks import drop_blocks
 from ..passes.factorize import factorize_plain
 from ..passes.mimic import MimicSettings
 from ..passes.prune_channels import prune_channels
-from .analysis_store import NOTHING_KEPT, AnalysisStore
+from .analysis_store import AnalysisStore
 from .atomic import write_folder
+from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture
 from .channel_pipeline import removed_units
@@ -24,10 +25,10 @@ from .edit import set_tensors
 from .edit_folds import fold_parameters
 from .errors import PlanError
 from .export import to_exported, to_onnx, to_pt2
-from .joint_rewrite import replay
+from .joint_rewrite import judged, replay
 from .model_inputs import needed_inputs
 from .pipeline_settings import PipelineSettings, joint_settings
-from .plan import DropBlock, FactorizeLayer, Plan, PruneChannels
+from .plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
 from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
@@ -86,7 +87,7 @@ def apply(
     seed: int = 0,
     settings: PipelineSettings | None = None,
     progress: Progress = silent,
-    store: AnalysisStore = NOTHING_KEPT,
+    cache: bool | str | Path = True,
 ) -> Replayed:
     """Put the decisions of a plan into effect on the network that it was made for.
 
@@ -94,7 +95,7 @@ def apply(
     network of that shape; without `calibration` the model.pt2 beside the plan) the result is the network of the first
     time, and no data is needed. With `calibration` the layers are solved again, and mimicked unless `mimic` is False,
     as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own. `example` is a batch of
-    inputs, for a module without calibration set.
+    inputs, for a module without calibration set. `cache` as in `compile`: what an interrupted call had solved is kept.
 
     Raises PlanError when the plan was made for another network or other weights, when the weights do not fit, or when
     there are neither weights nor data; CaptureError and CalibrationError.
@@ -117,27 +118,32 @@ def apply(
         assert weights is not None
         program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
         return Replayed(program=program, plan=made, output_errors={}, opset=opset)
-    options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views))
-    if not isinstance(mimic, bool) or not mimic:
-        options = replace(options, mimic=mimic if isinstance(mimic, MimicSettings) else None)
-    return _solved(teacher, made, samples, options, progress, store)
+    options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
+    with kept_in(cache) as folder:
+        return _solved(teacher, made, samples, options, progress, AnalysisStore(folder))
 
 
 def apply_plan(program: Program, plan: Plan) -> Program:
-    """Bypass the regions of a plan, remove its channels, factorise its layers. The weights stay those of `program`, and
-    factors are the best approximation of these: re-solve them with a calibration set, or load trained ones.
-
-    Raises PlanError when the plan was made for another network or other weights.
-    """
+    """`decided` with a plan's decisions, on the network that it was made for. Raises PlanError when the plan was made
+    for another network or other weights."""
     if program.fingerprint != plan.fingerprint:
         program = fold_parameters(program)  # as compile does before it plans
     plan.check(program.fingerprint)
-    program = drop_blocks(program, [d for d in plan.decisions if isinstance(d, DropBlock)])
-    cuts = [d for d in plan.decisions if isinstance(d, PruneChannels)]
+    return decided(program, plan.decisions)
+
+
+def decided(program: Program, decisions: Sequence[Decision]) -> Program:
+    """Bypass regions, remove channels, factorise layers. The weights stay those of `program`, and factors are the best
+    approximation of these: re-solve them with a calibration set, or load trained ones.
+
+    Raises PlanError when a decision is about what the program does not have.
+    """
+    program = drop_blocks(program, [d for d in decisions if isinstance(d, DropBlock)])
+    cuts = [d for d in decisions if isinstance(d, PruneChannels)]
     if cuts:
         provenance = find_units(program)
         program = prune_channels(provenance, removed_units(provenance, cuts)).program
-    return factorize_plain(program, [d for d in plan.decisions if isinstance(d, FactorizeLayer)])
+    return factorize_plain(program, [d for d in decisions if isinstance(d, FactorizeLayer)])
 
 
 def with_weights(program: Program, trained: Program) -> Program:
@@ -164,19 +170,10 @@ def _solved(
     progress: Progress,
     store: AnalysisStore,
 ) -> Replayed:
-    samples = samples.aligned(teacher)
-    samples.check(teacher)
-    fit, held_out = samples.split(options.seed, options.held_out)
-    fit = fit.with_views(options.views)
+    fit, held_out = options.split(samples, teacher)
     solve = fit.take(slice(0, options.solve_samples))
     done = replay(teacher, plan.decisions, solve, joint_settings(options), progress=progress, store=store)
-    errors = {
-        "rewritten": output_error(teacher, done.rewritten, held_out),
-        "re-solved": output_error(teacher, done.program, held_out),
-    }
-    program = done.program
-    if errors["re-solved"] > errors["rewritten"]:
-        program, errors["re-solved"] = done.rewritten, errors["rewritten"]
+    program, errors = judged(teacher, done, held_out)
     if options.mimic is not None:
         program = mimicked(
             store,
@@ -193,4 +190,4 @@ def _solved(
     return Replayed(program=program, plan=plan, output_errors=errors, opset=options.opset)
 
 
-__all__ = ["Replayed", "apply", "apply_plan", "with_weights"]
+__all__ = ["Replayed", "apply", "apply_plan", "decided", "with_weights"]

@@ -5,21 +5,16 @@ A compile never fails over its report: a part that cannot be made is left out, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ..passes.drop_blocks import drop_blocks
-from ..passes.factorize import factorize_plain
-from ..passes.prune_channels import prune_channels
 from .block_latency import block_latency
 from .calibration_set import CalibrationSet
-from .channel_pipeline import removed_units
 from .errors import first_line
 from .pipeline import Outcome
-from .plan import Decision, DropBlock, FactorizeLayer, PruneChannels
-from .program import Program
-from .provenance import find_units
+from .plan import DropBlock, FactorizeLayer, PruneChannels
+from .replay import decided
 from .report_graph import describe_graph
 from .verify import output_error
 
@@ -64,35 +59,14 @@ def errors_by_class(outcome: Outcome, held_out: CalibrationSet) -> list[Part]:
     """For each kind of decision their number, and the relative output error that they make by themselves, on held-out
     samples, before anything is solved again. It says what there was to recover, and does not add up."""
     found = []
-    for kind, alone in _ALONE.items():
+    for kind in (DropBlock.kind, PruneChannels.kind, FactorizeLayer.kind):
         decisions = [d for d in outcome.plan.decisions if d.kind == kind]
         if not decisions:
             continue
         part: Part = {"kind": kind, "count": len(decisions)}
         try:
-            part["error_alone"] = output_error(outcome.teacher, alone(outcome.teacher, decisions), held_out)
+            part["error_alone"] = output_error(outcome.teacher, decided(outcome.teacher, decisions), held_out)
         except Exception as cause:  # decisions of one kind may only fit what those before them have left
             part["missing"] = first_line(cause)
         found.append(part)
     return found
-
-
-def _only_drops(teacher: Program, decisions: Sequence[Decision]) -> Program:
-    return drop_blocks(teacher, [d for d in decisions if isinstance(d, DropBlock)])
-
-
-def _only_cuts(teacher: Program, decisions: Sequence[Decision]) -> Program:
-    provenance = find_units(teacher)
-    cuts = [d for d in decisions if isinstance(d, PruneChannels)]
-    return prune_channels(provenance, removed_units(provenance, cuts)).program
-
-
-def _only_ranks(teacher: Program, decisions: Sequence[Decision]) -> Program:
-    return factorize_plain(teacher, [d for d in decisions if isinstance(d, FactorizeLayer)])
-
-
-_ALONE: dict[str, Callable[[Program, Sequence[Decision]], Program]] = {
-    DropBlock.kind: _only_drops,
-    PruneChannels.kind: _only_cuts,
-    FactorizeLayer.kind: _only_ranks,
-}

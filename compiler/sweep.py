@@ -10,9 +10,10 @@ from typing import Any
 
 from ..passes.mimic import MimicSettings
 from ..runtime.backend import Backend
-from .api import Compiled, check_arguments, kept_in
+from .api import Compiled, check_arguments
 from .api import compile as compile_model
 from .atomic import write_folder
+from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model
 from .errors import GoalError

@@ -35,6 +35,7 @@ TOP = {
     "rewritten",
     "stored_latency",
     "stored_passes",
+    "cache_folder",
     "left_alone",
     "pipeline_settings",
     "replay",

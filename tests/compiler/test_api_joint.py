@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.channel_budget import ChannelLimits
 from foldcut.compiler.channel_pipeline import ChannelSettings
-from foldcut.compiler.joint_pipeline import JointSettings, apply_mix, mix_shape
+from foldcut.compiler.joint_rewrite import JointSettings, apply_mix, mix_shape
 from foldcut.compiler.plan import FactorizeLayer, PruneChannels
 from foldcut.compiler.program import Program
 from foldcut.compiler.proposals import Item, Mix, Proposal
@@ -204,6 +205,23 @@ def test_a_goal_out_of_reach_says_what_was_done(
     with pytest.raises(foldcut.GoalError, match=r"is not met: with . groups pruned, the ratio is") as caught:
         run(chain, nets.images(40), work_backend, 0.02, "prune_channels")
     assert caught.value.best is not None
+
+
+def test_a_search_that_may_take_no_time(
+    residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace, few_options: None
+) -> None:
+    with pytest.warns(UserWarning, match="ended after 0 s, as asked for"):
+        made = foldcut.compile(
+            residual_net,
+            nets.images(80),
+            goal=foldcut.Latency(0.6),
+            backend=work_backend,
+            mimic=None,
+            progress=False,
+            settings=replace(SETTINGS, search_seconds=0),
+        )
+    assert made.report.met
+    assert any("as asked for" in warning for warning in made.report.warnings)
 
 
 def test_nothing_that_can_be_changed(nets: SimpleNamespace, work_backend: Any) -> None:

@@ -21,7 +21,8 @@ from foldcut.compiler.channel_budget import ChannelLimits
 from foldcut.compiler.channel_pipeline import ChannelSettings
 from foldcut.compiler.cost import node_macs, program_cost
 from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.joint_pipeline import JointSettings, cut_jointly
+from foldcut.compiler.joint_pipeline import cut_jointly
+from foldcut.compiler.joint_rewrite import JointSettings
 from foldcut.compiler.joint_search import Found, MixSearch
 from foldcut.compiler.program import Program
 from foldcut.compiler.progress import StageClock

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from foldcut.compiler.errors import GoalError
 from foldcut.compiler.joint_pipeline import tried_plans
 from foldcut.compiler.joint_search import MixSearch
 from foldcut.compiler.proposals import (
@@ -19,6 +20,7 @@ from foldcut.compiler.proposals import (
     predicted_error,
     predicted_saving,
 )
+from foldcut.compiler.search_time import SearchTime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -193,6 +195,47 @@ def test_a_goal_out_of_reach_gives_the_fastest() -> None:
     found = search(items, 0.5, world).run()
     assert not found.met
     assert found.best.ratio == pytest.approx(0.7)
+
+
+def test_items_that_save_less_and_less_do_not_keep_the_goal_out_of_reach() -> None:
+    """The dearer an item, the less of its prediction it saves: each correction by what the plan saved falls short."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
+    items = [item("prune_channels", x, x, (0.02 + 0.001 * i, 0.02)) for i, x in enumerate(letters)]
+
+    def saving(mix: Mix) -> float:
+        return sum(p.saving * (1 - 0.03 * letters.index(one.name)) for one, p in mix.items())
+
+    found = search(items, 0.68, World(lambda m: sum(p.error for p in m.values()), saving)).run()
+    assert found.met
+    assert all(plan.rounds <= 4 for plan in found.tried)
+
+
+def test_without_time_each_kind_has_its_turn() -> None:
+    items = [*family("drop_blocks", "abcdef", 0.02, 0.08), *family("factorize", "ghijkl", 0.03, 0.08)]
+    world, hurried = (scaled({"drop_blocks": 3, "factorize": 0.5}, {"drop_blocks": 1, "factorize": 1}) for _ in "ab")
+    whole = search(items, 0.7, world).run()
+    time = SearchTime(0)
+    found = MixSearch(items, 0.7, measure=hurried.measure, trial=hurried.trial, time=time).run()
+    assert time.ran_out
+    assert hurried.tried < world.tried
+    assert found.met
+    assert {plan.kinds for plan in found.tried} == {("drop_blocks",), ("factorize",)}
+    assert whole.best.error <= found.best.error
+
+
+def test_without_time_a_goal_that_no_single_kind_reaches() -> None:
+    """The plan that reaches it is looked for all the same."""
+    items = [*family("drop_blocks", "ab", 0.02, 0.1), *family("factorize", "gh", 0.03, 0.1)]
+    world = scaled({"drop_blocks": 1, "factorize": 1}, {"drop_blocks": 1, "factorize": 1})
+    assert MixSearch(items, 0.7, measure=world.measure, trial=world.trial, time=SearchTime(0)).run().met
+
+
+def test_a_time_that_is_none() -> None:
+    with pytest.raises(GoalError, match="from 0 on"):
+        SearchTime(-1)
+    forever = SearchTime()
+    assert forever.left()
+    assert not forever.ran_out
 
 
 def test_nothing_to_change() -> None:

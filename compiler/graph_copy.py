@@ -1,0 +1,16 @@
+"""Copies of graphs, to be changed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import fx
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A deep copy of a graph. torch's own tree specs warn of themselves when they are copied (2.13): not the user's
+    concern."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
+        return copy.deepcopy(graph)

@@ -1,0 +1,29 @@
+"""How long the search for a better plan may take."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from .errors import GoalError
+
+
+class SearchTime:
+    """Seconds for all searches of a compile together, counted from the first time that it is asked for; None is as long
+    as it takes. Raises GoalError for a number that is none."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        if seconds is not None and not seconds >= 0:
+            raise GoalError(f"a search cannot take {seconds} seconds", hint="give a number from 0 on")
+        self.seconds = math.inf if seconds is None else seconds
+        #: Whether a search would have gone on.
+        self.ran_out = False
+        self._end: float | None = None
+
+    def left(self) -> bool:
+        """Whether a search may go on."""
+        now = time.monotonic()
+        if self._end is None:
+            self._end = now + self.seconds
+        self.ran_out = self.ran_out or now >= self._end
+        return now < self._end
