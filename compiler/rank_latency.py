@@ -45,51 +45,27 @@ def option_latencies(
     *,
     progress: Progress = silent,
 ) -> OptionLatencies:
-    """Latencies of every layer and every option, on the probe's backend, batch and threads.
+    """Time every layer and every option, on the probe's backend, batch and threads.
 
-    Of the options of a scheme the cheapest and the dearest are timed; those between lie on a straight line over their
-    multiply-accumulates. Weights are made up, for they do not change latency. Layers of one kind are timed once, and
-    what was timed before on this machine is read from the cache. Raises BackendError and ExportError.
+    Weights are made up, for they do not change latency. Layers of one kind are timed once, and what was timed before on
+    this machine is read from the cache. Raises BackendError and ExportError.
     """
     table = probe.table()
     program, names = analysis.program, list(options)
     whole = table.time_segments(program, [_segment([n], analysis, n) for n in names], progress=progress)
-    ends = {name: _ends(options[name]) for name in names}
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for turn in range(max(map(len, ends.values()), default=0)):
-        there = [name for name in names if turn < len(ends[name])]
-        decisions = [analysis.decision(name, options[name][ends[name][turn]]) for name in there]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for place in range(max(map(len, options.values()), default=0)):
+        there = [name for name in names if place < len(options[name])]
+        decisions = [analysis.decision(name, options[name][place]) for name in there]
         variant = factorize_for_timing(program, decisions)
         segments = [_segment(chain_nodes(variant, analysis.candidates[name].layer), analysis, name) for name in there]
         for name, time in zip(there, table.time_segments(variant, segments, progress=progress), strict=True):
-            found[name][ends[name][turn]] = time.units
+            found[name].append(time.units)
     return OptionLatencies(
         whole={name: time.units for name, time in zip(names, whole, strict=True)},
-        options={name: _between(options[name], found[name]) for name in names},
+        options=found,
         network=table.measure_network(probe.model, probe.inputs),
     )
-
-
-def _ends(options: Sequence[Option]) -> list[int]:
-    """The places of the cheapest and the dearest option of each scheme."""
-    found: list[int] = []
-    for scheme in dict.fromkeys(option.scheme for option in options):
-        places = [place for place, option in enumerate(options) if option.scheme == scheme]
-        by_macs = sorted(places, key=lambda place: options[place].macs)
-        found += dict.fromkeys((by_macs[0], by_macs[-1]))
-    return found
-
-
-def _between(options: Sequence[Option], timed: Mapping[int, float]) -> list[float]:
-    """The latency of every option from those of some, by linear interpolation within its scheme."""
-    found = []
-    for option in options:
-        known = sorted(
-            (options[place].macs, time) for place, time in timed.items() if options[place].scheme == option.scheme
-        )
-        macs, times = zip(*known, strict=True)
-        found.append(float(np.interp(option.macs, macs, times)))
-    return found
 
 
 def _segment(nodes: Sequence[str], analysis: RankAnalysis, name: str) -> Segment:

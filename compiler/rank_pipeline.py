@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 from ..passes.factorize import factorize, factorize_for_timing
@@ -20,7 +20,7 @@ from .latency_probe import LatencyProbe
 from .plan import CountedGoal, Parameters, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
-from .rank_choice import Menu, search_plan, weights_alone
+from .rank_choice import Menu, Search, search_plan, weights_alone
 from .rank_latency import OptionLatencies, option_latencies, thinned
 from .rewritten import Rewritten
 from .stored_latency import StoredLatency
@@ -29,6 +29,8 @@ from .verify import output_error
 
 #: How often a latency goal is planned again when the measurement contradicts the plan.
 MOST_ROUNDS = 4
+#: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
+NEAR = 0.02
 
 
 def ranks_on_lattice(settings: RankSettings, probe: LatencyProbe, progress: Progress = silent) -> RankSettings:
@@ -124,17 +126,40 @@ def _choose(
         menu, network = latency_menu(analysis, latency, progress=progress)
     saving = (1 - goal.share) * network
     found = search_plan(replace(menu, budget=menu.budget - saving), trials, alone)
-    choice, possible = found.choice, found.possible
-    for last in (False,) * (MOST_ROUNDS - 1) + (True,):
+
+    def measured(choice: Mapping[str, Option]) -> float:
         with clock.stage("measure plan"):
-            measured = _measured(analysis, choice, latency)
-        if measured <= goal.share or not possible or last:
+            return _measured(analysis, choice, latency)
+
+    return nearest_from_below(menu, found, goal.share, saving, measured)
+
+
+def nearest_from_below(
+    menu: Menu, found: Search, goal: float, saving: float, measure: Callable[[Mapping[str, Option]], float]
+) -> tuple[dict[str, Option], bool]:
+    """The plan whose measured latency ratio comes nearest to the goal from below, from a first one, and True; where
+    none does, the fastest, and False. What was predicted to be saved is held against what was: the next plan asks for
+    so much more, or less."""
+    choice, possible = found.choice, found.possible
+    seen: list[tuple[float, dict[str, Option]]] = []
+    while True:
+        ratio = measure(choice)
+        seen.append((ratio, choice))
+        met = ratio <= goal
+        if goal - NEAR <= ratio <= goal or not (met or possible) or len(seen) == MOST_ROUNDS:
             break
-        # what was predicted to be saved, against what was: the next plan asks for so much more
-        reached = max(0.05, 1 - measured)
-        saving *= max(1.02, (1 - goal.share) / reached)
+        factor = (1 - goal) / max(0.05, 1 - ratio)
+        saving *= factor if met else max(1.02, factor)
         choice, possible = replace(menu, budget=menu.budget - saving).best(found.weights)
-    return choice, measured <= goal.share
+        if any(choice == known for _, known in seen):
+            break
+    within = [pair for pair in seen if pair[0] <= goal]
+    _, choice = max(within, key=_latency) if within else min(seen, key=_latency)
+    return choice, bool(within)
+
+
+def _latency(measured: tuple[float, Mapping[str, Option]]) -> float:
+    return measured[0]
 
 
 def _measured(analysis: RankAnalysis, choice: Mapping[str, Option], latency: StoredLatency) -> float:

@@ -1,12 +1,14 @@
 """The choice of ranks under a budget: exact for errors that add up, and better than that where they do not."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from foldcut.compiler.rank_choice import Menu, contributions, search_plan
+from foldcut.compiler.rank_choice import Menu, Search, contributions, search_plan
+from foldcut.compiler.rank_pipeline import NEAR, nearest_from_below
 from foldcut.passes.select_ranks import Option
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,3 +126,31 @@ def test_no_layer_becomes_free_by_making_up_for_another() -> None:
     trials = SimpleNamespace(without=lambda _choice: {"a": 0.9, "b": 0.2, "c": 0.0})
     found = contributions(choice, 0.7, trials, {"a": 1.0, "b": 1.0, "c": 2.0, "d": 3.0})  # type: ignore[arg-type]
     assert found == pytest.approx({"a": 0.1, "b": 1.0, "c": 2.0, "d": 3.0})
+
+
+@pytest.mark.parametrize("truth", [0.6, 1.0, 1.7])
+def test_a_latency_goal_is_met_from_near_by(truth: float) -> None:
+    """Whether plans save less than predicted or more: what is saved beyond the goal loses accuracy for nothing."""
+    steps = [option("x", cost, 0.2 - 0.02 * cost) for cost in range(1, 10)]
+    offered = menu({str(i): steps for i in range(20)}, budget=200.0)
+    network, goal = 300.0, 0.75
+
+    def measured(choice: Mapping[str, Option]) -> float:
+        return 1 - truth * sum(10 - o.macs for o in choice.values()) / network
+
+    saving = (1 - goal) * network
+    weights = dict.fromkeys(offered.options, 1.0)
+    choice, possible = replace(offered, budget=offered.budget - saving).best(weights)
+    first = Search(choice=choice, weights=weights, tried=(), possible=possible)
+    found, met = nearest_from_below(offered, first, goal, saving, measured)
+    assert met
+    assert goal - NEAR <= measured(found) <= goal
+
+
+def test_a_latency_out_of_reach_gives_the_fastest() -> None:
+    offered = menu(TWO, budget=30.0)
+    choice, possible = replace(offered, budget=0.0).best(dict.fromkeys("abc", 1.0))
+    first = Search(choice=choice, weights=dict.fromkeys("abc", 1.0), tried=(), possible=possible)
+    found, met = nearest_from_below(offered, first, 0.1, 27.0, lambda choice: 1 - 0.1 * len(choice))
+    assert not met
+    assert len(found) == 3
