@@ -13,6 +13,7 @@ best) and of the whole network.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -30,8 +31,7 @@ from foldcut.compiler.export import to_onnx
 from foldcut.compiler.latency_probe import LatencyProbe
 from foldcut.runtime.backend import resolve_backend
 from rows import Row, write_json
-from torch import nn
-from torch_pruning_peer import prune_with_torch_pruning
+from torch_pruning_peer import prune_whole_with_torch_pruning, prune_with_torch_pruning
 
 RATIOS = (0.78, 0.6, 0.45, 0.3)
 ALL = ("drop_blocks", "prune_channels", "factorize")
@@ -112,21 +112,22 @@ def _torch_pruning(network: CifarResNet, data: Cifar, ratios: list[float]) -> li
         threads=1,
         seed=0,
     )
-    convs = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
-    inner = [name for name in convs if name.endswith(".conv1")]
+    inner = [name for name, _ in network.named_modules() if name.endswith(".conv1")]
+    ways = {
+        "first convolutions": functools.partial(prune_with_torch_pruning, network, data.calibration, inner),
+        "whole": functools.partial(prune_whole_with_torch_pruning, network, data.calibration),
+    }
     found: list[dict[str, Any]] = []
-    for layers in (inner, convs):
+    for what, prune in ways.items():
         for keep in KEEPS:
             started = time.process_time()
-            pruned = prune_with_torch_pruning(network, data.calibration, layers, keep)
+            pruned = prune(keep)
             seconds = time.process_time() - started
             model = to_onnx(capture(pruned, data.calibration[:2]))
             measured = probe.final(model)
             latency = {"ratio": measured.ratio, "low": measured.low, "high": measured.high}
             accuracy = onnx_accuracy(model, data)
-            found.append(
-                {"keep": keep, "layers": len(layers), "latency": latency, "accuracy": accuracy, "cpu_s": seconds}
-            )
+            found.append({"keep": keep, "pruned": what, "latency": latency, "accuracy": accuracy, "cpu_s": seconds})
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     rows = []
     for ratio in ratios:
@@ -166,7 +167,7 @@ def _line(row: Row) -> str:
     unmet = "" if row["met"] else ", not met"
     errors = list(row.get("output_errors", {}).values())
     error = f"{errors[-1]:.4f}" if errors else ""
-    cut = f"keep {row['keep']} of {row['layers']} layers" if "keep" in row else ", ".join(map(str, row["decisions"]))
+    cut = f"keep {row['keep']}, {row['pruned']}" if "keep" in row else ", ".join(map(str, row["decisions"]))
     cells = (f"{spread}{unmet}", f"{row['accuracy']:.2f}", error, cut, f"{row['cpu_s']:.0f}")
     return f"| {row['method']} | {row['goal']} | {' | '.join(cells)} |"
 

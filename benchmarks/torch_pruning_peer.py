@@ -34,6 +34,23 @@ def prune_with_torch_pruning(
     return student.eval()
 
 
+def prune_whole_with_torch_pruning(teacher: nn.Module, images: torch.Tensor, keep: float) -> nn.Module:
+    """A copy of `teacher` with a share `keep` of all channels but those of its outputs, coupled ones together, by group
+    magnitude; then batch-norm statistics over the images."""
+    import torch_pruning as tp
+
+    student = copy.deepcopy(teacher).eval()
+    tp.pruner.MagnitudePruner(
+        student,
+        images[:2],
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=1 - keep,
+        ignored_layers=[module for module in student.modules() if isinstance(module, nn.Linear)],
+    ).step()
+    reestimate_batch_norm(student, images)
+    return student.eval()
+
+
 def reestimate_batch_norm(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> None:
     """Running means and variances as plain averages over the images."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
