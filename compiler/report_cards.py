@@ -287,7 +287,8 @@ def _detail(layer: Mapping[str, Any]) -> str:
     if layer["change"] == "dropped":
         return "dropped"
     if "ranks" in layer:
-        return f"rank {TIMES.join(map(str, layer['ranks']))}/{TIMES.join(map(str, layer['full']))}"
+        ranks, full = (TIMES.join(map(str, layer[key])) for key in ("ranks", "full"))
+        return f"rank {ranks}/{full}" if len(layer["ranks"]) == 1 else f"rank {ranks}"  # the rest is in the tip
     outputs, inputs = layer.get("outputs"), layer.get("inputs")
     if outputs and outputs["kept"] < outputs["total"]:
         return f"{outputs['kept']}/{outputs['total']}"

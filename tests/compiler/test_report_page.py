@@ -15,7 +15,7 @@ import foldcut
 import pytest
 from foldcut.compiler.capture import capture
 from foldcut.compiler.plan import PruneChannels
-from foldcut.compiler.report_cards import MOST_CARDS, MOST_VERTICES, block_cards
+from foldcut.compiler.report_cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards
 from foldcut.compiler.report_graph import describe_graph
 from foldcut.compiler.report_page import page_or_reason, report_page
 from foldcut.compiler.report_pareto import nice_ticks, pareto_plot
@@ -446,3 +446,10 @@ def test_without_scripts_everything_is_there(browser: Any, address: str) -> None
     assert page.locator("#graph .chip > title").count() == 8
     assert page.locator("#result").bounding_box()["width"] > 0
     context.close()
+
+
+def test_a_layer_with_several_ranks_says_them_in_the_room_it_has() -> None:
+    """Beside the name there is room for one pair; what they are of is in the tip."""
+    layer = {"change": "factorized", "ranks": [48], "full": [144]}
+    assert _detail(layer) == "rank 48/144"
+    assert _detail({**layer, "ranks": [16, 32], "full": [48, 48]}) == "rank 16\u00d732"
