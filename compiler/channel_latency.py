@@ -45,22 +45,9 @@ def group_savings(
     all of them; each is then credited with what its own segments save. Segments of equal shapes are timed once. Raises
     BackendError and ExportError.
     """
-    timed = {group.name: _timed(counts[group.name]) for group in groups}
+    timed = {group.name: sorted(counts[group.name])[::2] for group in groups}
     found = _timed_savings(provenance, groups, timed, table, progress)
-    return {
-        group.name: _between([len(group), *timed[group.name]], [0.0, *found[group.name]], counts[group.name])
-        for group in groups
-    }
-
-
-def _timed(counts: Sequence[int]) -> list[int]:
-    return sorted(counts)[::2]
-
-
-def _between(known: Sequence[int], savings: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """Savings at `counts` by linear interpolation."""
-    by_count = np.argsort(known)
-    return [float(x) for x in np.interp(counts, np.array(known)[by_count], np.array(savings)[by_count])]
+    return {g.name: np.interp(counts[g.name], [*timed[g.name], len(g)], [*found[g.name], 0.0]).tolist() for g in groups}
 
 
 def _timed_savings(

@@ -178,7 +178,7 @@ class Mixing:
     def most_trials(self) -> int:
         """As many plans as `TRIAL_MACS` allow, a few at least. It goes by the work, not by the clock, so that a search
         is the same each time."""
-        work = trial_macs(self.teacher, min(len(self.calibration), TRIAL_SAMPLES))
+        work = trial_macs(self.teacher, len(self._few))
         return max(LEAST_TRIALS, min(MOST_TRIALS, TRIAL_MACS // work))
 
     def made(self, found: Found, goal: Latency | MaxError) -> Rewritten:
@@ -228,15 +228,24 @@ class Mixing:
         """The output error of a plan after a quick re-solve on few samples."""
         done = next(self.trials)
         self.progress("try plans", done, max(done, self.most_trials))
-        ranks = replace(self.settings.ranks, rows_per_column=QUICK_RESOLVE.rows_per_column)
-        quick = replace(self.settings, resolve=QUICK_RESOLVE, ranks=ranks)
-        few = self.calibration.take(slice(0, TRIAL_SAMPLES))
+        few, quick = self._few, self._quick
         with self.clock.stage("try plans"):
             return self.store.value(
                 "mix trial",
                 [self.teacher, few, self.held_out, quick, _changes(mix)],
                 lambda: output_error(self.teacher, apply_mix(self.teacher, mix, few, quick).program, self.held_out),
             )
+
+    @functools.cached_property
+    def _few(self) -> CalibrationSet:
+        """The samples of a trial, whose fingerprint is made once."""
+        return self.calibration.take(slice(0, TRIAL_SAMPLES))
+
+    @functools.cached_property
+    def _quick(self) -> JointSettings:
+        """The settings of a trial."""
+        ranks = replace(self.settings.ranks, rows_per_column=QUICK_RESOLVE.rows_per_column)
+        return replace(self.settings, resolve=QUICK_RESOLVE, ranks=ranks)
 
     def _drops(self, goal: Latency) -> Offered:
         regions = find_regions(self.teacher)

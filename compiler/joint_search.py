@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .item_figures import LEAST_SHARE, error_fit, saving_fit
+from .nearest import is_near, nearest_from_below
 from .proposals import (
     Item,
     Mix,
@@ -32,8 +33,6 @@ from .search_time import SearchTime
 MOST_MEASURED = 4
 #: How much more is asked for after a plan that missed.
 MORE = 1.03
-#: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
-NEAR = 0.02
 #: How many plans of all kinds together are tried.
 MOST_MIXES = 4
 #: How many changes, those that save the most, are tried by themselves.
@@ -247,7 +246,7 @@ class MixSearch:
                 continue
             ratio = self._ratio(mix)
             seen.append((ratio, mix))
-            if self.ratio - NEAR <= ratio <= self.ratio or (planned is None and ratio > self.ratio):
+            if is_near(ratio, self.ratio) or (planned is None and ratio > self.ratio):
                 break
             misses += ratio > self.ratio
             expected = predicted_saving(mix, self.scales)
@@ -257,8 +256,7 @@ class MixSearch:
                 self.scales[items[0].kind] = replace(scale, saving=scale.saving * reached / expected)
             else:
                 saving = expected * (1 - self.ratio) / reached
-        met = [pair for pair in seen if pair[0] <= self.ratio]
-        _, mix = max(met, key=_first) if met else min(seen, key=_first, default=(1.0, {}))
+        _, mix = nearest_from_below(seen, self.ratio) if seen else (1.0, {})
         return mix, len(seen)
 
     def _try(self, mix: Mix, rounds: int) -> Tried:
@@ -295,10 +293,6 @@ def _loss(mix: Mix, scales: Mapping[Item, Scale]) -> float:
 
 def _saving(mix: Mix, scales: Mapping[Item, Scale]) -> float:
     return sum(scales[item].saving * proposal.saving for item, proposal in mix.items())
-
-
-def _first(pair: tuple[float, Mix]) -> float:
-    return pair[0]
 
 
 __all__ = ["Found", "MixSearch", "Tried"]

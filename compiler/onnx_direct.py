@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from .graph_copy import copied
 
 aten = torch.ops.aten
 
@@ -19,9 +20,7 @@ def as_it_is(exported: torch.export.ExportedProgram) -> torch.export.ExportedPro
     it has no translation for; where there are none the model is the same, and where there are it says so.
     """
     same = copy.copy(exported)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its tree specs
-        same._graph_module = copy.deepcopy(exported.graph_module)  # the exporter puts in casts of its own
+    same._graph_module = copied(exported.graph_module)  # the exporter puts in casts of its own
     same.run_decompositions = lambda *_args, **_options: same
     return same
 

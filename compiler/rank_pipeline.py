@@ -17,6 +17,7 @@ from .calibration_set import CalibrationSet
 from .cost import counted
 from .errors import GoalError
 from .latency_probe import LatencyProbe
+from .nearest import is_near, nearest_from_below
 from .plan import CountedGoal, Parameters, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
@@ -29,8 +30,6 @@ from .verify import output_error
 
 #: How often a latency goal is planned again when the measurement contradicts the plan.
 MOST_ROUNDS = 4
-#: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
-NEAR = 0.02
 
 
 def ranks_on_lattice(settings: RankSettings, probe: LatencyProbe, progress: Progress = silent) -> RankSettings:
@@ -131,10 +130,10 @@ def _choose(
         with clock.stage("measure plan"):
             return _measured(analysis, choice, latency)
 
-    return nearest_from_below(menu, found, goal.share, saving, measured)
+    return plan_reaching(menu, found, goal.share, saving, measured)
 
 
-def nearest_from_below(
+def plan_reaching(
     menu: Menu, found: Search, goal: float, saving: float, measure: Callable[[Mapping[str, Option]], float]
 ) -> tuple[dict[str, Option], bool]:
     """The plan whose measured latency ratio comes nearest to the goal from below, from a first one, and True; where
@@ -146,20 +145,15 @@ def nearest_from_below(
         ratio = measure(choice)
         seen.append((ratio, choice))
         met = ratio <= goal
-        if goal - NEAR <= ratio <= goal or not (met or possible) or len(seen) == MOST_ROUNDS:
+        if is_near(ratio, goal) or not (met or possible) or len(seen) == MOST_ROUNDS:
             break
         factor = (1 - goal) / max(0.05, 1 - ratio)
         saving *= factor if met else max(1.02, factor)
         choice, possible = replace(menu, budget=menu.budget - saving).best(found.weights)
         if any(choice == known for _, known in seen):
             break
-    within = [pair for pair in seen if pair[0] <= goal]
-    _, choice = max(within, key=_latency) if within else min(seen, key=_latency)
-    return choice, bool(within)
-
-
-def _latency(measured: tuple[float, Mapping[str, Option]]) -> float:
-    return measured[0]
+    ratio, choice = nearest_from_below(seen, goal)
+    return choice, ratio <= goal
 
 
 def _measured(analysis: RankAnalysis, choice: Mapping[str, Option], latency: StoredLatency) -> float:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from foldcut.compiler.nearest import NEAR
 from foldcut.compiler.rank_choice import Menu, Search, contributions, search_plan
-from foldcut.compiler.rank_pipeline import NEAR, nearest_from_below
+from foldcut.compiler.rank_pipeline import plan_reaching
 from foldcut.passes.select_ranks import Option
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,7 +143,7 @@ def test_a_latency_goal_is_met_from_near_by(truth: float) -> None:
     weights = dict.fromkeys(offered.options, 1.0)
     choice, possible = replace(offered, budget=offered.budget - saving).best(weights)
     first = Search(choice=choice, weights=weights, tried=(), possible=possible)
-    found, met = nearest_from_below(offered, first, goal, saving, measured)
+    found, met = plan_reaching(offered, first, goal, saving, measured)
     assert met
     assert goal - NEAR <= measured(found) <= goal
 
@@ -151,6 +152,6 @@ def test_a_latency_out_of_reach_gives_the_fastest() -> None:
     offered = menu(TWO, budget=30.0)
     choice, possible = replace(offered, budget=0.0).best(dict.fromkeys("abc", 1.0))
     first = Search(choice=choice, weights=dict.fromkeys("abc", 1.0), tried=(), possible=possible)
-    found, met = nearest_from_below(offered, first, 0.1, 27.0, lambda choice: 1 - 0.1 * len(choice))
+    found, met = plan_reaching(offered, first, 0.1, 27.0, lambda choice: 1 - 0.1 * len(choice))
     assert not met
     assert len(found) == 3
