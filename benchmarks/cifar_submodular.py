@@ -20,7 +20,8 @@ from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import Provenance, find_units
 from foldcut.compiler.unit_groups import UnitGroup
 from foldcut.passes.calibrate import collect_moments
-from foldcut.passes.mimic import MimicSettings, mimic
+from foldcut.passes.mimic import mimic
+from foldcut.passes.mimic_settings import MimicSettings
 from foldcut.passes.prune_channels import Pruned, prune_channels
 from foldcut.passes.resolve_network import ResolveSettings, resolve_network
 from foldcut.passes.select_channels import choose_channels, find_consumers, select_by_norm

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load, save
 
 from .calibration_set import CalibrationSet
+from .checkpoint import UNKEPT, Checkpoint, Timed
 from .program import Program
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ FORMAT_VERSION = 1
 _JSON = "*json*"
 #: Entries beyond this many bytes in all go, those not used for longest first.
 MOST_BYTES = 4 << 30
+#: How the state of a result that is not finished is named.
+UNFINISHED = ".unfinished"
 #: A temporary file this old is not being written any more.
 LEFT_S = 3600.0
 
@@ -84,9 +87,19 @@ class AnalysisStore:
             found = json.loads(json.dumps(data)), {key: _copy(value) for key, value in tensors.items()}
             if path is not None:
                 self._write(path, *found)
+                with suppress(OSError):
+                    path.with_suffix(UNFINISHED).unlink()
         else:
             self.reused += 1
         return found
+
+    def checkpoint(self, name: str, inputs: Sequence[Any]) -> Checkpoint:
+        """Where the computation of a result keeps how far it has got; the result takes the place of what is there."""
+        path = self._path(name, inputs)
+        if path is None:
+            return UNKEPT
+        part = path.with_suffix(UNFINISHED)
+        return Timed(lambda: self._read(part, math.inf), lambda standing: self._write(part, *standing))
 
     def _path(self, name: str, inputs: Sequence[Any]) -> Path | None:
         if self.folder is None:

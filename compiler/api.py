@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from ..passes.mimic import MimicSettings
+from ..passes.mimic_settings import MimicSettings
 from ..runtime.backend import Backend, resolve_backend
 from .analysis_store import AnalysisStore
 from .atomic import write_folder

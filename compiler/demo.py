@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
-from ..passes.mimic import MimicSettings
+from ..passes.mimic_settings import MimicSettings
 from .api import Compiled
 from .api import compile as compile_model
 from .errors import CompilerError, GoalError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..passes.mimic import MimicSettings
+from ..passes.mimic_settings import MimicSettings
 from ..passes.recoverability import RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings
 from ..passes.select_ranks import RankSettings

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..passes.drop_blocks import drop_blocks
 from ..passes.factorize import factorize_plain
-from ..passes.mimic import MimicSettings
+from ..passes.mimic_settings import MimicSettings
 from ..passes.prune_channels import prune_channels
 from .analysis_store import AnalysisStore
 from .atomic import write_folder

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from ..passes.factorize import Factors
-from ..passes.mimic import MimicSettings, mimic
+from ..passes.mimic import mimic
+from ..passes.mimic_settings import MimicSettings
 from ..passes.rank_trials import RankTrials
 from ..passes.recoverability import Recoverability
 from ..passes.resolve_network import LayerError, Resolved, ResolveSettings, resolve_network
@@ -77,15 +78,25 @@ def mimicked(
     progress: Progress = silent,
 ) -> Program:
     """The student after `mimic`, or what it came to before; as it was, with a warning, when the training fails (out of
-    memory, an operator without a gradient): the work before it is not lost."""
+    memory, an operator without a gradient): the work before it is not lost. A training that was cut off goes on from
+    the last state that was kept."""
+
+    inputs = [teacher, student, calibration, held_out, kept, settings, seed]
 
     def compute() -> tuple[dict[str, Any], Tensors]:
         found = mimic(
-            teacher, student, calibration, held_out, kept=kept, settings=settings, seed=seed, progress=progress
+            teacher,
+            student,
+            calibration,
+            held_out,
+            kept=kept,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+            checkpoint=store.checkpoint("mimic", inputs),
         )
         return _with_changes({}, student, found.program)
 
-    inputs = [teacher, student, calibration, held_out, kept, settings, seed]
     try:
         return _changed(student, *store.result("mimic", inputs, compute))
     except (RuntimeError, NotImplementedError) as cause:

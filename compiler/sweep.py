@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..passes.mimic import MimicSettings
+from ..passes.mimic_settings import MimicSettings
 from ..runtime.backend import Backend
 from .api import Compiled, check_arguments
 from .api import compile as compile_model

@@ -39,7 +39,7 @@ from .compiler.report import Report
 from .compiler.saved import Saved, load
 from .compiler.sweep import Sweep, SweepPoint, sweep
 from .compiler.unit_groups import UnitGroup
-from .passes.mimic import MimicSettings
+from .passes.mimic_settings import MimicSettings
 from .passes.select_ranks import RankSettings
 
 __version__ = "0.1.0"

@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import foldcut
+import foldcut.compiler.checkpoint as checkpoint
 import foldcut.runtime.measure as measure
 import torch
 
@@ -100,6 +101,7 @@ def main() -> None:
     measure.warm_up = lambda runner, _ms: runner.run()
     measure.choose_repeats = lambda _runner, _ms: 1
     generator = random.Random(seed)
+    checkpoint.EVERY_S = checkpoint.SHARE = 0.0  # a training of a second is kept at every iteration
     # what torch.onnx imports at its first use, the children then have
     to_onnx(capture(conftest.ResNet(1, 4).eval(), conftest.images()))
     began = time.perf_counter()

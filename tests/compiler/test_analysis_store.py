@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import foldcut.compiler.analysis_store as analysis_store
+import foldcut.compiler.checkpoint as checkpoint
 import pytest
 import torch
 from foldcut.compiler.analysis_store import NOTHING_KEPT, AnalysisStore
@@ -191,3 +192,37 @@ def test_what_is_larger_than_all_that_may_be_kept_is_not(tmp_path: Path) -> None
     store = AnalysisStore(tmp_path, most_bytes=1000)
     store.result("x", [], Counter((None, {"t": torch.zeros(1000)})))
     assert not entries(tmp_path)
+
+
+def test_a_state_is_kept_until_the_result_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 0.0)
+    before = torch.randn(3, 5)
+
+    def state() -> Any:
+        found = AnalysisStore(tmp_path).checkpoint("training", [1]).read()
+        return found and (found[0], found[1]["weight"])
+
+    assert state() is None
+    AnalysisStore(tmp_path).checkpoint("training", [1]).keep(lambda: ({"done": 7}, {"weight": before}))
+    data, weight = state()
+    assert data == {"done": 7} and torch.equal(weight, before)
+    assert AnalysisStore(tmp_path).checkpoint("training", [2]).read() is None
+    AnalysisStore(tmp_path).value("training", [1], lambda: 3)
+    assert state() is None and len(entries(tmp_path)) == 1
+
+
+def test_a_state_is_not_taken_before_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    kept = AnalysisStore(tmp_path).checkpoint("training", [1])
+    taken = []
+    for now in (1.0, checkpoint.EVERY_S + 1, checkpoint.EVERY_S + 2, 2 * checkpoint.EVERY_S + 3):
+        kept.keep(lambda at=now: (taken.append(at), {}))
+    assert taken == [checkpoint.EVERY_S + 1, 2 * checkpoint.EVERY_S + 3]
+
+
+def test_without_a_folder_no_state_is_kept() -> None:
+    kept = NOTHING_KEPT.checkpoint("training", [1])
+    kept.keep(lambda: pytest.fail("a state was taken"))
+    assert kept.read() is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import foldcut
+import foldcut.compiler.checkpoint as checkpoint
 import pytest
 import torch
 from torch import nn
@@ -83,3 +84,41 @@ def test_the_second_time_nothing_is_computed_again(
     assert not again & {"re-solve", "mimic", "channel moments", "choose channels", "decompose layers", "factorise"}
     for name in ("model.onnx", "model.pt2", "plan.json"):
         assert first.files[name] == second.files[name] == fresh.files[name]
+
+
+def test_mimicking_goes_on_where_it_was(
+    net: nn.Module, tmp_path: Path, quick_measurement: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 0.0)
+    images = torch.randn(24, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    seen: list[int] = []
+
+    def compiled(cache: Any, stop_at: int = 0) -> foldcut.Compiled:
+        def progress(stage: str, done: int, _total: int) -> None:
+            if stage == "mimic":
+                seen.append(done)
+                if done == stop_at:
+                    raise KeyboardInterrupt
+
+        mimic = foldcut.MimicSettings(iterations=12)
+        channels = foldcut.ChannelSettings(limits=foldcut.ChannelLimits(multiple_of=2))
+        return foldcut.compile(
+            net,
+            images,
+            goal=foldcut.Channels(0.5),
+            mimic=mimic,
+            settings=foldcut.PipelineSettings(channels=channels),
+            progress=progress,
+            cache=cache,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(tmp_path, stop_at=7)
+    seen.clear()
+    continued = compiled(tmp_path)
+    assert seen == list(range(7, 13))  # the seventh was not finished
+    whole = compiled(False)
+    for name in ("model.onnx", "model.pt2", "plan.json"):
+        assert continued.files[name] == whole.files[name]
+    assert not list(tmp_path.rglob("*.unfinished"))

@@ -1,19 +1,24 @@
 """Feature mimicking: never worse, repeatable, and it does mend what is broken."""
 
+import json
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.capture import capture
+from foldcut.compiler.checkpoint import Standing
 from foldcut.compiler.edit import set_tensors
 from foldcut.compiler.errors import CalibrationError
 from foldcut.compiler.execute import bind, run_until
 from foldcut.compiler.program import Batch, Program, output_nodes
 from foldcut.compiler.regions import find_regions
 from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.mimic import Mimicked, MimicSettings, mimic, stage_ends
+from foldcut.passes.mimic import Mimicked, mimic
+from foldcut.passes.mimic_pairs import stage_ends
+from foldcut.passes.mimic_settings import MimicSettings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +44,20 @@ def train(
     teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int = 0, **options: object
 ) -> Mimicked:
     return mimic(teacher, student, *data, settings=MimicSettings(**{**QUICK, **options}), seed=seed)
+
+
+class Kept:
+    """A checkpoint in memory: keeps the state of every iteration, begins with one of them."""
+
+    def __init__(self, first: Standing | None = None) -> None:
+        self.first, self.states = first, []
+
+    def read(self) -> Standing | None:
+        return self.first
+
+    def keep(self, standing: Callable[[], Standing]) -> None:
+        data, tensors = standing()
+        self.states.append((json.loads(json.dumps(data)), {name: value.clone() for name, value in tensors.items()}))
 
 
 def judged_error(teacher: Program, student: Program, samples: CalibrationSet) -> float:
@@ -136,6 +155,37 @@ def test_the_same_seed_gives_the_same_bits(
     first, again, other = (train(teacher, student, data, seed=seed).program for seed in (5, 5, 6))
     assert same_weights(first, again)
     assert not same_weights(first, other)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("done", [1, 3, 8, 11])
+def test_a_training_goes_on_from_any_state(
+    done: int, augment: bool, teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    def flip(batch: Batch, generator: torch.Generator) -> Batch:
+        assert isinstance(batch, torch.Tensor)
+        return batch.flip(-1) if float(torch.rand((), generator=generator)) < 0.5 else batch
+
+    options = MimicSettings(**QUICK, augment=flip if augment else None)
+    whole, again = Kept(), Kept()
+    first = mimic(teacher, student, *data, settings=options, checkpoint=whole)
+    again.first = whole.states[done - 1]
+    second = mimic(teacher, student, *data, settings=options, checkpoint=again)
+    assert len(whole.states) == QUICK["iterations"] and len(again.states) == QUICK["iterations"] - done
+    assert (first.before, first.after, first.iterations) == (second.before, second.after, second.iterations)
+    assert first.after < first.before
+    assert same_weights(first.program, second.program)
+
+
+def test_a_training_without_progress_stops_where_it_would_have(
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    options = MimicSettings(**{**QUICK, "iterations": 40, "checks": 20}, patience=2, learning_rate=10.0)
+    whole = Kept()
+    first = mimic(teacher, student, *data, settings=options, checkpoint=whole)
+    second = mimic(teacher, student, *data, settings=options, checkpoint=Kept(whole.states[2]))
+    assert first.iterations == second.iterations == 4
+    assert second.program is student
 
 
 def test_the_global_random_state_does_not_matter_and_is_kept(

@@ -1,0 +1,45 @@
+"""How `mimic` trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..compiler.errors import CalibrationError
+from ..compiler.program import Batch
+
+#: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
+Augment = Callable[[Batch, torch.Generator], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimicSettings:
+    """`learning_rate` is relative to the root mean square of each weight tensor, so it needs no tuning per network;
+    it falls by a cosine.
+
+    `hints` and `outputs` weigh the losses at stage ends and outputs. `augment` draws a new version of each batch (the
+    teacher then runs in every iteration; without it, its features are computed once and kept while they fit into
+    `cache_bytes`). `checks` times the held-out error is looked at; the best state wins. `patience` checks without
+    improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16 matrices in hardware.
+    """
+
+    iterations: int = 400
+    batch_size: int = 32
+    learning_rate: float = 0.015
+    hints: float = 6.0
+    outputs: float = 0.0
+    augment: Augment | None = None
+    checks: int = 8
+    patience: int = 4
+    bfloat16: bool | None = None
+    cache_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.batch_size < 1 or not self.learning_rate > 0 or self.checks < 1:
+            raise CalibrationError(
+                "mimic settings out of range",
+                expected="iterations, batch_size, checks >= 1 and learning_rate > 0",
+                actual=str(self),
+            )
