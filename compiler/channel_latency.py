@@ -63,15 +63,12 @@ def _timed_savings(
     times = {segment.nodes: time.units for segment, time in zip(segments, before.segments, strict=True)}
     changed = {g.name: _changed_segments(provenance, g, segments) for g in groups}
     found: dict[str, list[float]] = {g.name: [] for g in groups}
-    done, rounds = (
-        0,
-        [
-            (batch, place)
-            for batch in _apart(groups, changed)
-            for place in range(max(len(counts[group.name]) for group in batch))
-        ],
-    )
-    for batch, place in rounds:
+    rounds = [
+        (batch, place)
+        for batch in _apart(groups, changed)
+        for place in range(max(len(counts[group.name]) for group in batch))
+    ]
+    for done, (batch, place) in enumerate(rounds, 1):
         cut = [group for group in batch if place < len(counts[group.name])]
         left = {group.name: counts[group.name][place] for group in cut}
         for part, smaller in _variants(provenance, cut, left, segments):

@@ -28,7 +28,7 @@ from .provenance import Provenance, find_units
 from .rewritten import Rewritten
 from .stored_passes import stored_channels, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
-from .verify import output_error
+from .verify import no_worse, output_error
 
 #: How often a goal is tightened when the smaller program costs more than the allocation predicted.
 MOST_CORRECTIONS = 4
@@ -102,7 +102,7 @@ def cut_channels(
                 store, teacher, pruned.program, calibration, (), kept=pruned.kept, settings=resolve, progress=progress
             )
             errors["polished"] = output_error(teacher, resolved.program, held_out)
-            if errors["polished"] > errors["re-solved"]:
+            if not no_worse(errors["polished"], errors["re-solved"]):
                 resolved, errors["polished"] = replace(resolved, program=pruned.program), errors["re-solved"]
     stuck_rejects = (Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
     return Rewritten(
@@ -158,7 +158,7 @@ def _removed(
         return plain, errors
     pruned = prune_channels(provenance, choice.removed, choice.tensors)
     errors["re-solved"] = output_error(provenance.program, pruned.program, held_out)
-    if errors["re-solved"] > errors["pruned"]:
+    if not no_worse(errors["re-solved"], errors["pruned"]):
         pruned, errors["re-solved"] = plain, errors["pruned"]
     return pruned, errors
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..passes.drop_blocks import entry_exit
 from ..passes.layers import find_layers
+from ..passes.rank_trials import BROKEN
 from ..passes.recoverability import QUICK_RESOLVE
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .cost import program_cost
 from .drop_pipeline import choose
-from .errors import GoalError, Reject
+from .errors import CompilerError, GoalError, Reject
 from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
-from .joint_rewrite import JointSettings, apply_mix, judged, mix_shape
+from .joint_rewrite import JointSettings, apply_mix, by_kind, judged, mix_shape
 from .joint_search import MOST_TRIALS, Found, MixSearch, Tried
 from .latency_probe import LatencyProbe
 from .left_alone import ignored_layers, sorted_ignores
@@ -92,8 +95,8 @@ def fastest_within(mixing: Mixing, goal: MaxError) -> Rewritten:
     """The fastest network whose output error stays within a bound.
 
     The latency is bisected: each search gives the plan of least error at a latency, and all that it tried counts. Plans
-    are compared after a quick re-solve on few samples, and the whole re-solve leaves less: when the first network has
-    room left, the bound on what plans may lose is raised by as much, once.
+    are compared after a quick re-solve on few samples; the whole re-solve mostly leaves less: when the first network
+    has room left, or is above the bound, the bound on what plans may lose is moved by as much, once.
     """
     bound, best = goal.error, None
     for _ in range(2):
@@ -101,12 +104,13 @@ def fastest_within(mixing: Mixing, goal: MaxError) -> Rewritten:
         if not found.best.mix:
             break
         made = mixing.made(found, goal)
-        within = made.errors["re-solved"] <= goal.error
-        if best is None or (within and found.best.ratio < best[0]):
-            best = found.best.ratio, replace(made, met=within)
-        if not 0 < made.errors["re-solved"] < (1 - ROOM) * goal.error:
+        error = made.errors["re-solved"]
+        standing = (error > goal.error, found.best.ratio)
+        if best is None or standing < best[0]:
+            best = standing, replace(made, met=error <= goal.error)
+        if not error > 0 or (1 - ROOM) * goal.error <= error <= goal.error:
             break
-        bound = goal.error * found.best.error / made.errors["re-solved"]
+        bound = goal.error * found.best.error / error
     if best is None:
         raise GoalError(f"nothing can be done within {goal}", hint=mixing.reasons())
     return best[1]
@@ -115,23 +119,22 @@ def fastest_within(mixing: Mixing, goal: MaxError) -> Rewritten:
 def _bisected(mixing: Mixing, bound: float) -> Found:
     """The fastest plan that was tried and loses at most `bound`; where none does, the one that loses least."""
     low, high = LEAST_RATIO, 1.0
-    tried: dict[int, Tried] = {}
+    tried: list[Tried] = []
     found: Found | None = None
     for _ in range(MOST_RATIOS):
         if high - low < NARROW:
             break
         ratio = (low + high) / 2
         found = mixing.searched(ratio)
-        tried |= {id(plan.mix): plan for plan in found.tried}
-        within = [plan.ratio for plan in tried.values() if plan.error <= bound]
+        tried += found.tried
+        within = [plan.ratio for plan in tried if plan.error <= bound]
         high = min([high, *within])
         if not found.met or found.best.error > bound:
             low = max(low, min(ratio, high))
     assert found is not None
-    plans = tuple(tried.values())
-    good = [plan for plan in plans if plan.error <= bound]
-    best = min(good, key=lambda p: p.ratio) if good else min(plans, key=lambda p: p.error, default=found.best)
-    return replace(found, best=best, met=bool(good), tried=plans)
+    good = [plan for plan in tried if plan.error <= bound]
+    best = min(good, key=lambda p: p.ratio) if good else min(tried, key=lambda p: p.error, default=found.best)
+    return replace(found, best=best, met=bool(good), tried=tuple(tried))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,21 +223,28 @@ class Mixing:
     def _measure(self, mix: Mix) -> float:
         """The latency ratio of a plan, the upper end of its interval."""
         with self.clock.stage("measure plan"):
-            shape = functools.partial(mix_shape, self.teacher, mix)
-            found: float = self.latency.kept("mix", [_changes(mix)], lambda: self.latency.probe.against(shape()).high)
-        return found
+            try:
+                return self.latency.ratio("mix", _changes(mix), lambda: mix_shape(self.teacher, mix))
+            except CompilerError as cause:
+                _left_out(mix, cause)
+                return 1.0
 
     def _trial(self, mix: Mix) -> float:
-        """The output error of a plan after a quick re-solve on few samples."""
+        """The output error of a plan after a quick re-solve on few samples; `BROKEN` where there is none."""
         done = next(self.trials)
         self.progress("try plans", done, max(done, self.most_trials))
         few, quick = self._few, self._quick
         with self.clock.stage("try plans"):
-            return self.store.value(
-                "mix trial",
-                [self.teacher, few, self.held_out, quick, _changes(mix)],
-                lambda: output_error(self.teacher, apply_mix(self.teacher, mix, few, quick).program, self.held_out),
-            )
+            try:
+                error = self.store.value(
+                    "mix trial",
+                    [self.teacher, few, self.held_out, quick, *_changes(mix)],
+                    lambda: output_error(self.teacher, apply_mix(self.teacher, mix, few, quick).program, self.held_out),
+                )
+            except CompilerError as cause:
+                _left_out(mix, cause)
+                return BROKEN
+        return min(error, BROKEN) if math.isfinite(error) else BROKEN
 
     @functools.cached_property
     def _few(self) -> CalibrationSet:
@@ -308,5 +318,12 @@ def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
 
 
 def _changes(mix: Mix) -> list[Any]:
-    """What a mix does, to be known again by."""
-    return [[item.kind, item.name, proposal.change] for item, proposal in mix.items()]
+    """What becomes of the network, to be known again by: not what that was predicted to lose and to save."""
+    drops, counts, ranks = by_kind(mix)
+    return [entry_exit(drops), counts, [[d.layer, d.scheme, d.ranks] for d in ranks]]
+
+
+def _left_out(mix: Mix, cause: CompilerError) -> None:
+    """One plan that cannot be put into effect is no reason to give up the others."""
+    names = ", ".join(item.name for item in mix)
+    warnings.warn(f"a plan is left out, it cannot be put into effect: {cause.message} ({names})", stacklevel=3)

@@ -66,7 +66,10 @@ def offered_cuts(
         return Offered(items=(), rejects=(Reject(reason=cause.message, node=""),), provenance=provenance)
     counts = {group.name: _counts(group, limits) for group in groups}
     groups = [group for group in groups if counts[group.name]]
-    curves = error_curves(provenance, calibration, groups, progress=progress, store=store) if groups else {}
+    rejects = (*group_rejects(provenance), *(Reject(reason=str(cause.message), node=g.name) for g, cause in stuck))
+    if not groups:
+        return Offered(items=(), rejects=rejects, provenance=provenance)
+    curves = error_curves(provenance, calibration, groups, progress=progress, store=store)
     savings: Mapping[str, list[float]] = latency.kept(
         "cuts",
         [[g.name for g in groups], counts],
@@ -83,8 +86,7 @@ def offered_cuts(
             nodes, producers = (frozenset(touched_layers(provenance, group, *roles)) for roles in ((), ("out",)))
             kind = "prune_channels"
             items.append(Item(kind=kind, name=group.name, nodes=nodes, proposals=proposals, producers=producers))
-    rejects = tuple(Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
-    return Offered(items=tuple(items), rejects=(*group_rejects(provenance), *rejects), provenance=provenance)
+    return Offered(items=tuple(items), rejects=rejects, provenance=provenance)
 
 
 def _counts(group: UnitGroup, limits: ChannelLimits) -> list[int]:

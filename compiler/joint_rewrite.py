@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..passes.decompositions import Geometry
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.factorize import Factors, factorize, factorize_for_timing
+from ..passes.layers import find_layers
 from ..passes.low_rank import SCHEMES
 from ..passes.prune_channels import prune_channels
 from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
@@ -27,7 +29,7 @@ from .proposals import Mix
 from .provenance import Provenance, find_units
 from .stored_passes import stored_channels, stored_factors, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
-from .verify import output_error
+from .verify import no_worse, output_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +63,21 @@ def judged(teacher: Program, applied: Applied, held_out: CalibrationSet) -> tupl
         "rewritten": output_error(teacher, applied.rewritten, held_out),
         "re-solved": output_error(teacher, applied.program, held_out),
     }
-    if errors["re-solved"] <= errors["rewritten"]:
+    if no_worse(errors["re-solved"], errors["rewritten"]):
         return applied.program, errors
     return applied.rewritten, {**errors, "re-solved": errors["rewritten"]}
 
 
 def mix_shape(teacher: Program, mix: Mix) -> Program:
     """The network that a mix leads to, with weights that are good for timing only."""
-    drops, counts, ranks = _by_kind(mix)
+    drops, counts, ranks = by_kind(mix)
     program = drop_blocks(teacher, drops)
     if counts:
         provenance = find_units(program)
         groups = _groups(provenance, counts)
         if groups:
             program = prune_channels(provenance, surplus_units(groups, counts)).program
-    return factorize_for_timing(program, ranks)
+    return factorize_for_timing(program, in_range(program, ranks))
 
 
 def apply_mix(
@@ -88,7 +90,7 @@ def apply_mix(
     store: AnalysisStore = NOTHING_KEPT,
 ) -> Applied:
     """`apply_changes` with what a mix takes."""
-    drops, counts, ranks = _by_kind(mix)
+    drops, counts, ranks = by_kind(mix)
     return apply_changes(
         teacher, calibration, settings, drops=drops, counts=counts, ranks=ranks, progress=progress, store=store
     )
@@ -150,6 +152,7 @@ def apply_changes(
         pruned = _pruned(program, counts, given, calibration, settings, progress, store)
         program, decisions = pruned.program, [*decisions, *pruned.decisions]
     if ranks:
+        ranks = in_range(program, ranks)
         program = _factorised(program, ranks, calibration, settings, progress, store)
         decisions += ranks
     resolved = stored_resolve(
@@ -247,7 +250,7 @@ def _factorised(
     return factorize(program, factors)
 
 
-def _by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLayer]]:
+def by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLayer]]:
     """What a mix drops, in the order offered; the units that it leaves of each group; what it factorises."""
     drops, error = [], 0.0
     for item, proposal in mix.items():
@@ -256,6 +259,14 @@ def _by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeL
             drops.append(replace(proposal.change, error=error))
     counts = {item.name: proposal.change for item, proposal in mix.items() if item.kind == "prune_channels"}
     return drops, counts, [proposal.change for item, proposal in mix.items() if item.kind == "factorize"]
+
+
+def in_range(program: Program, ranks: Sequence[FactorizeLayer]) -> list[FactorizeLayer]:
+    """The ranks, none of them above what its layer has: a group that is cut where a region was dropped may have
+    narrowed a layer that it did not reach in the original."""
+    layers, _ = find_layers(program)
+    full = {d.layer: SCHEMES[d.scheme].full(Geometry.of(program, layers[d.layer])) for d in ranks}
+    return [replace(d, ranks=tuple(min(pair) for pair in zip(d.ranks, full[d.layer], strict=True))) for d in ranks]
 
 
 def _groups(provenance: Provenance, counts: Mapping[str, int]) -> list[UnitGroup]:

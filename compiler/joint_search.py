@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .item_figures import LEAST_SHARE, error_fit, saving_fit
-from .nearest import is_near, nearest_from_below
+from .nearest import nearest_from_below, reach
 from .proposals import (
     Item,
     Mix,
@@ -26,13 +26,10 @@ from .proposals import (
     most_saving,
     predicted_error,
     predicted_saving,
+    with_least_errors,
 )
 from .search_time import SearchTime
 
-#: How often a plan is made again when its measured latency misses the goal.
-MOST_MEASURED = 4
-#: How much more is asked for after a plan that missed.
-MORE = 1.03
 #: How many plans of all kinds together are tried.
 MOST_MIXES = 4
 #: How many changes, those that save the most, are tried by themselves.
@@ -92,7 +89,7 @@ class MixSearch:
         most_trials: int = MOST_TRIALS,
         time: SearchTime | None = None,
     ) -> None:
-        self.items, self.ratio, self.most_trials = items, ratio, most_trials
+        self.items, self.ratio, self.most_trials = with_least_errors(items), ratio, most_trials
         self.kinds = tuple(dict.fromkeys(item.kind for item in items))
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
@@ -134,7 +131,7 @@ class MixSearch:
     def _mixes(self) -> None:
         """Plans of all kinds. One that leads gives each kind its scale; after a worse one the step is halved."""
         alone = {kind: scale.error for kind, scale in self.scales.items()}
-        lead, used = float("inf"), dict(self.scales)
+        lead, used = (True, math.inf), dict(self.scales)
         for _ in range(MOST_MIXES):
             if self._lead() is not None and not self._time.left():
                 return
@@ -142,8 +139,9 @@ class MixSearch:
             if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
                 return
             plan = self._try(mix, rounds)
-            if plan.error < lead:
-                lead, used = plan.error, dict(self.scales)
+            standing = (plan.ratio > self.ratio, plan.error)  # one that reaches the goal comes before any that does not
+            if standing < lead:
+                lead, used = standing, dict(self.scales)
                 if len(plan.kinds) > 1:
                     for kind in plan.kinds:
                         self._contribution(plan, kind, alone[kind])
@@ -194,8 +192,8 @@ class MixSearch:
                 self._error({item: proposal for item, proposal in plan.mix.items() if item is not left})
 
     def _promising(self, lead: Tried) -> tuple[Mix, float]:
-        """The best plan that was not tried yet, where it may lose less than `lead`, and what it is expected to lose;
-        else an empty one.
+        """The best plan that may lose less than `lead`, and what it is expected to lose; else an empty one. It is not
+        one that is known to lose more or to be too slow; one that was tried, and only not measured yet, it may be.
 
         Items that are not in the lead count with the least that they may lose: a plan that takes them up in vain puts
         their figure right.
@@ -209,7 +207,8 @@ class MixSearch:
             least = factor if item in lead.mix else max(factor - DOUBT * spread, LEAST_SHARE)
             scales[item] = replace(expected[item], error=kind.error * float(least))
         saving = lead.ratio - self.ratio + _saving(lead.mix, scales)
-        known = [mix for mix, _ in self._known(self._errors)]
+        known = [mix for mix, error in self._known(self._errors) if error >= lead.error]
+        known += [mix for mix, ratio in self._known(self._ratios) if ratio > self.ratio and mix not in known]
         mix = choose_corrected(self.items, saving, list(scales.values()), known)
         if mix is None or _loss(lead.mix, scales) - _loss(mix, scales) <= LEAST_GAIN * lead.error:
             return {}, lead.error
@@ -230,33 +229,21 @@ class MixSearch:
 
     def _reaching(self, items: Sequence[Item], *, one_kind: bool) -> tuple[Mix, int]:
         """The plan of least predicted error whose measured ratio comes nearest to the goal from below, and how many
-        were measured; where none does, the fastest. What was predicted to be saved is corrected by what was, up and
-        down; after each plan that missed the goal a little more is asked for, since the items differ in how far off
-        they are."""
-        seen: list[tuple[float, Mix]] = []
-        saving, misses = 1 - self.ratio, 0
-        while len(seen) < MOST_MEASURED:
-            planned = choose_mix(items, saving * MORE**misses, self.scales)
-            mix = most_saving(items, self.scales) if planned is None else planned
-            before = next((ratio for ratio, known in seen if known == mix), None)
-            if not mix or (before is not None and (before <= self.ratio or planned is None)):
-                break
-            if before is not None:
-                misses += 1
-                continue
-            ratio = self._ratio(mix)
-            seen.append((ratio, mix))
-            if is_near(ratio, self.ratio) or (planned is None and ratio > self.ratio):
-                break
-            misses += ratio > self.ratio
-            expected = predicted_saving(mix, self.scales)
-            reached = max(1 - ratio, LEAST_SHARE * (1 - self.ratio))
-            if one_kind:
-                scale = self.scales[items[0].kind]
-                self.scales[items[0].kind] = replace(scale, saving=scale.saving * reached / expected)
-            else:
-                saving = expected * (1 - self.ratio) / reached
-        _, mix = nearest_from_below(seen, self.ratio) if seen else (1.0, {})
+        were measured (see `reach`); where none does, the fastest. Of one kind it says how far off that kind's
+        savings are."""
+
+        def planned(saving: float) -> tuple[Mix, bool]:
+            mix = choose_mix(items, saving, self.scales)
+            return (most_saving(items, self.scales), False) if mix is None else (mix, True)
+
+        seen = reach(self.ratio, planned, lambda mix: predicted_saving(mix, self.scales), self._ratio)
+        if not seen:
+            return {}, 0
+        ratio, mix = nearest_from_below(seen, self.ratio)
+        if one_kind:
+            kind, expected = items[0].kind, predicted_saving(mix, self.scales)
+            saved = max(1 - ratio, LEAST_SHARE * (1 - self.ratio))
+            self.scales[kind] = replace(self.scales[kind], saving=self.scales[kind].saving * saved / expected)
         return mix, len(seen)
 
     def _try(self, mix: Mix, rounds: int) -> Tried:

@@ -39,7 +39,8 @@ class Profiles:
 
 class LatencyProbe:
     """The original on a backend, and its variants with regions bypassed, measured against it in pairs. `folder` keeps
-    the times of parts; None is the usual place.
+    the times of parts; None is the usual place. `opset` is that of the export, so that variants are measured as what
+    will be delivered: None is the program's own.
 
     Raises BackendError when the backend cannot build or run the original.
     """
@@ -56,6 +57,7 @@ class LatencyProbe:
         seed: int,
         deployed: bytes | None = None,
         folder: Path | None = None,
+        opset: int | None = None,
     ) -> None:
         self.program = program
         self.model = model
@@ -65,6 +67,7 @@ class LatencyProbe:
         self.batch = batch
         self.threads = threads
         self.seed = seed
+        self.opset = opset or (program.origin.opset if program.origin else None)
         self._folder = folder
         self.inputs = example_inputs(program, samples, batch)
         self.exported = self.load(model)
@@ -108,7 +111,7 @@ class LatencyProbe:
 
     def against(self, program: Program) -> Measurement:
         """Latency of a rewritten program over that of the original."""
-        return self._against(to_onnx(program))
+        return self._against(to_onnx(program, opset=self.opset))
 
     def _against(self, model: bytes) -> Measurement:
         variant = self.load(model)
@@ -121,7 +124,13 @@ class LatencyProbe:
         """Times of single segments on the backend at this batch, kept on disk."""
         cache = MeasurementCache(self._folder or default_folder())
         return LatencyTable(
-            self.backend, batch=self.batch, threads=self.threads, cache=cache, rounds=_TABLE_ROUNDS, seed=self.seed
+            self.backend,
+            batch=self.batch,
+            threads=self.threads,
+            cache=cache,
+            rounds=_TABLE_ROUNDS,
+            seed=self.seed,
+            opset=self.opset,
         )
 
     def lattice(self, *, progress: Progress = silent) -> Lattice:
@@ -158,7 +167,7 @@ class LatencyProbe:
 
     def _without(self, regions: Sequence[Region]) -> bytes:
         model = onnx_without(self.model, [(r.entry, r.exit) for r in regions])
-        return to_onnx(drop_blocks(self.program, regions)) if model is None else model
+        return to_onnx(drop_blocks(self.program, regions), opset=self.opset) if model is None else model
 
     def _kind(self, region: Region) -> str:
         """Equal for regions of equal operations, shapes and settings."""

@@ -1,14 +1,20 @@
-"""Which of several measured plans comes nearest to a latency goal."""
+"""Which plan comes nearest to a latency goal: plans are measured, and what they were predicted to save is corrected."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-T = TypeVar("T")
+P = TypeVar("P")
 
 #: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
 NEAR = 0.02
+#: How often a plan is made again when its measured latency misses the goal, or saves too much.
+MOST_MEASURED = 3
+#: How much more is asked for after a plan that missed; after the next one twice as much more again.
+MORE = 1.03
+#: What a plan saves counts for no less than this share of what it should when it is held against its prediction.
+LEAST_REACHED = 0.1
 
 
 def is_near(ratio: float, goal: float) -> bool:
@@ -16,11 +22,47 @@ def is_near(ratio: float, goal: float) -> bool:
     return goal - NEAR <= ratio <= goal
 
 
-def nearest_from_below(seen: Sequence[tuple[float, T]], goal: float) -> tuple[float, T]:
+def nearest_from_below(seen: Sequence[tuple[float, P]], goal: float) -> tuple[float, P]:
     """Of (latency ratio, plan) pairs, one at least, the one nearest to the goal among those that reach it; where none
     does, the fastest."""
     within = [pair for pair in seen if pair[0] <= goal]
     return max(within, key=_ratio) if within else min(seen, key=_ratio)
+
+
+def reach(
+    goal: float,
+    planned: Callable[[float], tuple[P, bool]],
+    predicted: Callable[[P], float],
+    measure: Callable[[P], float],
+) -> list[tuple[float, P]]:
+    """Plans with their measured latency ratios, in the order in which they were made; the last comes near to the goal
+    where one was found that does.
+
+    `planned` makes the plan that should save a share of the latency, and says whether it should (else it is the plan
+    that saves the most); `predicted` is the share that it should save. The first plan is asked for what the goal needs.
+    What was predicted is then held against what was measured, and the next one asked for so much more, or less; after
+    each that missed the goal for a little more than that, since what a plan is made of differs in how far off it is.
+    A plan is measured once: where the corrected request leads to the same one, more is asked for. An empty plan is not
+    measured and ends the search.
+    """
+    seen: list[tuple[float, P]] = []
+    saving, misses = 1 - goal, 0
+    while len(seen) < MOST_MEASURED:
+        plan, possible = planned(saving * MORE**misses)
+        before = next((ratio for ratio, known in seen if known == plan), None)
+        if not plan or (before is not None and (before <= goal or not possible)):
+            break
+        if before is not None:
+            misses += 1
+            continue
+        ratio = measure(plan)
+        seen.append((ratio, plan))
+        if is_near(ratio, goal) or (ratio > goal and not possible):
+            break
+        if ratio > goal:
+            misses += sum(known > goal for known, _ in seen)
+        saving = predicted(plan) * (1 - goal) / max(1 - ratio, LEAST_REACHED * (1 - goal))
+    return seen
 
 
 def _ratio(pair: tuple[float, object]) -> float:

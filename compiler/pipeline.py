@@ -120,6 +120,7 @@ def run_pipeline(
         seed=settings.seed,
         deployed=deployed,
         folder=store.root,
+        opset=settings.opset,
     )
     asked, time = goal, SearchTime(settings.search_seconds)
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -33,6 +34,27 @@ class Item:
     nodes: frozenset[str] = field(repr=False)
     proposals: tuple[Proposal, ...] = field(repr=False)
     producers: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+#: No change is predicted to lose less than this share of what those of its kind do, at the median.
+LEAST_ERROR = 0.01
+
+
+def with_least_errors(items: Sequence[Item]) -> list[Item]:
+    """The items with none of their errors next to zero: predictions are corrected by factors, and no factor mends a
+    zero."""
+    found = []
+    errors: dict[str, list[float]] = {}
+    for item in items:
+        errors.setdefault(item.kind, []).extend(p.error for p in item.proposals if p.error > 0)
+    for item in items:
+        least = LEAST_ERROR * statistics.median(errors[item.kind] or [1.0])
+        if all(p.error >= least for p in item.proposals):
+            found.append(item)
+        else:
+            raised = tuple(replace(p, error=max(p.error, least)) for p in item.proposals)
+            found.append(replace(item, proposals=raised))
+    return found
 
 
 #: The items that a plan changes, each with the proposal taken.

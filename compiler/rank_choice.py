@@ -70,16 +70,18 @@ class Search:
 def search_plan(menu: Menu, trials: Trials, alone: Mapping[str, float]) -> Search:
     """The plan within the budget whose measured output error is least, of those tried.
 
-    Tried are the best under `alone`, what each layer does by itself, from the whole menu and from each scheme alone;
-    then, since errors do not add up, the best under what each layer contributes to the plan that leads (its error, less
-    that of the plan with the layer whole), again and again while that finds a better one. When a new plan is worse, the
-    step between the weights is halved, in their logarithm. Ends after `MOST_PLANS` of these, or when a plan returns.
+    Tried are the best under `alone`, what each layer does by itself, from the whole menu and from each scheme alone
+    where that stays within the budget; then, since errors do not add up, the best under what each layer contributes to
+    the plan that leads (its error, less that of the plan with the layer whole), again and again while that finds a
+    better one. When a new plan is worse, the step between the weights is halved, in their logarithm. Ends after
+    `MOST_PLANS` of these, or when a plan returns.
     """
     choice, possible = menu.best(alone)
     if not possible:
         return Search(choice=choice, weights=alone, tried=(), possible=False)
     schemes = menu.schemes
-    starts = [choice, *(menu.only(scheme).best(alone)[0] for scheme in schemes if len(schemes) > 1)]
+    single = [menu.only(scheme).best(alone) for scheme in schemes if len(schemes) > 1]
+    starts = [choice, *(plan for plan, fits in single if fits)]
     starts = [plan for i, plan in enumerate(starts) if plan and plan not in starts[:i]]
     if not starts:
         return Search(choice=choice, weights=alone, tried=(), possible=True)

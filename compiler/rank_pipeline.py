@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ from .calibration_set import CalibrationSet
 from .cost import counted
 from .errors import GoalError
 from .latency_probe import LatencyProbe
-from .nearest import is_near, nearest_from_below
+from .nearest import nearest_from_below, reach
 from .plan import CountedGoal, Parameters, RankGoal, Ranks
 from .program import Program
 from .progress import Progress, StageClock, silent
@@ -26,10 +25,7 @@ from .rank_latency import OptionLatencies, option_latencies, thinned
 from .rewritten import Rewritten
 from .stored_latency import StoredLatency
 from .stored_passes import StoredTrials, Trials, stored_factors, stored_rank_analysis, stored_resolve
-from .verify import output_error
-
-#: How often a latency goal is planned again when the measurement contradicts the plan.
-MOST_ROUNDS = 4
+from .verify import no_worse, output_error
 
 
 def ranks_on_lattice(settings: RankSettings, probe: LatencyProbe, progress: Progress = silent) -> RankSettings:
@@ -93,7 +89,7 @@ def cut_ranks(
                 store, teacher, student, calibration, (), replaced=choice, settings=resolve, progress=progress
             )
             errors["re-solved"] = output_error(teacher, resolved.program, held_out)
-            if errors["re-solved"] > errors["factorised"]:
+            if not no_worse(errors["re-solved"], errors["factorised"]):
                 resolved, errors["re-solved"] = replace(resolved, program=student), errors["factorised"]
     return Rewritten(
         program=resolved.program,
@@ -130,37 +126,33 @@ def _choose(
         with clock.stage("measure plan"):
             return _measured(analysis, choice, latency)
 
-    return plan_reaching(menu, found, goal.share, saving, measured)
+    return plan_reaching(menu, found, goal.share, network, measured)
 
 
 def plan_reaching(
-    menu: Menu, found: Search, goal: float, saving: float, measure: Callable[[Mapping[str, Option]], float]
+    menu: Menu, found: Search, goal: float, network: float, measure: Callable[[Mapping[str, Option]], float]
 ) -> tuple[dict[str, Option], bool]:
-    """The plan whose measured latency ratio comes nearest to the goal from below, from a first one, and True; where
-    none does, the fastest, and False. What was predicted to be saved is held against what was: the next plan asks for
-    so much more, or less."""
-    choice, possible = found.choice, found.possible
-    seen: list[tuple[float, dict[str, Option]]] = []
-    while True:
-        ratio = measure(choice)
-        seen.append((ratio, choice))
-        met = ratio <= goal
-        if is_near(ratio, goal) or not (met or possible) or len(seen) == MOST_ROUNDS:
-            break
-        factor = (1 - goal) / max(0.05, 1 - ratio)
-        saving *= factor if met else max(1.02, factor)
-        choice, possible = replace(menu, budget=menu.budget - saving).best(found.weights)
-        if any(choice == known for _, known in seen):
-            break
-    ratio, choice = nearest_from_below(seen, goal)
+    """The plan whose measured latency ratio comes nearest to the goal from below, from the first one that was `found`
+    (see `reach`), and True; where none does, the fastest, and False. `network` is the latency of the original in the
+    unit of the menu."""
+    first = iter([(found.choice, found.possible)])
+
+    def planned(saving: float) -> tuple[dict[str, Option], bool]:
+        given = next(first, None)
+        return given or replace(menu, budget=menu.budget - saving * network).best(found.weights)
+
+    def predicted(choice: Mapping[str, Option]) -> float:
+        saved = (menu.whole[n] - menu.costs[n][menu.options[n].index(option)] for n, option in choice.items())
+        return sum(saved) / network
+
+    seen = reach(goal, planned, predicted, measure)
+    ratio, choice = nearest_from_below(seen, goal) if seen else (1.0, {})
     return choice, ratio <= goal
 
 
 def _measured(analysis: RankAnalysis, choice: Mapping[str, Option], latency: StoredLatency) -> float:
     """The latency ratio of the network that a choice leads to (upper end of its interval)."""
-    shape = functools.partial(planned_shape, analysis, choice)
-    ratio: float = latency.kept("ranks", [choice], lambda: latency.probe.against(shape()).high)
-    return ratio
+    return latency.ratio("ranks", [choice], lambda: planned_shape(analysis, choice))
 
 
 def rank_trials(

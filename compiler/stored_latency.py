@@ -10,6 +10,7 @@ from typing import Any
 from ..runtime.environment import lasting
 from .analysis_store import AnalysisStore
 from .latency_probe import LatencyProbe
+from .program import Program
 from .progress import Progress, silent
 from .regions import Region
 
@@ -36,6 +37,11 @@ class StoredLatency:
         """Share of the original's latency that each region saves."""
         names = [region.name for region in regions]
         return self.kept("savings", [names], lambda: self.probe.savings(regions, progress=progress))
+
+    def ratio(self, name: str, inputs: Sequence[Any], rewritten: Callable[[], Program]) -> float:
+        """Latency of a rewritten program over that of the original: the upper end of its interval."""
+        found: float = self.kept(name, inputs, lambda: self.probe.against(rewritten()).high)
+        return found
 
     def kept(self, name: str, inputs: Sequence[Any], measure: Callable[[], Any]) -> Any:
         """Plain data that `measure` finds out about `inputs`, beside the original."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,11 @@ def output_error(teacher: Program, student: Program, samples: CalibrationSet, ba
             part, norm = squared_distance(t, s)
             error, energy = error + part, energy + norm
     return error / energy if energy > 0 else error
+
+
+def no_worse(error: float, before: float) -> bool:
+    """Whether an error is at most the one before; one that is not finite is worse than any that is."""
+    return error <= before or not math.isfinite(before)
 
 
 def errors_by_output(

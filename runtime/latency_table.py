@@ -80,7 +80,8 @@ class _Anchor:
 class LatencyTable:
     """Times of segments on one backend at one batch size and number of threads.
 
-    Each is kept under operations, settings, shapes, dtypes, batch, threads, backend, versions and device, so that a
+    Each is kept under operations, settings, shapes, dtypes, batch, threads, backend, versions, device and the `opset`
+    that is asked for (an operator may be one node or several), so that a
     table on disk serves every network, and a program that shares segments with one seen before costs only the rest.
     Nothing of the whole network is built. Drops, narrower groups and factorised layers are predicted alike,
     by the segments of the rewritten Program (`drop_blocks`, `prune_channels` and so on make it without solving
@@ -104,12 +105,14 @@ class LatencyTable:
         cache: MeasurementCache | None = None,
         rounds: int = _ROUNDS,
         seed: int = 0,
+        opset: int | None = None,
     ) -> None:
         self.backend = backend
         self.batch = batch
         self.threads = threads
         self.rounds = rounds
         self.seed = seed
+        self.opset = opset
         self.cache = cache if cache is not None else MeasurementCache(None)
         self.scale = 1.0
         self._anchors: list[_Anchor] = []
@@ -178,13 +181,14 @@ class LatencyTable:
             return measure_savings(reference, [runner], pairs=self.rounds, seed=self.seed)[0].ratio
 
     def _key(self, segment: str) -> str:
-        return f"segment {_FORMAT} {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
+        key = f"segment {_FORMAT} {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
+        return key if self.opset is None else f"{key} | opset {self.opset}"
 
     def _measure(self, program: Program, missing: Mapping[str, Segment], progress: Progress) -> dict[str, Any]:
         if not missing:
             return {}
         found: dict[str, Any] = {}
-        models = _segment_models(program, list(missing.values()), self.batch)
+        models = _segment_models(program, list(missing.values()), self.batch, self.opset)
         keys = list(missing)
         for start in range(0, len(keys), _TOGETHER):
             stop = min(start + _TOGETHER, len(keys))
@@ -203,7 +207,7 @@ class LatencyTable:
     def _take_anchors(self, program: Program, known: Mapping[str, Segment], times: Mapping[str, Any]) -> None:
         """Anchors from segments of the program that were timed in another session."""
         longest = sorted(known, key=lambda key: times[key]["units"], reverse=True)[:_ANCHORS]
-        models = _segment_models(program, [known[key] for key in longest], self.batch)
+        models = _segment_models(program, [known[key] for key in longest], self.batch, self.opset)
         self._choose_anchors([(model, times[key]) for model, key in zip(models, longest, strict=True)])
 
     def _choose_anchors(self, timed: Sequence[tuple[onnx.ModelProto, Mapping[str, float]]]) -> None:
@@ -266,11 +270,13 @@ def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, f
     }
 
 
-def _segment_models(program: Program, segments: Sequence[Segment], batch: int) -> list[onnx.ModelProto]:
+def _segment_models(
+    program: Program, segments: Sequence[Segment], batch: int, opset: int | None
+) -> list[onnx.ModelProto]:
     """The segments as ONNX models. They are exported together: most of an export's time is spent whatever its size."""
     import onnx
 
-    together = to_onnx_model(extract_segments(program, segments, batch=batch))
+    together = to_onnx_model(extract_segments(program, segments, batch=batch), opset=opset)
     extractor = onnx.utils.Extractor(together)
     return [
         extractor.extract_model([f"s{i}_{n}" for n in segment.entries], [f"s{i}_{n}" for n in segment.exits])
