@@ -39,6 +39,8 @@ FORMAT_VERSION = 1
 _JSON = "*json*"
 #: Entries beyond this many bytes in all go, those not used for longest first.
 MOST_BYTES = 4 << 30
+#: So many bytes are written before the folder is looked through again.
+_LOOK_BYTES = 1 << 20
 #: How the state of a result that is not finished is named.
 UNFINISHED = ".unfinished"
 #: A temporary file this old is not being written any more.
@@ -62,6 +64,7 @@ class AnalysisStore:
         self.folder = None if folder is None else folder / f"analyses-{FORMAT_VERSION}"
         self.reused = self.computed = 0
         self._most_bytes = most_bytes
+        self._unlooked = _LOOK_BYTES  # what others have written is not known
 
     def value(self, name: str, inputs: Sequence[Any], compute: Callable[[], T], *, most_age_s: float = math.inf) -> T:
         """Plain data (what JSON holds) that follows from `inputs`, kept for `most_age_s` seconds (a measurement does
@@ -143,7 +146,9 @@ class AnalysisStore:
             except BaseException:
                 Path(part).unlink(missing_ok=True)
                 raise
-            if len(content) > 1 << 20:  # small ones do not fill a disk, and looking is not free
+            self._unlooked += len(content)
+            if self._unlooked >= _LOOK_BYTES:  # looking is not free
+                self._unlooked = 0
                 self._shrink(self.folder)
         except FileNotFoundError:
             return  # another process has made room just now: this entry is lost, the next need not be

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,10 +21,11 @@ from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture, is_onnx
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
+from .finite import json_file
 from .model_inputs import needed_inputs
 from .onnx_file import in_one_piece
 from .pipeline import Outcome, cost_report, run_pipeline
-from .pipeline_settings import PipelineSettings, rewrites_for
+from .pipeline_settings import PipelineSettings, default_rewrites, rewrites_for
 from .plan import (
     Blocks,
     CountedGoal,
@@ -42,8 +42,8 @@ from .program import Program
 from .progress import Progress, StageClock, rich_progress, silent
 from .report import Report, unit_groups
 from .report_page import page_or_reason
-from .report_parts import report_parts
-from .saved import ONNX, PAGE, PLAN, PT2, REPORT
+from .report_parts import report_origin, report_parts
+from .saved import ONNX, PAGE, PT2, REPORT, with_plan
 
 REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
@@ -78,10 +78,8 @@ class Compiled:
     def files(self) -> dict[str, bytes]:
         """The content of the output folder by file name."""
         return {
-            ONNX: self.outcome.onnx,
-            PT2: self.outcome.pt2,
-            PLAN: _json(self.plan.to_dict()),
-            REPORT: _json(self.report.to_dict()),
+            **with_plan(self.plan, {ONNX: self.outcome.onnx, PT2: self.outcome.pt2}),
+            REPORT: json_file(self.report.to_dict()),
             PAGE: page_or_reason(self.report.to_dict()).encode(),
         }
 
@@ -132,7 +130,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot
     be met, the GoalError carries the best result in `.best`.
     """
-    check_arguments(goal, rewrites, batch, threads)
+    check_arguments(goal, rewrites, batch, threads, seed)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
     with kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
@@ -142,19 +140,21 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
             _check_fixed_batch(teacher, batch)
         options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
         options = options.with_mimic(mimic)
+        allowed = default_rewrites(goal) if rewrites is None else _usable(goal, rewrites)
         outcome = run_pipeline(
             teacher,
             samples,
             goal,
             resolved_backend,
             settings=options,
-            rewrites=None if rewrites is None else _usable(goal, rewrites),
+            rewrites=allowed,
             deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
             clock=clock,
             progress=show,
             store=AnalysisStore(folder),
         )
-    result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages))
+    origin = report_origin(outcome, model, allowed)
+    result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages, origin))
     if not outcome.met:
         raise GoalError(
             _unmet(goal, outcome),
@@ -180,7 +180,7 @@ def _collected_warnings() -> Iterator[list[str]]:
             warnings.warn(message, stacklevel=4)
 
 
-def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int) -> None:
+def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int, seed: int = 0) -> None:
     """Raise GoalError for what is no goal or cannot be reached by the rewrites, CompilerError for the rest."""
     if not isinstance(goal, Goal):
         raise GoalError(
@@ -190,6 +190,8 @@ def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thre
         )
     if batch < 1 or threads < 1:
         raise CompilerError("batch and threads start at 1", actual=f"batch={batch}, threads={threads}")
+    if not 0 <= seed < 2**63:  # torch takes others, what draws inputs does not
+        raise CompilerError("a seed is a whole number from 0 on", expected="below 2 ** 63", actual=seed)
     if rewrites is None:
         return
     unknown = [r for r in rewrites if r not in REWRITES]
@@ -252,6 +254,7 @@ def _report(
     goal: Goal,
     backend: Backend,
     messages: Sequence[str],
+    origin: Mapping[str, Any],
 ) -> Report:
     options = outcome.settings
     macs, parameters = cost_report(outcome)
@@ -284,6 +287,7 @@ def _report(
         seed=options.seed,
         warnings=tuple(messages),
         errors_by_output=outcome.errors_by_output,
+        **origin,
         **parts,
     )
 
@@ -299,7 +303,3 @@ def _groups(outcome: Outcome) -> list[dict[str, Any]]:
             group["errors"] = [round(float(e), 6) for e in selection.errors]
             group["submodularity_ratio"], group["guarantee"] = selection.ratio_bound, selection.guarantee
     return groups
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=False) + "\n").encode()

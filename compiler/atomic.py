@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import OutputError
@@ -31,8 +31,9 @@ def check_writable(folder: Path) -> None:
         ) from cause
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names in or beside `folder`, then rename them into place.
+def write_folder(folder: Path, files: Mapping[str, bytes], *, without: Sequence[str] = ()) -> None:
+    """Write all files under temporary names in or beside `folder`, then rename them into place; files named in
+    `without` go.
 
     A folder that does not exist yet appears at once with all its files; in one that exists, the old files stay until
     all new ones
@@ -48,7 +49,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder if folder.exists() else folder.parent))
         _write_files(staging / "new", files)
         if folder.exists():
-            _exchange(staging / "new", staging / "old", folder, files)
+            _exchange(staging / "new", staging / "old", folder, files, without)
         else:
             (staging / "new").rename(folder)
         done = True
@@ -72,18 +73,19 @@ def _write_files(target: Path, files: Mapping[str, bytes]) -> None:
             os.fsync(file.fileno())
 
 
-def _exchange(new: Path, old: Path, folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put the new files in place one by one; on a failure put the old ones back."""
+def _exchange(new: Path, old: Path, folder: Path, files: Mapping[str, bytes], without: Sequence[str]) -> None:
+    """Put the new files in place one by one, and take away the others; on a failure put the old ones back."""
     old.mkdir()
     placed: list[str] = []
     try:
-        for name in files:
+        for name in (*without, *files):
             if (folder / name).is_dir():
                 raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
             if (folder / name).exists():
                 (folder / name).rename(old / name)
             placed.append(name)
-            (new / name).rename(folder / name)
+            if name in files:
+                (new / name).rename(folder / name)
     except BaseException:
         for name in placed:
             if (old / name).exists():

@@ -18,4 +18,4 @@ def kept_in(cache: bool | str | Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="foldcut-") as folder:
             yield Path(folder)
     else:
-        yield default_folder() if cache is True else Path(cache)
+        yield default_folder() if cache is True else Path(cache).expanduser()

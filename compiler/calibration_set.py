@@ -15,14 +15,13 @@ from torch.utils import _pytree as pytree
 
 from .errors import CalibrationError, CaptureError
 from .program import Batch, Program, TensorSpec, dtype_name
+from .sample_files import check_options, check_readable, read_arrays, read_images
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
 CalibrationData = Any
 
 #: A change of a whole batch that the task does not care about, sample by sample, such as `horizontal_flip`.
 View = Callable[[Batch], Batch]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -234,85 +233,28 @@ def read_calibration(
     *,
     key: str | None = None,
     size: tuple[int, int] | None = None,
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     limit: int | None = None,
 ) -> CalibrationSet:
     """Read calibration samples from a `.npy`, `.npz` or `.pt` file or from a folder of images.
 
     Images are sorted by path, converted to RGB, resized to `size` (height, width) where given, scaled to [0, 1] and
-    normalised by `mean` and `std`; `limit` takes the first so many. Of an `.npz`, `key` names the array; without it the
-    arrays become the inputs by name (a single one becomes the input).
+    normalised by `mean` and `std` (0 and 1 where not given); `limit` takes the first so many samples. `key` names an
+    array of an `.npz` or an entry of a `.pt` file; without it the arrays become the inputs by name (a single one of an
+    `.npz` becomes the input).
 
-    Raises CalibrationError for what cannot be read. No pickled objects are loaded.
+    Raises CalibrationError for what cannot be read, and for options that say nothing about a file of that kind. No
+    pickled objects are loaded.
     """
     path = Path(path)
+    check_readable(path)
+    check_options(path, key, size, {"mean": mean, "std": std}, limit)
     if path.is_dir():
-        return CalibrationSet.of(_image_folder(path, size, mean, std, limit))
-    if not path.is_file():
-        raise CalibrationError(
-            f"no such file or folder: {path}", hint="pass a .npy, .npz or .pt file or a folder of images"
-        )
-    loaders = {".npy": _load_npy, ".npz": _load_npz, ".pt": _load_pt}
-    if path.suffix not in loaders:
-        raise CalibrationError(
-            f"cannot read calibration data from {path.name}", expected=".npy, .npz, .pt or a folder of images"
-        )
-    try:
-        data = loaders[path.suffix](path, key)
-    except CalibrationError:
-        raise
-    except Exception as cause:  # a damaged file raises whatever its reader raises
-        raise CalibrationError(
-            f"cannot read {path}: {cause}", hint="arrays of numbers only; pickled objects are not loaded"
-        ) from cause
-    data = CalibrationSet.of(data)
+        shift, scale = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
+        return CalibrationSet.of(read_images(path, size, shift, scale, limit))
+    data = CalibrationSet.of(read_arrays(path, key))
     return data if limit is None else data.take(slice(0, limit))
-
-
-def _load_npy(path: Path, _key: str | None) -> Any:
-    return np.load(path, allow_pickle=False)
-
-
-def _load_npz(path: Path, key: str | None) -> Any:
-    with np.load(path, allow_pickle=False) as archive:
-        if key is not None:
-            if key not in archive:
-                raise CalibrationError(f"{path.name} has no array {key!r}", actual=", ".join(archive.files))
-            return archive[key]
-        arrays = {name: archive[name] for name in archive.files}
-    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
-
-
-def _load_pt(path: Path, key: str | None) -> Any:
-    data = torch.load(path, weights_only=True, map_location="cpu")
-    return data[key] if key is not None else data
-
-
-def _image_folder(
-    folder: Path, size: tuple[int, int] | None, mean: Sequence[float], std: Sequence[float], limit: int | None
-) -> torch.Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:limit]
-    if not files:
-        raise CalibrationError(f"no images in {folder}", expected=", ".join(sorted(IMAGE_SUFFIXES)))
-    shift, scale = (torch.tensor(list(v)).view(3, 1, 1) for v in (mean, std))
-    samples = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                rgb = image.convert("RGB")
-                rgb = rgb.resize((size[1], size[0]), Image.Resampling.BILINEAR) if size else rgb
-                pixels = torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 255
-        except (UnidentifiedImageError, OSError) as cause:
-            raise CalibrationError(f"cannot read image {file}: {cause}", hint="remove or replace the file") from cause
-        samples.append((pixels - shift) / scale)
-    if len({s.shape for s in samples}) > 1:
-        raise CalibrationError(
-            "the images differ in size", hint="give --size HEIGHT WIDTH (size=(h, w)) to resize them"
-        )
-    return torch.stack(samples)
 
 
 def _is_array(value: Any) -> bool:

@@ -5,18 +5,18 @@ Exit codes: see `cli_options.Exit`.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
+from rich.console import Console
 
 from .api import Compiled
 from .api import compile as compile_model
-from .atomic import check_writable, write_folder
-from .calibration_set import CalibrationSet, horizontal_flip, read_calibration
+from .atomic import check_writable
+from .calibration_set import CalibrationSet, horizontal_flip
 from .capture import Model, capture
 from .cli_goals import read_goal, read_rewrites, read_settings, used_rewrites
 from .cli_measure import MeasureWish, measure_files, read_sizes, show_measured
@@ -46,17 +46,20 @@ from .cli_options import (
     StdOption,
     ThreadsOption,
     WeightsOption,
-    err,
+    after_interrupt,
     guarded,
     out,
     read_cache,
     read_samples,
     read_shape,
+    sample_reader,
+    say,
 )
 from .cli_plans import apply_command, sweep_command
-from .cli_tables import describe, show_comparison, show_groups, show_regions, show_report
+from .cli_tables import describe, show_comparison, show_groups, show_line, show_regions, show_report
 from .edit_folds import fold_parameters
 from .errors import CaptureError, GoalError
+from .finite import json_text
 from .model_source import load_model
 from .onnx_compare import compare_onnx, random_samples
 from .plan import Latency
@@ -70,10 +73,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-
-
-#: What is true of a compile that was interrupted, unless it was to start anew.
-INTERRUPTED = "nothing was written; what is done is kept, and the same command goes on from there"
 
 
 @app.command("compile")
@@ -114,8 +113,8 @@ def compile_command(
     weights: WeightsOption = None,
     input_shape: ShapeOption = None,
     key: KeyOption = None,
-    mean: MeanOption = "0,0,0",
-    std: StdOption = "1,1,1",
+    mean: MeanOption = None,
+    std: StdOption = None,
     size: SizeOption = None,
     limit: LimitOption = None,
     flip: FlipOption = False,
@@ -151,21 +150,26 @@ def compile_command(
         )
         result.save(output)
         if as_json:
-            print(json.dumps(result.report.to_dict()))
+            print(json_text(result.report.to_dict()))
         elif not quiet:
             show_report(result.report, out)
             _say_written(output, result)
         if unmet is not None:
-            err.print(f"[bold red]{unmet.stage}[/]: {escape(unmet.message)}", highlight=False)
-            raise typer.Exit(Exit.NOT_MET)
+            _end_unmet(unmet)
 
-    guarded(work, debug=debug, interrupted=INTERRUPTED)
+    guarded(work, debug=debug, interrupted=after_interrupt(fresh))
 
 
 def _say_written(output: Path, result: Compiled) -> None:
     """What was written where, the page that people open last."""
-    out.print(f"wrote {output}/ ({', '.join(result.files)})")
-    out.print(f"open {output / PAGE} in a browser", highlight=False)
+    show_line(f"wrote {output}/ ({', '.join(result.files)})", out)
+    show_line(f"open {output / PAGE} in a browser", out)
+
+
+def _end_unmet(unmet: GoalError) -> NoReturn:
+    """The end of a command whose best result is written and does not reach the goal."""
+    say(unmet.message, head=unmet.stage)
+    raise typer.Exit(Exit.NOT_MET)
 
 
 def _compile(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Compiled, GoalError | None]:
@@ -183,6 +187,10 @@ def inspect(
     weights: WeightsOption = None,
     input_shape: ShapeOption = None,
     calib: Annotated[Path | None, typer.Option(help="A calibration set to take the input shape from.")] = None,
+    key: KeyOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    size: SizeOption = None,
     graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -190,14 +198,15 @@ def inspect(
     """Show the removable regions and the unit groups of MODEL, their cost, and what was left alone and why."""
 
     def work() -> None:
+        read = sample_reader(calib, key=key, size=size, mean=mean, std=std, input_shape=input_shape)
         loaded = load_model(model, weights)
-        program = fold_parameters(capture(loaded, _example(loaded, input_shape, calib)))
+        program = fold_parameters(capture(loaded, _example(loaded, input_shape, read)))
         if graph:
             print(program.text(), end="")
             return
         found = describe(program)
         if as_json:
-            print(json.dumps(found))
+            print(json_text(found))
         else:
             show_regions(found, out)
             show_groups(found, out)
@@ -217,11 +226,15 @@ def measure(
     inputs: Annotated[
         Path | None, typer.Option(help="Real inputs: .npy, .npz (one array for each input), .pt or a folder of images.")
     ] = None,
+    key: KeyOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    size: SizeOption = None,
     dim: Annotated[
         list[str] | None, typer.Option(metavar="NAME=N", help="Size of a dynamic dimension; may be repeated.")
     ] = None,
     self_check: Annotated[bool, typer.Option("--self-check", help="First measure BEFORE against itself.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs and of the order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs and of the order.")] = 0,
     samples: Annotated[bool, typer.Option("--samples", help="With --json: every pair as well.")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -235,14 +248,14 @@ def measure(
             batch=batch,
             threads=threads,
             seed=seed,
-            inputs=inputs,
+            inputs=sample_reader(inputs, key=key, size=size, mean=mean, std=std),
             sizes=read_sizes(dim or []),
             self_check=self_check,
         )
         with nullcontext(silent) if as_json or quiet else rich_progress() as progress:
             found = measure_files(before, after, wish, progress=progress)
         if as_json:
-            print(json.dumps(found.to_dict(samples=samples)))
+            print(json_text(found.to_dict(samples=samples)))
         else:
             show_measured(found, out)
 
@@ -256,20 +269,27 @@ def verify(
     inputs: Annotated[
         Path | None, typer.Option(help="Samples: .npy, .npz (one array for each input), .pt or a folder of images.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference, relative to an output's largest entry.")] = 1e-4,
-    batch: Annotated[int | None, typer.Option(help="Samples at once.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many samples.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs, where none are given.")] = 0,
+    key: KeyOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    size: SizeOption = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest difference, relative to an output's largest entry.")
+    ] = 1e-4,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples at once.")] = None,
+    limit: LimitOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs, where none are given.")] = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare what two ONNX files compute, and their inputs and outputs. Exit code 3 when they differ."""
 
     def work() -> None:
-        samples = read_calibration(inputs, limit=limit) if inputs else random_samples(before, limit or 8, seed)
+        read = sample_reader(inputs, key=key, size=size, mean=mean, std=std)
+        samples = random_samples(before, limit or 8, seed) if read is None else read(limit)
         found = compare_onnx(before, after, samples, batch=batch)
         if as_json:
-            print(json.dumps({**found.to_dict(), "same": found.same(tolerance)}))
+            print(json_text({**found.to_dict(), "same": found.same(tolerance)}))
         else:
             show_comparison(found, tolerance, out)
         if not found.same(tolerance):
@@ -283,28 +303,33 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")] = Path("demo-output"),
     goal: Annotated[float, typer.Option("--latency", help="Latency goal.")] = 0.6,
     rewrites: Annotated[str | None, typer.Option(help="Rewrites that may be used, as for compile.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of training and compile.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of training and compile.")] = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a small residual network on handwritten digits, compile it to a latency goal, show before and after."""
+    """Train a small residual network on handwritten digits, compile it to a latency goal, show before and after. Exit
+    code 3 when the goal was not met."""
 
     def work() -> None:
         from .demo import run_demo
 
         check_writable(output)
-        result = run_demo(Latency(goal), rewrites=read_rewrites(rewrites), seed=seed, progress=not quiet, console=out)
-        write_folder(output, result.files)
-        _say_written(output, result)
+        asked, allowed, console = Latency(goal), read_rewrites(rewrites), Console(quiet=True) if quiet else out
+        result, unmet = run_demo(asked, rewrites=allowed, seed=seed, progress=not quiet, console=console)
+        result.save(output)
+        if not quiet:
+            _say_written(output, result)
+        if unmet is not None:
+            _end_unmet(unmet)
 
     guarded(work, debug=debug)
 
 
-def _example(model: Model, shape: str | None, calib: Path | None) -> Any:
+def _example(model: Model, shape: str | None, read: Callable[[int | None], CalibrationSet] | None) -> Any:
     import torch
 
-    if calib is not None:
-        return read_calibration(calib).batch(slice(0, 2))
+    if read is not None:
+        return read(2).batch(slice(None))
     if shape is not None:
         return torch.randn(2, *read_shape(shape), generator=torch.Generator().manual_seed(0))
     if isinstance(model, torch.nn.Module):

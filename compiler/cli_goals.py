@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..passes.select_ranks import RankSettings
 from .api import REWRITES
+from .calibration_set import CalibrationSet
+from .capture import Model, capture
 from .channel_budget import ChannelLimits
 from .channel_pipeline import ChannelSettings
+from .edit_folds import fold_parameters
 from .errors import GoalError
-from .pipeline_settings import PipelineSettings, default_rewrites, rewrites_for
+from .left_alone import sorted_ignores
+from .pipeline_settings import PipelineSettings, default_rewrites, joint_settings, rewrites_for
 from .plan import Blocks, Channels, Goal, Latency, Macs, MaxError, Parameters, Ranks
 from .sweep import GOALS
 
@@ -104,6 +109,8 @@ def read_settings(
         multiple = None if lattice or multiple_of is None else int(multiple_of)
     except ValueError:
         raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
+    if multiple is not None and multiple < 1:
+        raise GoalError("--multiple-of starts at 1", hint=f"give a whole number from 1 on, or lattice, not {multiple}")
     steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
     names = tuple(ignore)
     limits = ChannelLimits(**steps, ignore=names if used != ["factorize"] else ())
@@ -112,3 +119,21 @@ def read_settings(
         ranks=RankSettings(**steps, ignore=names if "factorize" in used else (), on_lattice=lattice),
         search_seconds=search_seconds,
     )
+
+
+def for_every_goal(
+    settings: PipelineSettings, goals: Sequence[Goal], model: Model, samples: CalibrationSet
+) -> PipelineSettings:
+    """The settings for all goals of a sweep.
+
+    Where goals take different rewrites, a layer's name says nothing to one that prunes, nor a group's to one that
+    factorises: each name of --ignore goes to the rewrites that it says something to. Goals that are alike have their
+    names checked where they are compiled. Raises GoalError for a name that matches nothing.
+    """
+    if len({rewrites_for(goal) for goal in goals}) < 2 or not (
+        settings.channels.limits.ignore and settings.ranks.ignore
+    ):
+        return settings
+    program = fold_parameters(capture(model, samples.batch(slice(0, 2))))
+    sorted_out = sorted_ignores(program, joint_settings(settings))
+    return replace(settings, channels=sorted_out.channels, ranks=sorted_out.ranks)

@@ -15,7 +15,8 @@ from ..runtime.inputs import InputSpec, draw_inputs, model_specs
 from ..runtime.loading import opened
 from ..runtime.measure import measure_pair, self_check
 from ..runtime.measurement import Measurement
-from .calibration_set import read_calibration
+from .calibration_set import CalibrationSet
+from .cli_tables import show_line
 from .errors import BackendError
 from .onnx_file import in_one_piece, read_onnx
 from .program import as_arguments
@@ -26,14 +27,15 @@ _MOST_PAIRS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureWish:
-    """Where and how to measure. `batch` None is 1, or the batch that a file fixes; `inputs` None are made up, with
-    `sizes` for dynamic dimensions; `self_check` measures the first file against itself before."""
+    """Where and how to measure. `batch` None is 1, or the batch that a file fixes; `inputs` reads so many real samples
+    at most, and where it is None they are made up, with `sizes` for dynamic dimensions; `self_check` measures the first
+    file against itself before."""
 
     backend: str = "onnxruntime"
     batch: int | None = None
     threads: int = 1
     seed: int = 0
-    inputs: Path | None = None
+    inputs: Callable[[int], CalibrationSet] | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     self_check: bool = False
 
@@ -128,7 +130,7 @@ def show_measured(found: Measured, console: Console) -> None:
         lines.append("contended: something else used the machine; trust the ratio, not the milliseconds")
     lines.append(", ".join(f"{name} {value}" for name, value in result.environment.items() if value != ""))
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        show_line(line, console)
 
 
 def read_sizes(texts: Sequence[str]) -> dict[str, int]:
@@ -214,9 +216,9 @@ def _made_up(specs: tuple[InputSpec, ...], batch: int, wish: MeasureWish) -> dic
     return draw_inputs(specs, batch, wish.seed, sizes=wish.sizes)
 
 
-def _real(specs: Sequence[InputSpec], batch: int, path: Path) -> dict[str, Array]:
-    """The first samples of a file or folder, from the start again where there are fewer than the batch."""
-    samples = read_calibration(path, limit=batch)
+def _real(specs: Sequence[InputSpec], batch: int, read: Callable[[int], CalibrationSet]) -> dict[str, Array]:
+    """The first samples, from the start again where there are fewer than the batch."""
+    samples = read(batch)
     args, kwargs = as_arguments(samples.batch(slice(None)))
     names = [spec.name for spec in specs]
     if (set(kwargs) != set(names)) if kwargs else len(args) != len(names):

@@ -10,10 +10,11 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from .calibration_set import CalibrationSet, read_calibration
-from .errors import CaptureError, CompilerError
+from .cli_tables import show_line
+from .errors import CalibrationError, CaptureError, CompilerError
 
 out, err = Console(), Console(stderr=True)
 
@@ -67,13 +68,18 @@ BackendOption = Annotated[str, typer.Option(help="Where the latency counts.")]
 BatchOption = Annotated[int, typer.Option(help="Batch size that the latency is measured at.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")]
 KeyOption = Annotated[str | None, typer.Option(help="Array to read from an .npz or entry of a .pt file.")]
-MeanOption = Annotated[str, typer.Option(help="Mean per channel, for image folders.")]
-StdOption = Annotated[str, typer.Option(help="Standard deviation per channel, for image folders.")]
+MeanOption = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Mean per channel, for image folders.", show_default="0,0,0")
+]
+StdOption = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Standard deviation per channel, for image folders.", show_default="1,1,1"),
+]
 SizeOption = Annotated[str | None, typer.Option(metavar="H,W", help="Resize images of a folder to this.")]
-LimitOption = Annotated[int | None, typer.Option(help="Take the first so many samples.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Take the first so many samples.")]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Add mirrored images, where left and right mean the same.")]
 MimicOption = Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 CacheOption = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Where analyses are kept.", show_default="$FOLDCUT_CACHE or ~/.cache/foldcut"),
@@ -89,8 +95,8 @@ def read_samples(
     *,
     key: str | None,
     size: str | None,
-    mean: str,
-    std: str,
+    mean: str | None,
+    std: str | None,
     limit: int | None,
     input_shape: str | None = None,
 ) -> CalibrationSet:
@@ -106,6 +112,30 @@ def read_samples(
     return samples
 
 
+def sample_reader(
+    path: Path | None,
+    *,
+    key: str | None,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    input_shape: str | None = None,
+) -> Callable[[int | None], CalibrationSet] | None:
+    """What reads the first so many samples (None: all) where a command need not be given any, None where it is not.
+    Raises CalibrationError when nothing is to be read, and yet something is said about how."""
+    if path is not None:
+        return lambda limit: read_samples(
+            path, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape
+        )
+    options = {"--key": key, "--size": size, "--mean": mean, "--std": std}
+    told = " and ".join(name for name, value in options.items() if value is not None)
+    if told:
+        raise CalibrationError(
+            f"{told}: there are no samples to read", hint=f"name a file or folder of samples, or leave {told} out"
+        )
+    return None
+
+
 def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
     """The `cache` argument of `compile`. Raises CompilerError."""
     if fresh and cache is not None:
@@ -113,15 +143,28 @@ def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
     return False if fresh else cache or True
 
 
+def after_interrupt(fresh: bool, written: str = "nothing was written") -> str:
+    """What is true of a command that was interrupted: analyses are kept unless it was told to keep none."""
+    return written if fresh else f"{written}; what is done is kept, and the same command goes on from there"
+
+
 def read_shape(shape: str) -> list[int]:
     """The sizes in "3,224,224". Raises CaptureError."""
-    try:
-        return [int(s) for s in shape.split(",")]
-    except ValueError:
-        raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers such as 3,224,224") from None
+    sizes = _sizes(shape)
+    if not sizes:
+        raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers from 1 on such as 3,224,224")
+    return sizes
 
 
-def _floats(text: str) -> tuple[float, ...]:
+def _sizes(text: str) -> list[int]:
+    """Whole numbers from 1 on between commas; none for anything else."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(p.strip().isdecimal() and int(p) > 0 for p in parts) else []
+
+
+def _floats(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
     try:
         values = tuple(float(v) for v in text.split(","))
     except ValueError:
@@ -136,20 +179,22 @@ def _floats(text: str) -> tuple[float, ...]:
 def _pair(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    try:
-        height, width = (int(v) for v in text.split(","))
-    except ValueError:
-        raise CompilerError(f"--size {text!r} is not a size", expected="two numbers such as 224,224") from None
-    return height, width
+    sizes = _sizes(text)
+    if len(sizes) != 2:
+        raise CompilerError(f"--size {text!r} is not a size", expected="two numbers from 1 on such as 224,224")
+    return sizes[0], sizes[1]
+
+
+def say(text: str, *, head: str = "", style: str = "bold red") -> None:
+    """A line on stderr, `head` in front of it in colour."""
+    show_line(Text.assemble((head, style), ": " if head else "", text), err)
 
 
 def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothing was written") -> None:
     """Errors as one line and a hint; warnings as one line each."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
-            f"[yellow]warning[/]: {escape(str(message))}", highlight=False
-        )
+        warnings.showwarning = lambda message, *_args, **_kwargs: say(str(message), head="warning", style="yellow")
         try:
             work()
         except CompilerError as error:
@@ -161,19 +206,19 @@ def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothin
         except Exception as error:  # what foldcut did not foresee still ends in one line
             if debug:
                 raise
-            err.print(f"[bold red]internal error[/]: {escape(f'{type(error).__name__}: {error}')}", highlight=False)
-            err.print("  hint: run again with --debug for the trace and report it with the model")
+            say(f"{type(error).__name__}: {error}", head="internal error")
+            say("  hint: run again with --debug for the trace and report it with the model")
             raise typer.Exit(Exit.ERROR) from None
         except KeyboardInterrupt:
-            err.print(f"interrupted; {interrupted}")
+            say(f"interrupted; {interrupted}")
             raise typer.Exit(Exit.INTERRUPTED) from None
 
 
 def _fail(error: CompilerError) -> NoReturn:
-    err.print(f"[bold red]{error.stage}[/]: {escape(error.message)}", highlight=False)
+    say(error.message, head=error.stage)
     for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
         if value is not None:
-            err.print(f"  {label}: {value}", markup=False, highlight=False)
+            say(f"  {label}: {value}")
     if error.hint:
-        err.print(f"  hint: {error.hint}", markup=False, highlight=False)
+        say(f"  hint: {error.hint}")
     raise typer.Exit(Exit.ERROR)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from .atomic import check_writable
 from .calibration_set import horizontal_flip
-from .cli_goals import read_goals, read_rewrites, read_settings, used_rewrites
+from .cli_goals import for_every_goal, read_goals, read_rewrites, read_settings, used_rewrites
 from .cli_options import (
     BackendOption,
     BatchOption,
@@ -40,13 +40,18 @@ from .cli_options import (
     StdOption,
     ThreadsOption,
     WeightsOption,
+    after_interrupt,
     guarded,
     out,
     read_cache,
     read_samples,
     read_shape,
+    sample_reader,
+    say,
 )
+from .cli_tables import show_line
 from .errors import CaptureError
+from .finite import json_text
 from .model_source import load_model
 from .progress import rich_progress, silent
 from .replay import Replayed, apply
@@ -70,8 +75,8 @@ def sweep_command(
     threads: ThreadsOption = 1,
     weights: WeightsOption = None,
     key: KeyOption = None,
-    mean: MeanOption = "0,0,0",
-    std: StdOption = "1,1,1",
+    mean: MeanOption = None,
+    std: StdOption = None,
     size: SizeOption = None,
     limit: LimitOption = None,
     flip: FlipOption = False,
@@ -92,13 +97,11 @@ def sweep_command(
         goals, allowed = read_goals(latency, macs), read_rewrites(rewrites)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit)
-
-        def written(point: SweepPoint) -> None:
-            if point.compiled is not None:
-                point.compiled.save(output / point.name)
-
+        loaded = load_model(model, weights)
+        used = list(dict.fromkeys(name for goal in goals for name in used_rewrites(goal, allowed)))
+        settings = read_settings(multiple_of, ignore or [], used, search_seconds)
         found = sweep(
-            load_model(model, weights),
+            loaded,
             samples,
             goals=goals,
             backend=backend,
@@ -108,21 +111,43 @@ def sweep_command(
             views=(horizontal_flip,) if flip else (),
             seed=seed,
             rewrites=allowed,
-            settings=read_settings(multiple_of, ignore or [], used_rewrites(goals[0], allowed), search_seconds),
+            settings=for_every_goal(settings, goals, loaded, samples),
             progress=not (as_json or quiet),
             cache=read_cache(cache, fresh),
-            each=written,
+            each=_Written(output),
         )
-        found.save_index(output)
         if as_json:
-            print(json.dumps(found.to_dict()))
+            print(json_text(found.to_dict()))
         elif not quiet:
             _show(found)
-            out.print(f"wrote {output}/", highlight=False)
+            show_line(f"wrote {output}/", out)
         if not all(point.met for point in found.points):
             raise typer.Exit(Exit.NOT_MET)
 
-    guarded(work, debug=debug, interrupted="finished goals are in the folder, and the same command goes on from there")
+    guarded(work, debug=debug, interrupted=after_interrupt(fresh, "finished goals are in the folder"))
+
+
+class _Written:
+    """Puts every point of a sweep into its folder as it comes, with the index of those that are there, and says which
+    goals were not met. As long as there is nothing to keep it waits: then an error says all, and nothing is written."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._points: list[SweepPoint] = []
+        self._waiting: list[SweepPoint] = []
+
+    def __call__(self, point: SweepPoint) -> None:
+        self._points.append(point)
+        self._waiting.append(point)
+        if point.compiled is not None:
+            point.compiled.save(self._output / point.name)
+        if all(p.compiled is None for p in self._points):
+            return
+        Sweep(points=tuple(self._points)).save_index(self._output)
+        for told in self._waiting:
+            if not told.met:
+                say(told.reason if str(told.goal) in told.reason else f"{told.goal}: {told.reason}", head="goal")
+        self._waiting.clear()
 
 
 def apply_command(
@@ -130,17 +155,24 @@ def apply_command(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2 and plan.json.")],
     calib: Annotated[
-        Path | None, typer.Option(help="Unlabelled inputs to solve the layers again with: .npy, .npz, .pt or a folder.")
+        Path | None,
+        typer.Option(
+            help="Unlabelled inputs (.npy, .npz, .pt or a folder) to solve the layers again with; with --solved an "
+            "example of the inputs only."
+        ),
     ] = None,
     solved: Annotated[
         Path | None,
-        typer.Option(help="The model.pt2 of the first time, with its weights.", show_default="the one beside PLAN"),
+        typer.Option(
+            help="The model.pt2 of the first time: its weights are taken, nothing is solved.",
+            show_default="the one beside PLAN, unless there is --calib",
+        ),
     ] = None,
     weights: WeightsOption = None,
     input_shape: ShapeOption = None,
     key: KeyOption = None,
-    mean: MeanOption = "0,0,0",
-    std: StdOption = "1,1,1",
+    mean: MeanOption = None,
+    std: StdOption = None,
     size: SizeOption = None,
     limit: LimitOption = None,
     flip: FlipOption = False,
@@ -153,17 +185,22 @@ def apply_command(
     debug: DebugOption = False,
 ) -> None:
     """Put PLAN into effect on MODEL, the network that it was made for: without data, with the weights that were saved
-    beside the plan; with --calib, solved again."""
+    beside the plan; with --calib, solved again.
+
+    A module whose inputs are not one array of floats takes both --solved and --calib: weights, and inputs' form.
+    """
 
     def work() -> None:
         check_writable(output)
-        samples: Any = None
-        if calib is not None:
-            samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
+        read = sample_reader(calib, key=key, size=size, mean=mean, std=std, input_shape=input_shape)
+        samples = None if read is None else read(limit)
         with nullcontext(silent) if as_json or quiet else rich_progress() as progress:
             loaded = load_model(model, weights)
             if calib is None and input_shape is None and isinstance(loaded, nn.Module):
-                raise CaptureError("the input shape is not known", hint="give --input-shape C,H,W or --calib DATA")
+                raise CaptureError(
+                    "the input shape is not known",
+                    hint="give --input-shape C,H,W, or --solved model.pt2 and --calib DATA; --calib alone solves again",
+                )
             made = apply(
                 loaded,
                 plan,
@@ -178,15 +215,15 @@ def apply_command(
             )
             made.save(output)
         if as_json:
-            print(json.dumps(_described(made)))
+            print(json_text(_described(made)))
         elif not quiet:
             for decision in made.plan.decisions:
-                out.print(str(decision), markup=False, highlight=False)
+                show_line(str(decision), out)
             for stage, error in made.output_errors.items():
-                out.print(f"output error (held out), {stage}: {error:.4f}", highlight=False)
-            out.print(f"wrote {output}/ ({', '.join(made.files)})", highlight=False)
+                show_line(f"output error (held out), {stage}: {error:.4f}", out)
+            show_line(f"wrote {output}/ ({', '.join(made.files)})", out)
 
-    guarded(work, debug=debug)
+    guarded(work, debug=debug, interrupted=after_interrupt(fresh))
 
 
 def _zeros(shape: str) -> Any:
@@ -200,11 +237,13 @@ def _described(made: Replayed) -> dict[str, Any]:
 
 
 def _show(found: Sweep) -> None:
-    table = Table("goal", "latency ratio", "95 %", "output error", "decisions", "", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for column in ("goal", "latency ratio", "95 %", "output error", "decisions", ""):
+        table.add_column(column, overflow="fold")
     front = {point.name for point in found.front}
     for point in found.points:
         if point.compiled is None:
-            table.add_row(str(point.goal), "not reached", "", "", "", point.reason)
+            table.add_row(str(point.goal), "not reached", "", "", "", escape(point.reason))
             continue
         report = point.compiled.report
         latency = report.latency

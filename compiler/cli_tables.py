@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .channel_budget import group_shares
 from .cost import program_cost
@@ -18,18 +19,29 @@ from .provenance import find_units
 from .regions import find_regions
 from .report import Report, unit_groups
 
+#: Columns of names, which are never shortened.
+NAMES = frozenset({"region", "path", "kind", "block", "group", "locked"})
+
+
+def show_line(line: str | Text, console: Console) -> None:
+    """One line as it is: not wrapped, so that a path can be copied and a log searched; nothing in it counts as
+    markup."""
+    console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+
 
 def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
     """The differences of two ONNX files: a row for each output, a line for each difference of the interface."""
-    table = Table("output", "max abs", "relative", "cosine", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for column in ("output", "max abs", "relative", "cosine"):
+        table.add_column(column, overflow="fold")
     for name, difference in found.outputs.items():
         cells = [f"{difference.absolute:.2e}", f"{difference.relative:.2e}", f"{difference.cosine:.6f}"]
         table.add_row(escape(name), *(cells if difference.same_structure else ["shape or dtype differ", "", ""]))
     console.print(table)
     for line in found.interface:
-        console.print(f"  {line}", markup=False, highlight=False)
+        show_line(f"  {line}", console)
     verdict = "the same" if found.same(tolerance) else "different"
-    console.print(f"{verdict} on {found.samples} samples (tolerance {tolerance:g} relative)", highlight=False)
+    show_line(f"{verdict} on {found.samples} samples (tolerance {tolerance:g} relative)", console)
 
 
 def describe(program: Program) -> dict[str, Any]:
@@ -70,12 +82,12 @@ def show_regions(found: dict[str, Any], out: Console) -> None:
         title=f"removable regions ({found['macs'] / 1e6:.1f} M MACs, {found['parameters'] / 1e6:.2f} M parameters)"
     )
     for column in ("region", "path", "kind", "block", "MACs", "share", "parameters"):
-        table.add_column(column, justify="left" if column in {"region", "path", "kind", "block"} else "right")
+        table.add_column(column, justify="left" if column in NAMES else "right", overflow="fold")
     for r in found["regions"]:
         mark = "yes" if r["block"] else ""
         table.add_row(
-            r["name"],
-            r["path"],
+            escape(r["name"]),
+            escape(r["path"]),
             r["kind"],
             mark,
             f"{r['macs'] / 1e6:.2f} M",
@@ -84,21 +96,23 @@ def show_regions(found: dict[str, Any], out: Console) -> None:
         )
     out.print(table)
     for reject in found["rejects"]:
-        out.print(f"left alone: {reject['node']}: {reject['reason']}", highlight=False)
+        show_line(f"left alone: {reject['node']}: {reject['reason']}", out)
 
 
 def show_groups(found: dict[str, Any], out: Console) -> None:
     """A table of the unit groups: what can be pruned, and why the others cannot."""
     table = Table(title="unit groups (channels that go together)")
     for column in ("group", "units", "channels a unit", "consumers", "MACs share", "locked"):
-        table.add_column(column, justify="left" if column in {"group", "locked"} else "right")
+        table.add_column(column, justify="left" if column in NAMES else "right", overflow="fold")
     for g in found["groups"]:
         widths = "/".join(map(str, g["widths"]))
         share = f"{g['macs_share']:.1%}"
-        table.add_row(g["group"], str(g["total"]), widths, str(len(g["consumers"])), share, g["locked"] or "")
+        table.add_row(
+            escape(g["group"]), str(g["total"]), widths, str(len(g["consumers"])), share, escape(g["locked"] or "")
+        )
     out.print(table)
     for target, nodes in found["unknown"].items():
-        out.print(f"not understood: {target} ({len(nodes)} times, first at {nodes[0]})", highlight=False)
+        show_line(f"not understood: {target} ({len(nodes)} times, first at {nodes[0]})", out)
 
 
 def show_report(report: Report, out: Console) -> None:
@@ -110,7 +124,7 @@ def show_report(report: Report, out: Console) -> None:
         table.add_row(*row)
     out.print(table)
     for decision in report.decisions:
-        out.print(_told(decision), highlight=False, markup=False)
+        show_line(_told(decision), out)
 
 
 def _told(decision: Mapping[str, Any]) -> str:

@@ -96,21 +96,21 @@ def accuracy(module: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> f
 
 def run_demo(
     goal: Goal, *, rewrites: Sequence[str] | None = None, seed: int, progress: bool, console: Console
-) -> Compiled:
-    """Train, compile, print the table, and return the result."""
+) -> tuple[Compiled, GoalError | None]:
+    """Train, compile, print the table; the result, and what was not reached where the goal is not met."""
     images, labels, test_images, test_labels = load_digits()
     console.print(f"training a residual network on {len(images)} handwritten digits ...")
     net = train_digits(images, labels, seed=seed)
     console.print(f"compiling it to {goal} from {CALIBRATION_SAMPLES} unlabelled images ...")
     brief = MimicSettings(iterations=120)
     samples = images[:CALIBRATION_SAMPLES]
+    missed: GoalError | None = None
     try:
         result = compile_model(net, samples, goal=goal, rewrites=rewrites, mimic=brief, seed=seed, progress=progress)
     except GoalError as unmet:
         if not isinstance(unmet.best, Compiled):
             raise
-        console.print(unmet.message, markup=False)
-        result = unmet.best
+        result, missed = unmet.best, unmet
     table = Table(title=f"foldcut demo: {goal}")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
@@ -124,5 +124,6 @@ def run_demo(
     for row in result.report.rows():
         table.add_row(*row)
     console.print(table)
-    console.print("done: " + ", ".join(map(str, result.plan.decisions)), highlight=False, markup=False)
-    return result
+    decisions = ", ".join(map(str, result.plan.decisions))
+    console.print(f"done: {decisions}", highlight=False, markup=False, soft_wrap=True)
+    return result, missed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .capture import Model
-from .errors import CaptureError, first_line
+from .errors import CaptureError, first_line, named_first_line
 
 
 def load_model(source: str, weights: Path | None) -> Model:
@@ -24,9 +24,10 @@ def load_model(source: str, weights: Path | None) -> Model:
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - what `python -m` would do: modules beside the user's working folder
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as cause:
+    except (Exception, SystemExit) as cause:  # the user's own code raises whatever it raises, scripts end themselves
         raise CaptureError(
-            f"cannot import {source}: {cause}", hint="give package.module:callable, importable from here"
+            f"cannot import {source}: {named_first_line(cause)}",
+            hint="give package.module:callable, importable from here",
         ) from cause
     try:
         model = factory if isinstance(factory, torch.nn.Module) else factory()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from .calibration_set import CalibrationSet
 from .errors import CaptureError
+from .finite import finite
 from .onnx_call import DTYPES
 from .onnx_file import read_onnx
 from .onnx_session import reference_session, run_reference
@@ -35,23 +36,18 @@ class Comparison:
         return max((d.relative for d in self.outputs.values()), default=0.0)
 
     def same(self, tolerance: float) -> bool:
-        """Whether the interface is the same and every output within `tolerance` of its largest entry."""
-        return not self.interface and all(d.same_structure and d.relative <= tolerance for d in self.outputs.values())
+        """Whether the interface is the same and every output within `tolerance` of its largest entry. Where no output
+        was compared, nothing is known to be the same."""
+        compared = self.outputs.values()
+        near = all(d.same_structure and d.relative <= tolerance for d in compared)
+        return not self.interface and bool(compared) and near
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON; a figure that is not finite is None."""
         return {
             "interface": list(self.interface),
             "samples": self.samples,
-            "outputs": {
-                name: {
-                    "absolute": d.absolute,
-                    "relative": d.relative,
-                    "cosine": d.cosine,
-                    "same_structure": d.same_structure,
-                }
-                for name, d in self.outputs.items()
-            },
+            "outputs": {name: finite(asdict(d)) for name, d in self.outputs.items()},
         }
 
 
@@ -59,19 +55,23 @@ def compare_onnx(
     before: str | Path, after: str | Path, samples: CalibrationSet, *, batch: int | None = None
 ) -> Comparison:
     """Run both files in ONNX Runtime on the same samples and compare outputs by name, and by position where the names
-    differ.
+    differ. Inputs likewise: where one file has other names than the samples, its inputs get the samples in their order,
+    as far as types and ranks allow.
 
-    `batch` samples go in at once (the file's own batch where it is fixed, else 32 by default); samples that do not fill
-    a fixed batch are left out. Differences are in float64: max |a - b|, that over max |a|, and the cosine.
+    `batch` samples go in at once (the files' own batch where one is fixed, else 32 by default); samples that do not
+    fill a fixed batch are left out. Differences are in float64: max |a - b|, that over max |a|, and the cosine.
 
-    Raises CaptureError for files or samples that do not fit.
+    Raises CaptureError for files or samples that do not fit, and for a batch below 1.
     """
+    if batch is not None and batch < 1:
+        raise CaptureError("batch starts at 1", actual=batch, hint="leave it out for the files' own batch, or 32")
     paths = [Path(p) for p in (before, after)]
     signatures = [OnnxSignature.of(read_onnx(path)) for path in paths]
     sessions = [reference_session(str(path)) for path in paths]
     size = _batch_size(signatures, batch)
     worst: dict[str, Difference] = {}
-    count = len(samples) // size * size if signatures[0].fixed_batch is not None else len(samples)
+    fixed = any(s.fixed_batch is not None for s in signatures)
+    count = len(samples) // size * size if fixed else len(samples)
     if count == 0:
         raise CaptureError(
             "there are fewer samples than the files' fixed batch", expected=f"at least {size}", actual=len(samples)
@@ -79,7 +79,8 @@ def compare_onnx(
     for start in range(0, count, size):
         piece = samples.take(slice(start, min(start + size, count)))
         first, second = (
-            _outputs(session, signature, piece) for session, signature in zip(sessions, signatures, strict=True)
+            _outputs(session, signature, other, piece)
+            for session, signature, other in zip(sessions, signatures, reversed(signatures), strict=True)
         )
         for name, a, b in _paired(signatures, first, second):
             worst[name] = _worse(worst.get(name), compare([a], [b]))
@@ -113,19 +114,38 @@ def _batch_size(signatures: Sequence[OnnxSignature], batch: int | None) -> int:
     return next(iter(fixed), batch or 32)
 
 
-def _outputs(session: Any, signature: OnnxSignature, piece: CalibrationSet) -> list[torch.Tensor]:
+def _outputs(session: Any, signature: OnnxSignature, other: OnnxSignature, piece: CalibrationSet) -> list[torch.Tensor]:
     args, kwargs = as_arguments(piece.batch(slice(None)))
     names = [v.name for v in signature.inputs]
-    given = [kwargs[n] for n in names if n in kwargs] if kwargs else list(args)
+    given = [kwargs[n] for n in _sources(signature, other, kwargs) if n in kwargs] if kwargs else list(args)
     if len(given) != len(names):
         raise CaptureError(
             "the samples do not have the file's inputs",
-            expected=", ".join(names),
+            expected=", ".join(map(_named, signature.inputs)),
             actual=", ".join(kwargs) if kwargs else f"{len(given)} inputs",
-            hint="an .npz with one array for each input, under the inputs' names",
+            hint="an .npz with one array for each input, under the inputs' names; where the files name them "
+            "differently, number, types and ranks of the inputs have to agree",
         )
     feeds = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
     return [torch.from_numpy(np.asarray(o, order="C")) for o in run_reference(session, feeds)]
+
+
+def _sources(signature: OnnxSignature, other: OnnxSignature, samples: Collection[str]) -> list[str]:
+    """Under which name the samples hold each input of a file: under its own, or under that of an input which only the
+    other file has. Of those the first stands for the first, where all may stand for each other."""
+    own = [v.name for v in signature.inputs]
+    unknown = [v for v in signature.inputs if v.name not in samples]
+    left = [v for v in other.inputs if v.name in samples and v.name not in own]
+    if len(unknown) != len(left) or not all(map(_interchangeable, unknown, left)):
+        return own
+    found = {a.name: b.name for a, b in zip(unknown, left, strict=True)}
+    return [found.get(name, name) for name in own]
+
+
+def _interchangeable(a: OnnxValue, b: OnnxValue) -> bool:
+    """Whether the same samples may go into both: one type, and one rank where both declare theirs."""
+    ranks = {len(v.shape) for v in (a, b) if v.shape is not None}
+    return a.element_type == b.element_type and len(ranks) <= 1
 
 
 def _paired(
@@ -156,9 +176,7 @@ def _interface(before: OnnxSignature, after: OnnxSignature) -> list[str]:
         if names[0] != names[1]:
             found.append(f"{kind}s: {', '.join(names[0])} became {', '.join(names[1])}")
             continue
-        found += [
-            f"{kind} {a.name}: {_text(a)} became {_text(b)}" for a, b in zip(left, right, strict=True) if _differs(a, b)
-        ]
+        found += [f"{kind} {_named(a)} became {_text(b)}" for a, b in zip(left, right, strict=True) if _differs(a, b)]
     if before.opset != after.opset:
         found.append(f"opset: {before.opset} became {after.opset}")
     if before.metadata != after.metadata:
@@ -168,6 +186,10 @@ def _interface(before: OnnxSignature, after: OnnxSignature) -> list[str]:
 
 def _differs(a: OnnxValue, b: OnnxValue) -> bool:
     return a.element_type != b.element_type or a.shape != b.shape
+
+
+def _named(value: OnnxValue) -> str:
+    return f"{value.name}: {_text(value)}"
 
 
 def _text(value: OnnxValue) -> str:

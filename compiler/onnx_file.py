@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,33 @@ def read_onnx(source: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
     Raises CaptureError: no such file, not an ONNX model, a model that `onnx.checker` refuses, an opset that is too old
     or too new, tensors whose data does not fit their shape, external data outside the folder.
     """
-    model, folder = _parse(source)
-    _check_opsets(model)
-    for tensor in tensors(model.graph):
-        _check_tensor(tensor, folder)
-    if folder is not None:
-        _load_external(model, folder)
-    _check_model(model)
-    return _inlined(model)
+    with _naming(source):
+        model, folder = _parse(source)
+        _check_opsets(model)
+        for tensor in tensors(model.graph):
+            _check_tensor(tensor, folder)
+        if folder is not None:
+            _load_external(model, folder)
+        _check_model(model)
+        return _inlined(model)
+
+
+@contextmanager
+def _naming(source: str | Path | bytes | onnx.ModelProto) -> Iterator[None]:
+    """Errors say which file they are about: there may be two."""
+    try:
+        yield
+    except CaptureError as error:
+        if not isinstance(source, (str, Path)) or str(source) in error.message:
+            raise
+        raise CaptureError(
+            f"{source}: {error.message}",
+            hint=error.hint,
+            node=error.node,
+            expected=error.expected,
+            actual=error.actual,
+            excerpt=error.excerpt,
+        ) from error
 
 
 def tensors(graph: onnx.GraphProto, depth: int = 0) -> Iterator[onnx.TensorProto]:
@@ -277,7 +297,8 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def input_count(source: str | Path | onnx.ModelProto) -> int:
     """How many inputs a model takes: graph inputs that no initializer fills. Raises CaptureError."""
-    model, _ = _parse(source)
+    with _naming(source):
+        model, _ = _parse(source)
     weights = {t.name for t in model.graph.initializer}
     return sum(value.name not in weights for value in model.graph.input)
 
@@ -287,7 +308,8 @@ def in_one_piece(source: str | Path | onnx.ModelProto) -> bytes | None:
     import onnx
 
     content = None if isinstance(source, onnx.ModelProto) else Path(source).read_bytes()
-    model, _ = _parse(source if content is None else content)
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(model.graph)):
-        return None
+    with _naming(source):
+        model, _ = _parse(source if content is None else content)
+        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(model.graph)):
+            return None
     return bytes(model.SerializeToString()) if content is None else content

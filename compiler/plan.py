@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -313,12 +313,14 @@ Decision = DropBlock | PruneChannels | FactorizeLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Decisions in the order of application, for the program with the given fingerprint."""
+    """Decisions in the order of application, for the program with the given fingerprint. `files` are the digests of the
+    networks that were saved with it, by file name; a plan is the same one without them."""
 
     decisions: tuple[Decision, ...]
     goal: Goal
     fingerprint: str
     predicted: Mapping[str, float]
+    files: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -327,6 +329,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "predicted": dict(self.predicted),
             "decisions": [d.to_dict() for d in self.decisions],
+            **({"files": dict(self.files)} if self.files else {}),
         }
 
     @classmethod
@@ -345,6 +348,7 @@ class Plan:
                 goal=goal_from_dict(data["goal"]),
                 fingerprint=str(data["fingerprint"]),
                 predicted=dict(data["predicted"]),
+                files={str(name): str(digest) for name, digest in data.get("files", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, GoalError) as cause:
             raise PlanError(f"not a plan: {cause!r}", hint="pass a plan.json written by foldcut") from cause
@@ -369,20 +373,28 @@ class Plan:
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:
-    if data["kind"] == PruneChannels.kind:
-        kept = tuple(int(i) for i in data["kept"])
-        return PruneChannels(group=str(data["group"]), kept=kept, total=int(data["total"]), error=data["error"])
-    if data["kind"] == FactorizeLayer.kind:
-        return FactorizeLayer(
-            layer=str(data["layer"]),
-            scheme=str(data["scheme"]),
-            ranks=tuple(int(r) for r in data["ranks"]),
-            full=tuple(int(r) for r in data["full"]),
-            path=data["path"],
-            error=data["error"],
-        )
-    if data["kind"] != DropBlock.kind:
+    if data["kind"] not in (DropBlock.kind, PruneChannels.kind, FactorizeLayer.kind):
         raise PlanError(f"unknown decision {data['kind']!r}", hint="the plan was written by a newer version of foldcut")
-    return DropBlock(
-        entry=data["entry"], exit=data["exit"], path=data["path"], error=data["error"], saving=data["saving"]
-    )
+    error = None if data["error"] is None else float(data["error"])
+    if data["kind"] == PruneChannels.kind:
+        (total,) = _whole([data["total"]], 1)
+        kept = _whole(data["kept"], 0, total)
+        if list(kept) != sorted(set(kept)):
+            raise ValueError(f"the units kept of {data['group']!r} do not ascend")
+        return PruneChannels(group=str(data["group"]), kept=kept, total=total, error=error)
+    if data["kind"] == FactorizeLayer.kind:
+        ranks, full = _whole(data["ranks"], 1), _whole(data["full"], 1)
+        if not isinstance(data["scheme"], str) or not data["scheme"]:
+            raise ValueError(f"{data['scheme']!r} is no scheme")
+        names = {key: str(data[key]) for key in ("layer", "scheme", "path")}
+        return FactorizeLayer(**names, ranks=ranks, full=full, error=error)
+    ends = {key: str(data[key]) for key in ("entry", "exit", "path")}
+    return DropBlock(**ends, error=error, saving=None if data["saving"] is None else float(data["saving"]))
+
+
+def _whole(numbers: Any, least: int, end: float = float("inf")) -> tuple[int, ...]:
+    """Whole numbers from `least` to below `end`, one at least. Raises TypeError and ValueError for anything else."""
+    bad = [n for n in numbers if type(n) is not int or not least <= n < end]
+    if bad or not numbers:
+        raise ValueError(f"{bad[:3]} where whole numbers from {least} to below {end} belong")
+    return tuple(numbers)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+#: Seconds that a log of a running compile says nothing.
+LONGEST_S = 30.0
 
 
 class Progress(Protocol):
@@ -40,7 +43,8 @@ class StageClock:
 
 @contextmanager
 def rich_progress() -> Iterator[Progress]:
-    """A progress bar per stage on stderr, with elapsed time and an estimate of what is left."""
+    """A progress bar per stage on stderr, with elapsed time and an estimate of what is left; where stderr is no
+    terminal, lines."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -51,6 +55,10 @@ def rich_progress() -> Iterator[Progress]:
     )
     from rich.progress import Progress as Bars
 
+    console = Console(stderr=True)
+    if not console.is_terminal and not console.is_jupyter:
+        yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        return
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -59,7 +67,7 @@ def rich_progress() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, Any] = {}
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=console) as bars:
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
@@ -67,3 +75,22 @@ def rich_progress() -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield update
+
+
+class PlainProgress:
+    """Progress for a log: a line when a stage is first heard of, and one where nothing has been said for `LONGEST_S`
+    seconds. Stages come again many times, so their ends are not told."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._seen: set[str] = set()
+        self._began = self._last = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if stage in self._seen and now - self._last < LONGEST_S:
+            return
+        far = f" {done}/{total}" if stage in self._seen else ""
+        self._seen.add(stage)
+        self._last = now
+        self._say(f"{now - self._began:6.0f} s  {stage}{far}")

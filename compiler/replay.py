@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..passes.drop_blocks import drop_blocks
-from ..passes.factorize import factorize_plain
+from ..passes.factorize import factorize_for_timing, factorize_plain
 from ..passes.mimic_settings import MimicSettings
 from ..passes.prune_channels import prune_channels
 from .analysis_store import AnalysisStore
@@ -32,7 +32,7 @@ from .plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
 from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
-from .saved import ONNX, PLAN, PT2
+from .saved import ONNX, PAGE, PT2, REPORT, check_file, digest, with_plan
 from .stored_passes import mimicked
 from .verify import output_error
 
@@ -63,15 +63,13 @@ class Replayed:
     def files(self) -> dict[str, bytes]:
         """The content of the output folder by file name."""
         exported = to_exported(self.program)
-        return {
-            ONNX: to_onnx(self.program, opset=self.opset, exported=exported),
-            PT2: to_pt2(exported),
-            PLAN: (json.dumps(self.plan.to_dict(), indent=2) + "\n").encode(),
-        }
+        onnx = to_onnx(self.program, opset=self.opset, exported=exported)
+        return with_plan(self.plan, {ONNX: onnx, PT2: to_pt2(exported)})
 
     def save(self, folder: str | Path) -> Path:
-        """Write model.onnx, model.pt2 and plan.json; all or none appear. Raises OutputError."""
-        write_folder(Path(folder), self.files)
+        """Write model.onnx, model.pt2 and plan.json; all or none appear. A report that was there of another network
+        goes. Raises OutputError."""
+        write_folder(Path(folder), self.files, without=(REPORT, PAGE))
         return Path(folder)
 
 
@@ -93,34 +91,62 @@ def apply(
 
     `plan` is a `Plan` or the path of a plan.json. With `weights` (the model.pt2 that was saved with the plan, or any
     network of that shape; without `calibration` the model.pt2 beside the plan) the result is the network of the first
-    time, and no data is needed. With `calibration` the layers are solved again, and mimicked unless `mimic` is False,
-    as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own. `example` is a batch of
-    inputs, for a module without calibration set. `cache` as in `compile`: what an interrupted call had solved is kept.
+    time, and no data is needed. With `calibration` alone the layers are solved again, and mimicked unless `mimic` is
+    False, as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own. With both the
+    weights are taken as they are, and the calibration set only says what the inputs look like, as `example`, a batch of
+    inputs, does for a module without one. `cache` as in `compile`: what an interrupted call had solved is kept.
 
     Raises PlanError when the plan was made for another network or other weights, when the weights do not fit, or when
-    there are neither weights nor data; CaptureError and CalibrationError.
+    there are neither weights nor data; OutputError when the model.pt2 beside the plan is not the one that was saved
+    with it; CaptureError and CalibrationError.
     """
     made = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
-        beside = Path(plan).with_name(PT2)
-        weights = beside if beside.is_file() else None
-    if (weights is None) == (calibration is None):
+        weights = _beside(Path(plan), made)
+    elif isinstance(weights, (str, Path)):
+        _warn_of_others(Path(weights), made)
+    if weights is None and calibration is None:
         raise PlanError(
             "a plan says what to cut, not the weights that are left",
-            hint=f"give a calibration set, or the {PT2} that was saved with the plan; not both",
+            hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
     samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(model))
     inputs = example if samples is None else samples.batch(slice(0, 2))
     teacher = fold_parameters(capture(model, inputs))
     made.check(teacher.fingerprint)
     opset = settings.opset if settings is not None else None
-    if samples is None:
-        assert weights is not None
+    if weights is not None:
         program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
         return Replayed(program=program, plan=made, output_errors={}, opset=opset)
+    assert samples is not None
+    _check_ranks(teacher, made.decisions)
     options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
     with kept_in(cache) as folder:
         return _solved(teacher, made, samples, options, progress, AnalysisStore(folder))
+
+
+def _check_ranks(teacher: Program, decisions: Sequence[Decision]) -> None:
+    """Raise RewriteError for a layer, a scheme or ranks that are not there, as without data: before anything is solved.
+    A plan may have been edited."""
+    ranks = [d for d in decisions if isinstance(d, FactorizeLayer)]
+    if ranks:
+        factorize_for_timing(_without_factors(teacher, decisions), ranks)
+
+
+def _beside(path: Path, plan: Plan) -> Path | None:
+    """The network that was saved with a plan, where it still lies beside it. Raises OutputError when what lies there
+    is that of another run."""
+    found = path.with_name(PT2)
+    if not found.is_file():
+        return None
+    check_file(plan, PT2, found.read_bytes())
+    return found
+
+
+def _warn_of_others(weights: Path, plan: Plan) -> None:
+    """Weights trained further since are welcome; those of another network of these shapes were hardly meant."""
+    if weights.is_file() and plan.files.get(PT2) not in (None, digest(weights.read_bytes())):
+        warnings.warn(f"{weights} is not the {PT2} that was saved with the plan: its weights are taken", stacklevel=3)
 
 
 def apply_plan(program: Program, plan: Plan) -> Program:
@@ -136,14 +162,20 @@ def decided(program: Program, decisions: Sequence[Decision]) -> Program:
     """Bypass regions, remove channels, factorise layers. The weights stay those of `program`, and factors are the best
     approximation of these: re-solve them with a calibration set, or load trained ones.
 
-    Raises PlanError when a decision is about what the program does not have.
+    Raises PlanError and RewriteError when a decision is about what the program does not have.
     """
+    program = _without_factors(program, decisions)
+    return factorize_plain(program, [d for d in decisions if isinstance(d, FactorizeLayer)])
+
+
+def _without_factors(program: Program, decisions: Sequence[Decision]) -> Program:
+    """The program with its regions bypassed and its channels removed."""
     program = drop_blocks(program, [d for d in decisions if isinstance(d, DropBlock)])
     cuts = [d for d in decisions if isinstance(d, PruneChannels)]
     if cuts:
         provenance = find_units(program)
         program = prune_channels(provenance, removed_units(provenance, cuts)).program
-    return factorize_plain(program, [d for d in decisions if isinstance(d, FactorizeLayer)])
+    return program
 
 
 def with_weights(program: Program, trained: Program) -> Program:

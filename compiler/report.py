@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .finite import finite
 from .plan import Decision, PruneChannels
 from .provenance import Provenance
 
@@ -13,6 +14,10 @@ from .provenance import Provenance
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything measured about one compile. `to_dict()` is report.json.
+
+    `model` is the name of the network's file or class and `fingerprint` what its plan knows it by; `made` when the
+    report was made (UTC), `versions` of what made it; `rewrites` those that were allowed, and `mimicked` whether the
+    result has been trained to mimic the original.
 
     `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
     and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
@@ -52,11 +57,23 @@ class Report:
     changes: Sequence[Mapping[str, Any]] = ()
     graph: Mapping[str, Any] = field(default_factory=dict)
     block_latency: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    fingerprint: str = ""
+    made: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    rewrites: Sequence[str] = ()
+    mimicked: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return {
+        """Plain data, ready for JSON; a figure that is not finite is None."""
+        data = {
             "version": 1,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "made": self.made,
+            "versions": dict(self.versions),
+            "rewrites": list(self.rewrites),
+            "mimicked": self.mimicked,
             "goal": dict(self.goal),
             "met": self.met,
             "backend": self.backend,
@@ -83,6 +100,7 @@ class Report:
             "seed": self.seed,
             "warnings": list(self.warnings),
         }
+        return {key: finite(value) for key, value in data.items()}
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(quantity, before, after, change) for a table."""

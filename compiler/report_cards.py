@@ -22,15 +22,42 @@ MOST_CARDS, MOST_VERTICES = 64, 24
 CHIP_W, CHIP_H, JOIN_H = 120.0, 28.0, 18.0
 GAP_X, GAP_Y, STUB, LANE = 10.0, 13.0, 14.0, 9.0
 _LETTER = 6.1  # width of a letter on a chip
+_BETWEEN = " ... "  # the nodes that a block without a path of its own is named by
 
 
 def block_cards(graph: Mapping[str, Any], times: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A card for each block, in order; of several blocks where there are very many."""
-    blocks = [dict(block) for block in graph["blocks"]]
+    blocks = labelled(graph["blocks"])
     for side in ("before_ms", "after_ms"):
         for block, ms in zip(blocks, times.get(side, ()), strict=False):
             block[side] = ms
     return [_card(run) for run in runs_of_blocks(blocks)]
+
+
+def labelled(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks with a `label`: their name without the path that all of them lie in."""
+    shared = shared_path(blocks)
+    ends = ([end.removeprefix(shared) for end in _ends(block)] for block in blocks)
+    return [{**block, "label": _BETWEEN.join(end)} for block, end in zip(blocks, ends, strict=True)]
+
+
+def shared_path(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """The path that all blocks with a path lie in, up to the separator behind it. No name is left empty by leaving it
+    out, or beginning with a mere number."""
+    ends = [end for block in blocks for end in _ends(block) if re.search("[./]", end)]
+    shared: list[str] = []
+    for atoms in zip(*(re.split("(?<=[./])", end)[:-1] for end in ends), strict=False):
+        if len(ends) < 2 or len(set(atoms)) > 1:
+            break
+        shared.append(atoms[0])
+    while shared and any(re.match(r"$|\d", end.removeprefix("".join(shared))) for end in ends):
+        shared.pop()
+    return "".join(shared) if any(map(_atoms, shared)) else ""
+
+
+def _ends(block: Mapping[str, Any]) -> list[str]:
+    """The name of a block, or the first and the last that it is made of (`common_path`)."""
+    return str(block["name"]).split(_BETWEEN)
 
 
 def runs_of_blocks(blocks: Sequence[dict[str, Any]], most: int = MOST_CARDS) -> list[list[dict[str, Any]]]:
@@ -44,6 +71,11 @@ def runs_of_blocks(blocks: Sequence[dict[str, Any]], most: int = MOST_CARDS) -> 
             return runs
     size = -(-len(blocks) // most)
     return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+def run_name(run: Sequence[Mapping[str, Any]], key: str = "name") -> str:
+    """The name of a block, or of the first and the last of several."""
+    return str(run[0][key]) if len(run) == 1 else f"{run[0][key]} \u2026 {run[-1][key]}"
 
 
 def _runs(blocks: Sequence[dict[str, Any]], keys: Sequence[tuple[str, ...]]) -> list[list[dict[str, Any]]]:
@@ -65,16 +97,18 @@ def _card(run: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first, layers = run[0], [layer for block in run for layer in block["layers"]]
     macs = {side: sum(block["macs"][side] for block in run) for side in ("before", "after")}
     changes = [layer["change"] for layer in layers]
-    name = str(first["name"]) if len(run) == 1 else f"{first['name']} \u2026 {run[-1]['name']}"
+    name, label = (run_name(run, key) for key in ("name", "label"))
     ms = {side: sum(b[side] for b in run) for side in ("before_ms", "after_ms") if all(side in b for b in run)}
     made = {
         "name": name,
+        "label": label,
         "state": _state(changes),
         "macs": macs,
         "share": macs["after"] / macs["before"] if macs["before"] else 1.0,
         "ms": ms,
         "tip": _block_tip(name, run, macs, ms),
         "summary": _summary(changes),
+        "several": len(run) > 1,
         "drawing": None,
     }
     if len(run) == 1 and layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from html import escape
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from .errors import first_line
-from .report_cards import block_cards, runs_of_blocks
+from .finite import finite
+from .report_cards import block_cards, labelled, run_name, runs_of_blocks, shared_path
 from .report_pareto import pareto_plot
 from .report_words import (
     ARROW,
@@ -27,8 +30,10 @@ from .report_words import (
     number,
     percent,
     plural,
+    rewrite_words,
     scaled,
     stage_words,
+    time_words,
     verdict,
 )
 
@@ -44,7 +49,8 @@ _REWRITES = {"drop_block": "drop_blocks", "prune_channels": "prune_channels", "f
 def report_page(report: Mapping[str, Any]) -> str:
     """The page of a report as plain data (`Report.to_dict`, or report.json). Everything is drawn as it stands there;
     scripts only show details next to the pointer."""
-    return _environment().get_template(TEMPLATE).render(_content(report))
+    # earlier versions wrote Infinity and NaN, which Python reads
+    return _environment().get_template(TEMPLATE).render(_content(finite(report)))
 
 
 def page_or_reason(report: Mapping[str, Any]) -> str:
@@ -71,9 +77,15 @@ def _environment() -> Environment:
         "percent": percent,
         "ms": milliseconds,
         "stage": stage_words,
+        "breakable": _breakable,
         "px": lambda value: f"{value:.1f}".removesuffix(".0"),
     }
     return made
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may break behind its separators before it breaks anywhere. Escaped here: the filter makes a tag."""
+    return Markup("<wbr>").join(re.split("(?<=[./_])", name))
 
 
 def _content(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,6 +93,8 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
     bars = _bars(graph, times)
     return {
         "report": report,
+        "model": report.get("model") or "Unnamed network",
+        "shared": shared_path(graph.get("blocks", ())).rstrip("./"),
         "goal": goal_words(report["goal"]),
         "verdict": verdict(report["latency"]),
         "backend": backend_words(str(report["backend"])),
@@ -121,7 +135,14 @@ def _ruler(report: Mapping[str, Any]) -> dict[str, Any]:
     latency, goal = report["latency"], goal_ratio(report)
     most = max(1.0, float(latency["high"]), goal or 0.0)
     share = {key: 100 * float(latency[key]) / most for key in ("ratio", "low", "high")}
-    return {**share, "one": 100 / most, "goal": None if goal is None else 100 * goal / most, "goal_ratio": goal}
+    one, place = 100 / most, None if goal is None else 100 * goal / most
+    sides = {"one_side": _side(one), "goal_side": _side(place or 0.0)}
+    return {**share, **sides, "one": one, "goal": place, "goal_ratio": goal}
+
+
+def _side(place: float) -> str:
+    """Where the label of a place on the ruler, in %, begins: one in the middle would stick out at an end."""
+    return "from-left" if place < 15 else "from-right" if place > 85 else "centred"
 
 
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -147,11 +168,20 @@ def _bars(graph: Mapping[str, Any], times: Mapping[str, Any]) -> list[dict[str, 
     blocks, before, after = graph.get("blocks", ()), times.get("before_ms", ()), times.get("after_ms", ())
     if not blocks or len(blocks) != len(before) or len(blocks) != len(after):
         return []
-    timed = [{"name": b["name"], "before": x, "after": y} for b, x, y in zip(blocks, before, after, strict=True)]
-    rows = []
+    timed = [
+        {"name": b["name"], "label": b["label"], "before": x, "after": y}
+        for b, x, y in zip(labelled(blocks), before, after, strict=True)
+    ]
+    rows: list[dict[str, Any]] = []
     for run in runs_of_blocks(timed, MOST_BARS):
-        name = run[0]["name"] if len(run) == 1 else f"{run[0]['name']} \u2026 {run[-1]['name']}"
-        rows.append({"name": name, **{side: sum(block[side] for block in run) for side in ("before", "after")}})
+        names = {key: run_name(run, key) for key in ("name", "label")}
+        rows.append(
+            {
+                **names,
+                "several": len(run) > 1,
+                **{side: sum(block[side] for block in run) for side in ("before", "after")},
+            }
+        )
     most = max(max(row["before"], row["after"]) for row in rows) or 1.0
     in_ms = most >= 0.1
     decimals = max(0, 2 - math.floor(math.log10(most if in_ms else 1000 * most)))
@@ -172,10 +202,10 @@ def _bars(graph: Mapping[str, Any], times: Mapping[str, Any]) -> list[dict[str, 
     return rows
 
 
-def _stages(errors: Mapping[str, float]) -> list[dict[str, Any]]:
-    most = max([e for e in errors.values() if e == e and e != float("inf")], default=0.0) or 1.0
+def _stages(errors: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    most = max([e for e in errors.values() if e is not None], default=0.0) or 1.0
     return [
-        {"stage": stage, "error": error, "share": min(100.0, 100 * error / most) if error == error else 100.0}
+        {"stage": stage, "error": error, "share": 100.0 if error is None else 100 * error / most}
         for stage, error in errors.items()
     ]
 
@@ -189,15 +219,15 @@ def _changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if kind not in made and not plans:
             continue
         words, colour = KINDS[kind]
-        change = made.get(kind, {"count": 0, "missing": ""})
+        change = made.get(kind, {"count": 0})
+        alone = number(change["error_alone"]) if "error_alone" in change else ""
         rows.append(
             {
                 "words": words,
                 "colour": colour,
                 "count": change["count"],
-                "error": change.get("error_alone"),
-                "missing": "not apart" if change.get("missing") else "",
-                "plan": min(plans, key=lambda t: t["error"], default=None),
+                "alone": "not apart" if change.get("missing") else alone,
+                "plan": min(plans, key=lambda t: math.inf if t["error"] is None else t["error"], default=None),
             }
         )
     return rows
@@ -222,5 +252,20 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         ("fingerprint", str(calibration["fingerprint"])),
         ("seed", str(report["seed"])),
     ]
-    machine = [(str(key).replace("_", " "), str(value)) for key, value in report["environment"].items()]
+    rows = {**_origin(report), **report["environment"]}
+    machine = [(str(key).replace("_", " "), str(value)) for key, value in rows.items()]
     return [("Measurement", measured), ("Calibration", data), ("Environment", machine)]
+
+
+def _origin(report: Mapping[str, Any]) -> dict[str, str]:
+    """Which network it was and what made the report of it, as far as the report says: earlier versions did not."""
+    if not report.get("model"):
+        return {}
+    return {
+        "network": report["model"],
+        "network fingerprint": report["fingerprint"],
+        "made": time_words(report["made"]),
+        "rewrites allowed": rewrite_words(report["rewrites"]),
+        "mimicked": "yes" if report["mimicked"] else "no",
+        **report["versions"],
+    }

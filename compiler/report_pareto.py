@@ -16,13 +16,13 @@ LINEAR_RANGE = 25.0
 
 def pareto_plot(report: Mapping[str, Any]) -> dict[str, Any]:
     """Axes, points and lines in the units of an SVG of `WIDTH` times `HEIGHT`."""
-    latency, error = report["latency"], float(report["output_error"])
-    tried = [t for t in report.get("tried", ()) if math.isfinite(t["error"]) and math.isfinite(t["ratio"])]
+    latency, error = report["latency"], report["output_error"]
+    tried = [t for t in report.get("tried", ()) if t["error"] is not None and t["ratio"] is not None]
     goal = goal_ratio(report)
     ratios = [1.0, latency["ratio"], latency["low"], latency["high"], *(t["ratio"] for t in tried)]
     ratios += [goal] if goal is not None else []
     x, x_ticks = _linear(min(ratios), max(ratios), LEFT, WIDTH - RIGHT, margin=0.08)
-    shown = error if math.isfinite(error) else 0.0
+    shown = 0.0 if error is None else float(error)
     y, y_ticks, broken = _errors([shown, *(t["error"] for t in tried)])
     result: dict[str, Any] = {
         "x": x(latency["ratio"]),
@@ -49,13 +49,19 @@ def pareto_plot(report: Mapping[str, Any]) -> dict[str, Any]:
         "x_ticks": x_ticks,
         "y_ticks": y_ticks,
         "broken": broken,
-        "goal": None if goal is None else {"x": x(goal), "text": f"goal {TIMES}{number(goal)}"},
+        "goal": None if goal is None else _goal(x(goal), f"goal {TIMES}{number(goal)}"),
         "points": [_point(t, x, y) for t in tried],
         "front": _front(tried, x, y),
         "original": {"x": x(1.0), "y": y(0.0), "tip": "Original\nlatency ratio 1, error 0"},
         "result": result,
         "chosen": next(({"x": x(t["ratio"]), "y": y(t["error"])} for t in tried if t["chosen"]), None),
     }
+
+
+def _goal(x: float, text: str) -> dict[str, Any]:
+    """The goal's line, its name on the side that has room for it."""
+    fits = x + 9 * len(text) < WIDTH
+    return {"x": x, "text": text, "dx": 6.0 if fits else -6.0, "anchor": "start" if fits else "end"}
 
 
 def _label(result: Mapping[str, Any], marks: Sequence[tuple[float, float]], goal: float | None) -> dict[str, Any]:

@@ -1,16 +1,22 @@
-"""The parts of a report that explain a result: the graph, latency per block, plans tried, errors by class of change.
+"""The parts of a report that explain a result: the graph, latency per block, plans tried, errors by class of change;
+and the words that say which network it is of and what made it.
 
 A compile never fails over its report: a part that cannot be made is left out, with the reason in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from .block_latency import block_latency
 from .calibration_set import CalibrationSet
+from .capture import Model
 from .errors import first_line
 from .pipeline import Outcome
 from .plan import DropBlock, FactorizeLayer, PruneChannels
@@ -19,6 +25,29 @@ from .report_graph import describe_graph
 from .verify import output_error
 
 Part = dict[str, Any]
+
+
+def report_origin(outcome: Outcome, model: Model, rewrites: Sequence[str]) -> dict[str, Any]:
+    """`model`, `fingerprint`, `made`, `versions`, `rewrites` and `mimicked` of a report; `rewrites` are those that the
+    compile could use."""
+    from .. import __version__  # the package imports this module before it has a version
+
+    return {
+        "model": model_name(model),
+        "fingerprint": outcome.plan.fingerprint,
+        "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "versions": {"foldcut": __version__, "torch": str(torch.__version__)},
+        "rewrites": list(rewrites),
+        "mimicked": "mimicked" in outcome.output_errors,
+    }
+
+
+def model_name(model: Model) -> str:
+    """The name of a model's file, or of its class."""
+    if not isinstance(model, (str, Path)):
+        return type(model).__name__
+    # a file's name may hold bytes that are no text, which nobody could write into a page
+    return Path(model).name.encode(errors="replace").decode()
 
 
 def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:

@@ -36,11 +36,14 @@ _STAGES = {
     "polished": "solved once more",
     "mimicked": "mimicked",
 }
+#: What a rewrite that was allowed does.
+_ALLOWED = {"drop_blocks": "drop blocks", "prune_channels": "prune channels", "factorize": "factorise layers"}
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits, without exponent where it has few zeros."""
-    if not math.isfinite(value):
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, without exponent where it has few zeros. None is what report.json has for
+    one that is not finite."""
+    if value is None or not math.isfinite(value):
         return "not finite"
     if value == 0:
         return "0"
@@ -117,6 +120,16 @@ def clock_words(clock: str) -> str:
 def stage_words(stage: str) -> str:
     """What has been done to the network when an error was taken."""
     return _STAGES.get(stage, stage)
+
+
+def rewrite_words(rewrites: Sequence[str]) -> str:
+    """The rewrites that were allowed."""
+    return ", ".join(_ALLOWED.get(rewrite, rewrite) for rewrite in rewrites)
+
+
+def time_words(made: str) -> str:
+    """``2026-01-31 12:00:00 UTC`` of ``2026-01-31T12:00:00Z``."""
+    return made.replace("T", " ").replace("Z", " UTC")
 
 
 def verdict(latency: Mapping[str, Any]) -> str:

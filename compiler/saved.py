@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import fx
 
 from .capture import capture
 from .errors import OutputError
+from .finite import json_file, json_text
 from .plan import Plan
 from .program import Program
 
@@ -20,10 +22,32 @@ from .program import Program
 ONNX, PT2, PLAN, REPORT, PAGE = "model.onnx", "model.pt2", "plan.json", "report.json", "report.html"
 
 
+def digest(content: bytes) -> str:
+    """What a file is known again by."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def with_plan(plan: Plan, networks: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a network with its plan.json, which holds their digests: so that one of another run, or of a save
+    that was cut off, is not taken for one of them."""
+    sealed = replace(plan, files={name: digest(content) for name, content in networks.items()})
+    return {**networks, PLAN: json_file(sealed.to_dict())}
+
+
+def check_file(plan: Plan, name: str, content: bytes) -> None:
+    """Raise OutputError unless the file is the one that was saved with the plan. One that the plan does not know, as
+    those of earlier versions do not, passes."""
+    if plan.files.get(name, found := digest(content)) != found:
+        raise OutputError(
+            f"{name} is not the one that {PLAN} was saved with",
+            hint="copy the whole folder again, or compile again: a save was cut off, or files of two runs were mixed",
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Saved:
     """A compiled network from its folder: `.module` and `.program` (read from model.pt2 when first asked for), `.onnx`
-    (bytes), `.plan`, and `.report` as plain data."""
+    (bytes), `.plan`, and `.report` as plain data (empty for what `foldcut apply` wrote)."""
 
     folder: Path
     plan: Plan
@@ -42,25 +66,34 @@ class Saved:
 
 
 def load(folder: str | Path) -> Saved:
-    """Read what `Compiled.save` (or `foldcut compile`) wrote. The network has its weights in it: no calibration set is
-    needed to run it.
+    """Read what `Compiled.save`, `foldcut compile` or `foldcut apply` wrote. The network has its weights in it: no
+    calibration set is needed to run it.
 
-    Raises OutputError when the folder or one of its files is missing or unreadable, PlanError for a plan of another
-    version.
+    Raises OutputError when the folder or one of its files is missing, unreadable or of another run, PlanError for a
+    plan of another version.
     """
     path = Path(folder)
-    missing = [name for name in (ONNX, PT2, PLAN, REPORT) if not (path / name).is_file()]
+    missing = [name for name in (ONNX, PT2, PLAN) if not (path / name).is_file()]
     if missing:
         raise OutputError(
             f"{path} is not a compiled network: it has no {', no '.join(missing)}",
-            hint="give the folder that Compiled.save or `foldcut compile -o` wrote",
+            hint="give the folder that Compiled.save, `foldcut compile -o` or `foldcut apply -o` wrote",
         )
     plan = Plan.load(path / PLAN)
     try:
-        report = json.loads((path / REPORT).read_text())
-        onnx = (path / ONNX).read_bytes()
+        report = json.loads((path / REPORT).read_text()) if (path / REPORT).is_file() else {}
+        onnx, pt2 = ((path / name).read_bytes() for name in (ONNX, PT2))
     except (OSError, ValueError) as cause:
         raise OutputError(f"cannot read {path}: {cause}", hint="compile again, or copy the folder again") from cause
+    check_file(plan, ONNX, onnx)
+    check_file(plan, PT2, pt2)
+    _check_report(path, plan, report)
+    return Saved(folder=path, plan=plan, report=report, onnx=onnx)
+
+
+def _check_report(path: Path, plan: Plan, report: Any) -> None:
     if not isinstance(report, dict):
         raise OutputError(f"{path / REPORT} is not a report", hint="compile again, or copy the folder again")
-    return Saved(folder=path, plan=plan, report=report, onnx=onnx)
+    # through JSON: tuples come back from it as lists
+    if report and report.get("decisions") != json.loads(json_text([d.to_dict() for d in plan.decisions])):
+        raise OutputError(f"{path / REPORT} tells of another plan", hint="compile again, or copy the folder again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model
 from .errors import GoalError
+from .finite import json_file
 from .model_inputs import needed_inputs
 from .pipeline_settings import PipelineSettings
 from .plan import Goal, Latency
@@ -94,7 +94,7 @@ class Sweep:
 
     def save_index(self, folder: str | Path) -> Path:
         """Write sweep.json alone, where the points are there already. Raises OutputError."""
-        write_folder(Path(folder), {SWEEP: (json.dumps(self.to_dict(), indent=2) + "\n").encode()})
+        write_folder(Path(folder), {SWEEP: json_file(self.to_dict())})
         return Path(folder)
 
 
@@ -119,12 +119,14 @@ def sweep(
 
     The other arguments are those of `foldcut.compile`; `cache` False keeps the analyses for the time of the sweep.
     A goal that cannot be met is a point with `met` False and the best there is. `each` is called with every point as
-    it is there. Raises GoalError when `goals` is empty or names one twice, else what `compile` raises.
+    it is there. Raises GoalError when `goals` is empty or names one twice, and what was wrong with the first goal when
+    nothing could be done towards any: then it was hardly the goal that was wrong. Else what `compile` raises.
     """
     _check_goals(goals)
     for goal in goals:
-        check_arguments(goal, rewrites, batch, threads)
-    points = []
+        check_arguments(goal, rewrites, batch, threads, seed)
+    points: list[SweepPoint] = []
+    refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
     with kept_in(cache) as place:
         for goal in goals:
@@ -141,19 +143,22 @@ def sweep(
                 "settings": settings,
                 "cache": place,
             }
-            points.append(_point(model, samples, goal, options))
+            try:
+                points.append(SweepPoint(goal=goal, compiled=compile_model(model, samples, **options), met=True))
+            except GoalError as unmet:
+                points.append(_unmet(goal, unmet))
+                refused += [unmet] if points[-1].compiled is None else []
             if each is not None:
                 each(points[-1])
+    if len(refused) == len(points):
+        raise refused[0]
     return Sweep(points=tuple(points))
 
 
-def _point(model: Model, samples: CalibrationSet, goal: Goal, options: dict[str, Any]) -> SweepPoint:
-    try:
-        return SweepPoint(goal=goal, compiled=compile_model(model, samples, **options), met=True)
-    except GoalError as unmet:
-        best = unmet.best if isinstance(unmet.best, Compiled) else None
-        reason = f"{unmet.message} ({unmet.hint})" if unmet.hint and best is None else unmet.message
-        return SweepPoint(goal=goal, compiled=best, met=False, reason=reason)
+def _unmet(goal: Goal, unmet: GoalError) -> SweepPoint:
+    best = unmet.best if isinstance(unmet.best, Compiled) else None
+    reason = f"{unmet.message} ({unmet.hint})" if unmet.hint and best is None else unmet.message
+    return SweepPoint(goal=goal, compiled=best, met=False, reason=reason)
 
 
 def _check_goals(goals: Sequence[Goal]) -> None:

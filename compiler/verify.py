@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Difference:
     """How far apart two sets of outputs are, the worst output first.
 
-    `absolute` is max |a - b|, `relative` that over max |a| of the same output (absolute where a is all zero),
-    `cosine` the least cosine between flattened outputs. `same_structure` is False when number, shapes or
-    dtypes of the outputs differ; the figures are then infinite.
+    `absolute` is max |a - b|, `relative` that over max |a| of the same output's finite entries (absolute where these
+    are all zero), `cosine` the least cosine between the finite entries of flattened outputs. `same_structure` is False
+    when number, shapes or dtypes of the outputs differ; the figures are then infinite.
     """
 
     absolute: float
@@ -53,9 +53,9 @@ def compare(reference: Any, other: Any) -> Difference:
         x, y = a.detach().double().flatten(), b.detach().double().flatten()
         worst = _worst(x, y)
         absolute = max(absolute, worst)
-        scale = float(x.abs().max())
-        relative = max(relative, worst / scale if scale > 0 else worst)
-        cosine = min(cosine, _cosine(x, y))
+        relative = max(relative, worst / (_largest(x) or 1.0))
+        told = x.isfinite() & y.isfinite()  # infinities, of masked logits say, have no direction
+        cosine = min(cosine, _cosine(x[told], y[told]))
     return Difference(absolute=absolute, relative=relative, cosine=cosine)
 
 
@@ -115,6 +115,11 @@ def _worst(x: torch.Tensor, y: torch.Tensor) -> float:
     same = (x == y) | (x.isnan() & y.isnan())
     worst = torch.where(same, torch.zeros_like(x), (x - y).abs())
     return float("inf") if bool(worst.isnan().any()) else float(worst.max())
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest finite absolute value; 0 where there is none."""
+    return float(torch.where(x.isfinite(), x.abs(), torch.zeros_like(x)).max())
 
 
 def _cosine(x: torch.Tensor, y: torch.Tensor) -> float:

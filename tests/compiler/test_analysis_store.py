@@ -188,6 +188,15 @@ def test_what_was_not_used_for_longest_goes(tmp_path: Path) -> None:
     assert [put("a"), put("e"), put("b")] == [0, 0, 1]
 
 
+def test_small_entries_are_bounded_as_well(tmp_path: Path) -> None:
+    most = 2_000_000
+    for number in range(60):
+        if number % 20 == 0:
+            store = AnalysisStore(tmp_path, most_bytes=most)
+        store.result("small", [number], lambda: (None, {"x": torch.zeros(25_000)}))
+    assert sum(path.stat().st_size for path in entries(tmp_path)) <= most + (1 << 20) + 200_000
+
+
 def test_what_is_larger_than_all_that_may_be_kept_is_not(tmp_path: Path) -> None:
     store = AnalysisStore(tmp_path, most_bytes=1000)
     store.result("x", [], Counter((None, {"t": torch.zeros(1000)})))

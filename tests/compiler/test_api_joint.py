@@ -1,6 +1,7 @@
 """All rewrites under one latency goal, end to end."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +14,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from foldcut.compiler import joint_pipeline
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.channel_budget import ChannelLimits
 from foldcut.compiler.channel_pipeline import ChannelSettings
+from foldcut.compiler.errors import CalibrationError, RewriteError
 from foldcut.compiler.joint_rewrite import JointSettings, apply_mix, mix_shape
 from foldcut.compiler.plan import FactorizeLayer, PruneChannels
 from foldcut.compiler.program import Program
-from foldcut.compiler.proposals import Item, Mix, Proposal
+from foldcut.compiler.proposals import Item, Mix, Proposal, excluded_pairs
 from foldcut.compiler.regions import find_regions
 from foldcut.compiler.verify import relative_error
 from foldcut.passes.recoverability import RecoverabilitySettings
@@ -96,6 +99,63 @@ def test_a_group_that_goes_with_a_dropped_region(nets: SimpleNamespace) -> None:
     applied = apply_mix(program, mix, CalibrationSet.of(nets.images(24)), JOINT)
     assert [d.kind for d in applied.decisions] == [foldcut.DropBlock.kind]
     assert applied.program.parameter_count() == mix_shape(program, mix).parameter_count()
+
+
+def test_a_group_that_narrows_the_layer_behind_a_dropped_region(nets: SimpleNamespace) -> None:
+    """Where the layer between them is dropped, a group is read by a layer that is factorised: no rank is above what is
+    left of it, in what is timed, what is made, and what the plan says."""
+    widths = ((8, 12), (12, 12), (12, 16))
+    layers = [part for a, b in widths for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    program = foldcut.capture(nets.seeded(lambda: nets.image_net(*layers, channels=16)), nets.images())
+    (region,) = find_regions(program).blocks
+    samples = CalibrationSet.of(nets.images(24))
+    candidate = RankAnalysis(program, samples, settings=JOINT.ranks).candidates
+    drop = one("drop_blocks", region.name, foldcut.DropBlock(entry=region.entry, exit=region.exit, path=region.path))
+    group = next(g for g in foldcut.find_units(program).prunable if len(g) == 12 and g.name != "3")
+    last = list(candidate)[-1]
+    analysis = RankAnalysis(program, samples, settings=JOINT.ranks)
+    for option in candidate[last].every:
+        ranks = one("factorize", last, analysis.decision(last, option))
+        mix = drop | one("prune_channels", group.name, 4) | ranks
+        assert not excluded_pairs(list(mix))
+        assert mix_shape(program, mix).parameter_count()
+    applied = apply_mix(program, mix, samples, JOINT)
+    assert [d.kind for d in applied.decisions] == [KINDS[k] for k in ("drop", "prune", "rank")]
+    assert applied.program.parameter_count() == mix_shape(program, mix).parameter_count()
+
+
+@pytest.mark.parametrize(
+    ("seed", "failure"),  # no trial is known from another case
+    enumerate([CalibrationError("values are not finite"), RewriteError("does not go"), float("nan"), float("inf")], 1),
+)
+def test_a_plan_that_fails_is_left_out(
+    seed: int,
+    failure: Any,
+    nets: SimpleNamespace,
+    work_backend: Any,
+    few_options: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first plan comes to nothing; the best of the others stands."""
+    real, tried = joint_pipeline.output_error, 0
+
+    def error(teacher: Program, student: Program, samples: CalibrationSet) -> float:
+        nonlocal tried
+        tried += 1
+        if tried > 1:
+            return real(teacher, student, samples)
+        if isinstance(failure, Exception):
+            raise failure
+        return float(failure)
+
+    monkeypatch.setattr(joint_pipeline, "output_error", error)
+    net = nets.seeded(lambda: nets.ResNet(3, 8), seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = run(net, nets.images(48), work_backend, 0.8, *ALL)
+    assert tried > 1
+    assert made.report.met
+    assert np.isfinite(made.report.output_error)
 
 
 @pytest.fixture(scope="module")

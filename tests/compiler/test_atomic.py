@@ -100,6 +100,25 @@ def test_an_existing_folder_keeps_its_old_files_when_one_cannot_be_replaced(tmp_
     assert everything(tmp_path) == before
 
 
+def test_files_that_have_had_their_day_go(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("old.json", "other.txt"):
+        (out / name).write_bytes(b"old")
+    write_folder(out, FILES, without=("old.json", "never.json"))
+    assert sorted(p.name for p in out.iterdir()) == sorted([*FILES, "other.txt"])
+
+
+def test_files_that_would_go_stay_on_a_failure(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "b.bin").mkdir(parents=True)
+    (out / "old.json").write_bytes(b"old")
+    before = everything(tmp_path)
+    with pytest.raises(OutputError):
+        write_folder(out, FILES, without=("old.json",))
+    assert everything(tmp_path) == before
+
+
 @pytest.mark.parametrize("below", ["", "out", "deep/er/out"])
 def test_a_file_in_the_way_is_refused(tmp_path: Path, below: str) -> None:
     blocker = tmp_path / "file"

@@ -274,7 +274,7 @@ def test_images_that_cannot_be_used(pictures: Path, tmp_path: Path) -> None:
     Image.new("RGB", (3, 3)).save(pictures / "other.png")
     with pytest.raises(CalibrationError, match="differ in size") as caught:
         read_calibration(pictures)
-    assert "--size" in str(caught.value.hint)
+    assert "--size H,W (size=(h, w))" in str(caught.value.hint)
     (pictures / "other.png").write_bytes(b"broken")
     with pytest.raises(CalibrationError, match=r"cannot read image .*other\.png"):
         read_calibration(pictures)
@@ -347,3 +347,60 @@ def test_a_key_that_is_missing(tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="b") as caught:
             read_calibration(tmp_path / name, key="b")
         assert name in caught.value.message
+        assert caught.value.expected == "one of a"
+        assert "--key" in str(caught.value.hint)
+    torch.save(torch.zeros(2, 2), tmp_path / "bare.pt")
+    with pytest.raises(CalibrationError, match=r"bare\.pt has no entries to choose 'b' from") as caught:
+        read_calibration(tmp_path / "bare.pt", key="b")
+    assert caught.value.actual == "a Tensor"
+
+
+@pytest.mark.parametrize("name", ["data.npy", "data.npz", "data.pt"])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"size": (4, 4)}, "size"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean"),
+        ({"mean": (0, 0, 0), "std": (1, 1, 1)}, "mean and std"),
+    ],
+    ids=str,
+)
+def test_options_of_images_are_refused_for_arrays(
+    tmp_path: Path, name: str, options: dict[str, Any], named: str
+) -> None:
+    """Left aside in silence they would look as if they had been heeded."""
+    np.save(tmp_path / "data.npy", np.zeros((2, 3, 4, 4)))
+    np.savez(tmp_path / "data.npz", a=np.zeros((2, 3, 4, 4)))
+    torch.save(torch.zeros(2, 3, 4, 4), tmp_path / "data.pt")
+    with pytest.raises(CalibrationError, match=f"{named}: for folders of images only, and {name} is none") as caught:
+        read_calibration(tmp_path / name, **options)
+    assert f"leave {named} out" in str(caught.value.hint)
+
+
+def test_a_key_is_refused_where_there_is_but_one_array(pictures: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.zeros((2, 2)))
+    for path in (tmp_path / "data.npy", pictures):
+        with pytest.raises(CalibrationError, match=r"key names an array of an \.npz") as caught:
+            read_calibration(path, key="a")
+        assert "leave key" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit starts at 1"),
+        ({"limit": -5}, "limit starts at 1"),
+        ({"size": (0, 0)}, "size is the height and the width"),
+        ({"size": (4, -1)}, "size is the height and the width"),
+        ({"size": (4,)}, "size is the height and the width"),
+        ({"mean": (0.5,)}, "mean is three numbers"),
+        ({"std": (1, 1, 1, 1)}, "std is three numbers"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(pictures: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    np.save(tmp_path / "data.npy", np.zeros((9, 2)))
+    for path in (pictures, tmp_path / "data.npy"):
+        with pytest.raises(CalibrationError, match=message) as caught:
+            read_calibration(path, **options)
+        assert caught.value.actual is not None

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler import cli
+from foldcut.compiler import cli, demo, progress
 from foldcut.compiler.capture import capture
 from foldcut.compiler.export import to_exported, to_onnx, to_pt2
+from foldcut.compiler.plan import Blocks
+from PIL import Image
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -63,6 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with a module that builds a network, samples, weights, a .pt2 and an ONNX file."""
     path = tmp_path_factory.mktemp("work")
     (path / "foldcut_cli_net.py").write_text(SOURCE)
+    (path / "foldcut_cli_typo.py").write_text("def build(:\n")
+    (path / "foldcut_cli_raises.py").write_text("import os\nPATH = os.environ['CHECKPOINT']\n")
+    (path / "foldcut_cli_script.py").write_text("import sys\nsys.exit('give a file')\n")
     np.save(path / "samples.npy", np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -236,12 +241,23 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
         ((*COMPILE, "--ranks", "0.5", "--rewrites", "drop_blocks"), ("reached by factorize", "hint")),
         ((*COMPILE, "--keep", "0.5", "--rewrites", "drop_blocks"), ("reached by prune_channels", "hint")),
         ((*COMPILE, "--keep", "0.5", "--rewrites", "magic"), ("unknown rewrites",)),
-        ((*COMPILE, "--keep", "0.5", "--multiple-of", "0"), ("multiple_of starts at 1",)),
+        ((*COMPILE, "--keep", "0.5", "--multiple-of", "0"), ("--multiple-of starts at 1", "or lattice, not 0")),
+        ((*COMPILE, "--macs", "0.5", "--multiple-of", "-8"), ("--multiple-of starts at 1", "or lattice, not -8")),
         ((*COMPILE, "--keep", "0.5", "--multiple-of", "some"), ("'some' is no number", "lattice")),
         ((*COMPILE, "--keep", "0.5", "--ignore", "x.*"), ("no unit group matches 'x.*'", "hint")),
         ((*COMPILE, "--blocks", "1", "--backend", "abacus"), ("no backend named 'abacus'", "onnxruntime", "hint")),
         ((*COMPILE, "--blocks", "1", "--batch", "0"), ("batch and threads start at 1",)),
         ((*COMPILE, "--blocks", "1", "--size", "large"), ("--size 'large' is not a size",)),
+        ((*COMPILE, "--blocks", "1", "--size", "0,0"), ("--size '0,0' is not a size", "from 1 on such as 224,224")),
+        ((*COMPILE, "--blocks", "1", "--size=-4,4"), ("--size '-4,4' is not a size",)),
+        ((*COMPILE, "--blocks", "1", "--size", "2,2"), ("size: for folders of images only, and samples.npy is none",)),
+        ((*COMPILE, "--blocks", "1", "--mean", "0,0,0"), ("mean: for folders of images only", "leave mean out")),
+        ((*COMPILE, "--blocks", "1", "--std", "1,1,1"), ("std: for folders of images only", "leave std out")),
+        ((*COMPILE, "--blocks", "1", "--key", "x"), ("key names an array", "samples.npy has none", "(--key)")),
+        (
+            (*COMPILE[:3], "weights.pt", *COMPILE[4:], "--blocks", "1", "--key", "x"),
+            ("no entry 'x'", "one of 0.weight,"),
+        ),
         ((*COMPILE, "--blocks", "1", "--mean", "0.5"), ("not one number per channel",)),
         ((*COMPILE, "--blocks", "1", "--weights", "net.pt2"), ("cannot load net.pt2", "state_dict")),
         ((*COMPILE[:3], "missing.npy", *COMPILE[4:], "--blocks", "1"), ("no such file or folder: missing.npy",)),
@@ -249,6 +265,12 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
         (("compile", "missing.pt2", *COMPILE[2:], "--blocks", "1"), ("no such file: missing.pt2", "hint")),
         (("compile", "nowhere:build", *COMPILE[2:], "--blocks", "1"), ("cannot import nowhere:build", "hint")),
         (("compile", "foldcut_cli_net:nothing", *COMPILE[2:], "--blocks", "1"), ("cannot import",)),
+        (
+            ("compile", "foldcut_cli_typo:build", *COMPILE[2:], "--blocks", "1"),
+            ("SyntaxError: ", "foldcut_cli_typo.py"),
+        ),
+        (("compile", "foldcut_cli_raises:build", *COMPILE[2:], "--blocks", "1"), ("KeyError: 'CHECKPOINT'", "hint")),
+        (("compile", "foldcut_cli_script:build", *COMPILE[2:], "--blocks", "1"), ("SystemExit: give a file", "hint")),
         (("compile", "foldcut_cli_net:broken", *COMPILE[2:], "--blocks", "1"), ("no such checkpoint",)),
         (("compile", "foldcut_cli_net:needs_arguments", *COMPILE[2:], "--blocks", "1"), ("needs_arguments",)),
         (("compile", "foldcut_cli_net:number", *COMPILE[2:], "--blocks", "1"), ("foldcut_cli_net:number",)),
@@ -290,8 +312,11 @@ def test_an_interrupt_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "compile_model", interrupt)
-    failed(run(*COMPILE[:-1], tmp_path / "out", "--blocks", 1), "interrupted", code=130)
+    ended = run(*COMPILE[:-1], tmp_path / "out", "--blocks", 1)
+    failed(ended, "interrupted; nothing was written; what is done is kept, and the same command goes on", code=130)
     assert not list(tmp_path.iterdir())
+    fresh = run(*COMPILE[:-1], tmp_path / "out", "--blocks", 1, "--fresh")
+    assert fresh.exit_code == 130 and fresh.stderr == "interrupted; nothing was written\n"
 
 
 def test_options_reach_the_compiler(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +346,14 @@ def test_bad_input_to_inspect(folder: Path) -> None:
     failed(run("inspect", "foldcut_cli_net:build", "--input-shape", "big"), "'big' is not a shape")
     failed(run("inspect", "foldcut_cli_net:build", "--input-shape", "5"), "does not run on the example batch")
     failed(run("inspect", "samples.npy"), "cannot read samples.npy as a network")
+    for shape in ("0,4", "-4", "4,", ""):
+        failed(run("inspect", "foldcut_cli_net:build", f"--input-shape={shape}"), f"'{shape}' is not a shape")
+    both = ("--input-shape", "5", "--calib", "samples.npy")
+    failed(run("inspect", "foldcut_cli_net:build", *both), "--input-shape is not the shape of the calibration samples")
+    for option, value in (("--size", "2,2"), ("--mean", "0,0,0"), ("--std", "1,1,1"), ("--key", "x")):
+        failed(
+            run("inspect", "net.pt2", option, value), f"{option}: there are no samples to read", f"leave {option} out"
+        )
 
 
 def test_bad_input_to_measure(folder: Path, tmp_path: Path) -> None:
@@ -337,6 +370,158 @@ def test_wrong_usage_ends_with_2(folder: Path) -> None:
     assert run("compile", "net.pt2").exit_code == 2
     assert run("paint").exit_code == 2
     assert run("compile", "net.pt2", "--blocks", "many").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *((*COMPILE, "--blocks", "1", *wrong) for wrong in (("--seed", "-1"), ("--limit", "-5"), ("--limit", "0"))),
+        *(("sweep", *COMPILE[1:], "--macs", "0.5", *wrong) for wrong in (("--seed", "-1"), ("--limit", "0"))),
+        *(("apply", "plan.json", "net.pt2", "-o", "OUT", *wrong) for wrong in (("--seed", "-1"), ("--limit", "0"))),
+        *(
+            ("verify", "net.onnx", "net.onnx", option, value)
+            for option in ("--batch", "--limit")
+            for value in ("0", "-1")
+        ),
+        ("verify", "net.onnx", "net.onnx", "--seed", "-1"),
+        ("verify", "net.onnx", "net.onnx", "--tolerance", "-1"),
+        ("measure", "net.onnx", "net.onnx", "--seed", "-1"),
+        ("demo", "-o", "OUT", "--seed", "-1"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_wrong_usage(folder: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    ended = run(*[str(tmp_path / "out") if a == "OUT" else a for a in arguments])
+    failed(ended, f"Invalid value for '{arguments[-2]}'", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> Path:
+    """Images of two sizes, and a network for images as a file."""
+    path = folder / "pictures"
+    path.mkdir()
+    for index in range(6):
+        Image.new("RGB", (4 + index, 6), (index * 40, 0, 255)).save(path / f"{index}.png")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    (folder / "conv.onnx").write_bytes(to_onnx(capture(net.eval(), torch.zeros(2, 3, 5, 5))))
+    return path
+
+
+def test_inspect_and_verify_read_samples_as_compile_does(folder: Path, pictures: Path) -> None:
+    np.savez("many.npz", x=np.zeros((8, 4), np.float32), y=np.zeros((8, 5), np.float32))
+    found = json.loads(run("inspect", "foldcut_cli_net:build", "--calib", "many.npz", "--key", "x", "--json").stdout)
+    assert found["fingerprint"] == json.loads(run("inspect", "net.pt2", "--json").stdout)["fingerprint"]
+    failed(run("inspect", "foldcut_cli_net:build", "--calib", "many.npz", "--key", "z"), "one of x, y")
+    failed(run("inspect", "foldcut_cli_net:build", "--calib", pictures), "differ in size", "give --size H,W")
+    unfit = run("inspect", "foldcut_cli_net:build", "--calib", pictures, "--size", "4,5")
+    failed(unfit, "does not run on the example batch")
+    options = ("--inputs", pictures, "--size", "5,5", "--mean", "0.5,0,0", "--std", "0.5,1,1", "--limit", 3)
+    same = run("verify", "conv.onnx", "conv.onnx", *options, "--batch", 2)
+    assert same.exit_code == 0 and "the same on 3 samples" in same.output
+    failed(run("verify", "conv.onnx", "conv.onnx", "--inputs", pictures), "differ in size", "give --size H,W")
+    failed(run("verify", "net.onnx", "net.onnx", "--key", "x"), "--key: there are no samples to read")
+
+
+def test_errors_say_which_file(folder: Path, tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"garbage")
+    for command in ("verify", "measure"):
+        for pair in (("net.onnx", garbage), (garbage, "net.onnx")):
+            failed(run(command, *pair), f"{garbage}: not an ONNX model")
+    failed(run(*COMPILE[:1], garbage, *COMPILE[2:-1], tmp_path / "out", "--blocks", 1), f"{garbage}: not an ONNX model")
+
+
+def test_lines_are_neither_wrapped_nor_read_as_markup(folder: Path, tmp_path: Path) -> None:
+    """So that a log can be searched, and a path copied, whatever it is called."""
+    odd = tmp_path / ("a-long-way-down" * 6) / "out[/x] [red] :smile:"
+    arguments = ("--blocks", 1, "--no-mimic", "-o", odd)
+    made = run("compile", "net.pt2", "--calib", "samples.npy", *arguments)
+    assert made.exit_code == 0, made.output
+    assert f"wrote {odd}/ (model.onnx, model.pt2, plan.json, report.json, report.html)" in made.stdout.splitlines()
+    assert f"open {odd / 'report.html'} in a browser" in made.stdout.splitlines()
+    again = run("apply", odd / "plan.json", "net.pt2", "-o", odd / "again")
+    assert f"wrote {odd / 'again'}/ (model.onnx, model.pt2, plan.json)" in again.stdout.splitlines()
+    missing = odd / "none.npy"
+    lost = run("compile", "net.pt2", "--calib", missing, *arguments)
+    failed(lost)
+    assert f"calibrate: no such file or folder: {missing}" in lost.stderr.splitlines()
+    few = run("compile", "net.pt2", "--calib", "samples.npy", "--blocks", 9, "--no-mimic", "-q", "-o", tmp_path / "few")
+    assert few.stderr.splitlines()[-1] == "goal: only 2 of 9 blocks can be dropped"
+    assert "warning: the network has 2 removable regions, fewer than 9" in few.stderr.splitlines()
+
+
+def test_names_are_not_shortened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "stage_" + "deep_" * 30 + "[/end]"
+    region = {
+        "name": name,
+        "path": name,
+        "kind": "residual",
+        "block": True,
+        "macs": 1,
+        "macs_share": 1.0,
+        "parameters": 1,
+    }
+    group = {"group": name, "total": 4, "widths": [1], "consumers": [], "macs_share": 1.0, "locked": "[/locked]"}
+    found = {"macs": 1, "parameters": 1, "regions": [region], "groups": [group]}
+    found |= {"rejects": [{"node": name, "reason": "[/why]"}], "unknown": {"[/op]": [name]}}
+    monkeypatch.setattr(cli, "describe", lambda _program: found)
+    shown = run("inspect", "net.pt2")
+    assert shown.exit_code == 0, repr(shown.exception)
+    assert "…" not in shown.stdout and "[/locked]" in shown.stdout
+    assert f"left alone: {name}: [/why]" in shown.stdout.splitlines()
+    assert f"not understood: [/op] (1 times, first at {name})" in shown.stdout.splitlines()
+
+
+def test_a_log_hears_of_every_stage(folder: Path, tmp_path: Path) -> None:
+    made = run("compile", "net.pt2", "--calib", "samples.npy", "--blocks", 1, "--fresh", "-o", tmp_path / "out")
+    stages = [line.split(" s  ")[1] for line in made.stderr.splitlines() if " s  " in line]
+    assert {"choose blocks", "re-solve", "mimic"} <= set(stages)
+    assert len(stages) == len(set(stages))
+    assert run(*COMPILE[:-1], tmp_path / "quiet", "--blocks", 1, "--no-mimic", "-q").stderr == ""
+
+
+def test_a_long_stage_is_heard_of_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 1, 2, 3, 40, 41, 80, 81])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    lines: list[str] = []
+    plain = progress.PlainProgress(lines.append)
+    for done in range(1, 6):
+        plain("mimic", done, 9)
+    plain("re-solve", 1, 2)
+    plain("mimic", 9, 9)
+    assert [line.split() for line in lines] == [
+        ["1", "s", "mimic"],
+        ["40", "s", "mimic", "4/9"],
+        ["80", "s", "re-solve"],
+    ]
+
+
+@pytest.fixture
+def quick_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with a small network that is not trained, and a goal in blocks that it does not have."""
+    pytest.importorskip("sklearn")
+    compiled = demo.compile_model
+
+    def unmet(net: Any, samples: Any, **options: Any) -> Any:
+        return compiled(
+            net, samples[:16], goal=Blocks(9), mimic=False, progress=options["progress"], seed=options["seed"]
+        )
+
+    monkeypatch.setattr(demo, "train_digits", lambda *_data, **_options: demo.DigitNet(1, 4).eval())
+    monkeypatch.setattr(demo, "compile_model", unmet)
+
+
+@pytest.mark.usefixtures("quick_demo")
+def test_a_demo_that_misses_its_goal_ends_with_3(folder: Path, tmp_path: Path) -> None:
+    told = run("demo", "-o", tmp_path / "told")
+    failed(told, "goal: only 2 of 9 blocks can be dropped", code=3)
+    assert "foldcut demo" in told.stdout and f"wrote {tmp_path / 'told'}/" in told.stdout
+    quiet = run("demo", "-o", tmp_path / "quiet", "--quiet")
+    failed(quiet, code=3)
+    assert quiet.stdout == ""
+    assert quiet.stderr.splitlines()[-1] == "goal: only 2 of 9 blocks can be dropped"
+    assert (tmp_path / "quiet" / "model.onnx").is_file() and (tmp_path / "told" / "model.onnx").is_file()
 
 
 def test_help(folder: Path) -> None:

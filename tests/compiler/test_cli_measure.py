@@ -13,6 +13,7 @@ import pytest
 from foldcut.compiler import cli, cli_measure
 from foldcut.compiler.errors import BackendError
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from typer.testing import CliRunner
 
 value = helper.make_tensor_value_info
@@ -242,6 +243,25 @@ def test_real_inputs_repeat_up_to_the_batch(backend: WatchedBackend) -> None:
     np.testing.assert_array_equal(backend.inputs[-1]["x"], rows[:1])
 
 
+@pytest.mark.usefixtures("files")
+def test_real_inputs_are_read_as_told(backend: WatchedBackend) -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.savez("two.npz", x=rows, y=rows)
+    found("slow.onnx", "fast.onnx", "--inputs", "two.npz", "--key", "x")
+    np.testing.assert_array_equal(backend.inputs[-1]["x"], rows[:1])
+    failed(run("slow.onnx", "fast.onnx", "--inputs", "two.npz", "--key", "z"), "no entry 'z'", "expected: one of x, y")
+    Path("images").mkdir()
+    Image.new("RGB", (9, 5), (255, 0, 0)).save("images/red.png")
+    Image.new("RGB", (3, 3), (0, 0, 255)).save("images/small.png")
+    onnx.save(layers(2, ["batch", 3, 2, 4]), "image.onnx")
+    options = ("--inputs", "images", "--size", "2,4", "--mean", "0.5,0,0", "--std", "0.5,1,1", "--batch", 2)
+    found("image.onnx", "image.onnx", *options)
+    assert backend.inputs[-1]["x"][:, :, 0, 0].tolist() == [[1, 0, 0], [-1, 0, 1]]
+    failed(run("image.onnx", "image.onnx", "--inputs", "images", "--batch", 2), "differ in size", "give --size H,W")
+    for option, value in (("--size", "2,4"), ("--mean", "0,0,0"), ("--key", "x")):
+        failed(run("slow.onnx", "fast.onnx", option, value), f"{option}: there are no samples to read")
+
+
 @pytest.mark.usefixtures("files", "quick_measurement")
 def test_real_inputs_that_do_not_fit() -> None:
     np.save("wide.npy", np.zeros((3, 5), np.float32))
@@ -258,7 +278,11 @@ def test_files_that_cannot_be_read() -> None:
     Path("garbage.onnx").write_bytes(b"garbage")
     failed(run("none.onnx", "fast.onnx"), "cannot read none.onnx: No such file", "give the path of an ONNX file")
     failed(run("slow.onnx", "."), "cannot read .: Is a directory")
-    failed(run("slow.onnx", "garbage.onnx"), "not an ONNX model")
+    failed(run("slow.onnx", "garbage.onnx"), "garbage.onnx: not an ONNX model")
+    failed(run("garbage.onnx", "slow.onnx"), "garbage.onnx: not an ONNX model")
+    onnx.save(layers(2), "apart.onnx", save_as_external_data=True, location="apart.data", size_threshold=0)
+    Path("apart.data").unlink()
+    failed(run("slow.onnx", "apart.onnx"), "apart.onnx: the weights of 'w' are missing", "put the file there")
 
 
 @pytest.mark.usefixtures("files", "backend")

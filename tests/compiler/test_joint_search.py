@@ -9,6 +9,7 @@ import pytest
 from foldcut.compiler.errors import GoalError
 from foldcut.compiler.joint_pipeline import tried_plans
 from foldcut.compiler.joint_search import MixSearch
+from foldcut.compiler.nearest import MOST_MEASURED
 from foldcut.compiler.proposals import (
     Item,
     Mix,
@@ -207,7 +208,7 @@ def test_items_that_save_less_and_less_do_not_keep_the_goal_out_of_reach() -> No
 
     found = search(items, 0.68, World(lambda m: sum(p.error for p in m.values()), saving)).run()
     assert found.met
-    assert all(plan.rounds <= 4 for plan in found.tried)
+    assert all(plan.rounds <= MOST_MEASURED for plan in found.tried)
 
 
 def test_without_time_each_kind_has_its_turn() -> None:
@@ -274,15 +275,70 @@ def test_single_items_whose_predictions_are_off_are_put_right() -> None:
 
 def test_a_plan_that_saves_less_than_it_should_does_not_stand() -> None:
     """Two items of the best plan save next to nothing together."""
+    together: list[float] = []
 
     def saving(mix: Mix) -> float:
         names = {one.name for one in mix}
+        if {"a", "b"} <= names:
+            together.append(sum(p.error for p in mix.values()))
         return sum(p.saving for p in mix.values()) * (0.5 if {"a", "b"} <= names else 1.0)
 
     world = World(lambda mix: sum(p.error for p in mix.values()), saving)
     found = search(ALL, 0.6, world).run()
+    assert together  # it was fallen for
     assert found.met
-    assert saving(found.best.mix) >= 0.4 - 1e-9
+    assert found.best.ratio <= 0.6
+    assert not {"a", "b"} <= {one.name for one in found.best.mix}
+    right = min(sum(p.error for p in mix.values()) for mix in allowed(ALL[:6]) if saving(mix) >= 0.4)
+    assert found.best.error <= right * (1 + 1e-6)
+
+
+def test_a_prediction_of_no_error_is_put_right() -> None:
+    """What is predicted to lose nothing is taken by every plan, until it is known better."""
+    items = [item("drop_blocks", x, x, (0.0 if x == "a" else 0.01, 0.1)) for x in "abcdefgh"]
+    world = World(
+        lambda mix: sum(0.5 if one.name == "a" else 0.0115 for one in mix),
+        lambda mix: sum(p.saving for p in mix.values()),
+    )
+    found = search(items, 0.6, world).run()
+    assert found.met
+    assert found.best.error == pytest.approx(4 * 0.0115)
+
+
+def test_a_plan_that_was_tried_is_measured_when_it_may_be_the_best() -> None:
+    """One of the two items reaches the goal alone: no prediction says so, and it was tried alone all the same."""
+    items = [item("drop_blocks", "a", "a", (0.1, 0.33)), item("drop_blocks", "b", "b", (0.12, 0.12))]
+    truth = {"a": 0.41, "b": 0.05}
+    world = World(
+        lambda mix: sum(p.error for p in mix.values()),
+        lambda mix: sum(truth[one.name] for one in mix),
+    )
+    found = search(items, 0.6, world).run()
+    assert found.met
+    assert {one.name for one in found.best.mix} == {"a"}
+
+
+@pytest.mark.parametrize("broken", [1e6, 3.0])
+def test_a_plan_that_is_broken_does_not_end_the_search(broken: float) -> None:
+    world = World(
+        lambda mix: broken if any(one.name == "c" for one in mix) else sum(p.error for p in mix.values()),
+        lambda mix: sum(p.saving for p in mix.values()),
+    )
+    found = search(ALL, 0.6, world).run()
+    assert found.met
+    assert found.best.error < 1.0
+    assert all(one.name != "c" for one in found.best.mix)
+
+
+def test_a_mix_that_reaches_the_goal_comes_before_one_that_does_not() -> None:
+    """The first mixes miss it, and lose less for that."""
+    world = World(
+        lambda mix: sum(p.error for p in mix.values()),
+        lambda mix: sum(p.saving for p in mix.values()) * (0.9 if len({one.kind for one in mix}) > 1 else 1.0),
+    )
+    found = search(ALL, 0.55, world).run()
+    assert found.met
+    assert found.best.ratio <= 0.55
 
 
 def test_plans_as_plain_data() -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from foldcut.compiler import latency_probe
@@ -71,6 +72,32 @@ def test_progress_is_shown(probe: LatencyProbe, residual: Program) -> None:
     seen: list[tuple[str, int, int]] = []
     probe.savings(find_regions(residual).blocks[:1], progress=lambda *state: seen.append(state))
     assert seen[-1][1] == seen[-1][2] == len(seen)
+
+
+def test_plans_are_measured_in_the_opset_that_is_delivered(
+    residual: Program, counting_backend: Any, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = CalibrationSet.of(nets.images(3))
+    made = LatencyProbe(
+        residual, to_onnx(residual, opset=15), counting_backend, samples, batch=2, threads=1, seed=0, opset=15
+    )
+    built: list[bytes] = []
+    real = made.backend.build
+
+    def build(model: bytes, *rest: Any) -> Any:
+        built.append(model)
+        return real(model, *rest)
+
+    monkeypatch.setattr(made.backend, "build", build)
+    made.against(residual)
+    made.table().predict(residual)
+    made.close()
+    opsets = [
+        {o.version for o in onnx.load_from_string(model).opset_import if o.domain in {"", "ai.onnx"}} for model in built
+    ]
+    own = [version for version in opsets if version == {15}]
+    assert opsets[0] == {15}
+    assert len(own) >= len(built) - 1  # but for the reference network, which is the table's
 
 
 def test_samples_are_repeated_to_fill_a_batch(residual: Program) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from foldcut.compiler import cli
 from foldcut.compiler.export import to_onnx_model
-from foldcut.compiler.onnx_compare import compare_onnx, random_samples
+from foldcut.compiler.onnx_compare import Comparison, compare_onnx, random_samples
 from foldcut.compiler.onnx_signature import OnnxSignature
+from onnx import TensorProto, helper
 from torch import nn
 from typer.testing import CliRunner
 
@@ -177,6 +178,94 @@ def test_verify_names_every_difference_of_the_interface(tmp_path: Path) -> None:
     assert "opset: 14 became 15" in text
     assert not found.same(1.0) and found.relative > 1e-3
     assert found.samples == 4
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_below_one_is_refused(tmp_path: Path, batch: int) -> None:
+    """A batch of -1 compared nothing and found everything the same."""
+    path = file(tmp_path)
+    with pytest.raises(foldcut.CaptureError, match="batch starts at 1"):
+        compare_onnx(path, path, random_samples(path, 4, 0), batch=batch)
+    assert run("verify", path, path, "--batch", batch).exit_code not in (0, 3)
+
+
+def test_nothing_compared_is_not_the_same() -> None:
+    assert not Comparison(interface=(), outputs={}, samples=0).same(1.0)
+
+
+def test_samples_that_do_not_fill_a_fixed_batch_are_left_out(tmp_path: Path) -> None:
+    """Whichever of the two files fixes it."""
+    free, fixed = file(tmp_path), file(tmp_path, batch=3, seed=3)
+    for first, second in ((free, fixed), (fixed, free)):
+        assert compare_onnx(first, second, random_samples(free, 8, 0)).samples == 6
+
+
+def own_export(folder: Path) -> Path:
+    """The network of `file` with the names that foldcut's export gives it."""
+    proto = to_onnx_model(foldcut.capture(network(), torch.randn(2, 4)), opset=14)
+    onnx.save(proto, folder / "own.onnx")
+    return folder / "own.onnx"
+
+
+def test_inputs_of_other_names_are_compared_by_position(tmp_path: Path) -> None:
+    """Somebody's own export against foldcut's, either way round, with samples made up or named as in one of them."""
+    theirs, ours = file(tmp_path), own_export(tmp_path)
+    said = "inputs: features:0 became input_1"
+    shown = run("verify", theirs, ours)
+    assert shown.exit_code == 3 and said in " ".join(shown.output.split())
+    given = foldcut.CalibrationSet.of({"features:0": samples(6)})
+    for first, second in ((theirs, ours), (ours, theirs)):
+        found = compare_onnx(first, second, given)
+        assert found.relative < 1e-5 and found.samples == 6
+        assert any(line.startswith("inputs: ") for line in found.interface)
+        assert not found.same(1.0)
+    with pytest.raises(foldcut.CaptureError, match="do not have the file's inputs"):
+        compare_onnx(theirs, ours, foldcut.CalibrationSet.of({"pixels": samples(6)}))
+
+
+def difference(folder: Path, names: tuple[str, str], first: str, *, types: tuple[int, int] = (1, 1)) -> Path:
+    """`first` less the other input."""
+    other = next(name for name in names if name != first)
+    ranks = ([None, 2], [None, 2] if types[1] == 1 else [None, 2, 1])
+    inputs = [helper.make_tensor_value_info(n, t, r) for n, t, r in zip(names, types, ranks, strict=True)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 2])]
+    nodes = [helper.make_node("Cast", [n], [f"{n}_"], to=1) for n in names]
+    nodes.append(helper.make_node("Sub", [f"{first}_", f"{other}_"], ["y"]))
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    path = folder / f"{'-'.join(names)}-{types[1]}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_names_that_both_files_have_go_before_the_position(tmp_path: Path) -> None:
+    before = difference(tmp_path, ("a", "b"), "a")
+    for names, first in ((("x", "y0"), "x"), (("b", "a"), "a"), (("b", "c"), "c"), (("a", "c"), "a")):
+        found = compare_onnx(before, difference(tmp_path, names, first), random_samples(before, 4, 0))
+        assert found.relative == 0, names
+
+
+def test_inputs_of_another_type_or_number_do_not_stand_for_each_other(tmp_path: Path) -> None:
+    before = difference(tmp_path, ("a", "b"), "a")
+    for after in (difference(tmp_path, ("x", "y0"), "x", types=(1, 7)), own_export(tmp_path)):
+        with pytest.raises(foldcut.CaptureError, match="do not have the file's inputs") as refused:
+            compare_onnx(before, after, random_samples(before, 4, 0))
+        assert "float32[" in str(refused.value.expected)
+
+
+def test_a_difference_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    """JSON has no Infinity: other readers than Python's refuse it."""
+    path = file(tmp_path)
+    broken = onnx.load(path)
+    bias = next(t for t in broken.graph.initializer if list(t.dims) == [3])
+    bias.CopyFrom(helper.make_tensor(bias.name, TensorProto.FLOAT, [3], [float("nan"), 0.0, 0.0]))
+    onnx.save(broken, tmp_path / "broken.onnx")
+    shown = run("verify", path, tmp_path / "broken.onnx", "--json")
+    assert shown.exit_code == 3
+    found = json.loads(shown.stdout, parse_constant=pytest.fail)
+    assert found["outputs"]["logits"]["absolute"] is None and found["outputs"]["logits"]["relative"] is None
+    assert found["same"] is False
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "text.onnx"])

@@ -28,16 +28,16 @@ DECISIONS = st.builds(
 ) | st.builds(
     PruneChannels,
     group=NAMES,
-    kept=st.lists(st.integers(0, 99), max_size=5).map(tuple),
-    total=st.integers(1, 100),
+    kept=st.sets(st.integers(0, 99), min_size=1, max_size=5).map(lambda kept: tuple(sorted(kept))),
+    total=st.integers(100, 200),
     error=st.none() | NUMBERS,
 )
 DECISIONS |= st.builds(
     FactorizeLayer,
     layer=NAMES,
-    scheme=NAMES,
-    ranks=st.lists(st.integers(1, 99), max_size=2).map(tuple),
-    full=st.lists(st.integers(1, 99), max_size=2).map(tuple),
+    scheme=NAMES.filter(bool),
+    ranks=st.lists(st.integers(1, 99), min_size=1, max_size=2).map(tuple),
+    full=st.lists(st.integers(1, 99), min_size=1, max_size=2).map(tuple),
     path=NAMES,
     error=st.none() | NUMBERS,
 )
@@ -116,6 +116,35 @@ def test_another_version_is_refused() -> None:
 def test_a_damaged_plan_is_refused(damage: dict[str, object]) -> None:
     with pytest.raises(PlanError):
         Plan.from_dict({**plan().to_dict(), **damage})
+
+
+PRUNE = PruneChannels(group="conv", kept=(0, 2, 3), total=4, error=0.1).to_dict()
+FACTORISE = FactorizeLayer(layer="conv", scheme="channel", ranks=(2,), full=(4,), error=0.1).to_dict()
+DROP = DropBlock(entry="relu", exit="relu_2", error=0.1).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("decision", "damage"),
+    [
+        *(
+            (PRUNE, {"kept": kept})
+            for kept in ([], [-1, -2], [-1], [0, 4], [2, 0], [1, 1], [0.5], ["0"], [True], None, 3)
+        ),
+        *((PRUNE, {"total": total}) for total in (0, -4, 3, "4", None)),
+        *((FACTORISE, {"ranks": ranks}) for ranks in ([], [0], [-1], [2.5], ["2"], None, 2)),
+        *((FACTORISE, {"full": full}) for full in ([], [0])),
+        *((FACTORISE, {"scheme": scheme}) for scheme in ("", None, 3)),
+        *((decision, {"error": "little"}) for decision in (PRUNE, FACTORISE, DROP)),
+        (DROP, {"saving": [1]}),
+    ],
+    ids=str,
+)
+def test_a_damaged_decision_is_refused(decision: dict[str, Any], damage: dict[str, Any]) -> None:
+    made = {**plan().to_dict(), "decisions": [decision]}
+    assert Plan.from_dict(made).to_dict()["decisions"] == [decision]
+    with pytest.raises(PlanError, match="not a plan") as caught:
+        Plan.from_dict({**made, "decisions": [{**decision, **damage}]})
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("missing", ["version", "decisions", "goal", "fingerprint", "predicted"])

@@ -108,6 +108,14 @@ def test_the_better_of_two_schemes_is_found_out() -> None:
     assert {o.scheme for o in found.choice.values()} == {"y"}
 
 
+def test_a_scheme_that_does_not_reach_the_budget_alone_does_not_stand() -> None:
+    """Its plan would lose the least: it costs too much."""
+    rows = {name: [option("x", 6, 0.01), option("y", 2, 0.5)] for name in "abc"}
+    found = search_plan(menu(rows, 12), Made(added), dict.fromkeys(rows, 1.0))  # type: ignore[arg-type]
+    assert found.possible
+    assert sum(o.macs for o in found.choice.values()) <= 12
+
+
 def test_a_budget_out_of_reach_gives_the_cheapest_without_a_trial() -> None:
     made = Made(added)
     found = search_plan(menu(TWO, 3), made, dict.fromkeys(TWO, 1.0))  # type: ignore[arg-type]
@@ -146,6 +154,16 @@ def test_a_latency_goal_is_met_from_near_by(truth: float) -> None:
     found, met = plan_reaching(offered, first, goal, network, measured)
     assert met
     assert goal - NEAR <= measured(found) <= goal
+
+
+def test_a_correction_that_changes_nothing_asks_for_more() -> None:
+    """One layer that misses the goal by a hair, and has another option."""
+    rows = {"a": [option("x", 50, 0.1), option("y", 10, 0.4)]}
+    offered = menu(rows, budget=52.0, whole=100)
+    first = Search(choice={"a": rows["a"][0]}, weights={"a": 1.0}, tried=(), possible=True)
+    found, met = plan_reaching(replace(offered, budget=100.0), first, 0.52, 100.0, lambda c: 1.05 * c["a"].macs / 100)
+    assert met
+    assert found == {"a": rows["a"][1]}
 
 
 def test_a_latency_out_of_reach_gives_the_fastest() -> None:

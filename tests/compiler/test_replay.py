@@ -1,7 +1,9 @@
 """A plan put into effect again, with the weights of the first time or with data; several goals in one sweep."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 from foldcut.compiler import cli
+from foldcut.compiler import sweep as sweep_module
 from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.cli_goals import for_every_goal, read_settings
+from foldcut.compiler.edit_folds import fold_parameters
 from foldcut.compiler.export import to_exported, to_onnx, to_pt2
 from foldcut.compiler.sweep import Sweep, SweepPoint
 from foldcut.compiler.verify import output_error
@@ -92,6 +97,34 @@ def test_mimicking_goes_on_from_there(saved: tuple[foldcut.Compiled, Path], net:
     assert again.output_errors["mimicked"] <= again.output_errors["re-solved"] * (1 + 1e-6)
 
 
+def test_a_report_of_another_network_goes(
+    saved: tuple[foldcut.Compiled, Path], net: nn.Module, data: torch.Tensor, tmp_path: Path
+) -> None:
+    _, folder = saved
+    shutil.copytree(folder, tmp_path / "out")
+    again = foldcut.apply(net, folder / "plan.json", calibration=data, mimic=False)
+    again.save(tmp_path / "out")
+    loaded = foldcut.load(tmp_path / "out")
+    assert loaded.report == {}
+    assert torch.equal(loaded.module(data), again.module(data))
+
+
+def test_weights_of_another_run_are_said_to_be(
+    saved: tuple[foldcut.Compiled, Path], net: nn.Module, data: torch.Tensor, tmp_path: Path
+) -> None:
+    """Beside the plan they are a mistake; where they are named, they may have been trained further."""
+    _, folder = saved
+    other = foldcut.apply(net, folder / "plan.json", calibration=data[:24], mimic=False)
+    other.save(tmp_path / "other")
+    shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copy(tmp_path / "other/model.pt2", tmp_path / "mixed/model.pt2")
+    with pytest.raises(foldcut.OutputError, match=r"model\.pt2 is not the one that plan\.json was saved with"):
+        foldcut.apply(net, tmp_path / "mixed/plan.json", example=data[:2])
+    with pytest.warns(UserWarning, match="is not the model.pt2 that was saved with the plan"):
+        taken = foldcut.apply(net, folder / "plan.json", weights=tmp_path / "other/model.pt2", example=data[:2])
+    assert torch.equal(taken.module(data), other.module(data))
+
+
 def wrong_network(net: nn.Module) -> dict[str, Any]:
     torch.manual_seed(9)
     return {"model": type(net)(3, 8).eval()}
@@ -100,7 +133,8 @@ def wrong_network(net: nn.Module) -> dict[str, Any]:
 CASES: list[tuple[Callable[..., dict[str, Any]], str]] = [
     (wrong_network, "another network"),
     (lambda net: {"weights": net}, "not those of this plan"),
-    (lambda net: {"calibration": torch.zeros(4, 3, 8, 8), "weights": net}, "not the weights"),
+    # with both, the weights are what counts: solving again would have been possible
+    (lambda net: {"calibration": torch.zeros(4, 3, 8, 8), "weights": net}, "the weights are not those of this plan"),
 ]
 
 
@@ -121,6 +155,46 @@ def test_a_plan_alone_is_not_enough(saved: tuple[foldcut.Compiled, Path], net: n
     with pytest.raises(foldcut.PlanError, match="not the weights") as caught:
         foldcut.apply(net, saved[0].plan, example=data[:2])
     assert "calibration set" in str(caught.value)
+
+
+def test_weights_are_taken_where_data_only_shows_the_inputs(
+    saved: tuple[foldcut.Compiled, Path], net: nn.Module, data: torch.Tensor
+) -> None:
+    made, folder = saved
+    again = foldcut.apply(net, folder / "plan.json", weights=folder / "model.pt2", calibration=data[:4])
+    assert torch.equal(again.program(data), made.program(data))
+    assert again.output_errors == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"scheme": "magic"}, "no scheme 'magic' for this layer"),
+        ({"ranks": (99,)}, "ranks out of range"),
+        ({"ranks": (2, 2)}, "ranks out of range"),
+        ({"layer": "conv2d_99"}, "conv2d_99"),
+        ({"layer": "conv2d_1"}, "conv2d_1"),
+    ],
+    ids=str,
+)
+def test_an_edited_plan_is_refused_with_data_as_without(
+    damage: dict[str, Any], message: str, net: nn.Module, data: torch.Tensor
+) -> None:
+    """Before anything is solved, and not as a mistake of foldcut's own."""
+    program = fold_parameters(foldcut.capture(net, data[:2]))
+    drop = foldcut.DropBlock(entry="relu", exit="relu_2")
+    layer = foldcut.FactorizeLayer(layer="conv2d_3", scheme="channel", ranks=(4,), full=(8,))
+    plan = foldcut.Plan(decisions=(drop, layer), goal=foldcut.Macs(0.5), fingerprint=program.fingerprint, predicted={})
+    foldcut.apply_plan(program, plan)
+    edited = replace(plan, decisions=(drop, replace(layer, **damage)))
+    stages: list[str] = []
+    for act in (
+        lambda: foldcut.apply_plan(program, edited),
+        lambda: foldcut.apply(net, edited, calibration=data, progress=lambda stage, *_counts: stages.append(stage)),
+    ):
+        with pytest.raises(foldcut.RewriteError, match=message):
+            act()
+    assert stages == []
 
 
 def run(*arguments: Any) -> Any:
@@ -150,6 +224,127 @@ def test_apply_on_the_command_line(files: Path, tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["output_errors"].keys() == {"rewritten", "re-solved"}
     other = run("apply", plan, files / "net.onnx", "-o", tmp_path / "no")
     assert other.exit_code == 1 and not (tmp_path / "no").exists()
+
+
+WORDS = """
+import torch
+from torch import nn
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.more = nn.Embedding(10, 6), nn.Linear(4, 6)
+        self.up, self.down, self.head = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens, extra):
+        x = self.words(tokens) + self.more(extra)
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+def build():
+    torch.manual_seed(0)
+    return Words()
+"""
+
+
+def test_a_module_of_several_inputs_is_replayed_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("foldcut_replay_words.py").write_text(WORDS)
+    chance = np.random.default_rng(0)
+    extra = chance.standard_normal((20, 4)).astype(np.float32)
+    np.savez("data.npz", tokens=chance.integers(0, 10, 20), extra=extra)
+    model, common = "foldcut_replay_words:build", ("--calib", "data.npz", "--no-mimic", "-q")
+    made = run("compile", model, *common, "--keep", 0.5, "--multiple-of", 2, "-o", "out")
+    assert made.exit_code == 0, made.output
+    alone = run("apply", "out/plan.json", model, "-o", "no")
+    assert alone.exit_code == 1 and "--solved model.pt2 and --calib DATA" in alone.stderr
+    done = run("apply", "out/plan.json", model, "--calib", "data.npz", "--solved", "out/model.pt2", "-o", "again")
+    assert done.exit_code == 0, done.output
+    assert "output error" not in done.output
+    first, again = foldcut.load("out"), foldcut.load("again")
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(value, again.module.state_dict()[name])
+    solved = run("apply", "out/plan.json", model, *common, "--json", "-o", "solved")
+    assert json.loads(solved.stdout)["output_errors"].keys() == {"rewritten", "re-solved"}
+
+
+def test_options_of_samples_need_samples(files: Path, tmp_path: Path) -> None:
+    for option, value in (("--key", "x"), ("--size", "2,2"), ("--mean", "0,0,0"), ("--std", "1,1,1")):
+        ended = run("apply", "plan.json", files / "net.pt2", option, value, "-o", tmp_path / "no")
+        assert ended.exit_code == 1 and f"{option}: there are no samples to read" in ended.stderr
+
+
+def swept(files: Path, *arguments: Any) -> Any:
+    return run(
+        "sweep", files / "net.pt2", "--calib", files / "inputs.npy", "--no-mimic", "--multiple-of", 2, *arguments
+    )
+
+
+def test_a_sweep_with_a_mistake_in_its_arguments_is_an_error(files: Path, tmp_path: Path) -> None:
+    """As for compile: that no goal can be worked towards is hardly the goals' fault."""
+    out = tmp_path / "out"
+    for arguments in (("--macs", "0.8,0.5"), ("--latency", "0.8", "--macs", "0.8")):
+        ended = swept(files, *arguments, "--ignore", "typo*", "-o", out, "-q")
+        assert ended.exit_code == 1, ended.output
+        assert "matches 'typo*'" in ended.stderr and "  hint: " in ended.stderr
+        assert ended.stderr.count("typo*") == 1
+        assert not out.exists()
+
+
+def test_every_unmet_goal_is_told(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = swept(files, "--latency", "99999ms", "--macs", "0.8,0.001", "-o", out, "-q")
+    assert ended.exit_code == 3, ended.output
+    assert ended.stdout == ""
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("goal: ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("goal: the original takes") and "latency 99999 ms" in lines[0]
+    assert lines[1].startswith("goal: MACs ratio 0.001 cannot be met")
+    points = json.loads((out / "sweep.json").read_text())["points"]
+    assert [point["met"] for point in points] == [False, True, False]
+    assert sorted(p.name for p in out.iterdir()) == ["MACs-ratio-0.001", "MACs-ratio-0.8", "sweep.json"]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, foldcut.BackendError("no memory left")], ids=str)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_a_sweep_has_finished_is_indexed(
+    fault: Any, fresh: bool, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = sweep_module.compile_model
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if options["goal"] == foldcut.Macs(0.5):
+            raise fault
+        return compiled(*arguments, **options)
+
+    monkeypatch.setattr(sweep_module, "compile_model", failing)
+    out = tmp_path / "out"
+    ended = swept(files, "--macs", "0.8,0.5,0.3", "-o", out, "-q", *(["--fresh"] if fresh else []))
+    points = json.loads((out / "sweep.json").read_text())["points"]
+    assert [(point["goal"]["ratio"], point["folder"]) for point in points] == [(0.8, "MACs-ratio-0.8")]
+    assert foldcut.load(out / "MACs-ratio-0.8").report["goal"] == points[0]["goal"]
+    if isinstance(fault, foldcut.BackendError):
+        assert ended.exit_code == 1 and ended.stderr == "backend: no memory left\n"
+        return
+    kept = "" if fresh else "; what is done is kept, and the same command goes on from there"
+    assert ended.exit_code == 130 and ended.stderr == f"interrupted; finished goals are in the folder{kept}\n"
+
+
+def test_what_is_left_alone_is_sorted_out_for_every_goal(net: nn.Module, data: torch.Tensor) -> None:
+    """`blocks.0.conv2` is a layer and no group: a goal that prunes would refuse its name."""
+    names, samples = ["blocks.0.conv2", "blocks.1.conv1"], CalibrationSet.of(data)
+    settings = read_settings("2", names, ["prune_channels", "factorize"], None)
+    mixed = for_every_goal(settings, [foldcut.Latency(0.5), foldcut.Macs(0.5)], net, samples)
+    assert mixed.channels.limits.ignore == ("blocks.1.conv1",)
+    assert mixed.ranks.ignore == tuple(names)
+    alike = [foldcut.Macs(0.8), foldcut.Macs(0.5)]
+    assert for_every_goal(settings, alike, net, samples) is settings
+    with pytest.raises(foldcut.GoalError, match=r"no unit group matches 'blocks\.0\.conv2'"):
+        foldcut.sweep(net, data, goals=alike, settings=settings, mimic=False, progress=False)
 
 
 def test_sweep_on_the_command_line(files: Path, tmp_path: Path) -> None:

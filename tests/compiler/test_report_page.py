@@ -2,9 +2,13 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +17,15 @@ from typing import Any
 
 import foldcut
 import pytest
+import torch
+from foldcut.compiler.api import _json
 from foldcut.compiler.capture import capture
 from foldcut.compiler.plan import PruneChannels
-from foldcut.compiler.report_cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards
+from foldcut.compiler.report_cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards, labelled, shared_path
 from foldcut.compiler.report_graph import describe_graph
 from foldcut.compiler.report_page import page_or_reason, report_page
 from foldcut.compiler.report_pareto import nice_ticks, pareto_plot
+from foldcut.compiler.report_parts import model_name, report_origin
 from foldcut.compiler.report_words import number, scaled, verdict
 from PIL import Image
 from torch import nn
@@ -54,7 +61,7 @@ def report(compiled: foldcut.Compiled) -> dict[str, Any]:
 class Reader(HTMLParser):
     """Every tag with its attributes, the text outside of style and script, and whether tags close in order."""
 
-    VOID = frozenset(("meta", "link", "br", "path", "rect", "circle", "line"))
+    VOID = frozenset(("meta", "link", "br", "wbr", "path", "rect", "circle", "line"))
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -144,6 +151,8 @@ def test_names_are_escaped(report: dict[str, Any]) -> None:
         decision["path"] = HOSTILE
     hostile |= {"rejects": [HOSTILE], "warnings": [HOSTILE], "errors_by_output": {HOSTILE: 0.1}, "backend": HOSTILE}
     hostile["environment"] = {HOSTILE: HOSTILE}
+    hostile |= {"model": HOSTILE, "fingerprint": HOSTILE, "made": HOSTILE, "rewrites": [HOSTILE]}
+    hostile["versions"] = {"foldcut": HOSTILE, "<b>": HOSTILE}
     hostile["block_latency"] = {"missing": HOSTILE}
     page = report_page(hostile)
     assert "<script>alert" not in page
@@ -162,6 +171,77 @@ def test_parts_that_are_missing_give_their_reason(report: dict[str, Any]) -> Non
     assert "Not profiled: no clock." in text
     older = {k: v for k, v in report.items() if k not in {"graph", "block_latency", "tried", "changes"}}
     assert Reader(report_page({**older, "errors_by_output": {}})).open == []
+
+
+def test_it_says_which_network_it_is_of_and_what_made_it(compiled: foldcut.Compiled, report: dict[str, Any]) -> None:
+    assert (report["model"], report["fingerprint"]) == ("ResNet", compiled.plan.fingerprint)
+    age = datetime.now(UTC) - datetime.fromisoformat(report["made"])
+    assert timedelta(seconds=-1) < age < timedelta(hours=1)
+    assert report["versions"] == {"foldcut": foldcut.__version__, "torch": torch.__version__}
+    assert (report["rewrites"], report["mimicked"]) == (["drop_blocks"], False)
+    page = report_page({**report, "rewrites": ["drop_blocks", "factorize"], "mimicked": True})
+    ratio = f"{report['latency']['ratio']:.3f}"
+    assert f"<title>ResNet: {ratio} of the latency (foldcut report)</title>" in page
+    assert "<h1>ResNet</h1>" in page
+    facts = " ".join(Reader(page).text.split("What the figures rest on")[1].split())
+    made = report["made"].replace("T", " ").replace("Z", " UTC")
+    wanted = [*report["versions"].values(), report["fingerprint"], made, "drop blocks, factorise layers", "mimickedyes"]
+    assert [words for words in wanted if words not in facts] == []
+    assert "mimickedno" in Reader(report_page(report)).text
+
+
+def test_the_name_of_a_network(nets: SimpleNamespace) -> None:
+    assert model_name(Path("some/folder/net.onnx")) == model_name("net.onnx") == "net.onnx"
+    assert model_name(nets.ResNet()) == "ResNet"
+    model_name("net-\udcff.onnx").encode()  # a byte that is no text would end the writing of the page
+
+
+def test_what_was_allowed_and_whether_it_mimicked() -> None:
+    outcome: Any = SimpleNamespace(plan=SimpleNamespace(fingerprint="abc"), output_errors={"re-solved": 0.2})
+    found = report_origin(outcome, "net.pt2", ("drop_blocks", "factorize"))
+    assert (found["model"], found["rewrites"], found["mimicked"]) == ("net.pt2", ["drop_blocks", "factorize"], False)
+    outcome.output_errors["mimicked"] = 0.1
+    assert report_origin(outcome, "net.pt2", ())["mimicked"]
+
+
+def test_a_report_of_an_earlier_version_has_no_name(report: dict[str, Any]) -> None:
+    new = {"model", "fingerprint", "made", "versions", "rewrites", "mimicked"}
+    read = Reader(report_page({key: value for key, value in report.items() if key not in new}))
+    assert read.open == [] and "Unnamed network" in read.text
+
+
+def not_finite(report: foldcut.Report) -> foldcut.Report:
+    """As of a network whose outputs overflow."""
+    return replace(
+        report,
+        output_error=math.inf,
+        output_errors={"dropped": 0.5, "re-solved": math.nan, "mimicked": math.inf},
+        errors_by_output={"far": math.inf, "near": 0.125},
+        onnx_difference=math.nan,
+        changes=[{"kind": "drop_block", "count": 1, "error_alone": math.inf}],
+        tried=[
+            {"ratio": 0.8, "error": math.inf, "counts": {"drop_blocks": 1}, "chosen": True},
+            {"ratio": math.nan, "error": 0.1, "counts": {"factorize": 1}, "chosen": False},
+            {"ratio": 0.9, "error": 0.2, "counts": {"prune_channels": 1}, "chosen": False},
+        ],
+    )
+
+
+def test_figures_that_are_not_finite_are_null(compiled: foldcut.Compiled) -> None:
+    """JSON has no Infinity, and the page says the same of both."""
+    broken = replace(compiled, report=not_finite(compiled.report))
+    data = json.loads(broken.files["report.json"], parse_constant=pytest.fail)
+    assert data["output_error"] is None
+    assert data["output_errors"] == {"dropped": 0.5, "re-solved": None, "mimicked": None}
+    assert [plan["error"] for plan in data["tried"]] == [None, 0.1, 0.2]
+    page = broken.files["report.html"].decode()
+    assert Reader(page).text.count("not finite") >= 5
+    assert "could not be made" not in page and len(pareto_plot(data)["points"]) == 1
+    # what earlier versions wrote, as Python reads it
+    earlier = {**data, "output_error": math.inf, "errors_by_output": {"far": math.inf, "near": 0.125}}
+    assert report_page(earlier) == page
+    with pytest.raises(ValueError, match="JSON compliant"):
+        _json({"error": math.inf})
 
 
 def test_a_page_that_cannot_be_made_is_no_error(report: dict[str, Any]) -> None:
@@ -231,6 +311,45 @@ def test_numbers_in_words() -> None:
     assert "1.25 times as fast" in verdict({"ratio": 0.8, "low": 0.79, "high": 0.81})
     assert verdict({"ratio": 0.99, "low": 0.97, "high": 0.999}).startswith("no difference")
     assert verdict({"ratio": 1.1, "low": 1.05, "high": 1.2}).startswith("slower")
+
+
+def named(*names: str) -> list[dict[str, Any]]:
+    return [{"name": name} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (("model.backbone.stem", "model.backbone.layer1.0", "model.backbone.layer1.1"), "model.backbone."),
+        (("model.layers.0", "model.layers.1"), "model."),  # a mere number says too little
+        (("model.a", "model.a.b"), "model."),
+        (("model.a", "other.b"), ""),
+        (("/net/a/Conv", "/net/b/Conv ... /net/b/Add", "Relu"), "/net/"),
+        (("/a/Conv", "/b/Conv"), ""),
+        (("model.backbone.stem",), ""),
+        ((), ""),
+    ],
+)
+def test_the_path_of_all_blocks(names: tuple[str, ...], shared: str) -> None:
+    assert shared_path(named(*names)) == shared
+    for block in labelled(named(*names)):
+        assert block["label"] and not block["label"][0].isdigit()
+        assert block["label"] == " ... ".join(end.removeprefix(shared) for end in block["name"].split(" ... "))
+
+
+def test_a_path_that_comes_again_is_left_out_once() -> None:
+    blocks = labelled(named("net.net.a", "net.b.net.c"))
+    assert [block["label"] for block in blocks] == ["net.a", "b.net.c"]
+
+
+def test_labels_leave_the_path_out_and_tips_do_not(report: dict[str, Any]) -> None:
+    blocks = [{**block, "name": f"model.backbone.{block['name']}"} for block in report["graph"]["blocks"]]
+    cards = block_cards({"blocks": blocks}, {})
+    assert [card["label"] for card in cards] == [block["name"] for block in report["graph"]["blocks"]]
+    assert [card["tip"].split("\n")[0] for card in cards] == [block["name"] for block in blocks]
+    page = report_page({**report, "graph": {"blocks": blocks}})
+    assert page.count("The names of blocks are those below <b>model.backbone</b>.") == 2
+    assert "those below" not in report_page(report)
 
 
 def boxes_overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -355,7 +474,7 @@ def test_it_is_laid_out(shown: SimpleNamespace) -> None:
     assert len(cards) == 5
     beside = [{"x": b["x"], "y": b["y"], "w": b["width"], "h": b["height"]} for b in cards]
     assert not any(boxes_overlap(a, b) for i, a in enumerate(beside) for b in beside[i + 1 :])
-    cut_off = """[...document.querySelectorAll('h1, h2, .tiles dd, .bar .value, .claim, .sub, .block .scroll')]
+    cut_off = """[...document.querySelectorAll('h1, .ratio, h2, .tiles dd, .bar .value, .claim, .sub, .block .scroll')]
         .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"""
     assert shown.page.evaluate(cut_off) == []
 
@@ -377,6 +496,66 @@ def test_plot_and_graph_are_drawn(shown: SimpleNamespace) -> None:
     assert shown.page.locator("#graph .chip").count() == 8
     assert shown.page.locator("#graph .chip.dropped").count() == 2
     assert shown.page.locator("#graph .shortcut").count() == 3
+
+
+@contextmanager
+def window(browser: Any, text: str, folder: Path, width: int) -> Iterator[Any]:
+    path = folder / "invented.html"
+    path.write_text(text)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_long_names_keep_their_ends(browser: Any, report: dict[str, Any], width: int, tmp_path: Path) -> None:
+    """What tells two names apart is at their ends; a name is cut off at the front, and no figure is pushed out."""
+    blocks = [
+        {**block, "name": f"{'a_teacher_network.feature_extractor' if i < 3 else 'student.decoder'}.{block['name']}"}
+        for i, block in enumerate(report["graph"]["blocks"])
+    ]
+    outputs = {"model.decoder.classification_head.logits": 0.0123, "x" * 90: 0.0456}
+    long = {**report, "graph": {"blocks": blocks}, "errors_by_output": outputs, "model": "resnet_" * 20 + ".onnx"}
+    with window(browser, report_page(long), tmp_path, width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        overhang = page.evaluate(
+            """[...document.querySelectorAll('#latency bdi, .block .title bdi')].map(e => {
+                const [a, b] = [e, e.parentElement].map(f => f.getBoundingClientRect());
+                return [b.left - a.left, a.right - b.right]; })"""
+        )
+        assert len(overhang) == 10
+        assert max(left for left, _ in overhang) > 20
+        assert max(right for _, right in overhang) <= 1
+        outside = """[...document.querySelectorAll('#errors .table, h1')]
+            .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"""
+        assert page.evaluate(outside) == []
+        figures = [cell.bounding_box() for cell in page.locator("#errors td.figure").all()]
+        assert all(box["x"] + box["width"] <= width and box["height"] > 10 for box in figures)
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+@pytest.mark.parametrize("goal", [0.03, 0.5, 0.97])
+def test_the_goal_is_named_inside(
+    browser: Any, report: dict[str, Any], goal: float, width: int, tmp_path: Path
+) -> None:
+    """On the ruler and in the plot, also where it stands near an end."""
+    near = {**report, "goal": {"kind": "latency", "ratio": goal}, "tried": []}
+    with window(browser, report_page(near), tmp_path, width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for outer, inner in ((".ruler", ".ruler .mark, .ruler .one"), ("#pareto > svg", "#pareto text.name")):
+            around = page.locator(outer).first.bounding_box()
+            for mark in page.locator(inner).all():
+                box = mark.bounding_box()
+                assert box["x"] >= around["x"] - 1, mark.inner_text()
+                assert box["x"] + box["width"] <= around["x"] + around["width"] + 1
+
+
+def test_a_result_that_is_far_slower_keeps_its_ruler(browser: Any, report: dict[str, Any], tmp_path: Path) -> None:
+    slow = {**report, "latency": {**report["latency"], "ratio": 9.0, "low": 8.9, "high": 9.1}}
+    with window(browser, report_page(slow), tmp_path, 390) as page:
+        ruler, one = (page.locator(name).bounding_box() for name in (".ruler", ".ruler .one"))
+        assert ruler["x"] <= one["x"] and one["x"] + one["width"] <= ruler["x"] + ruler["width"]
 
 
 def colours(page: Any, selector: str, folder: Path) -> dict[tuple[int, ...], int]:

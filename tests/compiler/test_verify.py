@@ -56,6 +56,17 @@ def test_nan_and_infinity() -> None:
     assert compare(one, torch.tensor([math.inf])).absolute == math.inf
 
 
+def test_an_infinite_entry_hides_nothing() -> None:
+    """Masked logits: the others count as if it were not there."""
+    for masked in (math.inf, -math.inf, math.nan):
+        a, b = torch.tensor([masked, 1.0, 2.0]), torch.tensor([masked, 1.0, 5.0])
+        assert compare(a, b).relative == 1.5
+        assert compare(a, b).cosine == compare(a[1:], b[1:]).cosine < 1
+        assert compare(a, a).relative == 0
+        assert compare(a, a).cosine == pytest.approx(1)
+        assert compare(a, torch.tensor([0.0, 1.0, 2.0])).relative == math.inf
+
+
 def test_a_zero_reference() -> None:
     zero, one = torch.zeros(2), torch.ones(2)
     assert compare(zero, one).relative == 1

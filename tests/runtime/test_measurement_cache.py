@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -110,3 +111,15 @@ def test_where_measurements_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folder() == Path("/somewhere/foldcut")
     monkeypatch.setenv("FOLDCUT_CACHE", "/else/where")
     assert default_folder() == Path("/else/where")
+    monkeypatch.setenv("FOLDCUT_CACHE", "~/own")
+    assert default_folder() == Path.home() / "own"
+
+
+def test_without_a_home_a_temporary_folder_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FOLDCUT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default_folder().parent == Path(tempfile.gettempdir())
