@@ -105,9 +105,10 @@ def fastest_within(mixing: Mixing, goal: MaxError) -> Rewritten:
             break
         made = mixing.made(found, goal)
         error = made.errors["re-solved"]
-        standing = (error > goal.error, found.best.ratio)
+        within = error <= goal.error
+        standing = (not within, found.best.ratio if within else error)
         if best is None or standing < best[0]:
-            best = standing, replace(made, met=error <= goal.error)
+            best = standing, replace(made, met=within)
         if not error > 0 or (1 - ROOM) * goal.error <= error <= goal.error:
             break
         bound = goal.error * found.best.error / error
