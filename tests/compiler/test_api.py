@@ -162,14 +162,8 @@ def test_a_folder_that_is_no_compiled_network(compiled: foldcut.Compiled, tmp_pa
         foldcut.load(out)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "plan.json"])
 def test_files_of_two_runs_are_not_taken_for_one(
-    name: str,
-    compiled: foldcut.Compiled,
-    residual_net: nn.Module,
-    counting_backend: Any,
-    nets: SimpleNamespace,
-    tmp_path: Path,
+    compiled: foldcut.Compiled, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace, tmp_path: Path
 ) -> None:
     """As a save leaves them that was killed between two renames."""
     other = foldcut.compile(
@@ -181,11 +175,12 @@ def test_files_of_two_runs_are_not_taken_for_one(
         progress=False,
         cache=False,
     )
-    out = compiled.save(tmp_path / "out")
-    foldcut.load(out)
-    (out / name).write_bytes(other.files[name])
-    with pytest.raises(foldcut.OutputError, match=r"is not the one that plan\.json was saved with|another plan"):
+    for name in ("model.onnx", "model.pt2", "plan.json"):
+        out = compiled.save(tmp_path / name)
         foldcut.load(out)
+        (out / name).write_bytes(other.files[name])
+        with pytest.raises(foldcut.OutputError, match=r"is not the one that plan\.json was saved with|another plan"):
+            foldcut.load(out)
 
 
 def test_saving_onto_a_file_writes_nothing(compiled: foldcut.Compiled, tmp_path: Path) -> None:
