@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from .atomic import check_writable
@@ -49,7 +48,7 @@ from .cli_options import (
     sample_reader,
     say,
 )
-from .cli_tables import show_line
+from .cli_tables import plain_table, show_line
 from .errors import CaptureError
 from .finite import json_text
 from .model_source import load_model
@@ -237,9 +236,7 @@ def _described(made: Replayed) -> dict[str, Any]:
 
 
 def _show(found: Sweep) -> None:
-    table = Table(box=None, header_style="bold")
-    for column in ("goal", "latency ratio", "95 %", "output error", "decisions", ""):
-        table.add_column(column, overflow="fold")
+    table = plain_table("goal", "latency ratio", "95 %", "output error", "decisions", "")
     front = {point.name for point in found.front}
     for point in found.points:
         if point.compiled is None:

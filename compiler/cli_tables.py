@@ -29,11 +29,17 @@ def show_line(line: str | Text, console: Console) -> None:
     console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
+def plain_table(*columns: str) -> Table:
+    """A table without lines, whose cells are never shortened."""
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
     """The differences of two ONNX files: a row for each output, a line for each difference of the interface."""
-    table = Table(box=None, header_style="bold")
-    for column in ("output", "max abs", "relative", "cosine"):
-        table.add_column(column, overflow="fold")
+    table = plain_table("output", "max abs", "relative", "cosine")
     for name, difference in found.outputs.items():
         cells = [f"{difference.absolute:.2e}", f"{difference.relative:.2e}", f"{difference.cosine:.6f}"]
         table.add_row(escape(name), *(cells if difference.same_structure else ["shape or dtype differ", "", ""]))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..passes.mimic_settings import MimicSettings
 from .api import Compiled
 from .api import compile as compile_model
+from .cli_tables import show_line
 from .errors import CompilerError, GoalError
 from .plan import Goal
 
@@ -124,6 +125,5 @@ def run_demo(
     for row in result.report.rows():
         table.add_row(*row)
     console.print(table)
-    decisions = ", ".join(map(str, result.plan.decisions))
-    console.print(f"done: {decisions}", highlight=False, markup=False, soft_wrap=True)
+    show_line("done: " + ", ".join(map(str, result.plan.decisions)), console)
     return result, missed

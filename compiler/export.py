@@ -98,6 +98,11 @@ def weight_bytes(program: Program) -> int:
     return sum(t.numel() * t.element_size() for t in program.module.state_dict().values())
 
 
+def target_opset(program: Program, opset: int | None) -> int | None:
+    """The opset that a program is exported in: the one asked for, else that of its file; None is the exporter's."""
+    return opset or (program.origin.opset if program.origin else None)
+
+
 def to_onnx_model(
     program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
 ) -> onnx.ModelProto:
@@ -105,7 +110,7 @@ def to_onnx_model(
     from .onnx_opset import EXPORTER_OPSET, lower_opset
     from .onnx_verbatim import restore_nodes, translations
 
-    target = opset or (program.origin.opset if program.origin else None)
+    target = target_opset(program, opset)
     exported = exported or to_exported(program)
     version = None if target is None else max(target, EXPORTER_OPSET)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..passes.drop_blocks import entry_exit
 from ..passes.layers import find_layers
-from ..passes.rank_trials import BROKEN
+from ..passes.rank_trials import BROKEN, bounded
 from ..passes.recoverability import QUICK_RESOLVE
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
@@ -245,7 +245,7 @@ class Mixing:
             except CompilerError as cause:
                 _left_out(mix, cause)
                 return BROKEN
-        return min(error, BROKEN) if math.isfinite(error) else BROKEN
+        return bounded(error)
 
     @functools.cached_property
     def _few(self) -> CalibrationSet:

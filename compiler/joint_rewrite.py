@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..passes.decompositions import Geometry
 from ..passes.drop_blocks import drop_blocks, entry_exit
-from ..passes.factorize import Factors, factorize, factorize_for_timing
-from ..passes.layers import find_layers
+from ..passes.factorize import Factors, factorize, factorize_for_timing, within_full
 from ..passes.low_rank import SCHEMES
 from ..passes.prune_channels import prune_channels
 from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
@@ -77,7 +75,7 @@ def mix_shape(teacher: Program, mix: Mix) -> Program:
         groups = _groups(provenance, counts)
         if groups:
             program = prune_channels(provenance, surplus_units(groups, counts)).program
-    return factorize_for_timing(program, in_range(program, ranks))
+    return factorize_for_timing(program, within_full(program, ranks))
 
 
 def apply_mix(
@@ -152,7 +150,7 @@ def apply_changes(
         pruned = _pruned(program, counts, given, calibration, settings, progress, store)
         program, decisions = pruned.program, [*decisions, *pruned.decisions]
     if ranks:
-        ranks = in_range(program, ranks)
+        ranks = within_full(program, ranks)
         program = _factorised(program, ranks, calibration, settings, progress, store)
         decisions += ranks
     resolved = stored_resolve(
@@ -259,14 +257,6 @@ def by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLa
             drops.append(replace(proposal.change, error=error))
     counts = {item.name: proposal.change for item, proposal in mix.items() if item.kind == "prune_channels"}
     return drops, counts, [proposal.change for item, proposal in mix.items() if item.kind == "factorize"]
-
-
-def in_range(program: Program, ranks: Sequence[FactorizeLayer]) -> list[FactorizeLayer]:
-    """The ranks, none of them above what its layer has: a group that is cut where a region was dropped may have
-    narrowed a layer that it did not reach in the original."""
-    layers, _ = find_layers(program)
-    full = {d.layer: SCHEMES[d.scheme].full(Geometry.of(program, layers[d.layer])) for d in ranks}
-    return [replace(d, ranks=tuple(min(pair) for pair in zip(d.ranks, full[d.layer], strict=True))) for d in ranks]
 
 
 def _groups(provenance: Provenance, counts: Mapping[str, int]) -> list[UnitGroup]:

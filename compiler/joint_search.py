@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .item_figures import LEAST_SHARE, error_fit, saving_fit
-from .nearest import nearest_from_below, reach
+from .nearest import nearest_from_below, reach, saved_share
 from .proposals import (
     Item,
     Mix,
@@ -276,9 +276,8 @@ class MixSearch:
             return {}, 0
         ratio, mix = nearest_from_below(seen, self.ratio)
         if one_kind:
-            kind, expected = items[0].kind, predicted_saving(mix, self.scales)
-            saved = max(1 - ratio, LEAST_SHARE * (1 - self.ratio))
-            self.scales[kind] = replace(self.scales[kind], saving=self.scales[kind].saving * saved / expected)
+            scale, off = self.scales[items[0].kind], saved_share(ratio, self.ratio) / predicted_saving(mix, self.scales)
+            self.scales[items[0].kind] = replace(scale, saving=scale.saving * off)
         return mix, len(seen)
 
     def _try(self, mix: Mix, rounds: int) -> Tried:

@@ -18,7 +18,7 @@ from ..runtime.measurement import Measurement
 from ..runtime.measurement_cache import MeasurementCache, default_folder
 from .calibration_set import CalibrationSet
 from .errors import CompilerError
-from .export import to_onnx
+from .export import target_opset, to_onnx
 from .onnx_bypass import onnx_without
 from .program import Program
 from .progress import Progress, silent
@@ -67,7 +67,7 @@ class LatencyProbe:
         self.batch = batch
         self.threads = threads
         self.seed = seed
-        self.opset = opset or (program.origin.opset if program.origin else None)
+        self.opset = target_opset(program, opset)
         self._folder = folder
         self.inputs = example_inputs(program, samples, batch)
         self.exported = self.load(model)

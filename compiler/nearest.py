@@ -14,7 +14,7 @@ MOST_MEASURED = 3
 #: How much more is asked for after a plan that missed; after the next one twice as much more again.
 MORE = 1.03
 #: What a plan saves counts for no less than this share of what it should when it is held against its prediction.
-LEAST_REACHED = 0.1
+LEAST_SAVED = 0.1
 
 
 def is_near(ratio: float, goal: float) -> bool:
@@ -61,8 +61,13 @@ def reach(
             break
         if ratio > goal:
             misses += sum(known > goal for known, _ in seen)
-        saving = predicted(plan) * (1 - goal) / max(1 - ratio, LEAST_REACHED * (1 - goal))
+        saving = predicted(plan) * (1 - goal) / saved_share(ratio, goal)
     return seen
+
+
+def saved_share(ratio: float, goal: float) -> float:
+    """The share of the latency that a plan saves, as its prediction is held against it: never next to nothing."""
+    return max(1 - ratio, LEAST_SAVED * (1 - goal))
 
 
 def _ratio(pair: tuple[float, object]) -> float:

@@ -43,18 +43,14 @@ LEAST_ERROR = 0.01
 def with_least_errors(items: Sequence[Item]) -> list[Item]:
     """The items with none of their errors next to zero: predictions are corrected by factors, and no factor mends a
     zero."""
-    found = []
     errors: dict[str, list[float]] = {}
     for item in items:
         errors.setdefault(item.kind, []).extend(p.error for p in item.proposals if p.error > 0)
-    for item in items:
-        least = LEAST_ERROR * statistics.median(errors[item.kind] or [1.0])
-        if all(p.error >= least for p in item.proposals):
-            found.append(item)
-        else:
-            raised = tuple(replace(p, error=max(p.error, least)) for p in item.proposals)
-            found.append(replace(item, proposals=raised))
-    return found
+    least = {kind: LEAST_ERROR * statistics.median(found or [1.0]) for kind, found in errors.items()}
+    return [
+        replace(item, proposals=tuple(replace(p, error=max(p.error, least[item.kind])) for p in item.proposals))
+        for item in items
+    ]
 
 
 #: The items that a plan changes, each with the proposal taken.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..compiler.errors import RewriteError
 from ..compiler.execute import evaluate
 from ..compiler.plan import FactorizeLayer
 from ..compiler.program import Program
-from .decompositions import PLAIN, Decomposition, Geometry, Matrices, Metric
+from .decompositions import PLAIN, Decomposition, Geometry, Matrices, Metric, Ranks
 from .layers import Layer, find_layers, moved
 from .low_rank import SCHEMES
 from .targets import Target, trace_target
@@ -128,16 +128,20 @@ def decompose(
     return SCHEMES[scheme].decomposition(Geometry.of(program, layer), weight, metric, gain, most)
 
 
+def within_full(program: Program, decisions: Sequence[FactorizeLayer]) -> list[FactorizeLayer]:
+    """The decisions with no rank above what its layer has: a group that is cut where a region was dropped may have
+    narrowed a layer that it did not reach in the original. Raises RewriteError as `check_ranks` does, but for that."""
+    layers, _ = find_layers(program) if decisions else ({}, ())
+    found = []
+    for decision in decisions:
+        full = _full_ranks(Geometry.of(program, _layer(layers, decision.layer)), decision)
+        found.append(replace(decision, ranks=tuple(min(pair) for pair in zip(decision.ranks, full, strict=True))))
+    return found
+
+
 def check_ranks(size: Geometry, decision: FactorizeLayer) -> None:
     """Raise RewriteError unless the scheme exists, suits a layer of that size, and has those ranks."""
-    scheme = SCHEMES.get(decision.scheme)
-    if scheme is None or not scheme.suits(size):
-        raise RewriteError(
-            f"no scheme {decision.scheme!r} for this layer",
-            node=decision.layer,
-            expected=", ".join(name for name, known in SCHEMES.items() if known.suits(size)),
-        )
-    full = scheme.full(size)
+    full = _full_ranks(size, decision)
     if len(decision.ranks) != len(full) or not all(1 <= r <= f for r, f in zip(decision.ranks, full, strict=False)):
         raise RewriteError(
             "ranks out of range",
@@ -145,6 +149,18 @@ def check_ranks(size: Geometry, decision: FactorizeLayer) -> None:
             expected=" x ".join(f"1 to {f}" for f in full),
             actual=" x ".join(map(str, decision.ranks)),
         )
+
+
+def _full_ranks(size: Geometry, decision: FactorizeLayer) -> Ranks:
+    """The full ranks of a layer of that size under the decision's scheme."""
+    scheme = SCHEMES.get(decision.scheme)
+    if scheme is None or not scheme.suits(size):
+        raise RewriteError(
+            f"no scheme {decision.scheme!r} for this layer",
+            node=decision.layer,
+            expected=", ".join(name for name, known in SCHEMES.items() if known.suits(size)),
+        )
+    return scheme.full(size)
 
 
 def shift_tensors(program: Program, target: Target, shift: torch.Tensor) -> dict[str, torch.Tensor]:

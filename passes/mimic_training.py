@@ -102,7 +102,7 @@ class Training:
         if not bool(norm.isfinite()):
             return False
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self._course(self.done - 1)
+            group["lr"] = rate * self._pace(self.done - 1)
         self._optimiser.step()
         return True
 
@@ -122,7 +122,7 @@ class Training:
         outputs = [r for pair, r in zip(self.pairs, relative, strict=False) if pair.output]
         return sum(relative) / max(1, len(relative)), sum(outputs) / max(1, len(outputs))
 
-    def _course(self, iteration: int) -> float:
+    def _pace(self, iteration: int) -> float:
         """What the learning rate is multiplied with: up in a straight line, down by a cosine."""
         warm = max(1, self.settings.iterations // 20)
         along = min(1.0, iteration / self.settings.iterations)

@@ -100,5 +100,9 @@ def _distance(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
 
 
 def _relative(error: float, energy: float) -> float:
-    found = error / energy if energy > 0 else error
-    return min(found, BROKEN) if math.isfinite(found) else BROKEN
+    return bounded(error / energy if energy > 0 else error)
+
+
+def bounded(error: float) -> float:
+    """An error that a search can reckon with: `BROKEN` at most, and where it is not finite."""
+    return min(error, BROKEN) if math.isfinite(error) else BROKEN
