@@ -101,7 +101,8 @@ def run_pipeline(
     can be removed; an unmet goal comes back as `met` False.
     """
     settings, clock = settings or PipelineSettings(), clock or StageClock()
-    fit, held_out = settings.split(calibration, teacher)
+    sets = settings.split(calibration, teacher)
+    fit, held_out = sets.fit, sets.judge
     used = tuple(rewrites) if rewrites else default_rewrites(goal)
     analysis = None
     if used == ("drop_blocks",) and isinstance(goal, DropGoal):

@@ -202,7 +202,8 @@ def _solved(
     progress: Progress,
     store: AnalysisStore,
 ) -> Replayed:
-    fit, held_out = options.split(samples, teacher)
+    sets = options.split(samples, teacher)
+    fit, held_out = sets.fit, sets.judge
     solve = fit.take(slice(0, options.solve_samples))
     done = replay(teacher, plan.decisions, solve, joint_settings(options), progress=progress, store=store)
     program, errors = judged(teacher, done, held_out)
