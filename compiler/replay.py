@@ -32,6 +32,7 @@ from .plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
 from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
+from .sampled_error import SampledError, sampled_error
 from .saved import ONNX, PAGE, PT2, REPORT, check_file, digest, with_plan
 from .stored_passes import mimicked
 from .verify import output_error
@@ -41,12 +42,14 @@ from .verify import output_error
 class Replayed:
     """A network that a plan was applied to: `.program`, `.module`, `.onnx` (bytes), `.plan`, `.save(folder)`.
 
-    `output_errors` are the relative output errors on held-out samples after each stage, where there was data.
+    Where there was data, `output_errors` are the relative output errors after each stage on the samples that judge, and
+    `tested` that of the result on samples that were not looked at before.
     """
 
     program: Program
     plan: Plan
     output_errors: Mapping[str, float]
+    tested: SampledError | None = None
     opset: int | None = None
 
     @property
@@ -220,7 +223,8 @@ def _solved(
             progress=progress,
         )
         errors["mimicked"] = output_error(teacher, program, held_out)
-    return Replayed(program=program, plan=plan, output_errors=errors, opset=options.opset)
+    tested = sampled_error(teacher, program, sets.test, seed=options.seed)
+    return Replayed(program=program, plan=plan, output_errors=errors, tested=tested, opset=options.opset)
 
 
 __all__ = ["Replayed", "apply", "apply_plan", "decided", "with_weights"]

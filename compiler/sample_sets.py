@@ -35,8 +35,8 @@ class SampleSets:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """The number of samples of each part, views included."""
-        return {"fit": len(self.fit), "judge": len(self.judge), "test": len(self.test)}
+        """The number of samples of each part, views included, and whether parts are shared: what a report says."""
+        return {"fit": len(self.fit), "judge": len(self.judge), "test": len(self.test), "shared": self.shared}
 
 
 def part_sizes(count: int, share: float) -> tuple[int, int]:

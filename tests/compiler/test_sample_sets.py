@@ -42,7 +42,7 @@ def test_the_parts_are_disjoint_and_cover_all(count: int, seed: int, share: floa
 )
 def test_small_sets_keep_enough_to_solve_with(count: int, sizes: tuple[int, int, int]) -> None:
     sets = divided(numbered(count), 0)
-    assert tuple(sets.sizes.values()) == sizes
+    assert tuple(sets.sizes.values()) == (*sizes, False)
 
 
 def test_one_and_two_samples_are_shared_and_that_is_said() -> None:
@@ -52,7 +52,7 @@ def test_one_and_two_samples_are_shared_and_that_is_said() -> None:
         program = foldcut.capture(net, data.batch(slice(0, 2)))
         with pytest.warns(UserWarning, match=told):
             sets = PipelineSettings().split(data, program)
-        assert sets.shared and tuple(sets.sizes.values()) == (1, 1, 1)
+        assert tuple(sets.sizes.values()) == (1, 1, 1, True)
     fit, judge, test = parts(divided(numbered(2), 0))
     assert judge == test != fit
 
