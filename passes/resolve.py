@@ -66,8 +66,8 @@ def solve_without(
     """Solve with some columns removed: their weights become zero and the others take over what they can.
 
     `weight` (groups, out/groups, columns) as it stands, `gone` a mask over columns. The change of the removed columns
-    is fixed at -W, so the others solve (G_kk + ridge) X = C_k + G_kr W_r, the ridge relative to the mean diagonal of all
-    columns: it is then the same whatever is chosen, as in `submodular`. `before` is the error of plain slicing, which
+    is fixed at -W, so the others solve (G_kk + ridge) X = C_k + G_kr W_r. The ridge is relative to the mean diagonal of
+    all columns, so that it is the same whatever goes, as in `submodular`. `before` is the error of plain slicing, which
     `after` never exceeds. With no column gone this is `solve`.
     """
     columns = moments.gram.shape[1]

@@ -149,16 +149,16 @@ def _solve_group(
 ) -> list[LayerError]:
     """Solve the layers of a group in order, then refine its inner layers for what its end is left with."""
     errors: dict[str, LayerError] = {}
-    grams: dict[str, torch.Tensor] = {}
+    seen: dict[str, Moments] = {}
     for target in step.targets:
         moments = step_moments(lockstep, step, target, tensors, settings)
         check_finite(moments, lockstep.student, target.layer.node)
-        grams[target.layer.node] = moments.gram[:, :-1, :-1]
+        seen[target.layer.node] = moments
         if not target.counterparts:
             continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
     for turn in range(settings.refine):
-        if not _refine(lockstep, step, tensors, settings, grams, errors, turn):
+        if not _refine(lockstep, step, tensors, settings, seen, errors, turn):
             break
     return list(errors.values())
 
@@ -168,12 +168,12 @@ def _refine(
     step: Step,
     tensors: dict[str, torch.Tensor],
     settings: ResolveSettings,
-    grams: Mapping[str, torch.Tensor],
+    seen: Mapping[str, Moments],
     errors: dict[str, LayerError],
     turn: int,
 ) -> bool:
     """One step of the inner layers, then the end layers again; undone when it did not lower the error at the end."""
-    proposed = propose_step(lockstep, step, tensors, grams, seed=turn)
+    proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
     if not proposed:
         return False
     old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
