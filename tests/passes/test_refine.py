@@ -1,4 +1,4 @@
-"""Gauss-Newton steps of inner layers: exact where the error is quadratic in their weights, however many rows each has."""
+"""Gauss-Newton steps of inner layers: exact where the error is quadratic in their weights, whatever rows each has."""
 
 from dataclasses import replace
 
