@@ -154,7 +154,14 @@ def select_layerwise(
         moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
         for group in batch:
             objectives = [
-                _objective(program, consumers[n], group, moments[n].without_residual(), bias=False, ridge=ridge)
+                _objective(
+                    program,
+                    consumers[n],
+                    group,
+                    moments[n].without_residual(),
+                    bias=trace_target(program, consumers[n].layer, {}).shift is not None,
+                    ridge=ridge,
+                )
                 for n in _readers(consumers, group)
             ]
             selection = (
