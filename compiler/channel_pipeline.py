@@ -30,6 +30,8 @@ from .stored_passes import stored_channels, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
 from .verify import no_worse, output_error
 
+#: Errors below this share of those without any unit are rounding.
+NO_ERROR = 1e-6
 #: How often a goal is tightened when the smaller program costs more than the allocation predicted.
 MOST_CORRECTIONS = 4
 
@@ -210,8 +212,8 @@ def error_curves(
     """For each group the error at the network's outputs, as predicted, with 0, 1, 2 ... units kept.
 
     The shape of a curve is that of the group's consumers (relative error after the greedy choice and re-solve); its
-    height comes from one trial: the group alone pruned to half and re-solved, and the output error measured on
-    a few samples (`weighing_samples`).
+    height comes from one trial: the group alone pruned to half and re-solved on a few samples (`weighing_samples`), and
+    the output error measured on as many others.
     """
     program, counts = provenance.program, {g.name: len(g) for g in groups}
 
@@ -220,23 +222,44 @@ def error_curves(
         return None, {group.name: selection.errors for group, selection in found}
 
     _, curves = store.result("error curves", [program, calibration, counts], shapes)
-    samples = calibration.take(slice(0, weighing_samples(program, len(groups))))
+    samples, others = _trial_samples(calibration, weighing_samples(program, len(groups)))
     for index, group in enumerate(groups):
-        half = max(1, len(group) // 2)
+        half = _trial_count(curves[group.name])
         height = store.value(
-            "height", [program, samples, group.name, half], functools.partial(_height, provenance, samples, group, half)
+            "height",
+            [program, samples, others, group.name, half],
+            functools.partial(_height, provenance, samples, others, group, half),
         )
         shape = float(curves[group.name][half])
-        curves[group.name] = curves[group.name] * (height / shape if shape > 0 else 1.0)
+        curves[group.name] = curves[group.name] * (
+            height / shape if shape > NO_ERROR * float(curves[group.name][0]) else 1.0
+        )
         progress("weigh groups", index + 1, len(groups))
     return curves
 
 
-def _height(provenance: Provenance, samples: CalibrationSet, group: UnitGroup, count: int) -> float:
-    """The output error with one group alone pruned to `count` units and re-solved."""
+def _trial_count(curve: torch.Tensor) -> int:
+    """Half of the units; fewer where a group could lose more than half (dead channels) before there is an error that
+    says anything."""
+    half = max(1, (len(curve) - 1) // 2)
+    telling = (curve[1 : half + 1] > NO_ERROR * curve[0]).nonzero()
+    return int(telling[-1]) + 1 if len(telling) else half
+
+
+def _trial_samples(calibration: CalibrationSet, most: int) -> tuple[CalibrationSet, CalibrationSet]:
+    """(samples that trials are solved on, others that they are judged on): the same number of both where there are
+    enough, else a quarter of all to judge. One sample alone is both."""
+    count = max(1, min(most, len(calibration) * 3 // 4))
+    return calibration.take(slice(0, count)), calibration.take(slice(count if len(calibration) > 1 else 0, 2 * count))
+
+
+def _height(
+    provenance: Provenance, samples: CalibrationSet, others: CalibrationSet, group: UnitGroup, count: int
+) -> float:
+    """The output error on the other samples with one group alone pruned to `count` units and re-solved."""
     trial = choose_channels(provenance, samples, {group.name: count})
     smaller = prune_channels(provenance, trial.removed, trial.tensors).program
-    return output_error(provenance.program, smaller, samples)
+    return output_error(provenance.program, smaller, others)
 
 
 def _left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int], goal: CountedGoal) -> int:

@@ -3,8 +3,8 @@ the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,10 @@ class Moments:
             rows=self.rows + other.rows,
         )
 
+    def without_residual(self) -> Moments:
+        """With the layer's own output as the target: nothing is left over before a cut."""
+        return replace(self, cross=torch.zeros_like(self.cross), energy=torch.zeros_like(self.energy))
+
     def error(self) -> float:
         """Sum of squared residuals before any correction."""
         return float(self.energy.sum())
@@ -66,6 +70,48 @@ class Moments:
         return cls(gram=gram, cross=cross.double(), energy=r.square().sum(2).double(), rows=count)
 
 
+#: Of so many batches the last is held out of what predicts errors.
+HOLD_OUT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitMoments:
+    """Moments of all batches, and of the held-out ones among them, which judge what is fitted to the others; None where
+    there are too few."""
+
+    whole: Moments
+    held: Moments | None = None
+
+    @classmethod
+    def of(cls, parts: Iterable[Moments]) -> SplitMoments:
+        """From the moments of each batch, of which there is at least one."""
+        total: SplitMoments | None = None
+        for index, part in enumerate(parts):
+            total = cls.added(total, index, part)
+        assert total is not None
+        return total
+
+    @classmethod
+    def added(cls, total: SplitMoments | None, batch: int, part: Moments) -> SplitMoments:
+        """With the moments of one more batch."""
+        if total is None:
+            return cls(whole=part)
+        held = total.held
+        if batch % HOLD_OUT == HOLD_OUT - 1:
+            held = part if held is None else held + part
+        return cls(whole=total.whole + part, held=held)
+
+    def without_residual(self) -> SplitMoments:
+        """With the layer's own output as the target."""
+        held = None if self.held is None else self.held.without_residual()
+        return SplitMoments(whole=self.whole.without_residual(), held=held)
+
+
+def split_batch_size(samples: int, most: int) -> int:
+    """Samples per batch, at most so many, such that batches are held out wherever there are samples for that."""
+    return max(1, min(most, -(-samples // HOLD_OUT)))
+
+
 def collect_moments(
     program: Program,
     layers: Mapping[str, Layer],
@@ -81,24 +127,53 @@ def collect_moments(
     describe the layer as it is. `rows_per_column` caps the rows that are read, relative to a layer's columns (None:
     all). Memory: one batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
     """
-    wanted = list(names or layers)
     totals: dict[str, Moments] = {}
+    chosen = {name: layers[name] for name in names or layers}
+    for _, name, part in _batch_parts(program, chosen, calibration, batch_size, rows_per_column):
+        totals[name] = totals[name] + part if name in totals else part
+    for name, moments in totals.items():
+        check_finite(moments, program, name)
+    return totals
+
+
+def collect_split_moments(
+    program: Program,
+    layers: Mapping[str, Layer],
+    calibration: CalibrationSet,
+    *,
+    batch_size: int,
+    rows_per_column: int | None = None,
+) -> dict[str, SplitMoments]:
+    """`collect_moments`, those of the held-out batches beside those of all."""
+    totals: dict[str, SplitMoments] = {}
+    for index, name, part in _batch_parts(program, layers, calibration, batch_size, rows_per_column):
+        totals[name] = SplitMoments.added(totals.get(name), index, part)
+    for name, moments in totals.items():
+        check_finite(moments.whole, program, name)
+    return totals
+
+
+def _batch_parts(
+    program: Program,
+    layers: Mapping[str, Layer],
+    calibration: CalibrationSet,
+    batch_size: int,
+    rows_per_column: int | None,
+) -> Iterator[tuple[int, str, Moments]]:
+    """(batch, layer, moments) for each batch of the calibration set and each layer."""
+    if not layers:
+        return
     batches = -(-len(calibration) // batch_size)
-    inputs = sorted({layers[name].input for name in wanted}, key=program.order.__getitem__)
-    with torch.no_grad():
-        for batch in calibration.batches(batch_size):
+    inputs = sorted({layer.input for layer in layers.values()}, key=program.order.__getitem__)
+    for index, batch in enumerate(calibration.batches(batch_size)):
+        with torch.no_grad():
             values = run_until(program, inputs, bind(program, batch))
-            for name in wanted:
-                layer = layers[name]
+            for name, layer in layers.items():
                 columns, count = layer.extent(program, values[layer.input])
                 every = thinning(count * batches, columns, rows_per_column)
                 rows = layer.rows(program, values[layer.input], every)
                 weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
-                part = Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
-                totals[name] = totals[name] + part if name in totals else part
-    for name, moments in totals.items():
-        check_finite(moments, program, name)
-    return totals
+                yield index, name, Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
 
 
 def gram_bytes(program: Program, layer: Layer) -> int:

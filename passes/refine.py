@@ -7,8 +7,10 @@ input rows and u = J^T v for random signs v,
     D = A^T (J^T e),     dW = (G + l I)^-1 D (Q + m I)^-1,     G = A^T A,  Q = sum u u^T,
 
 is a Gauss-Newton step for ||e||^2 with the Hessian in Kronecker form (Martens and Grosse, ICML 2015, arXiv
-1503.05671), taken for all inner layers at once with one line search along it. The layers at the end are then
-re-solved in closed form; the caller undoes a step that did not lower the error.
+1503.05671), taken for all inner layers at once with one line search along it. G, D and Q are means over the layer's
+rows, each over those that it was collected from: G may come from fewer, and layers differ in their number of rows, yet
+all their steps have one length. The layers at the end are then re-solved in closed form; the caller undoes a step that
+did not lower the error.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 from ..compiler.execute import evaluate
 from ..compiler.program import Program
+from .calibrate import Moments
 from .layers import current_parameter, moved
 from .lockstep import Lockstep, Step, View
 from .targets import Target, residual_at
@@ -30,12 +33,12 @@ PROBE = 0.03
 
 
 def propose_step(
-    lockstep: Lockstep, step: Step, tensors: dict[str, torch.Tensor], grams: Mapping[str, torch.Tensor], *, seed: int
+    lockstep: Lockstep, step: Step, tensors: dict[str, torch.Tensor], moments: Mapping[str, Moments], *, seed: int
 ) -> dict[str, torch.Tensor]:
     """New weights for the inner layers of a group, by tensor name; empty when there is nothing to gain.
 
-    `grams` holds each inner layer's Gram matrix (groups, columns, columns) from its solve. It conditions the step; a
-    slightly old one does no harm, since the line search measures the step's effect.
+    `moments` holds those of each inner layer from its solve, whose Gram matrix conditions the step; a slightly old one
+    does no harm, since the line search measures the step's effect.
     """
     end = step.targets[-1]
     inner = [t for t in step.targets if t.anchor != end.anchor]
@@ -46,7 +49,9 @@ def propose_step(
         return {}
     changes = []
     for target, gradient, side in zip(inner, gradients, sides, strict=True):
-        left = torch.linalg.solve(_damped(grams[target.layer.node], INPUT_RIDGE), gradient.transpose(1, 2))
+        seen = moments[target.layer.node]
+        gram = seen.gram[:, :-1, :-1] / seen.rows
+        left = torch.linalg.solve(_damped(gram, INPUT_RIDGE), gradient.transpose(1, 2))
         changes.append(torch.linalg.solve(_damped(side, OUTPUT_RIDGE), left.transpose(1, 2)))
     if not all(bool(c.isfinite().all()) and bool(c.any()) for c in changes):
         return {}
@@ -60,11 +65,12 @@ def propose_step(
 def _collect(
     lockstep: Lockstep, step: Step, inner: Sequence[Target], tensors: dict[str, torch.Tensor], seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, summed in float64."""
+    """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64."""
     student, end = lockstep.student, step.targets[-1]
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.zeros((), dtype=torch.float64)] * len(inner)
     sides = list(gradients)
+    rows = [0] * len(inner)
     for view in lockstep.views(step):
         weights = {
             t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
@@ -83,7 +89,9 @@ def _collect(
             side = target.layer.outputs(probes[index])
             gradients[index] = gradients[index] + target.layer.matrix(toward[index]).double()
             sides[index] = sides[index] + torch.bmm(side, side.transpose(1, 2)).double()
-    return gradients, sides
+            rows[index] += side.shape[2]
+    means = [[total / count for total, count in zip(totals, rows, strict=True)] for totals in (gradients, sides)]
+    return means[0], means[1]
 
 
 def _gradients(result: torch.Tensor, inputs: list[torch.Tensor], along: torch.Tensor) -> list[torch.Tensor]:

@@ -30,10 +30,15 @@ class Correction:
     after: float
 
 
-def solve(moments: Moments, *, ridge: float, bias: bool) -> Correction:
+def ridge_level(moments: Moments) -> torch.Tensor:
+    """(groups, 1): the mean diagonal of the Gram matrix, which a ridge is relative to; the column of ones aside."""
+    return torch.diagonal(moments.gram, dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True)
+
+
+def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | None = None) -> Correction:
     """Solve for the change of one layer's weights, in float64.
 
-    `ridge` is relative to the mean diagonal of the Gram matrix; columns that are zero throughout get no change. With
+    `ridge` is relative to `level`, that of `ridge_level`; columns that are zero throughout get no change. With
     `bias` the column of ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled:
     the ridge makes the system definite, and with ridge 0 the least-norm solution is taken. An output whose error
     would not fall keeps its weights, so `after` never exceeds `before`.
@@ -41,7 +46,8 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> Correction:
     size = moments.gram.shape[1] - (0 if bias else 1)
     gram, cross = moments.gram[:, :size, :size], moments.cross[:, :size]
     delta = torch.zeros_like(moments.cross)
-    delta[:, :size] = _ridge_solve(gram, cross, ridge, penalised=moments.gram.shape[1] - 1)
+    level = ridge_level(moments) if level is None else level
+    delta[:, :size] = _ridge_solve(gram, cross, ridge, level, penalised=moments.gram.shape[1] - 1)
     after = moments.error_after(delta)
     better = (after < moments.energy) & after.isfinite()
     delta = torch.where(better.unsqueeze(1), delta, torch.zeros_like(delta))
@@ -60,7 +66,8 @@ def solve_without(
     """Solve with some columns removed: their weights become zero and the others take over what they can.
 
     `weight` (groups, out/groups, columns) as it stands, `gone` a mask over columns. The change of the removed columns
-    is fixed at -W, so the others solve (G_kk + ridge) X = C_k + G_kr W_r. `before` is the error of plain slicing, which
+    is fixed at -W, so the others solve (G_kk + ridge) X = C_k + G_kr W_r. The ridge is relative to the mean diagonal of
+    all columns, so that it is the same whatever goes, as in `submodular`. `before` is the error of plain slicing, which
     `after` never exceeds. With no column gone this is `solve`.
     """
     columns = moments.gram.shape[1]
@@ -75,17 +82,18 @@ def solve_without(
         energy=energy,
         rows=moments.rows,
     )
-    found = solve(rest, ridge=ridge, bias=bias)
+    found = solve(rest, ridge=ridge, bias=bias, level=ridge_level(moments))
     change = torch.zeros(weight.shape, dtype=torch.float64)
     change[:, :, stay[:-1]] = found.weight
     change[:, :, out] = -old.transpose(1, 2)
     return Correction(weight=change, bias=found.bias, before=found.before, after=found.after)
 
 
-def _ridge_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float, *, penalised: int) -> torch.Tensor:
-    """(G + ridge * mean diag(G) * I) X = C per group; the columns from `penalised` on carry no ridge."""
+def _ridge_solve(
+    gram: torch.Tensor, cross: torch.Tensor, ridge: float, level: torch.Tensor, *, penalised: int
+) -> torch.Tensor:
+    """(G + ridge * level * I) X = C per group, `level` (groups, 1); the columns from `penalised` on carry no ridge."""
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
-    level = diagonal[:, :penalised].mean(1, keepdim=True)
     weight = torch.zeros_like(diagonal)
     weight[:, :penalised] = ridge * level
     # a column that is zero on all data has no say: the unit diagonal keeps the system definite and its change at zero

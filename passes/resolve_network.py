@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +17,7 @@ from ..compiler.execute import descendants, run_until
 from ..compiler.program import Program, is_tensor
 from ..compiler.progress import Progress, silent
 from ..compiler.verify import output_error
-from .calibrate import Moments, check_finite, thinning
+from .calibrate import Moments, SplitMoments, check_finite, thinning
 from .groups import group_targets
 from .layers import Layer, current_parameter, find_layers, moved
 from .lockstep import Lockstep, Step, plan_steps
@@ -147,16 +149,16 @@ def _solve_group(
 ) -> list[LayerError]:
     """Solve the layers of a group in order, then refine its inner layers for what its end is left with."""
     errors: dict[str, LayerError] = {}
-    grams: dict[str, torch.Tensor] = {}
+    seen: dict[str, Moments] = {}
     for target in step.targets:
         moments = step_moments(lockstep, step, target, tensors, settings)
         check_finite(moments, lockstep.student, target.layer.node)
-        grams[target.layer.node] = moments.gram[:, :-1, :-1]
+        seen[target.layer.node] = moments
         if not target.counterparts:
             continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
     for turn in range(settings.refine):
-        if not _refine(lockstep, step, tensors, settings, grams, errors, turn):
+        if not _refine(lockstep, step, tensors, settings, seen, errors, turn):
             break
     return list(errors.values())
 
@@ -166,12 +168,12 @@ def _refine(
     step: Step,
     tensors: dict[str, torch.Tensor],
     settings: ResolveSettings,
-    grams: Mapping[str, torch.Tensor],
+    seen: Mapping[str, Moments],
     errors: dict[str, LayerError],
     turn: int,
 ) -> bool:
     """One step of the inner layers, then the end layers again; undone when it did not lower the error at the end."""
-    proposed = propose_step(lockstep, step, tensors, grams, seed=turn)
+    proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
     if not proposed:
         return False
     old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
@@ -191,16 +193,26 @@ def step_moments(
     lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> Moments:
     """Moments of one layer of a group over the whole calibration set, with the weights as they stand."""
+    return functools.reduce(operator.add, _parts(lockstep, step, target, tensors, settings))
+
+
+def split_step_moments(
+    lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> SplitMoments:
+    """`step_moments`, those of the held-out batches beside those of all."""
+    return SplitMoments.of(_parts(lockstep, step, target, tensors, settings))
+
+
+def _parts(
+    lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> Iterator[Moments]:
+    """The moments of each batch."""
     student = lockstep.student
     wanted = [target.layer.input, target.anchor]
-    total: Moments | None = None
     for view in lockstep.views(step):
         with torch.no_grad():
             ours = run_until(student, wanted, view.student, tensors)
-        part = batch_moments(student, target, ours, view.teacher, len(lockstep), settings.rows_per_column)
-        total = part if total is None else total + part
-    assert total is not None  # a calibration set holds at least one sample
-    return total
+        yield batch_moments(student, target, ours, view.teacher, len(lockstep), settings.rows_per_column)
 
 
 def batch_moments(

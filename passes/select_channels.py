@@ -11,7 +11,7 @@ network pruned so far, the original's output as the target), the best there and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -22,11 +22,11 @@ from ..compiler.program import Program
 from ..compiler.progress import Progress, silent
 from ..compiler.provenance import Provenance
 from ..compiler.unit_groups import UnitGroup
-from .calibrate import Moments, check_finite, collect_moments, gram_bytes
+from .calibrate import SplitMoments, check_finite, collect_split_moments, gram_bytes, split_batch_size
 from .layers import Layer, find_layers
 from .lockstep import Lockstep, Step, plan_steps
 from .resolve import solve_without
-from .resolve_network import LayerError, ResolveSettings, batch_size_for, step_moments, write_correction
+from .resolve_network import LayerError, ResolveSettings, batch_size_for, split_step_moments, write_correction
 from .submodular import Objective, Selection, select_units
 from .targets import Target, output_gain, trace_target
 
@@ -139,29 +139,28 @@ def select_layerwise(
     *,
     memory_bytes: int = 1 << 30,
     rows_per_column: int | None = None,
+    ridge: float | None = None,
     progress: Progress = silent,
 ) -> list[tuple[UnitGroup, Selection]]:
     """Selections from the original network's moments; consumers share passes over the data as memory allows.
-    `rows_per_column` caps the rows that are read, relative to a layer's columns (None: all)."""
+    `rows_per_column` caps the rows that are read, relative to a layer's columns (None: all), and `ridge` is that of the
+    solves to come (None: as `ResolveSettings` has it)."""
     program, consumers = provenance.program, find_consumers(provenance)
+    ridge = ResolveSettings(ridge=ridge).ridge_for(len(calibration))
     found = []
     for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, memory_bytes)):
         layers = {n: consumers[n].layer for n in nodes}
-        size = batch_size_for(program, layers.values())
-        moments = (
-            collect_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
-            if layers
-            else {}
-        )
+        size = split_batch_size(len(calibration), batch_size_for(program, layers.values()))
+        moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
         for group in batch:
             objectives = [
                 _objective(
                     program,
                     consumers[n],
                     group,
-                    _own_target(moments[n]),
-                    trace_target(program, consumers[n].layer, {}),
-                    bias=False,
+                    moments[n].without_residual(),
+                    bias=trace_target(program, consumers[n].layer, {}).shift is not None,
+                    ridge=ridge,
                 )
                 for n in _readers(consumers, group)
             ]
@@ -184,11 +183,11 @@ def _batches(
     held = 0
     for group in groups:
         needs = _readers(consumers, group)
-        cost = sum(gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)
+        cost = sum(2 * gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)  # all, and held out
         if batch and held + cost > memory_bytes:
             yield batch, nodes
             batch, nodes, held = [], [], 0
-            cost = sum(gram_bytes(program, consumers[n].layer) for n in needs)
+            cost = sum(2 * gram_bytes(program, consumers[n].layer) for n in needs)
         batch.append(group)
         nodes += [n for n in needs if n not in nodes]
         held += cost
@@ -200,23 +199,17 @@ def _cheap(objective: Objective) -> bool:
     return objective.gram.shape[1] <= BOUND_COLUMNS
 
 
-def _own_target(moments: Moments) -> Moments:
-    """The layer's own output as the target: nothing is left over before the cut."""
-    return Moments(
-        gram=moments.gram,
-        cross=torch.zeros_like(moments.cross),
-        energy=torch.zeros_like(moments.energy),
-        rows=moments.rows,
-    )
-
-
 def _objective(
-    program: Program, consumer: Consumer, group: UnitGroup, moments: Moments, target: Target, *, bias: bool
+    program: Program, consumer: Consumer, group: UnitGroup, moments: SplitMoments, *, bias: bool, ridge: float
 ) -> Objective:
-    """The consumer's objective, its outputs weighed by what follows them (`output_gain`)."""
+    """The consumer's objective, its outputs weighed by what follows them (`output_gain`), and that on the rows held
+    out."""
     weight = consumer.layer.matrix(program.module.get_parameter(consumer.layer.weight).detach())
-    gain = output_gain(program, target)
-    return Objective.of(moments, weight, consumer.columns(group.units), bias=bias, gain=gain)
+    gain, units = output_gain(program, trace_target(program, consumer.layer, {})), consumer.columns(group.units)
+    whole = Objective.of(moments.whole, weight, units, bias=bias, gain=gain, ridge=ridge)
+    if moments.held is None:
+        return whole
+    return replace(whole, held=Objective.of(moments.held, weight, units, bias=bias, gain=gain))
 
 
 def select_by_norm(provenance: Provenance, group: UnitGroup, count: int, power: int = 2) -> Selection:
@@ -265,6 +258,7 @@ class _Sweep:
         changed = descendants(self.program, nodes) | set(nodes)
         steps = plan_steps(self.program, self.program, [[t] for t in targets], changed)
         size = self.settings.batch_size or batch_size_for(self.program, [self.consumers[n].layer for n in nodes])
+        size = split_batch_size(len(calibration), size)
         errors = []
         with Lockstep(
             self.program, self.program, calibration, batch_size=size, ram_bytes=self.settings.ram_bytes
@@ -295,18 +289,17 @@ class _Sweep:
         samples: int,
     ) -> LayerError:
         consumer, target = self.consumers[node], step.targets[0]
-        moments = step_moments(lockstep, step, target, self.tensors, self.settings)
-        check_finite(moments, self.program, node)
+        moments = split_step_moments(lockstep, step, target, self.tensors, self.settings)
+        check_finite(moments.whole, self.program, node)
         if self.variant == "sequential":
-            moments = _own_target(moments)
+            moments = moments.without_residual()
+        ridge = self.settings.ridge_for(samples)
         group = self.waiting.get(node)
         bias = target.shift is not None
         if group is not None:
-            whole = trace_target(self.program, consumer.layer, {})
-            objective = _objective(self.program, consumer, group, moments, whole, bias=bias)
+            objective = _objective(self.program, consumer, group, moments, bias=bias, ridge=ridge)
             selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))
             removed[group.without(selections[group.name].order)] = True
         weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())
-        ridge = self.settings.ridge_for(samples)
-        correction = solve_without(moments, weight, consumer.gone(removed), ridge=ridge, bias=bias)
-        return write_correction(self.program, target, correction, moments.rows, self.tensors)
+        correction = solve_without(moments.whole, weight, consumer.gone(removed), ridge=ridge, bias=bias)
+        return write_correction(self.program, target, correction, moments.whole.rows, self.tensors)
