@@ -21,6 +21,10 @@ Clock = Literal["thread_cpu", "wall", "cuda"]
 """How a runner's inferences must be timed: CPU time of the calling thread (other processes do not count),
 elapsed time, or the device's own events (`TimedRunner`)."""
 
+Regime = Literal["hot", "cold"]
+"""What an inference finds in the caches: itself, as in a loop without pauses, or nothing of itself, as in a server
+whose requests come with pauses and whose core does other work in between."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Availability:
@@ -59,6 +63,16 @@ class TimedRunner(Runner, Protocol):
 
     def elapsed_ms(self) -> float:
         """Wait for the last `run` and return its device time in milliseconds, transfers excluded."""
+        ...
+
+
+@runtime_checkable
+class EvictingRunner(Runner, Protocol):
+    """A runner that can empty the caches of its own device. Where the CPU computes none has to: its caches are emptied
+    by streaming through memory. Needed for the regime ``cold`` everywhere else."""
+
+    def evict_caches(self) -> None:
+        """Leave nothing of the network in the device's caches. Not timed. Raises BackendError where it cannot."""
         ...
 
 
