@@ -45,6 +45,7 @@ from .rewritten import Rewritten, TriedPlan
 from .search_time import SearchTime
 from .stored_latency import StoredLatency
 from .stored_passes import mimicked
+from .unchanged import require_change
 from .verify import compare, errors_by_output, output_error
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
@@ -57,7 +58,8 @@ MOST_AIMS = 3
 class Outcome:
     """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way. `settings`
     are those used, with what the backend said about them; `planned` whether the plan reaches the goal by what was
-    measured for it; `aims` the latency ratios that plans were made for, each after a network that missed."""
+    measured for it; `aims` the latency ratios that plans were made for, each after a network that missed; `regimes` the
+    `measurement`, and that of the same loads in the other regime where the backend can."""
 
     teacher: Program
     program: Program
@@ -78,6 +80,7 @@ class Outcome:
     aims: tuple[float, ...] = ()
     errors_by_output: Mapping[str, float] = field(default_factory=dict)
     profiles: Profiles | None = None
+    regimes: Mapping[str, Measurement] = field(default_factory=dict)
 
 
 def run_pipeline(
@@ -110,6 +113,7 @@ def run_pipeline(
         require_regions(analysis, goal)
     with clock.stage("export"):
         original = to_onnx(teacher, opset=settings.opset)
+    asked, time = goal, SearchTime(settings.search_seconds)
     probe = LatencyProbe(
         teacher,
         original,
@@ -121,8 +125,8 @@ def run_pipeline(
         deployed=deployed,
         folder=store.root,
         opset=settings.opset,
+        regime=goal.regime if isinstance(goal, Latency) else "hot",
     )
-    asked, time = goal, SearchTime(settings.search_seconds)
     try:
         if isinstance(goal, Latency) and goal.ms is not None:
             with clock.stage("measure original"):
@@ -137,6 +141,7 @@ def run_pipeline(
             rewritten = _rewritten(
                 teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store, time
             )
+            require_change(teacher, rewritten, asked)
             outcome = _finish(teacher, rewritten, fit, held_out, asked, probe, settings, clock, progress, store)
             return replace(outcome, met=reached(goal, outcome.measurement, rewritten.met, outcome.output_errors))
 
@@ -158,7 +163,7 @@ def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLat
     outcomes: list[tuple[bool, float, Outcome]] = []
     aims = [goal.share]
     while True:
-        last = made(Latency(aims[-1]))
+        last = made(goal.aimed(aims[-1]))
         seen = [last.measurement.ratio, last.met]
         ratio, met = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
         outcomes.append((not met, ratio, last))
@@ -278,7 +283,7 @@ def _finish(
         onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
     with clock.stage("measure"):
         difference = onnx_difference(student, onnx, probe, held_out)
-        measurement = probe.final(onnx)
+        regimes = probe.final_regimes(onnx)
     with clock.stage("profile"):
         profiles = probe.profiles(onnx)
     return Outcome(
@@ -290,7 +295,7 @@ def _finish(
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
         selections=rewritten.selections,
-        measurement=measurement,
+        measurement=regimes[probe.regime],
         output_errors=errors,
         onnx=onnx,
         pt2=pt2,
@@ -300,6 +305,7 @@ def _finish(
         tried=rewritten.tried,
         errors_by_output=errors_by_output(teacher, student, held_out),
         profiles=profiles,
+        regimes=regimes,
     )
 
 

@@ -14,16 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler.errors import BackendError, first_line
+from ..compiler.latency_goal import Regime as Regime
 
 Array = npt.NDArray[Any]
 
 Clock = Literal["thread_cpu", "wall", "cuda"]
 """How a runner's inferences must be timed: CPU time of the calling thread (other processes do not count),
 elapsed time, or the device's own events (`TimedRunner`)."""
-
-Regime = Literal["hot", "cold"]
-"""What an inference finds in the caches: itself, as in a loop without pauses, or nothing of itself, as in a server
-whose requests come with pauses and whose core does other work in between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +196,16 @@ def _made(kind: type) -> object:
 def closed_runner() -> BackendError:
     """The error of a runner that is used after `close`."""
     return BackendError("the runner was closed", hint="load the engine again")
+
+
+def run_once(runner: Runner) -> None:
+    """Run a runner that is being made, so that faults show here; one that fails is closed, for nobody else could: the
+    error's traceback would keep the network in memory."""
+    try:
+        runner.run()
+    except BaseException:
+        runner.close()
+        raise
 
 
 def check_threads(threads: int) -> None:

@@ -78,9 +78,7 @@ def loads_interval(ratios: Samples, controls: Samples) -> Interval:
     """
     first, second = np.asarray(ratios, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     if first.size < 2 or first.shape != second.shape:
-        raise ValueError(
-            f"there are {first.size} ratios and {second.size} controls; two loads, one of both each"
-        )
+        raise ValueError(f"there are {first.size} ratios and {second.size} controls; two loads, one of both each")
     if not (np.all(np.isfinite(first) & np.isfinite(second)) and np.all(first > 0) and np.all(second > 0)):
         raise ValueError("ratios must be finite and above 0")
     logs, noise = np.log(first), np.log(second)
