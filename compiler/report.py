@@ -19,7 +19,9 @@ class Report:
     report was made (UTC), `versions` of what made it; `rewrites` those that were allowed, and `mimicked` whether the
     result has been trained to mimic the original.
 
-    `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
+    `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms, and the regime that the goal
+    names; `regimes` the same by regime (``hot``, ``cold``), measured in the same loads, with a `missing` where the
+    backend cannot; `macs` and `parameters` before
     and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
     samples at each stage and at the end; `groups` the unit groups, kept and total, and `multiple_of` what channel
     counts went to multiples of, where channels were pruned;
@@ -63,6 +65,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     rewrites: Sequence[str] = ()
     mimicked: bool = False
+    regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; a figure that is not finite is None."""
@@ -79,6 +82,7 @@ class Report:
             "backend": self.backend,
             "batch": self.batch,
             "latency": dict(self.latency),
+            "regimes": {name: dict(latency) for name, latency in self.regimes.items()},
             "macs": dict(self.macs),
             "parameters": dict(self.parameters),
             "output_error": self.output_error,
@@ -104,9 +108,10 @@ class Report:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(quantity, before, after, change) for a table."""
-        latency = self.latency
-        spread = f"x{latency['ratio']:.3f} (95 %: {latency['low']:.3f} to {latency['high']:.3f})"
-        rows = [("latency", f"{latency['before_ms']:.3f} ms", f"{latency['after_ms']:.3f} ms", spread)]
+        own = self.latency.get("regime", "hot")
+        rows = [_latency_row("latency" if own == "hot" else f"latency, {own}", self.latency)]
+        others = {name: found for name, found in self.regimes.items() if name != own and "ratio" in found}
+        rows += [_latency_row(f"latency, {name}", found) for name, found in others.items()]
         for name, label, scale, unit in (
             ("macs", "MACs", 1e6, " M"),
             ("parameters", "parameters", 1e3, " k"),
@@ -116,6 +121,11 @@ class Report:
             rows.append((label, f"{before / scale:.2f}{unit}", f"{after / scale:.2f}{unit}", ratio))
         rows.append(("output error (held out)", "0", f"{self.output_error:.4f}", "relative mean squared"))
         return rows
+
+
+def _latency_row(label: str, latency: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    spread = f"x{latency['ratio']:.3f} (95 %: {latency['low']:.3f} to {latency['high']:.3f})"
+    return label, f"{latency['before_ms']:.3f} ms", f"{latency['after_ms']:.3f} ms", spread
 
 
 def unit_groups(provenance: Provenance, decisions: Sequence[Decision] = ()) -> list[dict[str, Any]]:
