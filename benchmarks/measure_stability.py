@@ -40,11 +40,11 @@ from rows import write_json
 
 MOST_SPREAD = 0.03
 MOST_OFF = 0.01
-#: Ends by itself when its parent is gone, however that came about.
+#: Ends by itself when its parent is gone, however that came about, and after an hour.
 BUSY = """
-import os
-parent = os.getppid()
-while os.getppid() == parent:
+import os, time
+parent, end = os.getppid(), time.monotonic() + 3600
+while os.getppid() == parent and time.monotonic() < end:
     for _ in range(1_000_000):
         pass
 """

@@ -38,6 +38,7 @@ from .cli_options import (
     ModelArgument,
     MultipleOption,
     QuietOption,
+    RegimeOption,
     RewritesOption,
     SearchOption,
     SeedOption,
@@ -103,6 +104,7 @@ def compile_command(
     ranks: Annotated[
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None,
+    regime: RegimeOption = None,
     rewrites: RewritesOption = None,
     multiple_of: MultipleOption = None,
     ignore: IgnoreOption = None,
@@ -129,7 +131,7 @@ def compile_command(
     """Compile MODEL to a goal and write the output folder."""
 
     def work() -> None:
-        goal = read_goal(latency, blocks, keep, macs, parameters, max_error, ranks)
+        goal = read_goal(latency, blocks, keep, macs, parameters, max_error, ranks, regime)
         allowed = read_rewrites(rewrites)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
@@ -233,6 +235,7 @@ def measure(
     dim: Annotated[
         list[str] | None, typer.Option(metavar="NAME=N", help="Size of a dynamic dimension; may be repeated.")
     ] = None,
+    regime: RegimeOption = None,
     self_check: Annotated[bool, typer.Option("--self-check", help="First measure BEFORE against itself.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs and of the order.")] = 0,
     samples: Annotated[bool, typer.Option("--samples", help="With --json: every pair as well.")] = False,
@@ -240,7 +243,7 @@ def measure(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure AFTER against BEFORE in interleaved pairs; ratio = after / before."""
+    """Measure AFTER against BEFORE over fresh loads of both, in turns; ratio = after / before."""
 
     def work() -> None:
         wish = MeasureWish(
@@ -251,6 +254,7 @@ def measure(
             inputs=sample_reader(inputs, key=key, size=size, mean=mean, std=std),
             sizes=read_sizes(dim or []),
             self_check=self_check,
+            regime="cold" if regime == "cold" else "hot",
         )
         with nullcontext(silent) if as_json or quiet else rich_progress() as progress:
             found = measure_files(before, after, wish, progress=progress)

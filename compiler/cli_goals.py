@@ -39,11 +39,14 @@ def read_goal(
     parameters: float | None,
     max_error: float | None,
     ranks: float | None,
+    regime: str | None = None,
 ) -> Goal:
-    """The one goal that was given. Raises GoalError."""
+    """The one goal that was given; `regime` is that of a latency. Raises GoalError."""
     given: list[Goal] = []
     if latency is not None:
-        given.append(_latency(latency))
+        given.append(_latency(latency, regime))
+    elif regime is not None:
+        raise GoalError("--regime says how a latency is measured, and none is asked for", hint="give --latency as well")
     if blocks is not None:
         given.append(Blocks(blocks))
     if keep is not None:
@@ -61,12 +64,13 @@ def read_goal(
     return given[0]
 
 
-def read_goals(latency: str | None, macs: str | None) -> tuple[Goal, ...]:
-    """The goals of a sweep, as they were given; some latency ratios where none were. Raises GoalError."""
-    goals: list[Goal] = [_latency(text.strip()) for text in (latency or "").split(",") if text.strip()]
+def read_goals(latency: str | None, macs: str | None, regime: str | None = None) -> tuple[Goal, ...]:
+    """The goals of a sweep, as they were given; some latency ratios where none were. `regime` is that of all latencies.
+    Raises GoalError."""
+    goals: list[Goal] = [_latency(text.strip(), regime) for text in (latency or "").split(",") if text.strip()]
     goals += [Macs(_number("--macs", text)) for text in (macs or "").split(",") if text.strip()]
     if latency is None and macs is None:
-        return GOALS
+        return tuple(_in_regime(goal, regime) for goal in GOALS)
     if not goals:
         raise GoalError("no goal is named", hint="--latency 0.8,0.6 or --macs 0.8,0.5; without either some ratios")
     return tuple(goals)
@@ -91,12 +95,18 @@ def _number(option: str, text: str) -> float:
         raise GoalError(f"{option} {text!r} is no number", hint="give ratios such as 0.8,0.6") from None
 
 
-def _latency(text: str) -> Latency:
+def _in_regime(goal: Goal, regime: str | None) -> Goal:
+    return replace(goal, regime=regime) if regime is not None and isinstance(goal, Latency) else goal  # type: ignore[arg-type]
+
+
+def _latency(text: str, regime: str | None) -> Latency:
     number, unit = (text[:-2].strip(), "ms") if text.endswith("ms") else (text, "ratio")
     try:
-        return Latency(**{unit: float(number)})
+        value = float(number)
     except ValueError:
         raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
+    wanted: dict[str, Any] = {unit: value, "regime": regime or "hot"}
+    return Latency(**wanted)
 
 
 def read_settings(

@@ -1,19 +1,20 @@
-"""What `foldcut measure` does: two ONNX files on one backend, on the same inputs, in interleaved pairs."""
+"""What `foldcut measure` does: two ONNX files on one backend, on the same inputs, in turns, over fresh loads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from ..runtime.backend import Array, Backend, check_threads, resolve_backend
+from ..runtime.backend import Array, Regime, check_threads, resolve_backend
+from ..runtime.fresh_loads import FULL, measure_loads
 from ..runtime.inputs import InputSpec, draw_inputs, model_specs
-from ..runtime.loading import opened
-from ..runtime.measure import measure_pair, self_check
+from ..runtime.measure import self_check
 from ..runtime.measurement import Measurement
 from .calibration_set import CalibrationSet
 from .cli_tables import show_line
@@ -22,14 +23,15 @@ from .onnx_file import in_one_piece, read_onnx
 from .program import as_arguments
 from .progress import Progress, silent
 
-_MOST_PAIRS = 200
+_MOST_PAIRS = 200  # of the self-check
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureWish:
     """Where and how to measure. `batch` None is 1, or the batch that a file fixes; `inputs` reads so many real samples
     at most, and where it is None they are made up, with `sizes` for dynamic dimensions; `self_check` measures the first
-    file against itself before."""
+    file against itself before. `regime` is the one that the result is in; the other is measured in the same loads,
+    where the backend can."""
 
     backend: str = "onnxruntime"
     batch: int | None = None
@@ -38,14 +40,17 @@ class MeasureWish:
     inputs: Callable[[int], CalibrationSet] | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     self_check: bool = False
+    regime: Regime = "hot"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The second file against the first, and the first against itself where that was wished for."""
+    """The second file against the first, in the regime that was wished for and in the other (None where the backend
+    cannot); and the first against itself where that was wished for."""
 
     measurement: Measurement
     self_check: Measurement | None
+    other: Measurement | None = None
 
     def to_dict(self, *, samples: bool = False) -> dict[str, Any]:
         """Plain data for JSON; every pair of times with `samples`."""
@@ -54,6 +59,7 @@ class Measured:
             **self.measurement.to_dict(samples=samples),
             "verdict": self.measurement.verdict,
             "self_check": check,
+            "other_regime": None if self.other is None else self.other.to_dict(samples=samples),
         }
 
 
@@ -87,28 +93,19 @@ def measure_files(before: Path, after: Path, wish: MeasureWish, *, progress: Pro
             progress=_pairs(progress, "measure before itself"),
         )
         progress("measure before itself", check.pairs, check.pairs)
-    result = _paired(backend, engines, inputs, wish, environment(), progress)
-    return Measured(measurement=result, self_check=check)
-
-
-def _paired(
-    backend: Backend,
-    engines: Sequence[object],
-    inputs: Mapping[str, Array],
-    wish: MeasureWish,
-    environment: Mapping[str, str | int],
-    progress: Progress,
-) -> Measurement:
-    with opened(backend, [(engine, inputs) for engine in engines], threads=wish.threads) as runners:
-        result = measure_pair(
-            *runners,
-            max_pairs=_MOST_PAIRS,
-            seed=wish.seed,
-            environment=environment,
-            progress=_pairs(progress, "measure pairs"),
-        )
-    progress("measure pairs", result.pairs, result.pairs)
-    return result
+    before, after = (partial(backend.load, engine, inputs, threads=wish.threads) for engine in engines)
+    found = measure_loads(
+        before,
+        after,
+        regime=wish.regime,
+        both=True,
+        seed=wish.seed,
+        environment=environment(),
+        progress=lambda done, most: progress("measure fresh loads", done, most),
+    )
+    progress("measure fresh loads", FULL.most_loads, FULL.most_loads)
+    other = next((measured for name, measured in found.items() if name != wish.regime), None)
+    return Measured(measurement=found[wish.regime], self_check=check, other=other)
 
 
 def _pairs(progress: Progress, stage: str) -> Callable[[Measurement], None]:
@@ -118,10 +115,13 @@ def _pairs(progress: Progress, stage: str) -> Callable[[Measurement], None]:
 def show_measured(found: Measured, console: Console) -> None:
     """Print what was found: the times, the ratio with its interval and what it allows to claim, and where it was."""
     result, check = found.measurement, found.self_check
+    taken = f"{result.clock}, {len(result.loads)} fresh loads, {result.pairs} pairs"
     lines = [
-        f"before {result.before_ms:.3f} ms  after {result.after_ms:.3f} ms  ({result.clock}, {result.pairs} pairs)",
-        f"ratio x{result.ratio:.3f}   95 %: {result.low:.3f} to {result.high:.3f}   {result.verdict}",
+        f"before {result.before_ms:.3f} ms  after {result.after_ms:.3f} ms  ({taken})",
+        _ratio_line(result),
     ]
+    if found.other is not None:
+        lines.append(_ratio_line(found.other))
     if check is not None:
         lines.append(
             f"self-check: before against itself x{check.ratio:.3f}   95 %: {check.low:.3f} to {check.high:.3f}"
@@ -131,6 +131,11 @@ def show_measured(found: Measured, console: Console) -> None:
     lines.append(", ".join(f"{name} {value}" for name, value in result.environment.items() if value != ""))
     for line in lines:
         show_line(line, console)
+
+
+def _ratio_line(result: Measurement) -> str:
+    interval = f"95 %: {result.low:.3f} to {result.high:.3f}"
+    return f"ratio x{result.ratio:.3f}   {interval}   {result.verdict}   ({result.regime} caches)"
 
 
 def read_sizes(texts: Sequence[str]) -> dict[str, int]:

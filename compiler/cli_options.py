@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -31,6 +31,13 @@ class Exit(IntEnum):
     NOT_MET = 3
     #: Ctrl-C; no file is half-written.
     INTERRUPTED = 130
+
+
+class Caches(StrEnum):
+    """The regimes of a latency, for --regime."""
+
+    HOT = "hot"
+    COLD = "cold"
 
 
 ModelArgument = Annotated[
@@ -80,6 +87,14 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="Take the first so 
 FlipOption = Annotated[bool, typer.Option("--flip", help="Add mirrored images, where left and right mean the same.")]
 MimicOption = Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+RegimeOption = Annotated[
+    Caches | None,
+    typer.Option(
+        help="What the caches hold when latency is measured: the network itself (a loop without pauses), or nothing of "
+        "it (a server with pauses).",
+        show_default="hot",
+    ),
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Where analyses are kept.", show_default="$FOLDCUT_CACHE or ~/.cache/foldcut"),

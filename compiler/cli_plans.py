@@ -31,6 +31,7 @@ from .cli_options import (
     ModelArgument,
     MultipleOption,
     QuietOption,
+    RegimeOption,
     RewritesOption,
     SearchOption,
     SeedOption,
@@ -65,6 +66,7 @@ def sweep_command(
         str | None, typer.Option(metavar="R,R", help="Latency goals: ratios, or milliseconds such as 2.5ms.")
     ] = None,
     macs: Annotated[str | None, typer.Option(metavar="R,R", help="Goals in multiply-accumulates.")] = None,
+    regime: RegimeOption = None,
     rewrites: RewritesOption = None,
     multiple_of: MultipleOption = None,
     ignore: IgnoreOption = None,
@@ -93,7 +95,7 @@ def sweep_command(
     """
 
     def work() -> None:
-        goals, allowed = read_goals(latency, macs), read_rewrites(rewrites)
+        goals, allowed = read_goals(latency, macs, regime), read_rewrites(rewrites)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit)
         loaded = load_model(model, weights)

@@ -89,6 +89,12 @@ class GoalError(CompilerError):
         super().__init__(message, hint=hint)
 
 
+class MimicError(CompilerError):
+    """The network cannot be trained to mimic another: an operator has no gradient."""
+
+    stage = "mimic"
+
+
 class ExportError(CompilerError):
     """The program could not be written as ONNX or `.pt2`, or what was written computes something else."""
 

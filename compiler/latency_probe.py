@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..passes.drop_blocks import drop_blocks
-from ..runtime.backend import Array, Backend, NodeTime, ProfilingBackend, Runner
+from ..runtime.backend import Array, Backend, NodeTime, ProfilingBackend, Regime, Runner
+from ..runtime.fresh_loads import FULL, QUICK, Effort, measure_loads
 from ..runtime.latency_table import LatencyTable
 from ..runtime.lattice import Lattice, probe_lattice
-from ..runtime.measure import measure_pair, measure_savings, measure_single
+from ..runtime.loading import opened
+from ..runtime.measure import measure_savings, measure_single
 from ..runtime.measurement import Measurement
 from ..runtime.measurement_cache import MeasurementCache, default_folder
 from .calibration_set import CalibrationSet
@@ -38,9 +41,13 @@ class Profiles:
 
 
 class LatencyProbe:
-    """The original on a backend, and its variants with regions bypassed, measured against it in pairs. `folder` keeps
-    the times of parts; None is the usual place. `opset` is that of the export, so that variants are measured as what
-    will be delivered: None is the program's own.
+    """The original on a backend, and its variants with regions bypassed, measured against it. `folder` keeps the times
+    of parts; None is the usual place. `opset` is that of the export, so that variants are measured as what will be
+    delivered: None is the program's own. `regime` is what the caches hold when plans are measured, and what the
+    finished model counts by.
+
+    Whole networks are compared over fresh loads of both; plans on the way with less effort than the result
+    (`fresh_loads.QUICK`), so their intervals are wider.
 
     Raises BackendError when the backend cannot build or run the original.
     """
@@ -58,6 +65,7 @@ class LatencyProbe:
         deployed: bytes | None = None,
         folder: Path | None = None,
         opset: int | None = None,
+        regime: Regime = "hot",
     ) -> None:
         self.program = program
         self.model = model
@@ -68,17 +76,28 @@ class LatencyProbe:
         self.threads = threads
         self.seed = seed
         self.opset = target_opset(program, opset)
+        self.regime: Regime = regime
         self._folder = folder
         self.inputs = example_inputs(program, samples, batch)
-        self.exported = self.load(model)
-        self.original = self.exported if deployed is None else self.load(deployed)
+        #: What the original is built to: it is loaded again for each comparison, and building may take minutes.
+        self._engine = self._built(self.before)
+        with ExitStack() as opened_so_far:
+            self.original = opened_so_far.enter_context(closing(self._loaded(self._engine)))
+            self.exported = self.original if deployed is None else self.load(model)
+            opened_so_far.pop_all()
 
     def load(self, model: bytes) -> Runner:
-        return self.backend.load(self.backend.build(model, self.inputs), self.inputs, threads=self.threads)
+        return self._loaded(self._built(model))
+
+    def _built(self, model: bytes) -> object:
+        return self.backend.build(model, self.inputs)
+
+    def _loaded(self, engine: object) -> Runner:
+        return self.backend.load(engine, self.inputs, threads=self.threads)
 
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""
-        return measure_single(self.original)
+        return measure_single(self.original, regime=self.regime)
 
     def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
         """Share of the original's latency that each region saves.
@@ -91,17 +110,15 @@ class LatencyProbe:
         for region in regions:
             classes.setdefault(self._kind(region), []).append(region)
         dropped = {key: _disjoint(members) for key, members in classes.items()}
-        variants = [self.load(self._without(members)) for members in dropped.values()]
-        try:
+        engines = ((self._built(self._without(members)), self.inputs) for members in dropped.values())
+        with opened(self.backend, engines, threads=self.threads) as variants:
             measured = measure_savings(
                 self.exported,
                 variants,
                 seed=self.seed,
                 progress=lambda done, total: progress("measure savings", done, total),
+                regime=self.regime,
             )
-        finally:
-            for variant in variants:
-                variant.close()
         share = {key: (1 - m.ratio) / len(dropped[key]) for key, m in zip(dropped, measured, strict=True)}
         return {region.name: share[key] for key, members in classes.items() for region in members}
 
@@ -114,11 +131,19 @@ class LatencyProbe:
         return self._against(to_onnx(program, opset=self.opset))
 
     def _against(self, model: bytes) -> Measurement:
-        variant = self.load(model)
-        try:
-            return measure_pair(self.original, variant, max_pairs=60, seed=self.seed)
-        finally:
-            variant.close()
+        return self._compared(model, QUICK, both=False)[self.regime]
+
+    def _compared(self, model: bytes, effort: Effort, *, both: bool) -> Mapping[Regime, Measurement]:
+        engine = self._built(model)
+        return measure_loads(
+            lambda: self._loaded(self._engine),
+            lambda: self._loaded(engine),
+            regime=self.regime,
+            both=both,
+            effort=effort,
+            seed=self.seed,
+            environment={**self.backend.environment(), "threads": self.threads, "batch": self.batch},
+        )
 
     def table(self) -> LatencyTable:
         """Times of single segments on the backend at this batch, kept on disk."""
@@ -141,13 +166,13 @@ class LatencyProbe:
         )
 
     def final(self, model: bytes) -> Measurement:
-        """The finished model against the original, with the narrowest interval that is worth its time."""
-        runner = self.load(model)
-        try:
-            environment = {**self.backend.environment(), "threads": self.threads, "batch": self.batch}
-            return measure_pair(self.original, runner, seed=self.seed, environment=environment)
-        finally:
-            runner.close()
+        """The finished model against the original in the probe's regime, with the narrowest interval that is worth its
+        time."""
+        return self._compared(model, FULL, both=False)[self.regime]
+
+    def final_regimes(self, model: bytes) -> Mapping[Regime, Measurement]:
+        """`final`, and the same loads in the other regime where the backend can."""
+        return self._compared(model, FULL, both=True)
 
     def profiles(self, model: bytes) -> Profiles | None:
         """Times of single nodes before and after, for people; None where the backend does not tell them."""
@@ -162,8 +187,8 @@ class LatencyProbe:
         return Profiles(model=self.model, before=before, after=after)
 
     def close(self) -> None:
-        self.exported.close()
-        self.original.close()
+        with closing(self.exported):
+            self.original.close()
 
     def _without(self, regions: Sequence[Region]) -> bytes:
         model = onnx_without(self.model, [(r.entry, r.exit) for r in regions])

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
 
 _LOGGERS = (
@@ -47,13 +47,14 @@ def without_native_output() -> Iterator[None]:
         yield
         return
     library.fflush(None)  # what was printed before is not ours to swallow
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        library.fflush(None)
-        os.dup2(kept, 1)
-        os.close(nowhere)
-        os.close(kept)
+    with ExitStack() as descriptors:
+        kept = os.dup(1)
+        descriptors.callback(os.close, kept)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        descriptors.callback(os.close, nowhere)
+        try:
+            os.dup2(nowhere, 1)
+            yield
+        finally:
+            library.fflush(None)
+            os.dup2(kept, 1)

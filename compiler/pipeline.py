@@ -46,6 +46,7 @@ from .sampled_error import SampledError, sampled_error
 from .search_time import SearchTime
 from .stored_latency import StoredLatency
 from .stored_passes import mimicked
+from .unchanged import require_change
 from .verify import compare, errors_by_output
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
@@ -60,7 +61,8 @@ class Outcome:
     are those used, with what the backend said about them; `planned` whether the plan reaches the goal by what was
     measured for it; `aims` the latency ratios that plans were made for, each after a network that missed;
     `output_errors` what the judging samples said on the way, `tested` (and `errors_by_output`) what the test samples
-    say of the network that stands; `sizes` how many samples there were of each."""
+    say of the network that stands; `sizes` how many samples there were of each; `regimes` the `measurement`, and that
+    of the same loads in the other regime where the backend can."""
 
     teacher: Program
     program: Program
@@ -83,6 +85,7 @@ class Outcome:
     tested: SampledError | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     profiles: Profiles | None = None
+    regimes: Mapping[str, Measurement] = field(default_factory=dict)
 
 
 def run_pipeline(
@@ -116,6 +119,7 @@ def run_pipeline(
         require_regions(analysis, goal)
     with clock.stage("export"):
         original = to_onnx(teacher, opset=settings.opset)
+    asked, time = goal, SearchTime(settings.search_seconds)
     probe = LatencyProbe(
         teacher,
         original,
@@ -127,8 +131,8 @@ def run_pipeline(
         deployed=deployed,
         folder=store.root,
         opset=settings.opset,
+        regime=goal.regime if isinstance(goal, Latency) else "hot",
     )
-    asked, time = goal, SearchTime(settings.search_seconds)
     try:
         if isinstance(goal, Latency) and goal.ms is not None:
             with clock.stage("measure original"):
@@ -143,6 +147,7 @@ def run_pipeline(
             rewritten = _rewritten(
                 teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store, time
             )
+            require_change(teacher, rewritten, asked)
             outcome = _finish(teacher, rewritten, fit, held_out, asked, probe, settings, clock, progress, store)
             return replace(outcome, met=reached(goal, outcome.measurement, rewritten.met))
 
@@ -174,7 +179,7 @@ def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLat
     outcomes: list[tuple[bool, float, Outcome]] = []
     aims = [goal.share]
     while True:
-        last = made(Latency(aims[-1]))
+        last = made(goal.aimed(aims[-1]))
         seen = [last.measurement.ratio, last.met]
         ratio, met = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
         outcomes.append((not met, ratio, last))
@@ -294,7 +299,7 @@ def _finish(
         onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
     with clock.stage("measure"):
         difference = onnx_difference(student, onnx, probe, held_out)
-        measurement = probe.final(onnx)
+        regimes = probe.final_regimes(onnx)
     with clock.stage("profile"):
         profiles = probe.profiles(onnx)
     return Outcome(
@@ -306,7 +311,7 @@ def _finish(
         rejects=rewritten.rejects,
         provenance=rewritten.provenance,
         selections=rewritten.selections,
-        measurement=measurement,
+        measurement=regimes[probe.regime],
         output_errors=errors,
         onnx=onnx,
         pt2=pt2,
@@ -315,6 +320,7 @@ def _finish(
         clock=clock,
         tried=rewritten.tried,
         profiles=profiles,
+        regimes=regimes,
     )
 
 

@@ -9,54 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import GoalError, PlanError
+from .latency_goal import Latency
 
 PLAN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Reach a measured latency of at most `ratio` times the original's, or of at most `ms` milliseconds for one
-    inference at the batch measured. Give one of them."""
-
-    ratio: float | None = None
-    ms: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {key: value for key, value in asdict(self).items() if value is not None}
-        values = [v for v in given.values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        most = 1.0 if self.ms is None else float("inf")
-        if len(given) != 1 or not values or not 0 < values[0] < most:
-            text = ", ".join(f"{name}={value!r}" if name == "ms" else repr(value) for name, value in given.items())
-            raise GoalError(
-                f"Latency({text}) is not a goal",
-                hint="give a ratio between 0 and 1, or ms above 0: Latency(0.7) asks for 30 % less time, "
-                "Latency(ms=2) for two milliseconds",
-            )
-
-    @property
-    def share(self) -> float:
-        """The ratio. A goal in milliseconds has none before it is `relative`."""
-        assert self.ratio is not None
-        return self.ratio
-
-    def relative(self, before_ms: float) -> Latency:
-        """The goal as a ratio, for an original that takes `before_ms`. Raises GoalError when that is fast enough."""
-        if self.ms is None:
-            return self
-        if self.ms >= before_ms:
-            raise GoalError(
-                f"the original takes {before_ms:.3f} ms here, which is within {self}",
-                hint="ask for less, or measure at the batch size and on the machine that count",
-            )
-        return Latency(self.ms / before_ms)
-
-    def to_dict(self) -> dict[str, Any]:
-        if self.ms is not None:
-            return {"kind": "latency", "ms": float(self.ms)}
-        return {"kind": "latency", "ratio": float(self.share)}
-
-    def __str__(self) -> str:
-        return f"latency {self.ms:g} ms" if self.ms is not None else f"latency ratio {self.share:g}"
 
 
 @dataclass(frozen=True)
@@ -218,7 +173,7 @@ RankGoal = Latency | Macs | Parameters | Ranks
 def goal_from_dict(data: Mapping[str, Any]) -> Goal:
     """The goal that `to_dict` wrote. Raises PlanError for anything else."""
     if data.get("kind") == "latency":
-        return Latency(data.get("ratio"), data.get("ms"))
+        return Latency(data.get("ratio"), data.get("ms"), data.get("regime", "hot"))
     if data.get("kind") == "blocks":
         return Blocks(data["count"])
     if data.get("kind") == "channels":

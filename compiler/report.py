@@ -20,12 +20,14 @@ class Report:
     report was made (UTC), `versions` of what made it; `rewrites` those that were allowed, and `mimicked` whether the
     result has been trained to mimic the original.
 
-    `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
-    and after, at batch 1; `output_error` the relative mean squared error of the outputs on the test samples, which
-    nothing was chosen by, and `test` the same with its 95 % interval (error, low, high, samples); `output_errors` that
-    on the judging samples after each stage, which plans were compared by: the last is optimistic; `groups` the unit
-    groups, kept and total, and `multiple_of` what channel counts went to multiples of, where channels were pruned;
-    `calibration` how many samples there were and how they were divided; `seconds` wall and CPU seconds per stage.
+    `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms, and the regime that the goal
+    names; `regimes` the same by regime (``hot``, ``cold``), measured in the same loads, with a `missing` where the
+    backend cannot; `macs` and `parameters` before and after, at batch 1; `output_error` the relative mean squared error
+    of the outputs on the test samples, which nothing was chosen by, and `test` the same with its 95 % interval (error,
+    low, high, samples); `output_errors` that on the judging samples after each stage, which plans were compared by: the
+    last is optimistic; `groups` the unit groups, kept and total, and `multiple_of` what channel counts went to
+    multiples of, where channels were pruned; `calibration` how many samples there were and how they were divided;
+    `seconds` wall and CPU seconds per stage.
 
     `errors_by_output` is the final error of each output by name, on the test samples; `tried` the plans that were
     compared on the way (`TriedPlan`), `aims` the latency ratios that they were made for: the goal, and less where the
@@ -66,6 +68,7 @@ class Report:
     rewrites: Sequence[str] = ()
     mimicked: bool = False
     test: Mapping[str, Any] = field(default_factory=dict)
+    regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; a figure that is not finite is None."""
@@ -82,6 +85,7 @@ class Report:
             "backend": self.backend,
             "batch": self.batch,
             "latency": dict(self.latency),
+            "regimes": {name: dict(latency) for name, latency in self.regimes.items()},
             "macs": dict(self.macs),
             "parameters": dict(self.parameters),
             "output_error": self.output_error,
@@ -108,9 +112,10 @@ class Report:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(quantity, before, after, change) for a table."""
-        latency = self.latency
-        spread = f"x{latency['ratio']:.3f} (95 %: {latency['low']:.3f} to {latency['high']:.3f})"
-        rows = [("latency", f"{latency['before_ms']:.3f} ms", f"{latency['after_ms']:.3f} ms", spread)]
+        own = self.latency.get("regime", "hot")
+        rows = [_latency_row("latency" if own == "hot" else f"latency, {own}", self.latency)]
+        others = {name: found for name, found in self.regimes.items() if name != own and "ratio" in found}
+        rows += [_latency_row(f"latency, {name}", found) for name, found in others.items()]
         for name, label, scale, unit in (
             ("macs", "MACs", 1e6, " M"),
             ("parameters", "parameters", 1e3, " k"),
@@ -126,6 +131,11 @@ class Report:
             judged = list(self.output_errors.values())[-1]
             rows.append(("  as judged on the way", "0", f"{judged:.4f}", "optimistic: plans were chosen by it"))
         return rows
+
+
+def _latency_row(label: str, latency: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    spread = f"x{latency['ratio']:.3f} (95 %: {latency['low']:.3f} to {latency['high']:.3f})"
+    return label, f"{latency['before_ms']:.3f} ms", f"{latency['after_ms']:.3f} ms", spread
 
 
 def unit_groups(provenance: Provenance, decisions: Sequence[Decision] = ()) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from .report_words import (
     number,
     percent,
     plural,
+    regime_words,
     rewrite_words,
     scaled,
     stage_words,
@@ -263,6 +264,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         ("clock", clock_words(str(latency["clock"]))),
         ("pairs", f"{latency['pairs']} (original and result in turns)"),
         ("ratio", f"{latency['ratio']:.4f} (95 %: {latency['low']:.4f} to {latency['high']:.4f})"),
+        *_regime_rows(report),
         ("median", f"{number(latency['before_ms'])} {ARROW} {milliseconds(latency['after_ms'])}"),
         ("machine", "shared with other work meanwhile" if latency.get("contended") else "quiet"),
         ("ONNX against torch", f"largest difference {number(report['onnx_difference'])} of the largest output"),
@@ -276,6 +278,22 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     rows = {**_origin(report), **report["environment"]}
     machine = [(str(key).replace("_", " "), str(value)) for key, value in rows.items()]
     return [("Measurement", measured), ("Calibration", data), ("Environment", machine)]
+
+
+def _regime_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The regime that the figures are of, and the ratio in the other; earlier versions knew none."""
+    own = report["latency"].get("regime")
+    if own is None:
+        return []
+    rows = [("caches", regime_words(own))]
+    for name, found in report.get("regimes", {}).items():
+        if name == own:
+            continue
+        words = found.get("missing") or f"{found['ratio']:.4f} (95 %: {found['low']:.4f} to {found['high']:.4f})"
+        rows.append((f"ratio, {name}", words))
+    control = report["latency"].get("control")
+    loads = len(report["latency"].get("loads") or ())
+    return rows + ([("original beside itself", f"{control:.4f}, {plural(loads, 'fresh load')}")] if control else [])
 
 
 def _origin(report: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..runtime.fresh_loads import REGIMES
 from .block_latency import block_latency
 from .calibration_set import CalibrationSet
 from .capture import Model
@@ -52,7 +53,8 @@ def model_name(model: Model) -> str:
 
 
 def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
-    """`graph`, `block_latency`, `tried`, `aims` and `changes` of a report; `samples` are all those compiled with."""
+    """`graph`, `block_latency`, `tried`, `aims`, `changes` and `regimes` of a report; `samples` are all those compiled
+    with."""
     options = outcome.settings
     held_out = divided(samples.aligned(outcome.teacher), options.seed, options.held_out).judge
     return {
@@ -61,6 +63,7 @@ def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
         "tried": [asdict(plan) for plan in outcome.tried],
         "aims": list(outcome.aims),
         "changes": errors_by_class(outcome, held_out),
+        "regimes": _regimes(outcome),
     }
 
 
@@ -69,6 +72,16 @@ def _or_reason(make: Callable[[], Part]) -> Part:
         return make()
     except Exception as cause:  # a picture is not worth a compile, whatever is wrong with it
         return {"missing": first_line(cause)}
+
+
+def _regimes(outcome: Outcome) -> Part:
+    """The latency by regime, the goal's first."""
+    found: Part = {}
+    for name, measured in outcome.regimes.items():
+        found[name] = measured.to_dict(samples=False)
+        del found[name]["environment"]
+    missing = {"missing": "the backend does not empty its device's caches"}
+    return found | {name: missing for name in REGIMES if name not in found}
 
 
 def _block_latency(outcome: Outcome) -> Part:

@@ -19,6 +19,7 @@ _BACKENDS = {
     "torch": "torch",
 }
 _CLOCKS = {"thread_cpu": "CPU time of the thread", "wall": "elapsed time", "cuda": "time on the device"}
+_REGIMES = {"hot": "hot: runs follow each other", "cold": "cold: caches are emptied before each run"}
 #: What a kind of decision, or of rewrite in a plan that was tried, is called, and the class that gives it its colour.
 KINDS = {
     "drop_block": ("blocks dropped", "drops"),
@@ -81,10 +82,11 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 def goal_words(goal: Mapping[str, Any]) -> str:
     """The goal as a sentence."""
     kind = goal.get("kind")
-    if kind == "latency" and goal.get("ms") is not None:
-        return f"at most {number(goal['ms'])} ms for one inference"
     if kind == "latency":
-        return f"at most {goal['ratio']:g} of the original's latency"
+        where = " with cold caches" if goal.get("regime") == "cold" else ""
+        if goal.get("ms") is not None:
+            return f"at most {number(goal['ms'])} ms for one inference{where}"
+        return f"at most {goal['ratio']:g} of the original's latency{where}"
     if kind == "blocks":
         return f"{plural(goal['count'], 'block')} dropped"
     if kind == "channels":
@@ -131,6 +133,11 @@ def _error_samples(report: Mapping[str, Any]) -> str:
 def backend_words(name: str) -> str:
     """The backend's own name."""
     return _BACKENDS.get(name, name)
+
+
+def regime_words(regime: str) -> str:
+    """What the caches hold."""
+    return _REGIMES.get(regime, regime)
 
 
 def clock_words(clock: str) -> str:

@@ -26,7 +26,7 @@ class StoredLatency:
         self.probe, self._store = probe, store
         models = [hashlib.blake2b(model, digest_size=16).hexdigest() for model in (probe.before, probe.model)]
         inputs = [[name, str(value.dtype), list(value.shape)] for name, value in probe.inputs.items()]
-        settings = [lasting(probe.backend.environment()), probe.batch, probe.threads, probe.seed]
+        settings = [lasting(probe.backend.environment()), probe.batch, probe.threads, probe.seed, probe.regime]
         self._inputs = [probe.program, models, inputs, *settings]
 
     def original_ms(self) -> float:

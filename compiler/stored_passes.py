@@ -26,7 +26,7 @@ from ..passes.targets import Kept
 from .analysis_store import AnalysisStore, Tensors
 from .calibration_set import CalibrationSet
 from .edit import set_tensors
-from .errors import Reject, first_line
+from .errors import MimicError, Reject
 from .plan import FactorizeLayer
 from .program import Program
 from .progress import Progress, silent
@@ -77,9 +77,8 @@ def mimicked(
     seed: int,
     progress: Progress = silent,
 ) -> Program:
-    """The student after `mimic`, or what it came to before; as it was, with a warning, when the training fails (out of
-    memory, an operator without a gradient): the work before it is not lost. A training that was cut off goes on from
-    the last state that was kept."""
+    """The student after `mimic`, or what it came to before; as it was, with a warning, when it cannot be trained (an
+    operator without a gradient). A training that was cut off goes on from the last state that was kept."""
 
     inputs = [teacher, student, calibration, held_out, kept, settings, seed]
 
@@ -99,8 +98,8 @@ def mimicked(
 
     try:
         return _changed(student, *store.result("mimic", inputs, compute))
-    except (RuntimeError, NotImplementedError) as cause:
-        warnings.warn(f"mimicking failed, the re-solved network is kept: {first_line(cause)}", stacklevel=2)
+    except MimicError as cause:
+        warnings.warn(f"mimicking failed, the re-solved network is kept: {cause.message}", stacklevel=2)
         return student
 
 

@@ -59,7 +59,8 @@ def mimic(
     The graph does not change. The returned weights are those of the least held-out error of features and outputs at
     which the outputs alone are no worse either, the starting
     ones included, so the held-out error never ends above where it began; a step that is not finite ends the training.
-    Same seed, same result, also where the training was cut off and goes on from its `checkpoint`.
+    Same seed, same result, also where the training was cut off and goes on from its `checkpoint`. Raises MimicError
+    when an operator has no gradient.
     """
     settings = settings or MimicSettings()
     trainee, norms = fold_batch_norms(student)

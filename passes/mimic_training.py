@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler.calibration_set import CalibrationSet
 from ..compiler.edit import expose
+from ..compiler.errors import MimicError, first_line
 from ..compiler.program import Batch, Program, as_arguments
 from ..compiler.verify import squared_distance
 from .mimic_pairs import batch_first, compared_pairs, same_as_teacher
@@ -97,7 +98,7 @@ class Training:
         if not loss.requires_grad:
             return False  # nothing that is trained bears on the features
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        _backward(loss)
         norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
         if not bool(norm.isfinite()):
             return False
@@ -169,6 +170,19 @@ class Training:
             ):
                 return None
         return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """Raise MimicError where an operator has no gradient: that is the network's, and no fault of the training."""
+    try:
+        loss.backward()
+    except RuntimeError as cause:  # torch's own operators raise NotImplementedError, which is one, custom ones this
+        if isinstance(cause, NotImplementedError) or "no autograd formula was registered" in str(cause):
+            raise MimicError(
+                f"an operator has no gradient: {first_line(cause)}",
+                hint="leave mimicking out (mimic=False), or register the operator's gradient",
+            ) from cause
+        raise
 
 
 def _channels_last(leaf: object) -> object:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler.errors import BackendError, first_line
+from ..compiler.latency_goal import Regime as Regime
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +60,16 @@ class TimedRunner(Runner, Protocol):
 
     def elapsed_ms(self) -> float:
         """Wait for the last `run` and return its device time in milliseconds, transfers excluded."""
+        ...
+
+
+@runtime_checkable
+class EvictingRunner(Runner, Protocol):
+    """A runner that can empty the caches of its own device. Where the CPU computes none has to: its caches are emptied
+    by streaming through memory. Needed for the regime ``cold`` everywhere else."""
+
+    def evict_caches(self) -> None:
+        """Leave nothing of the network in the device's caches. Not timed. Raises BackendError where it cannot."""
         ...
 
 
@@ -185,6 +196,16 @@ def _made(kind: type) -> object:
 def closed_runner() -> BackendError:
     """The error of a runner that is used after `close`."""
     return BackendError("the runner was closed", hint="load the engine again")
+
+
+def run_once(runner: Runner) -> None:
+    """Run a runner that is being made, so that faults show here; one that fails is closed, for nobody else could: the
+    error's traceback would keep the network in memory."""
+    try:
+        runner.run()
+    except BaseException:
+        runner.close()
+        raise
 
 
 def check_threads(threads: int) -> None:

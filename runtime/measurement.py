@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 
-from .backend import Clock
+from .backend import Clock, Regime
 
 _LEAST_CLAIM = 0.02  # what equal networks can differ by from where their buffers happen to lie in memory
 
@@ -20,6 +20,10 @@ class Measurement:
     ratio. `samples` holds each pair as (before, after), in milliseconds per inference, in the order they
     were taken. `contended`: something else used the machine meanwhile; the ratio bears that, the
     milliseconds less so.
+
+    `regime` says what the caches held, `loads` the ratio that each fresh load of both networks gave, and `control` what
+    a second session of the original came to beside the first: 1 but for noise. Without `loads` all pairs are of one
+    load, and the interval says nothing about another.
     """
 
     ratio: float
@@ -32,6 +36,9 @@ class Measurement:
     samples: tuple[tuple[float, float], ...] = field(repr=False)
     environment: dict[str, str | int] = field(repr=False)
     contended: bool
+    regime: Regime = "hot"
+    loads: tuple[float, ...] = ()
+    control: float | None = None
 
     @property
     def half_width(self) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..compiler.errors import BackendError, first_line
-from .backend import Array, Availability, Clock, NodeTime, Runner, check_threads, closed_runner
+from .backend import Array, Availability, Clock, NodeTime, Runner, check_threads, closed_runner, run_once
 from .environment import host_environment
 from .inputs import check_inputs, draw_inputs, onnx_bytes, session_specs
 from .onnxruntime_provider import (
@@ -131,7 +131,7 @@ class OnnxRuntimeRunner:
         for name in dict.fromkeys(self._names):  # a graph may return one value twice
             # Bound by device: the first run finds the shape, and later runs write the same buffer.
             self._binding.bind_output(name, device, 0)
-        self.run()
+        run_once(self)
 
     @property
     def clock(self) -> Clock:

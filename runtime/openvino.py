@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..compiler.errors import BackendError, first_line
-from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner
+from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner, run_once
 from .environment import host_environment, version_tuple
 from .inputs import InputSpec, check_inputs, model_specs, onnx_bytes
 
@@ -116,7 +116,7 @@ class OpenVinoRunner:
         for port in compiled.inputs:
             # The request's own tensor: the plugin reads it in place, and the caller cannot change it.
             self._request.get_tensor(port).data[...] = inputs[_input_name(port, inputs)]
-        self.run()
+        run_once(self)
 
     @property
     def clock(self) -> Clock:

@@ -132,7 +132,11 @@ class TensorRTBackend:
         _check_here(checked, inputs)
         device = open_device()
         session = EngineSession(library, checked, inputs, device)
-        return TensorRTRunner(session, device)
+        try:
+            return TensorRTRunner(session, device)
+        except BaseException:
+            session.close()
+            raise
 
     def layers(self, engine: object, inputs: Mapping[str, Array], *, runs: int = 20) -> tuple[Layer, ...]:
         """List what TensorRT made of the network, with the time of each layer. Needs a GPU.

@@ -23,6 +23,15 @@ class EngineSession:
         self._trt, self._device = library.trt, device
         self._memory: dict[str, Any] = {}
         self._output_names = [tensor.name for tensor in engine.info.outputs]
+        self.cuda_engine: Any = None
+        self.context: Any = None
+        try:
+            self._prepare(engine, inputs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, engine: TensorRTEngine, inputs: Mapping[str, Array]) -> None:
         with collected_messages() as messages:
             self.cuda_engine = self._deserialise(engine.plan, messages)
             self.context = self._new_context(messages)
@@ -34,7 +43,7 @@ class EngineSession:
             for tensor in engine.info.outputs:
                 self._bind_output(tensor.name, tensor.dtype, messages)
             self.enqueue()
-            device.wait()
+            self._device.wait()
 
     def enqueue(self) -> None:
         """Put one inference on the device's queue. Raises BackendError if TensorRT cannot."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,8 +33,9 @@ class Block:
         return self.clock_ms / self.repeats
 
 
-def time_block(runner: Runner, repeats: int) -> Block:
-    """Time `repeats` inferences in a row, again while the clock stands still.
+def time_block(runner: Runner, repeats: int, prepare: Callable[[], object] | None = None) -> Block:
+    """Time `repeats` inferences in a row, again while the clock stands still. `prepare` is called before, outside of
+    the time that counts: it brings the caches into the state that is wanted.
 
     Linux takes time that a hypervisor stole, or an interrupt used, out of a thread's CPU clock afterwards: the clock
     then counts nothing until the thread has run for as long. Raises BackendError if it still does not move after a
@@ -42,6 +43,8 @@ def time_block(runner: Runner, repeats: int) -> Block:
     """
     waited_ms = 0.0
     while True:
+        if prepare is not None:
+            prepare()
         block = _read_block(runner, repeats)
         if block.clock_ms > 0:
             return block

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..compiler.errors import BackendError, CompilerError, first_line
-from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner
+from .backend import Array, Availability, Clock, Runner, check_threads, closed_runner, run_once
 from .environment import host_environment
 from .inputs import InputSpec, check_inputs, model_specs, onnx_bytes
 
@@ -112,7 +112,7 @@ class TorchRunner:
         leaves = [torch.from_numpy(np.array(inputs[spec.name], order="C", copy=True)) for spec in engine.specs]
         self._args, self._kwargs = engine.program.structure(leaves)
         self._values: Any = None
-        self.run()
+        run_once(self)
 
     @property
     def clock(self) -> Clock:

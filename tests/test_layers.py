@@ -39,6 +39,7 @@ TOP = {
     "left_alone",
     "pipeline_settings",
     "replay",
+    "unchanged",
     "sweep",
 }
 #: The modules that may change graphs.

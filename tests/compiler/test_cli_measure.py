@@ -12,6 +12,8 @@ import onnx
 import pytest
 from foldcut.compiler import cli, cli_measure
 from foldcut.compiler.errors import BackendError
+from foldcut.runtime import cache_eviction
+from foldcut.runtime.measure import Rounds
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
@@ -100,9 +102,11 @@ def test_json_holds_ratio_interval_clock_and_environment(backend: WatchedBackend
     data = found("slow.onnx", "fast.onnx", "--batch", 3, "--threads", 2)
     assert data["ratio"] == pytest.approx(21 / 41)
     assert data["low"] <= data["ratio"] <= data["high"]
-    assert (data["clock"], data["pairs"], data["verdict"], data["contended"]) == ("cuda", 20, "faster", False)
+    assert (data["clock"], data["pairs"], data["verdict"], data["contended"]) == ("cuda", 40, "faster", False)
     assert data["environment"] == {"backend": "counting", "threads": 2, "batch": 3}
     assert data["self_check"] is None
+    assert (data["regime"], data["loads"], data["control"]) == ("hot", [pytest.approx(21 / 41)] * 5, 1)
+    assert data["other_regime"] is None  # its clock is a device's, whose caches nobody empties
     assert "samples" not in data
     assert backend.inputs[0]["x"].shape == (3, 4)
     assert backend.open == 0
@@ -111,7 +115,7 @@ def test_json_holds_ratio_interval_clock_and_environment(backend: WatchedBackend
 @pytest.mark.usefixtures("files", "backend")
 def test_samples_and_self_check_on_request() -> None:
     data = found("fast.onnx", "slow.onnx", "--samples", "--self-check")
-    assert data["samples"] == [[21.0, 41.0]] * 20
+    assert data["samples"] == [[21.0, 41.0]] * 40
     assert data["verdict"] == "slower"
     assert data["self_check"]["ratio"] == 1
     assert data["self_check"]["environment"]["batch"] == 1
@@ -121,8 +125,8 @@ def test_samples_and_self_check_on_request() -> None:
 def test_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = run("slow.onnx", "fast.onnx", "--self-check", "-q").stdout.splitlines()
     assert lines == [
-        "before 41.000 ms  after 21.000 ms  (cuda, 20 pairs)",
-        "ratio x0.512   95 %: 0.512 to 0.512   faster",
+        "before 41.000 ms  after 21.000 ms  (cuda, 5 fresh loads, 40 pairs)",
+        "ratio x0.512   95 %: 0.512 to 0.512   faster   (hot caches)",
         "self-check: before against itself x1.000   95 %: 1.000 to 1.000",
         "backend counting, threads 1, batch 1",
     ]
@@ -134,13 +138,13 @@ def test_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files", "backend")
 def test_progress_is_on_stderr_and_can_be_left_out() -> None:
     shown = run("slow.onnx", "fast.onnx", "--self-check").stderr
-    for stage in ("build", "measure before itself", "measure pairs"):
+    for stage in ("build", "measure before itself", "measure fresh loads"):
         assert stage in shown
     assert run("slow.onnx", "fast.onnx", "--quiet").stderr == ""
     assert run("slow.onnx", "fast.onnx", "--json").stderr == ""
 
 
-@pytest.mark.parametrize(("arguments", "fail_at"), [((), 2), (("--self-check",), 2), (("--self-check",), 4)])
+@pytest.mark.parametrize(("arguments", "fail_at"), [((), 2), ((), 5), (("--self-check",), 2), (("--self-check",), 4)])
 def test_what_was_loaded_is_freed_when_the_rest_fails(
     files: Path, backend: WatchedBackend, arguments: tuple[str, ...], fail_at: int
 ) -> None:
@@ -151,11 +155,11 @@ def test_what_was_loaded_is_freed_when_the_rest_fails(
 
 
 def test_an_interrupt_frees_everything(files: Path, backend: WatchedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_runners: Any, **_options: Any) -> None:
-        assert backend.open == 2
+    def interrupt(*_rounds: Any) -> None:
+        assert backend.open == 3
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_measure, "measure_pair", interrupt)
+    monkeypatch.setattr(Rounds, "time_round", interrupt)
     failed(run("slow.onnx", "fast.onnx"), "interrupted", code=130)
     assert backend.open == 0
 
@@ -296,13 +300,23 @@ def test_weights_beside_the_file_are_read() -> None:
 
 @pytest.mark.usefixtures("files", "quick_measurement")
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
-def test_every_backend_here_measures(name: str) -> None:
+def test_every_backend_here_measures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "openvino":
         pytest.importorskip("openvino")
+    monkeypatch.setattr(cache_eviction, "last_level_bytes", lambda: 1 << 16)
     data = found("slow.onnx", "fast.onnx", "--backend", name, "--batch", 2)
+    assert (data["regime"], data["other_regime"]["regime"]) == ("hot", "cold")
+    cold = found("slow.onnx", "fast.onnx", "--backend", name, "--batch", 2, "--regime", "cold")
+    assert (cold["regime"], cold["other_regime"]["regime"]) == ("cold", "hot")
     assert data["clock"] == "thread_cpu"
     assert data["environment"]["backend"] == name
     assert {"cpu", "load_1min", "threads", "batch"} <= set(data["environment"])
+
+
+@pytest.mark.usefixtures("files", "backend")
+def test_a_regime_that_the_backend_does_not_have() -> None:
+    failed(run("slow.onnx", "fast.onnx", "--regime", "cold"), "'cold' is not there on this backend", "measure hot")
+    assert run("slow.onnx", "fast.onnx", "--regime", "warm").exit_code == 2
 
 
 @pytest.mark.usefixtures("files")

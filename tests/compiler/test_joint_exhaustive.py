@@ -123,7 +123,7 @@ class MacsProbe:
 
     model = before = b""
     inputs: Mapping[str, Any] = {}
-    batch, threads, seed = 1, 1, 0
+    batch, threads, seed, regime = 1, 1, 0, "hot"
     backend = SimpleNamespace(environment=lambda: {"backend": "MACs"})
 
     def __init__(self, program: Program) -> None:

@@ -18,7 +18,7 @@ NO_WARMUP: dict[str, Any] = {"min_block_ms": 0, "warmup_ms": 0}
 
 
 class SimulatedRunner:
-    """Reports times from a stream instead of a clock, and notes each run in a shared log."""
+    """Reports times from a stream instead of a clock, and notes each run that is timed in a shared log."""
 
     def __init__(self, times_ms: Iterator[float], *, name: str = "", log: list[str] | None = None) -> None:
         self.clock: Clock = "cuda"
@@ -27,10 +27,10 @@ class SimulatedRunner:
         self.log = [] if log is None else log
         self.closed = False
 
-    def run(self) -> None:
-        self.log.append(self.name)
+    def run(self) -> None: ...
 
     def elapsed_ms(self) -> float:
+        self.log.append(self.name)
         return next(self.times_ms)
 
     def outputs(self) -> tuple[Array, ...]:
@@ -194,8 +194,8 @@ def test_a_device_is_measured_for_three_seconds_by_default() -> None:
         log.clear()
         measured(runners)
         found = log.count("a")
-        # 2 inferences of warm-up and 1, 10, ... until a block is long enough come before the blocks
-        return (found - 2 - sum(n for n in (1, 10) if n * 5 < 3000 / blocks)) / blocks
+        # 1, 10, ... inferences until a block is long enough come before the blocks
+        return (found - sum(n for n in (1, 10) if n * 5 < 3000 / blocks)) / blocks
 
     assert 3000 / 40 / 5 <= runs_per_block(lambda r: measure_pair(r[0], r[1], warmup_ms=0), 20) < 17
     assert 3000 / 36 / 5 <= runs_per_block(lambda r: measure_savings(r[0], r[1:], warmup_ms=0), 12) < 19
@@ -327,3 +327,50 @@ def test_collector_runs_again_after_an_interrupted_block() -> None:
     with pytest.raises(KeyboardInterrupt):
         time_block(Interrupted(repeat(1.0)), 1)
     assert gc.isenabled()
+
+
+class Watched(SimulatedRunner):
+    """Notes all that is done with it, in order, and can empty its own caches."""
+
+    def __init__(self, name: str, log: list[str], time_ms: float = 10.0) -> None:
+        super().__init__(repeat(time_ms), name=name)
+        self.done = log
+
+    def run(self) -> None:
+        self.done.append(f"{self.name} run")
+
+    def elapsed_ms(self) -> float:
+        self.done.append(f"{self.name} timed")
+        return super().elapsed_ms()
+
+    def evict_caches(self) -> None:
+        self.done.append(f"{self.name} evict")
+
+
+def test_what_ran_before_does_not_count_in_a_hot_block() -> None:
+    """The other network has taken the caches, so a block begins with inferences that are not timed."""
+    log: list[str] = []
+    measure_pair(Watched("a", log), Watched("b", log), min_pairs=2, max_pairs=2, **NO_WARMUP)
+    blocks = log[-12:]
+    for start in range(0, len(blocks), 3):
+        name = blocks[start][0]
+        assert blocks[start : start + 3] == [f"{name} run", f"{name} run", f"{name} timed"]
+    assert not any("evict" in event for event in log)
+
+
+def test_a_cold_sample_is_one_inference_after_empty_caches() -> None:
+    log: list[str] = []
+    result = measure_pair(
+        Watched("a", log, 1.0), Watched("b", log, 2.0), min_pairs=4, max_pairs=4, regime="cold", warmup_ms=0
+    )
+    assert (result.ratio, result.regime, result.pairs) == (2, "cold", 4)
+    blocks = log[4:]  # two inferences of warm-up each
+    assert len(blocks) == 4 * 2 * 3
+    for start in range(0, len(blocks), 3):
+        name = blocks[start][0]
+        assert blocks[start : start + 3] == [f"{name} evict", f"{name} run", f"{name} timed"]
+
+
+def test_caches_that_nobody_can_empty_are_not_called_cold() -> None:
+    with pytest.raises(BackendError, match="'cold' is not there on this backend"):
+        measure_pair(steady(10), steady(10), regime="cold", **NO_WARMUP)
