@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.calibration_set import read_calibration
 from foldcut.compiler.capture import capture
 from foldcut.compiler.errors import CalibrationError, CaptureError
 from foldcut.compiler.model_source import load_model
@@ -267,7 +267,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path: Path) -> None:
         path.write_bytes(packed.read_bytes())
         error = CaptureError if name == "net.pt2" else CalibrationError
         with pytest.raises(error, match="unpacks to far more") as caught:
-            capture(path) if name == "net.pt2" else read_arrays_from(path)
+            capture(path) if name == "net.pt2" else read_calibration(path)
         assert "200 times" in str(caught.value)
     with pytest.raises(CaptureError, match="unpacks to far more"):
         load_model("torch.nn:Identity", tmp_path / "x.pt")
@@ -275,13 +275,13 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path: Path) -> None:
 
 def test_compressed_arrays_of_usual_size_are_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((50, 3, 64, 64), np.float32))
-    assert len(read_arrays_from(tmp_path / "x.npz")) == 50
+    assert len(read_calibration(tmp_path / "x.npz")) == 50
 
 
 def test_a_tensor_that_is_not_stored_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(1).expand(1 << 40), tmp_path / "x.pt")
     with pytest.raises(CalibrationError, match="stores 4 bytes"):
-        read_arrays_from(tmp_path / "x.pt")
+        read_calibration(tmp_path / "x.pt")
     path = hostile.exported(tmp_path / "net.pt2")
 
     def large(data: dict) -> None:  # type: ignore[type-arg]
@@ -299,10 +299,10 @@ def test_objects_in_calibration_files_are_not_loaded(suffix: str, tmp_path: Path
     with path.open("wb") as file:
         torch.save(Marks(mark), file) if suffix == ".pt" else (np.save if suffix == ".npy" else np.savez)(file, objects)
     with pytest.raises(CalibrationError):
-        read_arrays_from(path)
+        read_calibration(path)
     path.write_bytes(pickle.dumps(Marks(mark)))
     with pytest.raises(CalibrationError):
-        read_arrays_from(path)
+        read_calibration(path)
     with pytest.raises(CaptureError):
         load_model("torch.nn:Identity", path)
     assert not mark.exists()
