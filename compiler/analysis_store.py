@@ -4,6 +4,8 @@ A key is made of what goes in: programs and calibration sets by their fingerprin
 their bytes; and of what computes: foldcut's own source, torch, the CPU's instruction set and the number of threads.
 So a result is found again only where computing it again would give the same bits, and nothing has to be invalidated.
 Every entry is a file of its own, written under a temporary name and renamed: after a kill it is whole or not there.
+It begins with a digest of its content and of the place that it was written for: what a disk, a copy or another program
+has changed is computed again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 
 #: Part of the folder's name: what another version wrote is neither read nor touched.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: What every entry begins with, before its digest.
+_MAGIC = b"foldcut analysis\n"
+_DIGEST_BYTES = 32
 #: The name under which an entry holds its plain data, beside its tensors.
 _JSON = "*json*"
 #: Entries beyond this many bytes in all go, those not used for longest first.
@@ -45,6 +50,10 @@ _LOOK_BYTES = 1 << 20
 UNFINISHED = ".unfinished"
 #: A temporary file this old is not being written any more.
 LEFT_S = 3600.0
+
+
+#: The damaged entry that was told of.
+_warned: list[Path] = []
 
 
 class NotAddressableError(TypeError):
@@ -116,8 +125,7 @@ class AnalysisStore:
 
     def _read(self, path: Path, most_age_s: float) -> tuple[Any, Tensors] | None:
         try:
-            content = path.read_bytes()
-            tensors = {name: _copy(value) for name, value in load(content).items()}
+            tensors = {name: _copy(value) for name, value in load(_opened(path)).items()}
             kept = json.loads(bytes(tensors.pop(_JSON).numpy()))
             if time.time() - kept["taken"] > most_age_s:
                 return None
@@ -126,6 +134,7 @@ class AnalysisStore:
         except (OSError, MemoryError):
             return None
         except Exception:  # a damaged entry, whatever the reader makes of it, is one that is not there
+            _warn_once(path)
             with suppress(OSError):
                 path.unlink()
             return None
@@ -134,6 +143,7 @@ class AnalysisStore:
     def _write(self, path: Path, data: Any, tensors: Tensors) -> None:
         text = json.dumps({"taken": time.time(), "data": data}).encode()
         content = save({**tensors, _JSON: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        content = _MAGIC + _sealed(path, content) + content
         if self.folder is None or len(content) > self._most_bytes:
             return
         try:
@@ -175,6 +185,30 @@ class AnalysisStore:
 
 #: Keeps nothing: every result is computed.
 NOTHING_KEPT = AnalysisStore()
+
+
+def _sealed(path: Path, content: bytes) -> bytes:
+    """The digest of an entry: one put in the place of another does not have it."""
+    digest = hashlib.blake2b(f"{path.parent.name}/{path.name}\n".encode(), digest_size=_DIGEST_BYTES)
+    digest.update(content)
+    return digest.digest()
+
+
+def _opened(path: Path) -> bytes:
+    """The content of an entry behind its digest. Raises ValueError when it is not what was written there."""
+    whole = path.read_bytes()
+    start = len(_MAGIC) + _DIGEST_BYTES
+    content = whole[start:]
+    if whole[:start] != _MAGIC + _sealed(path, content):
+        raise ValueError("the entry is damaged")
+    return content
+
+
+def _warn_once(path: Path) -> None:
+    """At most once in a process: a bad disk damages many entries."""
+    if not _warned:
+        _warned.append(path)
+        warnings.warn(f"a kept analysis was damaged and is made again: {path}", stacklevel=5)
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import onnx_operator  # noqa: F401 - registers the operator of opaque nodes, for .pt2 files that hold some
+from .archive_check import check_exported_file
 from .edit import rebuild
 from .errors import CaptureError, named_first_line
 from .graph_copy import copied
@@ -188,6 +189,7 @@ def _load_exported(path: Path) -> torch.export.ExportedProgram:
             actual=path.suffix or "no suffix",
             hint="a .pt state_dict holds weights without a network: pass package.module:callable and --weights",
         )
+    check_exported_file(path)
     try:
         return torch.export.load(path)
     except Exception as cause:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .archive_check import check_pickled_file
 from .capture import Model
 from .errors import CaptureError, first_line, named_first_line
 
@@ -46,6 +47,7 @@ def load_model(source: str, weights: Path | None) -> Model:
 def _load_weights(model: Any, weights: Path) -> None:
     import torch
 
+    check_pickled_file(weights, CaptureError)
     try:
         state = torch.load(weights, weights_only=True, map_location="cpu")
         model.load_state_dict(state)

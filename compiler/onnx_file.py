@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .errors import CaptureError, first_line
+from .onnx_functions import STANDARD, check_functions, inlined
 
 if TYPE_CHECKING:
     import onnx
 
 #: The oldest operator set that the importer knows the meaning of.
 OLDEST_OPSET = 9
-#: Domains of the standard operators: the same set under two names.
-STANDARD = ("", "ai.onnx")
 #: Graphs inside graphs (bodies of loops) deeper than this are refused.
 _DEEPEST = 8
 
@@ -33,12 +32,13 @@ def read_onnx(source: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
     with _naming(source):
         model, folder = _parse(source)
         _check_opsets(model)
-        for tensor in tensors(model.graph):
+        check_functions(model)
+        for tensor in model_tensors(model):
             _check_tensor(tensor, folder)
         if folder is not None:
             _load_external(model, folder)
         _check_model(model)
-        return _inlined(model)
+        return inlined(model)
 
 
 @contextmanager
@@ -64,22 +64,44 @@ def tensors(graph: onnx.GraphProto, depth: int = 0) -> Iterator[onnx.TensorProto
     deep."""
     if depth > _DEEPEST:
         raise CaptureError(f"graphs nest deeper than {_DEEPEST} levels", hint="no exporter writes such a model")
-    if graph.sparse_initializer:
-        raise CaptureError(
-            "sparse initializers are not supported",
-            actual=", ".join(s.values.name for s in graph.sparse_initializer[:3]),
-            hint="store the weights dense",
-        )
+    _refuse_sparse(graph.sparse_initializer)
     yield from graph.initializer
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from tensors(attribute.g, depth + 1)
-            for nested in attribute.graphs:
-                yield from tensors(nested, depth + 1)
+        yield from _attribute_tensors(node.attribute, depth)
+
+
+def model_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every constant tensor of a model, wherever it lies: in the graph, in functions and in training graphs."""
+    yield from tensors(model.graph)
+    for function in model.functions:
+        yield from _attribute_tensors(function.attribute_proto, 0)
+        for node in function.node:
+            yield from _attribute_tensors(node.attribute, 0)
+    for training in model.training_info:
+        yield from tensors(training.initialization)
+        yield from tensors(training.algorithm)
+
+
+def _attribute_tensors(attributes: Iterable[onnx.AttributeProto], depth: int) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        _refuse_sparse([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else attribute.sparse_tensors)
+        if attribute.HasField("g"):
+            yield from tensors(attribute.g, depth + 1)
+        for nested in attribute.graphs:
+            yield from tensors(nested, depth + 1)
+
+
+def _refuse_sparse(found: Sequence[onnx.SparseTensorProto]) -> None:
+    """A sparse tensor is small in the file and as large as its shape says where it is used."""
+    if found:
+        raise CaptureError(
+            "sparse initializers are not supported",
+            actual=", ".join(s.values.name for s in found[:3]),
+            hint="store the weights dense",
+        )
 
 
 def opset(model: onnx.ModelProto) -> int:
@@ -214,7 +236,7 @@ def _load_external(model: onnx.ModelProto, folder: Path) -> None:
     import onnx
 
     try:
-        for tensor in tensors(model.graph):
+        for tensor in model_tensors(model):
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
                 tensor.data_location = onnx.TensorProto.DEFAULT
@@ -283,18 +305,6 @@ def _copy_field(target: Any, name: str, value: Any) -> None:
         setattr(target, name, value)
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Calls of the model's own functions replaced by their bodies."""
-    if not model.functions:
-        return model
-    from onnx import inliner
-
-    try:
-        return inliner.inline_local_functions(model, convert_version=True)
-    except Exception as cause:  # C++ raises what it likes
-        raise CaptureError(f"the model's own functions cannot be inlined: {first_line(cause)}") from cause
-
-
 def input_count(source: str | Path | onnx.ModelProto) -> int:
     """How many inputs a model takes: graph inputs that no initializer fills. Raises CaptureError."""
     with _naming(source):
@@ -310,6 +320,6 @@ def in_one_piece(source: str | Path | onnx.ModelProto) -> bytes | None:
     content = None if isinstance(source, onnx.ModelProto) else Path(source).read_bytes()
     with _naming(source):
         model, _ = _parse(source if content is None else content)
-        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(model.graph)):
+        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model_tensors(model)):
             return None
     return bytes(model.SerializeToString()) if content is None else content

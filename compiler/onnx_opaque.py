@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper, shape_inference
 from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import CaptureError
 from .onnx_call import BORROWED, DTYPES, ELEMENT_TYPES, Constant, OnnxCall, Sizes, Unsupported
-from .onnx_file import STANDARD
+from .onnx_file import STANDARD, model_tensors
 from .onnx_session import reference_session, run_reference
 
 #: Constants of so many whole numbers, or so many others, travel inside the node, so that shapes that depend on them
@@ -141,9 +141,15 @@ def _attributes(call: OnnxCall) -> list[onnx.AttributeProto]:
 def node_model(text: str) -> onnx.ModelProto:
     """The model of one node behind the text that an opaque node carries."""
     try:
-        return onnx.ModelProto.FromString(base64.b64decode(text, validate=True))
+        model = onnx.ModelProto.FromString(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError, TypeError) as cause:
         raise CaptureError(f"an opaque node holds no ONNX node: {cause}") from cause
+    outside = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model_tensors(model))
+    if outside or model.functions or len(model.graph.node) != 1:  # the text may come from a file
+        raise CaptureError(
+            "an opaque node holds more than one ONNX node with its constants", hint="the file is damaged"
+        )
+    return model
 
 
 @lru_cache(maxsize=256)

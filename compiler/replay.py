@@ -33,7 +33,7 @@ from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
 from .sampled_error import SampledError, sampled_error
-from .saved import ONNX, PAGE, PT2, REPORT, check_file, digest, with_plan
+from .saved import ONNX, PAGE, PT2, REPORT, check_file, check_plan, digest, with_plan
 from .stored_passes import mimicked
 from .verify import output_error
 
@@ -142,6 +142,7 @@ def _beside(path: Path, plan: Plan) -> Path | None:
     found = path.with_name(PT2)
     if not found.is_file():
         return None
+    check_plan(plan)
     check_file(plan, PT2, found.read_bytes())
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .archive_check import check_extents, check_pickled_file
 from .errors import CalibrationError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
@@ -61,9 +62,11 @@ def check_options(
 def read_arrays(path: Path, key: str | None) -> Any:
     """What a `.npy`, `.npz` or `.pt` file holds: an array, or arrays by name. Raises CalibrationError. No pickled
     objects are loaded."""
+    check_pickled_file(path, CalibrationError)
     try:
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
+            with path.open("rb") as file:  # np.load would take an archive of this name as well
+                return np.lib.format.read_array(file, allow_pickle=False)
         return _read_npz(path, key) if path.suffix == ".npz" else _read_pt(path, key)
     except CalibrationError:
         raise
@@ -84,6 +87,7 @@ def _read_npz(path: Path, key: str | None) -> Any:
 
 def _read_pt(path: Path, key: str | None) -> Any:
     data = torch.load(path, weights_only=True, map_location="cpu")
+    check_extents(data, CalibrationError)
     if key is None:
         return data
     if not isinstance(data, dict):

@@ -28,9 +28,12 @@ def digest(content: bytes) -> str:
 
 
 def with_plan(plan: Plan, networks: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a network with its plan.json, which holds their digests: so that one of another run, or of a save
-    that was cut off, is not taken for one of them."""
-    sealed = replace(plan, files={name: digest(content) for name, content in networks.items()})
+    """The files of a network with its plan.json, which holds their digests and its own: so that one of another run, of
+    a save that was cut off, or one that was damaged since, is not taken for one of them."""
+    read = Plan.from_dict(json.loads(json_text(plan.to_dict())))  # as it will be read: numbers have one form
+    sealed = replace(
+        plan, files={**{name: digest(content) for name, content in networks.items()}, PLAN: _own_digest(read)}
+    )
     return {**networks, PLAN: json_file(sealed.to_dict())}
 
 
@@ -42,6 +45,19 @@ def check_file(plan: Plan, name: str, content: bytes) -> None:
             f"{name} is not the one that {PLAN} was saved with",
             hint="copy the whole folder again, or compile again: a save was cut off, or files of two runs were mixed",
         )
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise OutputError when a plan's decisions are not the ones that its network was saved with."""
+    if plan.files.get(PLAN, found := _own_digest(plan)) != found:
+        raise OutputError(
+            f"{PLAN} is not as it was saved with {PT2}",
+            hint="copy the whole folder again; to have an edited plan carried out, give a calibration set",
+        )
+
+
+def _own_digest(plan: Plan) -> str:
+    return digest(json_file(replace(plan, files={}).to_dict()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +72,11 @@ class Saved:
 
     @cached_property
     def program(self) -> Program:
-        """Raises CaptureError when model.pt2 cannot be read."""
+        """Raises CaptureError when model.pt2 cannot be read, OutputError when it has changed since the folder was."""
+        try:
+            check_file(self.plan, PT2, (self.folder / PT2).read_bytes())
+        except OSError as cause:
+            raise OutputError(f"cannot read {self.folder / PT2}: {cause}", hint="copy the folder again") from cause
         return capture(self.folder / PT2)
 
     @property
@@ -85,6 +105,7 @@ def load(folder: str | Path) -> Saved:
         onnx, pt2 = ((path / name).read_bytes() for name in (ONNX, PT2))
     except (OSError, ValueError) as cause:
         raise OutputError(f"cannot read {path}: {cause}", hint="compile again, or copy the folder again") from cause
+    check_plan(plan)
     check_file(plan, ONNX, onnx)
     check_file(plan, PT2, pt2)
     _check_report(path, plan, report)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..compiler.errors import BackendError, CompilerError, first_line
-from ..compiler.onnx_file import tensors
+from ..compiler.onnx_file import model_tensors
 from ..compiler.onnx_signature import OnnxSignature, OnnxValue
 from .backend import Array
-
-if TYPE_CHECKING:
-    import onnx
 
 #: ONNX Runtime's names of element types, by their number in ONNX (TensorProto.DataType).
 _ELEMENTS = {
@@ -116,7 +113,7 @@ def model_specs(model: bytes) -> tuple[InputSpec, ...]:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(model)
-        outside = next((t.name for t in _all_tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL), None)
+        outside = next((t.name for t in model_tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL), None)
     except CompilerError as cause:
         raise BackendError(cause.message, actual=cause.actual, hint=cause.hint) from cause
     except Exception as cause:  # protobuf's DecodeError, and whatever else a broken message raises
@@ -131,14 +128,6 @@ def model_specs(model: bytes) -> tuple[InputSpec, ...]:
             hint="load them first: onnx.load(path).SerializeToString(); this holds up to 2 GB",
         )
     return tuple(map(_value_spec, OnnxSignature.of(proto).inputs))
-
-
-def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    import onnx
-
-    yield from tensors(model.graph)
-    for function in model.functions:
-        yield from tensors(onnx.GraphProto(node=function.node))
 
 
 def _value_spec(value: OnnxValue) -> InputSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -14,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 #: Part of the file's name: what another version wrote is neither read nor touched.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WAIT_SECONDS = 30.0
-_TABLE = "CREATE TABLE IF NOT EXISTS measurements (key TEXT PRIMARY KEY, value TEXT NOT NULL, taken REAL NOT NULL)"
+_TABLE = """CREATE TABLE IF NOT EXISTS measurements
+    (key TEXT PRIMARY KEY, value TEXT NOT NULL, taken REAL NOT NULL, digest BLOB NOT NULL)"""
+#: What a file that is in order may answer at times: it is busy, may not be written, or the disk is full.
+_PASSING = frozenset(
+    {"SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_FULL", "SQLITE_IOERR"}
+)
+_warned: list[Path] = []
 _MOST_VARIABLES = 500  # SQLite limits how many one statement may have
 
 
@@ -37,6 +44,7 @@ class MeasurementCache:
 
     Every write is a transaction, so a reader sees all of it or nothing, also when the writer is killed. What cannot be
     read or written costs a warning, once, and a new measurement; a damaged file is set aside, not deleted.
+    Every value has a digest: a damaged one is measured again.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -52,8 +60,11 @@ class MeasurementCache:
             for start in range(0, len(missing), _MOST_VARIABLES):
                 some = missing[start : start + _MOST_VARIABLES]
                 marks = ",".join("?" * len(some))
-                rows = connection.execute(f"SELECT key, value FROM measurements WHERE key IN ({marks})", some)
-                self._memory |= {key: json.loads(value) for key, value in rows}
+                found = connection.execute(f"SELECT key, value, digest FROM measurements WHERE key IN ({marks})", some)
+                rows = [(key, value, digest == _digest(key, value)) for key, value, digest in found]
+                self._memory |= {key: json.loads(value) for key, value, sound in rows if sound}
+                if not all(sound for *_, sound in rows):
+                    _warn_once(self.path)
 
         if missing:
             self._in_file(read)
@@ -62,8 +73,9 @@ class MeasurementCache:
     def put(self, values: Mapping[str, Any]) -> None:
         """Keep these values, in place of older ones of the same keys."""
         self._memory |= values
-        rows = [(key, json.dumps(value), time.time()) for key, value in values.items()]
-        self._in_file(lambda c: c.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows))
+        texts = {key: json.dumps(value) for key, value in values.items()}
+        rows = [(key, text, time.time(), _digest(key, text)) for key, text in texts.items()]
+        self._in_file(lambda c: c.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?)", rows))
 
     def _in_file(self, work: Callable[[sqlite3.Connection], object]) -> None:
         """Do `work` in one transaction on the file, where there is one."""
@@ -81,12 +93,28 @@ class MeasurementCache:
     def _give_up(self, path: Path, cause: Exception) -> None:
         """Go on in memory; a file that holds something else than measurements is moved out of the way."""
         self.path, moved = None, ""
-        if isinstance(cause, ValueError) or (
-            isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError)
-        ):
+        if isinstance(cause, (ValueError, sqlite3.Error)) and not _passes(cause):
             try:
                 path.replace(path.with_suffix(".damaged"))
                 moved = f"; it was moved to {path.with_suffix('.damaged')}"
             except OSError:
                 pass
         warnings.warn(f"measurements are not kept: {path}: {cause}{moved}", stacklevel=4)
+
+
+def _digest(key: object, value: object) -> bytes:
+    """What a value is known to be whole by, and to be the one of its key; a damaged file answers with any type."""
+    return hashlib.blake2b(f"{key!r} {value!r}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _passes(cause: Exception) -> bool:
+    """Whether the same file may be read another time."""
+    name = str(getattr(cause, "sqlite_errorname", ""))
+    return any(name.startswith(passing) for passing in _PASSING)
+
+
+def _warn_once(path: Path | None) -> None:
+    """At most once in a process: a bad disk damages many values."""
+    if path is not None and not _warned:
+        _warned.append(path)
+        warnings.warn(f"kept measurements were damaged and are taken again: {path}", stacklevel=6)

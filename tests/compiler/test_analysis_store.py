@@ -1,6 +1,8 @@
 """Results kept by content: found again, never for other inputs, whole or not there."""
 
 import os
+import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from foldcut.compiler.edit import set_tensors
 from foldcut.compiler.program import Program
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,90 @@ def test_a_damaged_entry_is_computed_again(damage: bytes | None, tmp_path: Path)
     assert compute.calls == 1 and torch.equal(tensors["t"], torch.ones(100))
     AnalysisStore(tmp_path).result("x", [], compute)
     assert compute.calls == 1
+
+
+def results(folder: Path) -> tuple[list[Any], int]:
+    """Twelve results of several kinds, and how many of them were computed."""
+    calls = 0
+
+    def compute(number: int) -> Any:
+        nonlocal calls
+        calls += 1
+        return {"number": number}, {"weight": torch.full((number + 1, 5), float(number))} if number % 3 else {}
+
+    store = AnalysisStore(folder)
+    found = [store.result(f"kind {n % 2}", [n], lambda n=n: compute(n)) for n in range(12)]
+    return [(data, {name: tensor.tolist() for name, tensor in tensors.items()}) for data, tensors in found], calls
+
+
+def flip(draw: random.Random, paths: list[Path]) -> None:
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+
+
+def cut(draw: random.Random, paths: list[Path]) -> None:
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+
+
+def swap(draw: random.Random, paths: list[Path]) -> None:
+    """Each entry lies where another belongs: whole, and of another kind."""
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)
+
+
+def forge(draw: random.Random, paths: list[Path]) -> None:
+    """Readable tensors, as an earlier version or another program would have written."""
+    for path in paths:
+        path.write_bytes(
+            save({"*json*": torch.frombuffer(bytearray(b'{"taken": 9e9, "data": {}}'), dtype=torch.uint8)})
+        )
+
+
+@pytest.mark.parametrize("damage", [flip, cut, swap, forge])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_damage_changes_a_result(damage: Any, seed: int, tmp_path: Path) -> None:
+    expected, _ = results(tmp_path)
+    paths = sorted(entries(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        damage(random.Random(seed), paths)
+        assert results(tmp_path) == (expected, 12)
+        assert results(tmp_path) == (expected, 0)
+
+
+def test_damage_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis_store, "_warned", [])
+    results(tmp_path)
+    flip(random.Random(0), entries(tmp_path))
+    with pytest.warns(UserWarning, match="was damaged") as told:
+        results(tmp_path)
+    assert len(told) == 1
+
+
+def test_a_damaged_state_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 0.0)
+    monkeypatch.setattr(analysis_store, "_warned", [tmp_path])
+    for seed in range(20):
+        kept = AnalysisStore(tmp_path).checkpoint("training", [1])
+        kept.keep(lambda: ({"done": 7}, {"weight": torch.ones(9)}))
+        assert kept.read() is not None
+        flip(random.Random(seed), entries(tmp_path))
+        assert kept.read() is None
+
+
+def test_a_state_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two lie side by side under one key."""
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    monkeypatch.setattr(analysis_store, "_warned", [tmp_path])
+    AnalysisStore(tmp_path).checkpoint("training", [1]).keep(lambda: ({"done": 7}, {}))
+    (path,) = entries(tmp_path)
+    path.rename(path.with_suffix(".safetensors"))
+    assert AnalysisStore(tmp_path).value("training", [1], Counter(3)) == 3
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:

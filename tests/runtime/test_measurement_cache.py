@@ -1,5 +1,6 @@
 """Measurements on disk: whole or not there, for any number of processes, and never in the way."""
 
+import random
 import sqlite3
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import foldcut.runtime.measurement_cache as measurement_cache
 import pytest
 from foldcut.runtime.measurement_cache import FORMAT_VERSION, MeasurementCache, default_folder
 from hypothesis import given
@@ -77,14 +79,42 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     assert MeasurementCache(tmp_path).get(["b"]) == {"b": 2}
 
 
-def test_a_value_that_is_no_json_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["value = '{'", "value = '2'", "key = 'b'", "digest = 'x'", "value = x'00'"])
+def test_a_changed_value_is_measured_again(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement_cache, "_warned", [])
     cache = MeasurementCache(tmp_path)
     cache.put({"a": 1})
     with sqlite3.connect(str(cache.path)) as connection:
-        connection.execute("UPDATE measurements SET value = '{'")
+        connection.execute(f"UPDATE measurements SET {change}")
     connection.close()
-    with pytest.warns(UserWarning, match="not kept"):
-        assert MeasurementCache(tmp_path).get(["a"]) == {}
+    with pytest.warns(UserWarning, match="taken again"):
+        assert MeasurementCache(tmp_path).get(["a", "b"]) == {}
+    with warnings.catch_warnings():  # once in a process
+        warnings.simplefilter("error")
+        assert MeasurementCache(tmp_path).get(["a", "b"]) == {}
+        MeasurementCache(tmp_path).put({"a": 3, "b": 4})
+        assert MeasurementCache(tmp_path).get(["a", "b"]) == {"a": 3, "b": 4}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_damage_changes_a_value(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    values = {f"key {i}": {"units": i / 7, "steps": [i] * 20} for i in range(60)}
+    cache = MeasurementCache(tmp_path)
+    cache.put(values)
+    assert cache.path is not None
+    content = bytearray(cache.path.read_bytes())
+    for _ in range(draw.choice([1, 5, 100])):
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    cache.path.write_bytes(content[: len(content) if seed % 4 else draw.randrange(len(content))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = MeasurementCache(tmp_path).get(values)
+        assert all(values[key] == value for key, value in found.items())
+        again = MeasurementCache(tmp_path)
+        again.put(values)
+        assert again.get(values) == values
+        assert all(values[key] == value for key, value in MeasurementCache(tmp_path).get(values).items())
 
 
 def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path) -> None:
