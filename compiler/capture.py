@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import onnx_operator  # noqa: F401 - registers the operator of opaque nodes, for .pt2 files that hold some
 from .archive_check import check_exported_file
-from .edit import rebuild
+from .edit import rebuild, take_any_layout
 from .errors import CaptureError, named_first_line
 from .graph_copy import copied
 from .logs import quiet_exporters
@@ -91,9 +91,8 @@ def is_onnx(model: object) -> bool:
 def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool = True) -> Program:
     """A Program from an `ExportedProgram`: decomposed to functional ATen, guards erased, unused buffers left out. Its
     tensors are copied, unless nobody else holds them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        decomposed = exported.run_decompositions({})
+    with quiet_exporters(), torch.no_grad():
+        decomposed = _with_any_layout(exported).run_decompositions({})
     # what is written to shows only once the graph is functional
     signature = decomposed.graph_signature
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -109,8 +108,17 @@ def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool 
     for node in reversed(list(graph.nodes)):
         if (node.op == "get_attr" and not node.users) or (node.op == "call_module" and node.target == "_guards_fn"):
             graph.erase_node(node)
+    take_any_layout(graph)
     module = rebuild(module, graph, copy_tensors=copy_tensors)
     return Program(module=module, inputs=_input_specs(module), outputs=_output_specs(module), history=())
+
+
+def _with_any_layout(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A copy that can be traced again whatever strides its kernels give this time."""
+    same = copy.copy(exported)
+    same._graph_module = copied(exported.graph_module)
+    take_any_layout(same.graph_module.graph)
+    return same
 
 
 def _capture_module(model: nn.Module, example: Batch) -> Program:
@@ -125,7 +133,22 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
                 hint="check shape, dtype and number of inputs; a tuple goes in as arguments, a dict as keywords",
             ) from cause
         program = from_exported(_export(model, args, kwargs))
-        difference = compare(reference, program(example))
+    for gradients in (False, True):  # attention kernels differ, and with them the strides of what they return
+        _check(program, args, kwargs, reference, gradients=gradients)
+    return program
+
+
+def _check(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], reference: Any, *, gradients: bool) -> None:
+    """Raise CaptureError unless the graph runs on the example and computes what the module computed."""
+    try:
+        with torch.set_grad_enabled(gradients):
+            found = program.module(*args, **kwargs)
+    except Exception as cause:  # an operator raises whatever it raises
+        raise CaptureError(
+            f"the captured graph does not run on the example batch: {named_first_line(cause)}",
+            hint=_WAY_OUT,
+        ) from cause
+    difference = compare(reference, found)
     if difference.relative > 1e-4 or not difference.same_structure:
         raise CaptureError(
             "the captured graph does not compute what the model computes",
@@ -133,7 +156,6 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
             actual=difference,
             hint="a model that draws random numbers or depends on earlier calls cannot be captured",
         )
-    return program
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

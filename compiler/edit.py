@@ -235,9 +235,6 @@ def expose(program: Program, names: Sequence[str], *, copy_tensors: bool = False
     arguments."""
     graph = copied(program.graph)
     by_name = {n.name: n for n in graph.nodes}
-    for node in graph.nodes:
-        if is_call(node, aten.view):
-            node.target = aten.reshape.default  # a view asks for one memory layout; the module takes any
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (tuple(by_name[name] for name in names),)
     codegen = graph._codegen
@@ -253,6 +250,14 @@ def signature(node: fx.Node) -> str:
         return "not a tensor"
     value = node.meta["val"]
     return f"{value.dtype}{[str(d) for d in value.shape]}"
+
+
+def take_any_layout(graph: fx.Graph) -> None:
+    """Views become reshapes, in place. A view asks for the strides that were there while tracing; attention kernels,
+    memory formats and rewrites give others."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):  # not `view.dtype`: that one reads the bits
+            node.target = aten.reshape.default
 
 
 def erase_dead(graph: fx.Graph) -> None:

@@ -31,7 +31,7 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
     """
     args, kwargs, dynamic = _example(program)
     try:
-        with quiet_exporters():
+        with quiet_exporters(), torch.no_grad():  # as at capture: gradients change kernels, and these the strides
             exported = torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
     except Exception as cause:
         raise ExportError(
@@ -114,7 +114,7 @@ def to_onnx_model(
     exported = exported or to_exported(program)
     version = None if target is None else max(target, EXPORTER_OPSET)
     try:
-        with quiet_exporters():
+        with quiet_exporters(), torch.no_grad():
             try:
                 result = _translated(as_it_is(exported), version, translations() | direct_translations())
             except Exception:  # an operator that has an ONNX form only once it is decomposed
