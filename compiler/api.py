@@ -32,7 +32,6 @@ from .plan import (
     DropBlock,
     FactorizeLayer,
     Goal,
-    Latency,
     MaxError,
     Parameters,
     Plan,
@@ -206,9 +205,8 @@ def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thre
 
 
 def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:
-    """Those of the rewrites that reach the goal; the first of them, where the goal does not mix."""
-    found = tuple(r for r in rewrites_for(goal) if r in rewrites)
-    return found if isinstance(goal, (Latency, MaxError)) else found[:1]
+    """Those of the rewrites that reach the goal."""
+    return tuple(r for r in rewrites_for(goal) if r in rewrites)
 
 
 def _check_fixed_batch(program: Program, batch: int) -> None:

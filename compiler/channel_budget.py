@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,20 +17,38 @@ from .program import Program, data_inputs, output_nodes
 from .provenance import Provenance
 from .unit_groups import UnitGroup
 
+#: What channel counts go to multiples of, unless told otherwise.
+STEP = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelLimits:
     """What may be cut: channel counts go to multiples of `multiple_of` (a group that cannot keeps all), at least
     `least` of a group's units stay, and `ignore` names what is left alone: patterns over group names (``head*``), or
-    names of outputs, for all that serves that output only."""
+    names of outputs, for all that serves that output only.
 
-    multiple_of: int = 8
+    `multiple_of` None is 8, and for goals that are counted, in multiply-accumulates or parameters, whatever loses
+    least: several multiples are tried, and units are given back one by one.
+    """
+
+    multiple_of: int | None = None
     least: float = 0.0
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.multiple_of < 1 or not 0 <= self.least <= 1:
+        if self.multiple < 1 or not 0 <= self.least <= 1:
             raise GoalError("multiple_of starts at 1, and least is a share between 0 and 1", hint=str(self))
+
+    @property
+    def multiple(self) -> int:
+        """The multiple that counts go to where no search looks for a better one."""
+        return STEP if self.multiple_of is None else self.multiple_of
+
+
+def lattice_counts(group: UnitGroup, limits: ChannelLimits, multiple: int) -> list[int]:
+    """The counts below all units that a group may be cut to, in multiples of so many channels."""
+    limits = replace(limits, multiple_of=multiple)
+    return list(range(_least(group, limits), len(group), group.step(multiple)))
 
 
 def free_groups(provenance: Provenance, limits: ChannelLimits) -> list[UnitGroup]:
@@ -76,11 +94,11 @@ def _serving_only(program: Program, names: Sequence[str]) -> set[str]:
 
 def uniform_counts(groups: Sequence[UnitGroup], keep: float, limits: ChannelLimits) -> dict[str, int]:
     """Units to keep of each group for one share of all."""
-    return {g.name: max(g.count_for(keep, limits.multiple_of), _least(g, limits)) for g in groups}
+    return {g.name: max(g.count_for(keep, limits.multiple), _least(g, limits)) for g in groups}
 
 
 def _least(group: UnitGroup, limits: ChannelLimits) -> int:
-    step = group.step(limits.multiple_of)
+    step = group.step(limits.multiple)
     return min(len(group), max(1, math.ceil(limits.least * len(group) / step)) * step)
 
 
@@ -207,7 +225,7 @@ def allocate(
         if best is None:
             return {g.name: c for g, c in zip(groups, counts, strict=True)}, False
         _, index, goal = best
-        counts[index] = _enough(model, counts, index, goal, target, groups[index].step(limits.multiple_of))
+        counts[index] = _enough(model, counts, index, goal, target, groups[index].step(limits.multiple))
     return {g.name: c for g, c in zip(groups, counts, strict=True)}, True
 
 
@@ -222,7 +240,7 @@ def _enough(model: CutModel, counts: list[int], index: int, goal: int, target: f
 
 def _best_cut(group: UnitGroup, curve: torch.Tensor, count: int, limits: ChannelLimits) -> tuple[float, int] | None:
     """(added error per unit, count to go to) with the least slope among the lattice counts below."""
-    step, least = group.step(limits.multiple_of), _least(group, limits)
+    step, least = group.step(limits.multiple), _least(group, limits)
     lower = torch.arange((count - 1) // step * step, least - 1, -step) if count > least else torch.empty(0)
     if not len(lower):
         return None

@@ -11,29 +11,27 @@ from typing import Literal
 import torch
 
 from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
+from ..passes.rank_trials import BROKEN, bounded
 from ..passes.resolve_network import Resolved, ResolveSettings
 from ..passes.select_channels import ChannelChoice, Variant, choose_channels, select_by_norm, select_layerwise
 from ..passes.submodular import Selection
 from .allocation import weighing_samples
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
-from .channel_budget import ChannelLimits, CutModel, allocate, free_groups, uniform_counts
-from .cost import counted
+from .channel_budget import ChannelLimits, free_groups, uniform_counts
 from .errors import GoalError, PlanError, Reject
 from .latency_probe import LatencyProbe
-from .plan import ChannelGoal, Channels, CountedGoal, Parameters, PruneChannels
+from .plan import Channels, PruneChannels
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance, find_units
 from .rewritten import Rewritten
 from .stored_passes import stored_channels, stored_resolve
-from .unit_groups import UnitGroup, surplus_units
+from .unit_groups import UnitGroup
 from .verify import no_worse, output_error
 
 #: Errors below this share of those without any unit are rounding.
 NO_ERROR = 1e-6
-#: How often a goal is tightened when the smaller program costs more than the allocation predicted.
-MOST_CORRECTIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def cut_channels(
     teacher: Program,
     calibration: CalibrationSet,
     held_out: CalibrationSet,
-    goal: ChannelGoal,
+    goal: Channels,
     *,
     settings: ChannelSettings,
     resolve: ResolveSettings,
@@ -76,7 +74,7 @@ def cut_channels(
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
 ) -> Rewritten:
-    """Prune `teacher` to a `Channels`, `Macs` or `Parameters` goal and re-solve what consumes the lost channels.
+    """Prune `teacher` to a `Channels` goal and re-solve what consumes the lost channels.
 
     The errors are those of the outputs on `held_out`, relative, after plain removal, after the re-solve of the
     consumers, and after the polish. Raises GoalError when nothing can be pruned.
@@ -87,12 +85,12 @@ def cut_channels(
         if not groups:
             raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
     with clock.stage("choose"):
-        counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress, store)
+        counts = uniform_counts(groups, goal.keep, settings.limits)
         choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress, store)
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(
             f"nothing was cut: no group can keep fewer units for {goal} in steps of "
-            f"{settings.limits.multiple_of} channels with its minimum",
+            f"{settings.limits.multiple} channels with its minimum",
             stacklevel=2,
         )
     with clock.stage("prune"):
@@ -110,7 +108,7 @@ def cut_channels(
     return Rewritten(
         program=resolved.program,
         decisions=tuple(channel_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
-        met=met,
+        met=True,
         rejects=(*group_rejects(provenance), *stuck_rejects, *resolved.locked),
         errors=errors,
         layers=resolved.layers,
@@ -175,32 +173,6 @@ def _by_norm(
     return {g.name: select_by_norm(provenance, g, counts[g.name], power) for g in groups if counts[g.name] < len(g)}
 
 
-def _counts(
-    provenance: Provenance,
-    calibration: CalibrationSet,
-    goal: ChannelGoal,
-    groups: Sequence[UnitGroup],
-    limits: ChannelLimits,
-    progress: Progress,
-    store: AnalysisStore,
-) -> tuple[dict[str, int], bool]:
-    if isinstance(goal, Channels):
-        return uniform_counts(groups, goal.keep, limits), True
-    curves = error_curves(provenance, calibration, groups, progress=progress, store=store)
-    of_what = CutModel.of_parameters if isinstance(goal, Parameters) else CutModel.of_macs
-    model = of_what(provenance, groups)
-    whole = counted(provenance.program, goal)
-    target = goal.ratio * whole
-    for _ in range(MOST_CORRECTIONS):
-        counts, met = allocate(model, curves, target, limits)
-        left = _left(provenance, groups, counts, goal)
-        if not met or left <= goal.ratio * whole:
-            return counts, met
-        # what the model does not see (a product of two activations) takes its share too
-        target -= left - goal.ratio * whole
-    return counts, False
-
-
 def error_curves(
     provenance: Provenance,
     calibration: CalibrationSet,
@@ -230,12 +202,18 @@ def error_curves(
             [program, samples, others, group.name, half],
             functools.partial(_height, provenance, samples, others, group, half),
         )
-        shape = float(curves[group.name][half])
-        curves[group.name] = curves[group.name] * (
-            height / shape if shape > NO_ERROR * float(curves[group.name][0]) else 1.0
-        )
+        curves[group.name] = _scaled(curves[group.name], half, bounded(height))
         progress("weigh groups", index + 1, len(groups))
     return curves
+
+
+def _scaled(curve: torch.Tensor, count: int, height: float) -> torch.Tensor:
+    """The curve with `height` at `count`. What is not finite counts as `BROKEN`, so that such a group is cut last, not
+    first; with all units kept nothing is lost."""
+    shape = float(curve[count])
+    scaled = curve * (height / shape if shape > NO_ERROR * float(curve[0]) else 1.0)
+    whole = scaled[-1:].nan_to_num(nan=0.0, posinf=0.0)
+    return torch.cat([scaled[:-1].nan_to_num(nan=BROKEN, posinf=BROKEN), whole]).clamp(max=BROKEN)
 
 
 def _trial_count(curve: torch.Tensor) -> int:
@@ -260,10 +238,6 @@ def _height(
     trial = choose_channels(provenance, samples, {group.name: count})
     smaller = prune_channels(provenance, trial.removed, trial.tensors).program
     return output_error(provenance.program, smaller, others)
-
-
-def _left(provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int], goal: CountedGoal) -> int:
-    return counted(prune_channels(provenance, surplus_units(groups, counts)).program, goal)
 
 
 def channel_decision(group: UnitGroup, selection: Selection) -> PruneChannels:

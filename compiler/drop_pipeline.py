@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.recoverability import Recoverability, RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
+from .cost import counted
 from .errors import GoalError
 from .latency_probe import LatencyProbe
-from .plan import Blocks, Goal, Latency
+from .plan import Blocks, CountedGoal, DropGoal, Latency, Parameters
 from .planner import Choice, choose_drops
 from .program import Program
 from .progress import Progress, StageClock, silent
@@ -19,7 +21,7 @@ from .regions import Region, RegionAnalysis
 from .rewritten import Rewritten
 from .stored_latency import StoredLatency
 from .stored_passes import StoredErrors, stored_resolve
-from .verify import output_error
+from .verify import no_worse, output_error
 
 
 def cut_blocks(
@@ -27,7 +29,7 @@ def cut_blocks(
     analysis: RegionAnalysis,
     calibration: CalibrationSet,
     held_out: CalibrationSet,
-    goal: Goal,
+    goal: DropGoal,
     probe: LatencyProbe,
     *,
     recoverability: RecoverabilitySettings,
@@ -48,7 +50,7 @@ def cut_blocks(
         analysis,
         calibration,
         goal,
-        probe,
+        StoredLatency(store, probe),
         settings=recoverability,
         clock=clock,
         progress=progress,
@@ -74,6 +76,8 @@ def cut_blocks(
             progress=progress,
         )
         errors["re-solved"] = output_error(teacher, resolved.program, held_out)
+        if not no_worse(errors["re-solved"], errors["dropped"]):
+            resolved, errors["re-solved"] = replace(resolved, program=student), errors["dropped"]
     return Rewritten(
         program=resolved.program,
         decisions=choice.decisions,
@@ -88,22 +92,30 @@ def choose(
     teacher: Program,
     analysis: RegionAnalysis,
     fit: CalibrationSet,
-    goal: Goal,
-    probe: LatencyProbe,
+    goal: Blocks | Latency | CountedGoal,
+    latency: StoredLatency | None = None,
     *,
     settings: RecoverabilitySettings,
     clock: StageClock,
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
 ) -> Choice:
-    """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them."""
+    """The regions to drop: blocks first, then, when those do not suffice, whatever else is removable beside them. Only
+    a `Latency` goal needs the `latency`."""
     errors = StoredErrors(store, Recoverability(teacher, fit, regions=analysis.regions, settings=settings))
-    latency = StoredLatency(store, probe)
     savings: dict[str, float] | None = None
     if isinstance(goal, Latency):
+        assert latency is not None
         with clock.stage("measure savings"):
             savings = latency.savings(analysis.regions, progress=progress)
-    enough = _stopping_rule(goal, latency, savings, clock, progress)
+        enough = _fast_enough(goal, latency, savings, clock, progress)
+    elif isinstance(goal, CountedGoal):
+        whole = max(1, counted(teacher, goal))
+        parts = {r.name: r.cost.parameters if isinstance(goal, Parameters) else r.cost.macs for r in analysis.regions}
+        savings = {name: part / whole for name, part in parts.items()}
+        enough = _small_enough(teacher, goal, progress)
+    else:
+        enough = _dropped_enough(goal, progress)
     with clock.stage("choose"):
         choice = choose_drops(analysis.blocks, errors=errors, savings=savings, enough=enough)
         if not choice.met and len(analysis.blocks) < len(analysis.regions):
@@ -118,26 +130,33 @@ def choose(
     return choice
 
 
-def _stopping_rule(
-    goal: Goal,
-    latency: StoredLatency,
-    savings: Mapping[str, float] | None,
-    clock: StageClock,
-    progress: Progress,
+def _dropped_enough(goal: Blocks, progress: Progress) -> Callable[[Sequence[Region]], bool]:
+    def dropped_enough(chosen: Sequence[Region]) -> bool:
+        progress("choose blocks", len(chosen), goal.count)
+        return len(chosen) >= goal.count
+
+    return dropped_enough
+
+
+def _small_enough(teacher: Program, goal: CountedGoal, progress: Progress) -> Callable[[Sequence[Region]], bool]:
+    whole = max(1, counted(teacher, goal))
+
+    def small_enough(chosen: Sequence[Region]) -> bool:
+        ratio = counted(drop_blocks(teacher, chosen), goal) / whole
+        progress("choose blocks", round(100 * min(1.0, (1 - ratio) / (1 - goal.ratio))), 100)
+        return ratio <= goal.ratio
+
+    return small_enough
+
+
+def _fast_enough(
+    goal: Latency, latency: StoredLatency, savings: Mapping[str, float], clock: StageClock, progress: Progress
 ) -> Callable[[Sequence[Region]], bool]:
-    if isinstance(goal, Blocks):
-
-        def dropped_enough(chosen: Sequence[Region]) -> bool:
-            progress("choose blocks", len(chosen), goal.count)
-            return len(chosen) >= goal.count
-
-        return dropped_enough
-    assert savings is not None and isinstance(goal, Latency)
-    target, shares = goal.share, savings
+    target = goal.share
 
     def fast_enough(chosen: Sequence[Region]) -> bool:
         """Measured only when the sum of single savings comes near: the sum is a guide, the measurement decides."""
-        predicted = 1 - sum(shares[r.name] for r in chosen)
+        predicted = 1 - sum(savings[r.name] for r in chosen)
         progress("choose blocks", round(100 * min(1.0, (1 - predicted) / (1 - target))), 100)
         if predicted > target + 0.03:
             return False

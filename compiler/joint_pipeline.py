@@ -1,4 +1,4 @@
-"""All rewrites under one latency goal: proposals of every kind, and the search for a mix."""
+"""All rewrites under one goal: proposals of every kind, and the search for a mix."""
 
 from __future__ import annotations
 
@@ -9,34 +9,29 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from ..passes.drop_blocks import entry_exit
 from ..passes.layers import find_layers
 from ..passes.rank_trials import BROKEN, bounded
 from ..passes.recoverability import QUICK_RESOLVE
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
 from .cost import program_cost
-from .drop_pipeline import choose
+from .counted_budget import CountedBudget
 from .errors import CompilerError, GoalError, Reject
-from .joint_proposals import Offered, offered_cuts, offered_drops, offered_ranks
-from .joint_rewrite import JointSettings, apply_mix, by_kind, judged, mix_shape
+from .joint_proposals import Offered
+from .joint_rewrite import JointSettings, apply_mix, changes, judged
 from .joint_search import MOST_TRIALS, Found, MixSearch, Tried
+from .latency_budget import LatencyBudget, MixContext
 from .latency_probe import LatencyProbe
-from .left_alone import ignored_layers, sorted_ignores
-from .plan import Latency, MaxError
+from .left_alone import sorted_ignores
+from .plan import CountedGoal, Latency, MaxError
 from .program import Program
 from .progress import Progress, StageClock, silent
 from .proposals import Mix
-from .rank_choice import search_plan
-from .rank_pipeline import latency_menu, rank_trials
-from .regions import find_regions
 from .rewritten import Rewritten, TriedPlan
 from .sampled_error import sampled_error
 from .search_time import SearchTime
 from .stored_latency import StoredLatency
-from .stored_passes import stored_rank_analysis
 from .verify import output_error
 
 #: Samples that a plan is put into effect with while plans are compared.
@@ -54,8 +49,8 @@ def cut_jointly(
     teacher: Program,
     calibration: CalibrationSet,
     held_out: CalibrationSet,
-    goal: Latency | MaxError,
-    probe: LatencyProbe,
+    goal: Latency | MaxError | CountedGoal,
+    probe: LatencyProbe | None,
     rewrites: Sequence[str],
     *,
     settings: JointSettings,
@@ -64,32 +59,47 @@ def cut_jointly(
     store: AnalysisStore = NOTHING_KEPT,
     time: SearchTime | None = None,
 ) -> Rewritten:
-    """Reach a latency goal, or the least latency within an error, by the best mix of `rewrites`: dropped regions,
-    removed channels, factorised layers.
+    """Reach a latency goal, the least latency within an error, or a share of the multiply-accumulates or parameters, by
+    the best mix of `rewrites`: dropped regions, removed channels, factorised layers.
 
     Every kind offers what it can save and what that is predicted to cost; the mix is an integer programme's, corrected
-    by what plans turned out to lose after a quick re-solve and to save on the backend (`MixSearch`). The errors
+    by what plans turned out to lose after a quick re-solve and to save on the backend (`MixSearch`). Latency is
+    measured by the `probe`; multiply-accumulates and parameters are counted, and units and ranks given back until one
+    step more would miss the goal. The errors
     are those of the outputs on `held_out`, relative: after the rewrites, each with its own closed form, and after the
     re-solve of the whole. When the `time` for the search has run out, the best plan so far stands. Raises GoalError
     when nothing can be changed towards the goal.
     """
+    settings = sorted_ignores(teacher, settings, rewrites)
+    context = MixContext(
+        teacher=teacher, calibration=calibration, settings=settings, clock=clock, progress=progress, store=store
+    )
     mixing = Mixing(
         teacher=teacher,
         calibration=calibration,
         held_out=held_out,
-        latency=StoredLatency(store, probe),
+        budget=_budget(context, goal, probe),
         rewrites=tuple(rewrites),
-        settings=sorted_ignores(teacher, settings),
+        settings=settings,
         clock=clock,
         progress=progress,
         store=store,
         time=time or SearchTime(),
     )
-    if isinstance(goal, Latency):
+    if not isinstance(goal, MaxError):
         mixing.offer(goal)
         return mixing.made(mixing.searched(goal.share), goal)
     mixing.offer(Latency(LEAST_RATIO))
     return fastest_within(mixing, goal)
+
+
+def _budget(
+    context: MixContext, goal: Latency | MaxError | CountedGoal, probe: LatencyProbe | None
+) -> LatencyBudget | CountedBudget:
+    if isinstance(goal, CountedGoal):
+        return CountedBudget(context, goal)
+    assert probe is not None
+    return LatencyBudget(context, StoredLatency(context.store, probe))
 
 
 def fastest_within(mixing: Mixing, goal: MaxError) -> Rewritten:
@@ -150,7 +160,7 @@ class Mixing:
     teacher: Program
     calibration: CalibrationSet
     held_out: CalibrationSet
-    latency: StoredLatency
+    budget: LatencyBudget | CountedBudget
     rewrites: tuple[str, ...]
     settings: JointSettings
     clock: StageClock
@@ -161,27 +171,33 @@ class Mixing:
     #: Counts the trials.
     trials: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
-    def offer(self, goal: Latency) -> None:
+    def offer(self, goal: Latency | CountedGoal) -> None:
         """Ask each of the rewrites what it can do for a goal."""
-        if "drop_blocks" in self.rewrites:
-            self.offered.append(self._drops(goal))
-        if "prune_channels" in self.rewrites:
-            limits = self.settings.channels.limits
-            with self.clock.stage("offer channels"):
-                self.offered.append(
-                    offered_cuts(self.latency, self.calibration, limits, progress=self.progress, store=self.store)
-                )
-        if "factorize" in self.rewrites:
-            with self.clock.stage("offer ranks"):
-                self.offered.append(self._ranks(goal))
+        self.offered.extend(self.budget.offered(self.rewrites, goal))
 
     def searched(self, ratio: float) -> Found:
-        """The best plan that reaches a latency ratio."""
+        """The best plan that reaches a ratio of what is to be saved."""
         items = [item for offer in self.offered for item in offer.items]
         search = MixSearch(
-            items, ratio, measure=self._measure, trial=self._trial, most_trials=self.most_trials, time=self.time
+            items,
+            ratio,
+            measure=self._measure,
+            trial=self._trial,
+            most_trials=self.most_trials,
+            time=self.time,
+            starts=self.budget.starts,
+            adjust=self.budget.adjuster(ratio),
         )
-        return search.run()
+        found = search.run()
+        return self._finest(found, ratio)
+
+    def _finest(self, found: Found, ratio: float) -> Found:
+        """The search's result with its best plan as near to the goal as the budget can bring it."""
+        mix = self.budget.finest(found.best.mix, ratio)
+        if mix is found.best.mix:
+            return found
+        best = replace(found.best, mix=mix, ratio=self._measure(mix))
+        return replace(found, best=best, tried=tuple(best if p is found.best else p for p in found.tried))
 
     @functools.cached_property
     def most_trials(self) -> int:
@@ -190,7 +206,7 @@ class Mixing:
         work = trial_macs(self.teacher, len(self._few))
         return max(LEAST_TRIALS, min(MOST_TRIALS, TRIAL_MACS // work))
 
-    def made(self, found: Found, goal: Latency | MaxError) -> Rewritten:
+    def made(self, found: Found, goal: Latency | MaxError | CountedGoal) -> Rewritten:
         """The network of the plan that a search found best, solved with all samples. Raises GoalError when that plan
         changes nothing."""
         if not found.best.mix:
@@ -225,16 +241,16 @@ class Mixing:
     def reasons(self) -> str:
         """Why nothing can be done."""
         reasons = dict.fromkeys(reject.reason for reject in self._rejects())
-        return "; ".join(reasons) or "no rewrite saves latency on this backend"
+        return "; ".join(reasons) or "no rewrite saves anything towards it"
 
     def _rejects(self) -> list[Reject]:
         return [reject for offer in self.offered for reject in offer.rejects]
 
     def _measure(self, mix: Mix) -> float:
-        """The latency ratio of a plan, the upper end of its interval."""
+        """The ratio that a plan leaves of what is to be saved."""
         with self.clock.stage("measure plan"):
             try:
-                return self.latency.ratio("mix", _changes(mix), lambda: mix_shape(self.teacher, mix))
+                return self.budget.ratio(mix)
             except CompilerError as cause:
                 _left_out(mix, cause)
                 return 1.0
@@ -248,7 +264,7 @@ class Mixing:
             try:
                 error = self.store.value(
                     "mix trial",
-                    [self.teacher, few, self.held_out, quick, *_changes(mix)],
+                    [self.teacher, few, self.held_out, quick, *changes(mix)],
                     lambda: output_error(self.teacher, apply_mix(self.teacher, mix, few, quick).program, self.held_out),
                 )
             except CompilerError as cause:
@@ -266,40 +282,6 @@ class Mixing:
         """The settings of a trial."""
         ranks = replace(self.settings.ranks, rows_per_column=QUICK_RESOLVE.rows_per_column)
         return replace(self.settings, resolve=QUICK_RESOLVE, ranks=ranks)
-
-    def _drops(self, goal: Latency) -> Offered:
-        regions = find_regions(self.teacher)
-        left = ignored_layers(self.teacher, self.settings.ranks.ignore)
-        regions = replace(regions, regions=tuple(r for r in regions.regions if not r.nodes & left))
-        choice = choose(
-            self.teacher,
-            regions,
-            self.calibration,
-            goal,
-            self.latency.probe,
-            settings=self.settings.recoverability,
-            clock=self.clock,
-            progress=self.progress,
-            store=self.store,
-        )
-        return replace(offered_drops(choice), rejects=regions.rejects)
-
-    def _ranks(self, goal: Latency) -> Offered:
-        settings = self.settings
-        analysis = stored_rank_analysis(
-            self.store,
-            self.teacher,
-            self.calibration,
-            settings=settings.ranks,
-            resolve=settings.resolve,
-            progress=self.progress,
-        )
-        if not analysis.candidates:
-            return Offered(items=(), rejects=tuple(analysis.rejects))
-        trials, alone = rank_trials(analysis, self.calibration, progress=self.progress, store=self.store)
-        menu, network = latency_menu(analysis, self.latency, progress=self.progress)
-        wanted = replace(menu, budget=menu.budget - (1 - goal.share) * network)
-        return offered_ranks(analysis, menu, search_plan(wanted, trials, alone).weights, network)
 
 
 def trial_macs(program: Program, samples: int) -> int:
@@ -325,12 +307,6 @@ def tried_plans(found: Found) -> tuple[TriedPlan, ...]:
         )
         for plan in found.tried
     )
-
-
-def _changes(mix: Mix) -> list[Any]:
-    """What becomes of the network, to be known again by: not what that was predicted to lose and to save."""
-    drops, counts, ranks = by_kind(mix)
-    return [entry_exit(drops), counts, [[d.layer, d.scheme, d.ranks] for d in ranks]]
 
 
 def _left_out(mix: Mix, cause: CompilerError) -> None:

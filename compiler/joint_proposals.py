@@ -90,7 +90,7 @@ def offered_cuts(
 
 
 def _counts(group: UnitGroup, limits: ChannelLimits) -> list[int]:
-    found = dict.fromkeys(group.count_for(keep, limits.multiple_of) for keep in KEEPS)
+    found = dict.fromkeys(group.count_for(keep, limits.multiple) for keep in KEEPS)
     return [count for count in found if limits.least * len(group) <= count < len(group)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -246,6 +247,12 @@ def _factorised(
 
     factors = stored_factors(store, program, calibration, ranks, compute, settings=free, resolve=settings.resolve)
     return factorize(program, factors)
+
+
+def changes(mix: Mix) -> list[Any]:
+    """What becomes of the network, to be known again by: not what that was predicted to lose and to save."""
+    drops, counts, ranks = by_kind(mix)
+    return [entry_exit(drops), counts, [[d.layer, d.scheme, d.ranks] for d in ranks]]
 
 
 def by_kind(mix: Mix) -> tuple[list[DropBlock], dict[str, int], list[FactorizeLayer]]:

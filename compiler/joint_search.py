@@ -49,6 +49,8 @@ MOST_CAUGHT_UP, DOUBTED_SAVING = 4, 2.0
 #: A plan is tried when it may lose this share less than the one that leads.
 LEAST_GAIN = 0.01
 
+#: Brings a plan nearer to the goal: the plan, the scales of the items that it may change.
+Adjust = Callable[[Mix, Mapping[Item, Scale]], Mix]
 #: What tells a plan from others: kind, name and the place of the proposal of each item.
 Key = frozenset[tuple[str, str, int]]
 
@@ -79,9 +81,11 @@ class Found:
 
 
 class MixSearch:
-    """`measure` gives a plan's latency ratio, `trial` its relative output error: both are dear. No plan is made from
-    single items' figures once `most_trials` were tried; when the `time` has run out, the best plan of those tried so
-    far stands, each kind's own among them, once one reaches the goal."""
+    """`measure` gives a plan's ratio, of latency or what else is to be saved, `trial` its relative output error: both
+    are dear. No plan is made from single items' figures once `most_trials` were tried; when the `time` has run out, the
+    best plan of those tried so far stands, each kind's own among them, once one reaches the goal. `starts` are plans of
+    these items that are tried first; `adjust` brings a plan nearer to the goal where what single items save is known
+    exactly, given the scales of the items that it may change."""
 
     def __init__(
         self,
@@ -92,6 +96,8 @@ class MixSearch:
         trial: Callable[[Mix], float],
         most_trials: int = MOST_TRIALS,
         time: SearchTime | None = None,
+        starts: Sequence[Mix] = (),
+        adjust: Adjust | None = None,
     ) -> None:
         self.items, self.ratio, self.most_trials = with_least_errors(items), ratio, most_trials
         self.kinds = tuple(dict.fromkeys(item.kind for item in items))
@@ -102,10 +108,16 @@ class MixSearch:
         self._errors: dict[Key, float] = {}
         self._ratios: dict[Key, float] = {}
         self._plans: dict[Key, Mix] = {}
+        self._adjust = adjust
+        own = {(item.kind, item.name): item for item in self.items}
+        keys = map(_key, starts)
+        self._starts = [{own[kind, name]: own[kind, name].proposals[i] for kind, name, i in key} for key in keys]
 
     def run(self) -> Found:
         """Search. Nothing can be changed at all: the empty plan comes back, with error 0 and ratio 1."""
         self._time.left()  # starts it
+        for start in self._starts:
+            self._start(start)
         for kind in self.kinds:
             self._single(kind)
         self._alone()
@@ -123,6 +135,18 @@ class MixSearch:
         """The plan of least error among those that reach the goal."""
         met = [plan for plan in self.tried if plan.ratio <= self.ratio]
         return min(met, key=lambda plan: plan.error, default=None)
+
+    def _start(self, start: Mix) -> None:
+        """A plan from elsewhere, of which single steps may still be changed."""
+        mix = self._adjusted(start, [item for item in self.items if item.kind in kinds_of(start)])
+        if mix and _key(mix) not in {_key(plan.mix) for plan in self.tried}:
+            self._try(mix, 1)
+
+    def _adjusted(self, mix: Mix, items: Sequence[Item], scales: Mapping[Item, Scale] | None = None) -> Mix:
+        """The plan nearer to the goal by changes of these items, where such steps are known."""
+        if self._adjust is None or not mix:
+            return mix
+        return self._adjust(mix, scales or {item: self.scales[item.kind] for item in items})
 
     def _single(self, kind: str) -> None:
         """The plan of one kind, and what it says about the kind's predictions."""
@@ -245,7 +269,8 @@ class MixSearch:
         known = [mix for mix, error in self._known(self._errors) if error >= lead.error]
         known += [mix for mix, ratio in self._known(self._ratios) if ratio > self.ratio and mix not in known]
         mix = choose_corrected(self.items, saving, list(scales.values()), known)
-        if mix is None or _loss(lead.mix, scales) - _loss(mix, scales) <= LEAST_GAIN * lead.error:
+        mix = None if mix is None else self._adjusted(mix, self.items, scales)
+        if mix is None or mix in known or _loss(lead.mix, scales) - _loss(mix, scales) <= LEAST_GAIN * lead.error:
             return {}, lead.error
         return mix, lead.error + _loss(mix, expected) - _loss(lead.mix, expected)
 
@@ -275,6 +300,9 @@ class MixSearch:
         if not seen:
             return {}, 0
         ratio, mix = nearest_from_below(seen, self.ratio)
+        if self._adjust is not None:
+            mix = self._adjusted(mix, items)
+            ratio = self._ratio(mix)
         if one_kind:
             scale, off = self.scales[items[0].kind], saved_share(ratio, self.ratio) / predicted_saving(mix, self.scales)
             self.scales[items[0].kind] = replace(scale, saving=scale.saving * off)

@@ -13,14 +13,18 @@ from .program import Program
 from .provenance import find_units
 
 
-def sorted_ignores(program: Program, settings: JointSettings) -> JointSettings:
+def sorted_ignores(
+    program: Program, settings: JointSettings, rewrites: Sequence[str] = ("drop_blocks", "prune_channels", "factorize")
+) -> JointSettings:
     """The settings with every `ignore` pattern, of channels or ranks, given to the kinds of rewrite that it says
-    something to. Raises GoalError when one matches no layer, no unit group and no output."""
+    something to, of those that are used. Raises GoalError when one matches no layer, no unit group and no output."""
     patterns = tuple(dict.fromkeys([*settings.channels.limits.ignore, *settings.ranks.ignore]))
     if not patterns:
         return settings
     groups = [*(group.name for group in find_units(program).groups), *(spec.name for spec in program.outputs)]
     layers = [name for layer in find_layers(program)[0].values() for name in layer_names(program, layer)]
+    groups = groups if "prune_channels" in rewrites else []
+    layers = layers if {"drop_blocks", "factorize"} & set(rewrites) else []
     for_channels = tuple(p for p in patterns if _matches(p, groups))
     for_ranks = tuple(p for p in patterns if _matches(p, layers))
     for pattern in patterns:

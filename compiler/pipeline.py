@@ -4,6 +4,7 @@ called alone."""
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,8 @@ from .joint_pipeline import cut_jointly
 from .latency_probe import LatencyProbe, Profiles
 from .pipeline_settings import PipelineSettings, default_rewrites, joint_settings
 from .plan import (
-    ChannelGoal,
+    Channels,
+    CountedGoal,
     Decision,
     DropBlock,
     DropGoal,
@@ -34,6 +36,7 @@ from .plan import (
     MaxError,
     Plan,
     RankGoal,
+    Ranks,
 )
 from .planner import require_regions
 from .program import Batch, Program
@@ -174,7 +177,9 @@ def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLat
     for as much less, `MOST_AIMS` times in all; the first that reaches the goal stands, else the fastest.
 
     The plan that is taken is one of several that were measured, so chance has flattered it. The first measurement of
-    each network is kept: a compile that goes on after an interruption plans as often.
+    each network is kept and is the verdict on it, for as long as measurements are kept: a compile that goes on after an
+    interruption, or is made again, plans as often and ends with the same answer. Where a later measurement says
+    otherwise, a warning does too.
     """
     outcomes: list[tuple[bool, float, Outcome]] = []
     aims = [goal.share]
@@ -182,12 +187,21 @@ def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLat
         last = made(goal.aimed(aims[-1]))
         seen = [last.measurement.ratio, last.met]
         ratio, met = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
+        if met != last.met:
+            warnings.warn(_disagreement(goal, met, ratio, last.measurement), stacklevel=3)
+        last = replace(last, met=met)
         outcomes.append((not met, ratio, last))
         if met or not last.planned or len(aims) == MOST_AIMS:
             break
         aims.append(aims[-1] * goal.share / ratio)
     _, _, best = min(outcomes, key=lambda outcome: outcome[:2])
     return replace(best, aims=tuple(aims))
+
+
+def _disagreement(goal: Latency, met: bool, ratio: float, now: Measurement) -> str:
+    """What the first measurement of a network says and what this one does."""
+    verdict = "reached" if met else "missed"
+    return f"{goal} was {verdict} when this network was first measured (x{ratio:.3f}); now it is x{now.ratio:.3f}"
 
 
 def _rewritten(
@@ -221,7 +235,7 @@ def _rewritten(
             store=store,
         )
     solve = fit.take(slice(0, settings.solve_samples))
-    if used == ("factorize",) and isinstance(goal, RankGoal):
+    if used == ("factorize",) and isinstance(goal, (Latency, Ranks) if os.environ.get("JOINT_RANKS") else RankGoal):
         return cut_ranks(
             teacher,
             solve,
@@ -234,7 +248,7 @@ def _rewritten(
             progress=progress,
             store=store,
         )
-    if isinstance(goal, (Latency, MaxError)):
+    if isinstance(goal, (Latency, MaxError, CountedGoal)):
         joint = joint_settings(settings)
         return cut_jointly(
             teacher,
@@ -249,7 +263,7 @@ def _rewritten(
             store=store,
             time=time,
         )
-    assert isinstance(goal, ChannelGoal)
+    assert isinstance(goal, Channels)
     return cut_channels(
         teacher,
         solve,

@@ -65,10 +65,8 @@ def joint_settings(settings: PipelineSettings) -> JointSettings:
 
 
 def rewrites_for(goal: Goal) -> tuple[str, ...]:
-    """The rewrites that reach a goal, for a goal that takes one of them the one used unless told otherwise first."""
-    if isinstance(goal, CountedGoal):
-        return ("prune_channels", "factorize")
-    if isinstance(goal, (Latency, MaxError)):
+    """The rewrites that reach a goal. Where there are several, they are mixed."""
+    if isinstance(goal, (Latency, MaxError, CountedGoal)):
         return ("drop_blocks", "prune_channels", "factorize")
     if isinstance(goal, Ranks):
         return ("factorize",)
@@ -77,4 +75,4 @@ def rewrites_for(goal: Goal) -> tuple[str, ...]:
 
 def default_rewrites(goal: Goal) -> tuple[str, ...]:
     """The rewrites that are used for a goal when none are named."""
-    return rewrites_for(goal) if isinstance(goal, (Latency, MaxError)) else rewrites_for(goal)[:1]
+    return ("prune_channels",) if isinstance(goal, CountedGoal) else rewrites_for(goal)

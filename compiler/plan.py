@@ -66,6 +66,11 @@ class Macs:
                 hint="give a ratio between 0 and 1: Macs(0.6) asks for 40 % fewer multiply-accumulates",
             )
 
+    @property
+    def share(self) -> float:
+        """The ratio."""
+        return self.ratio
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "macs", "ratio": float(self.ratio)}
 
@@ -86,6 +91,11 @@ class Parameters:
                 f"Parameters({self.ratio!r}) is not a goal",
                 hint="give a ratio between 0 and 1: Parameters(0.5) asks for half of the parameters",
             )
+
+    @property
+    def share(self) -> float:
+        """The ratio."""
+        return self.ratio
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "parameters", "ratio": float(self.ratio)}

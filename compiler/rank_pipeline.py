@@ -114,7 +114,7 @@ def _choose(
         return analysis.each(goal), True
     trials, alone = rank_trials(analysis, calibration, progress=progress, store=store)
     if isinstance(goal, CountedGoal):
-        found = search_plan(_counted_menu(analysis, goal), trials, alone)
+        found = search_plan(counted_menu(analysis, goal), trials, alone)
         return found.choice, found.possible
     assert latency is not None
     with clock.stage("time options"):
@@ -168,7 +168,7 @@ def rank_trials(
     return trials, weights_alone(analysis, trials)
 
 
-def _counted_menu(analysis: RankAnalysis, goal: CountedGoal) -> Menu:
+def counted_menu(analysis: RankAnalysis, goal: CountedGoal) -> Menu:
     """Every option at its multiply-accumulates or trained values; the budget is what the goal leaves to the layers on
     the menu."""
     options = {name: candidate.every for name, candidate in analysis.candidates.items()}

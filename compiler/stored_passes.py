@@ -16,7 +16,7 @@ import torch
 from ..passes.factorize import Factors
 from ..passes.mimic import mimic
 from ..passes.mimic_settings import MimicSettings
-from ..passes.rank_trials import RankTrials
+from ..passes.rank_trials import RankTrials, bounded
 from ..passes.recoverability import Recoverability
 from ..passes.resolve_network import LayerError, Resolved, ResolveSettings, resolve_network
 from ..passes.select_channels import ChannelChoice, Variant, choose_channels
@@ -252,7 +252,8 @@ class StoredErrors:
         if self._first is None:
             self._first = list(candidates)
         inputs = [*self._inputs, *(_names(regions) for regions in (self._first, chosen, candidates))]
-        return self._store.value("drop errors", inputs, lambda: self._errors(chosen, candidates))
+        found = self._store.value("drop errors", inputs, lambda: self._errors(chosen, candidates))
+        return {name: bounded(error) for name, error in found.items()}
 
     def _errors(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> dict[str, float]:
         first, recoverability = self._first or (), self._recoverability

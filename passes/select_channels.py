@@ -101,10 +101,11 @@ def choose_channels(
     """Choose the units to keep, `counts` by group name, and re-solve the layers that consume them.
 
     A group whose units several layers consume is chosen from the original network's moments of all of them, their
-    relative objectives summed. With `stream_target` a layer that feeds a residual addition is solved toward the
-    teacher's stream minus the student's shortcut; without, toward its own output. `given` selections are taken as they
-    are, and only re-solved. A group that no re-solvable layer consumes is chosen by the norm of its producers' weights.
-    Raises CalibrationError when activations are not finite.
+    relative objectives summed. Groups that one layer consumes alone (a concatenation) are chosen one after the other
+    there, each with what the ones before have left. With `stream_target` a layer that feeds a residual addition is
+    solved toward the teacher's stream minus the student's shortcut; without, toward its own output. `given` selections
+    are taken as they are, and only re-solved. A group that no re-solvable layer consumes is chosen by the norm of its
+    producers' weights. Raises CalibrationError when activations are not finite.
     """
     settings = settings or ResolveSettings()
     groups = [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]
@@ -122,7 +123,10 @@ def choose_channels(
     ):
         selections[group.name] = selection
         removed[group.without(selection.order)] = True
-    waiting = {readers[g.name][0]: g for g in groups if g.name not in selections}
+    waiting: dict[str, list[UnitGroup]] = {}
+    for group in groups:
+        if group.name not in selections:
+            waiting.setdefault(readers[group.name][0], []).append(group)
     nodes = [n for n in consumers if any(n in names for names in readers.values())]
     sweep = _Sweep(provenance.program, consumers, waiting, counts, variant, stream_target, settings)
     errors = sweep.run(calibration, nodes, removed, selections, progress)
@@ -212,6 +216,12 @@ def _objective(
     return replace(whole, held=Objective.of(moments.held, weight, units, bias=bias, gain=gain))
 
 
+def _without_columns(objective: Objective, gone: torch.Tensor) -> Objective:
+    """The objective without the columns that are `gone` already, of the groups chosen before."""
+    lost = torch.cat([gone, gone.new_zeros(objective.gram.shape[1] - len(gone))])
+    return replace(objective, always=objective.always[~lost[objective.always]])
+
+
 def select_by_norm(provenance: Provenance, group: UnitGroup, count: int, power: int = 2) -> Selection:
     """The `count` units whose making weights have the largest norm (L1 with `power` 1, L2 with 2): what is left where
     no layer that could be re-solved consumes them."""
@@ -234,7 +244,7 @@ class _Sweep:
         self,
         program: Program,
         consumers: Mapping[str, Consumer],
-        waiting: Mapping[str, UnitGroup],
+        waiting: Mapping[str, Sequence[UnitGroup]],
         counts: Mapping[str, int],
         variant: Variant,
         stream_target: bool,
@@ -294,10 +304,11 @@ class _Sweep:
         if self.variant == "sequential":
             moments = moments.without_residual()
         ridge = self.settings.ridge_for(samples)
-        group = self.waiting.get(node)
         bias = target.shift is not None
-        if group is not None:
+        for group in self.waiting.get(node, ()):
             objective = _objective(self.program, consumer, group, moments, bias=bias, ridge=ridge)
+            # what other groups have lost by now explains nothing any more
+            objective = _without_columns(objective, consumer.gone(removed))
             selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))
             removed[group.without(selections[group.name].order)] = True
         weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())
