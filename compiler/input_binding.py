@@ -28,9 +28,9 @@ class ForwardInputs:
 
     `names` in order (None for a flag), `keywords` those that go by name only, `required` those without default; `more`
     and `more_names` that there are ``*args`` and ``**kwargs``. `named` False: only the number of inputs is known;
-    `chosen`: they were named by the user, who knows what is left out.
-    `dtype` is that of the network's floating-point weights, `dtypes` what inputs are known to want. `run` gives the
-    outputs for a batch of samples, and raises whatever the network raises.
+    `chosen`: they were named by the user, who knows what is left out. `dtype` is that of the network's floating-point
+    weights, `dtypes` what inputs are known to want. `run` gives the outputs for a batch of samples, and raises whatever
+    the network raises.
     """
 
     names: tuple[str | None, ...] = ()
