@@ -280,6 +280,7 @@ def _report(
             "samples": len(samples),
             **outcome.sizes,
             "held_out": options.held_out,
+            "ignored": list(samples.ignored),
             "fingerprint": samples.fingerprint,
         },
         seconds=outcome.clock.to_dict(),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from .errors import CalibrationError, CaptureError
+from .input_binding import ForwardInputs
 from .program import Batch, Program, TensorSpec, dtype_name
 from .sample_files import check_options, check_readable, read_arrays, read_images
+from .sample_reading import read_data
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
 CalibrationData = Any
@@ -33,13 +34,16 @@ class CalibrationSet:
 
     leaves: tuple[torch.Tensor, ...]
     spec: pytree.TreeSpec
+    #: The fields that were left out, in words, and whether those that are here were bound to a network's inputs.
+    ignored: tuple[str, ...] = ()
+    bound: bool = False
 
     def __len__(self) -> int:
         return int(self.leaves[0].shape[0])
 
     def take(self, indices: torch.Tensor | slice) -> CalibrationSet:
         """The samples at the given positions."""
-        return CalibrationSet(leaves=tuple(leaf[indices] for leaf in self.leaves), spec=self.spec)
+        return replace(self, leaves=tuple(leaf[indices] for leaf in self.leaves))
 
     def batch(self, indices: torch.Tensor | slice) -> Batch:
         """Some samples in the structure that the model takes."""
@@ -55,7 +59,7 @@ class CalibrationSet:
         """The samples followed by each view of them: more data wherever the task does not care about the change."""
         parts = [self, *(view_of(self, view) for view in views)]
         columns = zip(*(part.leaves for part in parts), strict=True)
-        return CalibrationSet(leaves=tuple(torch.cat(column) for column in columns), spec=self.spec)
+        return replace(self, leaves=tuple(torch.cat(column) for column in columns))
 
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
         """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
@@ -91,61 +95,45 @@ class CalibrationSet:
             ) from cause
         args, kwargs = program.structure(leaves)
         leaves, spec = pytree.tree_flatten(kwargs if kwargs else args if len(args) != 1 else args[0])
-        return CalibrationSet(leaves=tuple(leaves), spec=spec)
+        return replace(self, leaves=tuple(leaves), spec=spec)
 
     @classmethod
-    def of(cls, data: CalibrationData, *, inputs: int | None = None) -> CalibrationSet:
+    def of(
+        cls,
+        data: CalibrationData,
+        *,
+        inputs: ForwardInputs | int | Sequence[str] | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> CalibrationSet:
         """Read a calibration set.
 
-        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs), or an
-        iterable of batches (a DataLoader, a generator, a list). `inputs` is the number of inputs of the model when it
-        is known: items with more fields, such as (images, labels), are cut to it, and labels are never looked at.
-        Without it the last field of a pair from an iterable counts as the label.
+        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs; what behaves
+        like a dict, as a tokenizer's output, is one), or an iterable of batches or of single samples (a DataLoader, a
+        generator, a list, a data set). `inputs` says which fields the network takes: `needed_inputs(model)`, which
+        `compile` uses, their number, or their names, ``("input_ids", "attention_mask")``. Other fields, such as labels,
+        are left out and named (`ignored`). Without it the last field of a pair from an iterable counts as the label.
+        `limit` keeps so many samples, a seeded random choice of all. Of what comes one after the other and is more than
+        4 GiB, a random choice of that size is kept, with a warning.
 
         Raises CalibrationError for what is empty, not numeric, ragged or not finite.
         """
+        known = ForwardInputs.of(inputs)
         if isinstance(data, CalibrationSet):
-            return data
+            if known is None or data.bound:
+                return data
+            again = cls.of(data.batch(slice(None)), inputs=known)
+            return replace(again, ignored=(*data.ignored, *again.ignored))
         if isinstance(data, (str, Path)):
             raise CalibrationError(
                 "a path was given where data is expected",
                 actual=str(data),
                 hint="read it with foldcut.read_calibration(path)",
             )
-        if _is_batch(data):
-            return cls._from_batches([data])
-        if not isinstance(data, Iterable):
-            raise CalibrationError(
-                f"cannot read calibration samples from a {type(data).__name__}",
-                hint="pass a tensor, an array, a tuple or dict of them, a DataLoader or a generator of batches",
-            )
-        return cls._from_batches([_without_labels(item, inputs) for item in data])
-
-    @classmethod
-    def _from_batches(cls, batches: Sequence[Any]) -> CalibrationSet:
-        if not batches:
-            raise CalibrationError(
-                "the calibration set is empty",
-                hint="pass at least a few unlabelled inputs; 50 to 1,000 are usual",
-            )
-        flat = [pytree.tree_flatten(pytree.tree_map(_tensor, batch)) for batch in batches]
-        spec = flat[0][1]
-        if any(other != spec for _, other in flat):
-            raise CalibrationError(
-                "calibration batches differ in structure",
-                hint="yield the same number of inputs in every batch",
-            )
-        columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
-        try:
-            leaves = tuple(torch.cat(column).contiguous() for column in columns)
-        except (RuntimeError, TypeError) as cause:
-            raise CalibrationError(
-                "calibration samples differ in shape",
-                actual=[list(t.shape) for t in columns[0]][:4],
-                hint="resize or pad the inputs to one shape",
-            ) from cause
-        _check_values(leaves)
-        return cls(leaves=leaves, spec=spec)
+        read = read_data(data, known, limit=limit, seed=seed)
+        _check_values(read.leaves)
+        bound = known is not None and known.named
+        return cls(leaves=read.leaves, spec=read.spec, ignored=read.ignored, bound=bound)
 
     def check(self, program: Program) -> None:
         """Raise CalibrationError unless the samples fit the program's inputs (number, shape, dtype)."""
@@ -236,11 +224,13 @@ def read_calibration(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     limit: int | None = None,
+    seed: int = 0,
 ) -> CalibrationSet:
     """Read calibration samples from a `.npy`, `.npz` or `.pt` file or from a folder of images.
 
     Images are sorted by path, converted to RGB, resized to `size` (height, width) where given, scaled to [0, 1] and
-    normalised by `mean` and `std` (0 and 1 where not given); `limit` takes the first so many samples. `key` names an
+    normalised by `mean` and `std` (0 and 1 where not given); `limit` takes so many samples, a random choice of all that
+    is the same for a `seed`: folders are often sorted by class. `key` names an
     array of an `.npz` or an entry of a `.pt` file; without it the arrays become the inputs by name (a single one of an
     `.npz` becomes the input).
 
@@ -252,32 +242,8 @@ def read_calibration(
     check_options(path, key, size, {"mean": mean, "std": std}, limit)
     if path.is_dir():
         shift, scale = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
-        return CalibrationSet.of(read_images(path, size, shift, scale, limit))
-    data = CalibrationSet.of(read_arrays(path, key))
-    return data if limit is None else data.take(slice(0, limit))
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, np.ndarray))
-
-
-def _is_batch(data: Any) -> bool:
-    """One batch holding all samples: an array, or a tuple or dict of arrays."""
-    if _is_array(data):
-        return True
-    if isinstance(data, tuple):
-        return bool(data) and all(map(_is_array, data))
-    return isinstance(data, dict) and bool(data) and all(map(_is_array, data.values()))
-
-
-def _without_labels(item: Any, inputs: int | None) -> Any:
-    if isinstance(item, list):
-        item = tuple(item)
-    if isinstance(item, tuple):
-        keep = inputs if inputs is not None else max(1, len(item) - 1)
-        item = item[:keep]
-        return item[0] if len(item) == 1 else item
-    return item
+        return CalibrationSet.of(read_images(path, size, shift, scale, limit, seed))
+    return CalibrationSet.of(read_arrays(path, key), limit=limit, seed=seed)
 
 
 def _check_supported(spec: TensorSpec) -> None:
@@ -294,26 +260,6 @@ def _check_supported(spec: TensorSpec) -> None:
             hint="export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), or pass the module; a loop over the "
             "samples or a view with a constant batch fixes the size",
         )
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    array = np.asarray(value)
-    if array.dtype == object or array.dtype.kind in "USV":
-        raise CalibrationError(
-            "calibration samples are not numbers",
-            actual=f"numpy {array.dtype}",
-            hint="pass numeric arrays of one shape",
-        )
-    try:
-        return torch.from_numpy(np.ascontiguousarray(array))
-    except TypeError as cause:
-        raise CalibrationError(
-            "calibration samples have a dtype that torch does not know",
-            actual=f"numpy {array.dtype}",
-            hint="convert them, for example with .astype('float32')",
-        ) from cause
 
 
 def _check_values(leaves: Sequence[torch.Tensor]) -> None:

@@ -71,7 +71,7 @@ def capture(model: Model, example: Batch | None = None) -> Program:
 
         return import_onnx(model, example)  # type: ignore[arg-type]
     if isinstance(model, (str, Path)):
-        model = _load_exported(Path(model))
+        model = load_exported(Path(model))
     if isinstance(model, torch.export.ExportedProgram):
         return from_exported(model)
     raise CaptureError(
@@ -201,7 +201,8 @@ def _batch_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
     return dict(pytree.tree_map(spec, kwargs))
 
 
-def _load_exported(path: Path) -> torch.export.ExportedProgram:
+def load_exported(path: Path) -> torch.export.ExportedProgram:
+    """What a `.pt2` file holds. Raises CaptureError."""
     if not path.is_file():
         raise CaptureError(f"no such file: {path}", hint="pass the path of a .pt2 file saved with torch.export.save")
     if path.suffix != ".pt2":

@@ -83,7 +83,7 @@ StdOption = Annotated[
     typer.Option(metavar="R,G,B", help="Standard deviation per channel, for image folders.", show_default="1,1,1"),
 ]
 SizeOption = Annotated[str | None, typer.Option(metavar="H,W", help="Resize images of a folder to this.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Take the first so many samples.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Take so many samples, a random choice of all.")]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Add mirrored images, where left and right mean the same.")]
 MimicOption = Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
@@ -136,7 +136,7 @@ def sample_reader(
     std: str | None,
     input_shape: str | None = None,
 ) -> Callable[[int | None], CalibrationSet] | None:
-    """What reads the first so many samples (None: all) where a command need not be given any, None where it is not.
+    """What reads so many samples (None: all) where a command need not be given any, None where it is not.
     Raises CalibrationError when nothing is to be read, and yet something is said about how."""
     if path is not None:
         return lambda limit: read_samples(

@@ -305,12 +305,13 @@ def _copy_field(target: Any, name: str, value: Any) -> None:
         setattr(target, name, value)
 
 
-def input_count(source: str | Path | onnx.ModelProto) -> int:
-    """How many inputs a model takes: graph inputs that no initializer fills. Raises CaptureError."""
+def input_types(source: str | Path | onnx.ModelProto) -> dict[str, int]:
+    """The inputs of a model, graph inputs that no initializer fills, by name, with ONNX's number of the type of each.
+    Raises CaptureError."""
     with _naming(source):
         model, _ = _parse(source)
     weights = {t.name for t in model.graph.initializer}
-    return sum(value.name not in weights for value in model.graph.input)
+    return {v.name: v.type.tensor_type.elem_type for v in model.graph.input if v.name not in weights}
 
 
 def in_one_piece(source: str | Path | onnx.ModelProto) -> bytes | None:

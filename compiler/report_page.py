@@ -250,6 +250,8 @@ def _divided(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("to judge", f"{calibration['judge']}, by which plans and stages were compared"),
         ("to test", f"{calibration['test']}, by which nothing was chosen"),
     ]
+    if calibration.get("ignored"):
+        rows.append(("left out", "fields that are no inputs: " + ", ".join(calibration["ignored"])))
     if calibration["shared"]:
         rows.append(("too few", "some samples are in more than one of these parts"))
     return rows

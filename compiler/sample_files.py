@@ -112,12 +112,18 @@ def _check_key(path: Path, key: str, names: Sequence[object]) -> None:
 
 
 def read_images(
-    folder: Path, size: tuple[int, int] | None, mean: Sequence[float], std: Sequence[float], limit: int | None
+    folder: Path,
+    size: tuple[int, int] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    limit: int | None,
+    seed: int = 0,
 ) -> torch.Tensor:
-    """The images in a folder, by path, as (N, 3, H, W) in [0, 1] less `mean` over `std`. Raises CalibrationError."""
+    """The images in a folder, by path, as (N, 3, H, W) in [0, 1] less `mean` over `std`: all, or a seeded random choice
+    of `limit`. Raises CalibrationError."""
     from PIL import Image, UnidentifiedImageError
 
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:limit]
+    files = _chosen(sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), limit, seed)
     if not files:
         raise CalibrationError(f"no images in {folder}", expected=", ".join(sorted(IMAGE_SUFFIXES)))
     shift, scale = (torch.tensor(list(v)).view(3, 1, 1) for v in (mean, std))
@@ -134,3 +140,12 @@ def read_images(
     if len({s.shape for s in samples}) > 1:
         raise CalibrationError("the images differ in size", hint="give --size H,W (size=(h, w)) to resize them")
     return torch.stack(samples)
+
+
+def _chosen(files: list[Path], limit: int | None, seed: int) -> list[Path]:
+    """So many of all files, in their order; the first so many would often be of one class. What is left out is never
+    decoded."""
+    if limit is None or limit >= len(files):
+        return files
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:limit]
+    return [files[index] for index in sorted(order.tolist())]

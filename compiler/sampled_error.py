@@ -28,7 +28,8 @@ class SampledError:
     <= `error` <= `high`.
 
     The interval says what the choice of samples makes; of a single sample there is none (None), of a handful it is too
-    narrow: in simulation it held the true error in 81 % of cases at 5 samples, 90 % at 16 and 94 % at 64.
+    narrow: in simulation, with errors that scatter log-normally, it held the true error in 73 to 83 % of cases with 5
+    samples, 85 to 91 % with 16 and 89 to 94 % with 64.
     """
 
     error: float

@@ -261,8 +261,28 @@ def test_a_folder_of_images(pictures: Path) -> None:
 def test_images_are_resized_normalised_and_limited(pictures: Path) -> None:
     read = read_calibration(pictures, size=(5, 7), mean=(0.2, 0, 0.5), std=(0.1, 1, 0.25), limit=2)
     assert read.leaves[0].shape == (2, 3, 5, 7)
-    assert read.leaves[0][:, 0, 0, 0].tolist() == pytest.approx([0.0, -2.0], abs=1e-5)
+    # two of the three, by path
+    shown = [value for value in (0.0, -2.0, 2.0) if min(abs(read.leaves[0][:, 0, 0, 0] - value)) < 1e-5]
+    assert read.leaves[0][:, 0, 0, 0].tolist() == pytest.approx(shown, abs=1e-5)
     assert read.leaves[0][:, 2].unique().tolist() == [2.0]
+
+
+def test_a_limit_takes_of_all_classes(tmp_path: Path) -> None:
+    """Five folders of eight images each: the first ten would be of two classes."""
+    for level in range(40):
+        (tmp_path / "classes" / str(level // 8)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2), (level, 0, 0)).save(tmp_path / "classes" / str(level // 8) / f"{level:02}.png")
+    read = [read_calibration(tmp_path / "classes", limit=10, seed=seed).leaves[0] for seed in (0, 0, 1)]
+    levels = [(255 * part[:, 0, 0, 0]).round().int().tolist() for part in read]
+    assert levels[0] == levels[1] != levels[2]
+    assert all(len({level // 8 for level in part}) >= 3 and len(set(part)) == 10 for part in levels)
+    array = np.arange(400).reshape(400, 1) // 100
+    np.save(tmp_path / "sorted.npy", array)
+    np.savez(tmp_path / "sorted.npz", array)
+    torch.save(torch.from_numpy(array), tmp_path / "sorted.pt")
+    for name in ("sorted.npy", "sorted.npz", "sorted.pt"):
+        counts = torch.bincount(read_calibration(tmp_path / name, limit=80).leaves[0].flatten(), minlength=4)
+        assert counts.sum() == 80 and counts.min() >= 8
 
 
 def test_grey_images_become_rgb(tmp_path: Path) -> None:

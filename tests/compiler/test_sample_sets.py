@@ -7,10 +7,15 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.channel_pipeline import ChannelSettings, cut_channels
 from foldcut.compiler.pipeline_settings import PipelineSettings
+from foldcut.compiler.progress import StageClock
 from foldcut.compiler.sample_sets import MOST_JUDGE, MOST_TEST, SampleSets, divided
+from foldcut.compiler.verify import output_error
+from foldcut.passes.resolve_network import ResolveSettings
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 
 def numbered(count: int) -> CalibrationSet:
@@ -46,7 +51,7 @@ def test_small_sets_keep_enough_to_solve_with(count: int, sizes: tuple[int, int,
 
 
 def test_one_and_two_samples_are_shared_and_that_is_said() -> None:
-    net = torch.nn.Linear(1, 1).eval()
+    net = nn.Linear(1, 1).eval()
     for count, told in ((1, "1 calibration sample cannot"), (2, "2 calibration samples cannot")):
         data = CalibrationSet.of(torch.rand(count, 1))
         program = foldcut.capture(net, data.batch(slice(0, 2)))
@@ -86,7 +91,7 @@ def test_sorted_and_shuffled_data_give_parts_alike() -> None:
 
 def test_views_are_behind_the_originals_and_of_the_fitting_samples_only() -> None:
     data = CalibrationSet.of(torch.rand(30, 3, 4, 4))
-    program = foldcut.capture(torch.nn.Conv2d(3, 2, 1).eval(), data.batch(slice(0, 2)))
+    program = foldcut.capture(nn.Conv2d(3, 2, 1).eval(), data.batch(slice(0, 2)))
     plain = PipelineSettings(seed=3).split(data, program)
     sets = PipelineSettings(seed=3, views=(foldcut.horizontal_flip,)).split(data, program)
     assert len(sets.fit) == 2 * len(plain.fit)
@@ -99,3 +104,30 @@ def test_views_are_behind_the_originals_and_of_the_fitting_samples_only() -> Non
 def test_a_split_in_two_keeps_the_random_order() -> None:
     fit, held_out = numbered(200).split(seed=0)
     assert numbers(fit) != sorted(numbers(fit)) and numbers(held_out) != sorted(numbers(held_out))
+
+
+def classes(count: int, seed: int) -> torch.Tensor:
+    """Ten classes one after the other, each in a subspace of its own with noise around it."""
+    generator = torch.Generator().manual_seed(seed)
+    bases = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1))).Q[:30].view(10, 3, 32)
+    inside = torch.einsum("cnk,ckd->cnd", 2 + torch.randn(10, count // 10, 3, generator=generator), bases)
+    return (inside + 0.05 * torch.randn(inside.shape, generator=generator)).reshape(-1, 32)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_samples_sorted_by_class_prune_as_shuffled_ones(seed: int) -> None:
+    """On fresh samples of all classes the network errs alike, in whatever order its samples came."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    data, fresh = classes(1000, 2), CalibrationSet.of(classes(500, 3))
+    teacher = foldcut.capture(nn.Sequential(*layers).eval(), data[:2])
+    errors = []
+    for samples in (data, data[torch.randperm(1000, generator=torch.Generator().manual_seed(4))]):
+        sets = PipelineSettings().split(CalibrationSet.of(samples), teacher)
+        few, goal = sets.fit.take(slice(0, 512)), foldcut.Channels(0.5)
+        made = cut_channels(
+            teacher, few, sets.judge, goal, settings=ChannelSettings(), resolve=ResolveSettings(), clock=StageClock()
+        )
+        errors.append(output_error(teacher, made.program, fresh))
+    in_order, shuffled = errors
+    assert in_order < 1.5 * shuffled and shuffled < 1.5 * in_order

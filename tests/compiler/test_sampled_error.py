@@ -17,6 +17,7 @@ from foldcut.compiler.program import Program
 from foldcut.compiler.sampled_error import SampledError, sampled_error, squares_by_sample
 from foldcut.compiler.verify import output_error
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class TimeFirst(nn.Module):
@@ -87,14 +88,15 @@ def test_the_interval_covers_the_truth() -> None:
     assert held / 200 > 0.88
 
 
-def compiled(net: nn.Module, data: torch.Tensor, goal: Any, **options: Any) -> foldcut.Compiled:
+def compiled(net: nn.Module, data: Any, goal: Any, **options: Any) -> foldcut.Compiled:
     return foldcut.compile(net, data, goal=goal, mimic=None, progress=False, cache=False, **options)
 
 
 @pytest.mark.usefixtures("quick_measurement")
 def test_the_report_has_the_error_of_the_test_samples(residual_net: nn.Module, nets: Any) -> None:
     data = nets.images(60)
-    made = compiled(residual_net, data, foldcut.Blocks(2))
+    labelled = DataLoader(TensorDataset(data, torch.zeros(60)), batch_size=16)
+    made = compiled(residual_net, labelled, foldcut.Blocks(2))
     report = made.report.to_dict()
     sets = PipelineSettings().split(CalibrationSet.of(data), made.outcome.teacher)
     wanted = sampled_error(made.outcome.teacher, made.program, sets.test)
@@ -106,6 +108,7 @@ def test_the_report_has_the_error_of_the_test_samples(residual_net: nn.Module, n
         "samples": 60, "fit": 48, "judge": 6, "test": 6, "shared": False,
     }  # fmt: skip
     page = made.files["report.html"].decode()
+    assert report["calibration"]["ignored"] == ["field 2"] and "no inputs: field 2" in page
     assert "on 6 test samples" in page and "test samples" in str(made.report.rows())
     again = foldcut.apply(residual_net, made.plan, calibration=data, mimic=None, cache=False)
     assert again.tested is not None and again.tested.samples == 6
