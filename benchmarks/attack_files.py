@@ -159,18 +159,20 @@ def expanded(folder: Path, _seed: int) -> str:
 @attack(".pt2", "40 files with random bits flipped")
 def tampered(folder: Path, seed: int) -> str:
     draw, path = random.Random(seed), hostile.exported(folder / "net.pt2")
-    content = path.read_bytes()
-    refused = 0
+    content, x, refused = path.read_bytes(), torch.ones(3, 3), 0
+    expected = capture(path)(x)
     for _ in range(40):
         changed = bytearray(content)
         for _ in range(draw.choice([1, 8, 64])):
             changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
         try:
-            capture(path)
+            found = capture(path)(x)
         except CompilerError:
             refused += 1
-    return f"{refused} refused, {40 - refused} read, no other exception"
+        else:
+            needs(torch.equal(found, expected), "another network was read")
+    return f"{refused} refused, {40 - refused} without effect"
 
 
 @attack(".pt2", "40 graphs with random values changed")

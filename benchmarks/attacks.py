@@ -39,7 +39,7 @@ import attack_files  # noqa: E402, F401
 import attack_runs  # noqa: E402, F401
 
 #: What one attack may take: seconds, and bytes more than the process has.
-MOST_SECONDS, MOST_BYTES = 60, 4 << 30
+MOST_SECONDS, MOST_BYTES = 180, 4 << 30
 
 
 def outcome(attack: Attack, folder: Path, seed: int) -> tuple[bool, str]:
