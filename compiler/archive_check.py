@@ -15,7 +15,7 @@ import torch
 
 from .errors import CaptureError, CompilerError, named_first_line
 from .exported_text import check_exported_text
-from .zip_bounds import FREE_BYTES, MOST_RATIO, check_zip, is_zip
+from .zip_bounds import FREE_BYTES, MOST_RATIO, check_contents, check_zip, is_zip
 
 #: Entries of the older layout that torch still reads, by what they hold.
 _OLD_GRAPH = "serialized_exported_program.json"
@@ -35,6 +35,7 @@ def check_exported_file(path: Path) -> None:
     entries that torch.export does not write are refused, and so is text in the graph that Python would evaluate.
     """
     entries = check_zip(path, CaptureError)
+    check_contents(path, CaptureError)
     names = [entry.filename for entry in entries if not entry.is_dir()]
     if any(name in {_OLD_GRAPH, *_OLD_PICKLES} for name in names):
         _check_old(path, names)
@@ -42,23 +43,22 @@ def check_exported_file(path: Path) -> None:
     roots = {name.split("/")[0] for name in names}
     if len(roots) != 1 or any("/" not in name for name in names):
         raise CaptureError(f"{path} does not have the layout of a .pt2 file", hint="save it with torch.export.save")
-    reader = _reader(path)
-    records = sorted(reader.get_all_records())
-    root = roots.pop()
-    if records != sorted(name.removeprefix(f"{root}/") for name in names):
-        raise CaptureError(f"{path} lists its entries in two ways", hint=_HINT)
-    sizes = {entry.filename.removeprefix(f"{root}/"): entry.file_size for entry in entries}
-    if any(reader.get_record_size(name) != sizes[name] for name in records):
-        raise CaptureError(f"{path} lists its entries in two ways", hint=_HINT)
-    for name in records:
-        _check_entry(path, name, reader, sizes)
+    with path.open("rb") as file, _damage(path):  # by its content: torch cannot open every path
+        reader = torch._C.PyTorchFileReader(file)
+        root = f"{roots.pop()}/"
+        sizes = {entry.filename.removeprefix(root): entry.file_size for entry in entries if not entry.is_dir()}
+        if sizes != {name: reader.get_record_size(name) for name in reader.get_all_records()}:
+            raise CaptureError(f"{path} lists its entries in two ways", hint=_HINT)
+        for name in sizes:
+            _check_entry(path, name, reader, sizes)
 
 
 def check_pickled_file(path: Path, error: type[CompilerError]) -> None:
-    """Raise `error` for a `.pt` file that unpacks to far more than its size. That it holds no objects is left to
-    `torch.load(weights_only=True)`."""
+    """Raise `error` for a `.pt` or `.npz` file that is damaged or unpacks to far more than its size. That it holds no
+    objects is left to `torch.load(weights_only=True)` and to numpy."""
     if is_zip(path):
         check_zip(path, error)
+        check_contents(path, error)
 
 
 def check_extents(value: Any, error: type[CompilerError]) -> None:
@@ -87,16 +87,12 @@ def _check_old(path: Path, names: list[str]) -> None:
 
 
 def _readable(path: Path) -> bool:
-    try:
-        torch._C.PyTorchFileReader(str(path))
-    except RuntimeError:
-        return False
+    with path.open("rb") as file:
+        try:
+            torch._C.PyTorchFileReader(file)
+        except RuntimeError:
+            return False
     return True
-
-
-def _reader(path: Path) -> Any:
-    with _damage(path):
-        return torch._C.PyTorchFileReader(str(path))
 
 
 @contextmanager
@@ -116,22 +112,21 @@ def _damage(path: Path) -> Iterator[None]:
 def _check_entry(path: Path, name: str, reader: Any, sizes: dict[str, int]) -> None:
     folder = next((f for f in _FOLDERS if name.startswith(f)), None)
     inner = name.removeprefix(folder or "")
-    with _damage(path):
-        if _MARKS.fullmatch(name) or (folder and _PAYLOAD.fullmatch(inner)):
-            return  # marks, and the bytes of tensors: a pickle among them is named by a config
-        content = reader.get_record(name)
-        if name.startswith("models/"):
-            check_exported_text(content)
-        elif folder and inner.endswith("_config.json"):
-            _check_config(path, folder, content, reader, sizes)
-        elif inner.endswith(".pt") and (folder or name.startswith("data/sample_inputs/")):
-            _check_pickle(path, name, content)
-        else:
-            raise CaptureError(
-                f"{path} holds {name[:80]!r}, which is code, an object, or no part of an exported program",
-                expected="graph, weights, constants and sample inputs",
-                hint=_HINT,
-            )
+    if _MARKS.fullmatch(name) or (folder and _PAYLOAD.fullmatch(inner)):
+        return  # marks, and the bytes of tensors: a pickle among them is named by a config
+    content = reader.get_record(name)
+    if name.startswith("models/"):
+        check_exported_text(content)
+    elif folder and inner.endswith("_config.json"):
+        _check_config(path, folder, content, reader, sizes)
+    elif inner.endswith(".pt") and (folder or name.startswith("data/sample_inputs/")):
+        _check_pickle(path, name, content)
+    else:
+        raise CaptureError(
+            f"{path} holds {name[:80]!r}, which is code, an object, or no part of an exported program",
+            expected="graph, weights, constants and sample inputs",
+            hint=_HINT,
+        )
 
 
 def _check_config(path: Path, folder: str, content: bytes, reader: Any, sizes: dict[str, int]) -> None:

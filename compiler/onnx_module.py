@@ -27,7 +27,7 @@ from .onnx_call import (
     builder_of,
     sizes_builder_of,
 )
-from .onnx_file import STANDARD
+from .onnx_functions import STANDARD
 from .onnx_opaque import can_be_opaque, opaque
 from .onnx_shape import known
 from .onnx_weights import trained_names

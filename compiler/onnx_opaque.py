@@ -20,7 +20,8 @@ from onnx import helper, numpy_helper, shape_inference
 from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import CaptureError
 from .onnx_call import BORROWED, DTYPES, ELEMENT_TYPES, Constant, OnnxCall, Sizes, Unsupported
-from .onnx_file import STANDARD, model_tensors
+from .onnx_file import model_tensors
+from .onnx_functions import STANDARD
 from .onnx_session import reference_session, run_reference
 
 #: Constants of so many whole numbers, or so many others, travel inside the node, so that shapes that depend on them

@@ -13,7 +13,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .errors import ExportError
-from .onnx_file import OLDEST_OPSET, STANDARD
+from .onnx_file import OLDEST_OPSET
+from .onnx_functions import STANDARD
 
 #: The oldest operator set that torch.onnx writes by itself.
 EXPORTER_OPSET = 18

@@ -12,7 +12,8 @@ import torch
 
 from . import onnx_operator  # noqa: F401 - registers the operator
 from .errors import ExportError, first_line
-from .onnx_file import STANDARD, opset
+from .onnx_file import opset
+from .onnx_functions import STANDARD
 from .onnx_opaque import node_model
 
 _DOMAIN = "foldcut"

@@ -81,3 +81,21 @@ def _check_sizes(label: str, entries: list[zipfile.ZipInfo], size: int, error: t
             actual=f"{unpacked} bytes",
             hint="store the arrays without compression (numpy.savez, torch.save)",
         )
+
+
+def check_contents(path: Path, error: type[CompilerError]) -> None:
+    """Raise `error` when an entry does not have its checksum. torch's reader does not look: a flipped bit of a weight
+    would be another network. To be called behind `check_zip`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as cause:  # BadZipFile, zlib.error, and whatever else a broken entry raises
+        raise error(
+            f"{path} is not a readable {path.suffix} file: {named_first_line(cause)}",
+            hint="the file is truncated or damaged",
+        ) from cause
+    if bad is not None:
+        raise error(
+            f"{path} is damaged: {bad[:80]!r} does not have its checksum",
+            hint="copy the file again, or save it again, with torch.serialization.set_crc32_options(True)",
+        )

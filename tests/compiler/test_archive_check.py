@@ -252,6 +252,23 @@ def test_two_entries_of_one_name_are_refused(again: type, tmp_path: Path) -> Non
         capture(path)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_bit_of_a_weight_is_noticed(seed: int, tmp_path: Path) -> None:
+    path = hostile.exported(tmp_path / "net.pt2")
+    content, weight = bytearray(path.read_bytes()), hostile.read(path)[WEIGHT]
+    content[content.index(weight) + 5 * seed] ^= 1 << seed
+    path.write_bytes(content)
+    with pytest.raises(CaptureError, match="does not have its checksum"):
+        capture(path)
+    state = tmp_path / "x.pt"
+    torch.save(torch.arange(12.0), state)
+    content, weight = bytearray(state.read_bytes()), torch.arange(12.0).numpy().tobytes()
+    content[content.index(weight) + 5 * seed] ^= 1 << seed
+    state.write_bytes(content)
+    with pytest.raises(CalibrationError, match="does not have its checksum"):
+        read_calibration(state)
+
+
 def bomb(path: Path, name: str, count: int) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open(name, "w") as entry:
         for _ in range(count):
