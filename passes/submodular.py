@@ -99,10 +99,14 @@ class Objective:
             penalty=penalty,
         )
 
-    @cached_property
-    def solved_gram(self) -> torch.Tensor:
-        """G + r I, the Gram matrix of the solve."""
-        return self.gram if self.penalty is None else self.gram + torch.diag_embed(self.penalty)
+    def solved_gram(self, spare: int = 0) -> torch.Tensor:
+        """G + r I, the Gram matrix of the solve; with so many empty columns behind it."""
+        groups, size, _ = self.gram.shape
+        whole = self.gram.new_zeros(groups, size + spare, size + spare)
+        whole[:, :size, :size] = self.gram
+        if self.penalty is not None:
+            torch.diagonal(whole, dim1=1, dim2=2)[:, :size] += self.penalty
+        return whole
 
     @cached_property
     def solved_cross(self) -> torch.Tensor:
@@ -218,7 +222,7 @@ def submodularity_bound(objective: Objective) -> float:
     Directions without energy (dead channels) are left out. Zero when channels are linearly dependent: then the
     bound says nothing, though the greedy choice is usually far better than it.
     """
-    whole = objective.solved_gram
+    whole = objective.solved_gram()
     diagonal = torch.diagonal(whole, dim1=1, dim2=2)
     # what the kept columns leave of the others has its eigenvalues within those of all together
     columns = torch.cat([objective.units[objective.units >= 0], objective.always])
@@ -248,8 +252,7 @@ class _State:
         self.explained = self.paid = 0.0
         self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
         # an empty column at the end stands for what a narrower unit lacks
-        gram = objective.gram.new_zeros(groups, size + 1, size + 1)
-        gram[:, :size, :size] = objective.solved_gram
+        gram = objective.solved_gram(spare=1)
         cross = objective.cross.new_zeros(groups, size + 1, objective.cross.shape[2])
         cross[:, :size] = objective.solved_cross
         self.gram, self.cross = gram, _thin(cross)
