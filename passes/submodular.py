@@ -134,6 +134,14 @@ class Objective:
         quiet = torch.cat([(left <= EXPLAINED * energy).all(0), torch.tensor([True])])
         return quiet[self.units].all(1)
 
+    @cached_property
+    def unread(self) -> torch.Tensor:
+        """(units,): those that the layer's weights take nothing from."""
+        if self.old is None:
+            return torch.zeros(len(self.units), dtype=torch.bool)
+        idle = torch.cat([(self.old == 0).all(2).all(0), torch.tensor([True])])
+        return idle[self.units].all(1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -159,7 +167,8 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
     """Choose `count` units greedily for the sum of the consumers' relative objectives.
 
     Ties go to the unit that comes first. Units that no consumer gets a signal from (dead channels, and those that a
-    bias can stand for) come last and never disturb the factorisation.
+    bias can stand for) come last and never disturb the factorisation. So do those that no consumer reads, where all
+    others can stay: what goes then goes for nothing.
     """
     total = len(objectives[0].units)
     parts = [o for o in objectives if o.energy > 0]
@@ -167,10 +176,12 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
     order: list[int] = []
     free = torch.ones(total, dtype=torch.bool)
     silent = torch.stack([o.silent for o in parts]).all(0) if parts else ~free
+    unread = torch.stack([o.unread | o.silent for o in parts]).all(0) if parts else ~free
+    last = unread if int((~unread).sum()) <= count else silent
     errors = [_mean([s.error for s in states])]
     for _ in range(count):
         gains = sum((s.gains() for s in states), torch.zeros(total, dtype=torch.float64)).masked_fill(silent, 0.0)
-        open_ = free & ~silent if bool((free & ~silent).any()) else free
+        open_ = next(mask for mask in (free & ~last, free & ~silent, free) if bool(mask.any()))
         best = int(gains.masked_fill(~open_, -math.inf).argmax())
         order.append(best)
         free[best] = False

@@ -123,6 +123,20 @@ def test_the_guarantee_with_a_ridge_is_that_of_the_rows_that_stand_for_it() -> N
     assert gained >= found.guarantee * most - root**2 * float(weight.square().sum()) / ridged.energy
 
 
+@pytest.mark.parametrize("rows", [8, 60])
+def test_units_that_nobody_reads_go_for_nothing(rows: int) -> None:
+    """One of them tells more than any other, which helps only where those that are read cannot all stay."""
+    a, residual, weight, units = layer(60, rows=rows, width=1)
+    a = torch.cat([a, a.sum(1, keepdim=True)], 1)
+    weight = torch.cat([weight.abs(), torch.zeros(1, 4, 1, dtype=torch.float64)], 2)
+    moments, units = Moments.of(a, torch.zeros_like(residual)), torch.arange(7).view(7, 1)
+    objective = Objective.of(moments, weight, units, bias=False, ridge=RIDGE)
+    found = select_units([objective], 6)
+    assert set(found.order.tolist()) == set(range(6))
+    assert float(found.errors[-1]) < 1e-12
+    assert select_units([objective], 1).order.tolist() == [6]
+
+
 class FlattenLinear(nn.Module):
     """Convolutions, then a linear layer on all positions: far more columns than samples. Channels of the second are
     dead, and one is constant."""
