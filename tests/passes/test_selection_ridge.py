@@ -8,7 +8,7 @@ import pytest
 import torch
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.channel_pipeline import error_curves
-from foldcut.passes.calibrate import Moments
+from foldcut.passes.calibrate import Moments, split_batch_size
 from foldcut.passes.prune_channels import prune_channels
 from foldcut.passes.resolve import ridge_level, solve_without
 from foldcut.passes.select_channels import choose_channels, select_layerwise
@@ -226,3 +226,18 @@ def test_the_height_of_a_curve_is_measured_where_there_is_an_error() -> None:
     curve = error_curves(provenance, CalibrationSet.of(images), [group])[group.name]
     assert float(curve[4:].max()) < 1e-9
     assert 1e-6 < float(curve[2]) < float(curve[0]) < 10
+
+
+def test_no_view_of_a_held_out_sample_is_fitted_to() -> None:
+    """Each sample holds its own number."""
+    numbers = torch.arange(45.0).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    for views in ((), (foldcut.horizontal_flip,), (foldcut.horizontal_flip, foldcut.horizontal_flip)):
+        samples = CalibrationSet.of(numbers).with_views(views)
+        together = samples.views_together()
+        assert len(together) == 45 * (1 + len(views))
+        for most in (64, 7, 1):
+            size = split_batch_size(together, most)
+            batches = [set(batch.flatten().tolist()) for batch in together.batches(size)]
+            held = set().union(*batches[3::4])
+            assert held
+            assert not held & set().union(*(b for i, b in enumerate(batches) if i % 4 != 3))
