@@ -181,8 +181,8 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
     errors = [_mean([s.error for s in states])]
     for _ in range(count):
         gains = sum((s.gains() for s in states), torch.zeros(total, dtype=torch.float64)).masked_fill(silent, 0.0)
-        open_ = next(mask for mask in (free & ~last, free & ~silent, free) if bool(mask.any()))
-        best = int(gains.masked_fill(~open_, -math.inf).argmax())
+        candidates = next(mask for mask in (free & ~last, free & ~silent, free) if bool(mask.any()))
+        best = int(gains.masked_fill(~candidates, -math.inf).argmax())
         order.append(best)
         free[best] = False
         for state in states:
@@ -339,11 +339,16 @@ def _thin(cross: torch.Tensor) -> torch.Tensor:
 
 
 def _cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """The factor of a Gram matrix, columns without anything of their own raised to what float32 products resolve."""
+    """The factor of a Gram matrix, its diagonal raised by as little as makes it definite where the ridge does not: what
+    float32 products resolve of each column, or a power of ten of that."""
     own = torch.diagonal(gram, dim1=1, dim2=2)
     lift = EXPLAINED * torch.where(own > 0, own, torch.ones_like(own))
     factor, info = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.cholesky(gram + torch.diag_embed(lift)) if bool(info.any()) else factor
+    for power in range(7):
+        if not bool(info.any()):
+            break
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(10.0**power * lift))
+    return factor
 
 
 def _mean(errors: Sequence[float]) -> float:

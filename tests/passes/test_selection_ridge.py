@@ -137,6 +137,19 @@ def test_units_that_nobody_reads_go_for_nothing(rows: int) -> None:
     assert select_units([objective], 1).order.tolist() == [6]
 
 
+def test_predictions_without_a_ridge_are_finite_whatever_depends_on_whatever() -> None:
+    a, residual, weight, units = layer(70, units=8, width=3, rows=12)
+    a[:, 3:6] = a[:, :3]
+    a[:, 6:9] = 0
+    for dtype in (torch.float64, torch.float32):
+        case = (a.to(dtype), residual.to(dtype), weight, units)
+        moments, held = (Moments.of(*(x[:, :, :n] for x in case[:2])) for n in (12, 3))
+        whole = Objective.of(moments, weight, units, bias=True)
+        found = select_units([replace(whole, held=Objective.of(held, weight, units, bias=True))], 8)
+        assert bool(found.errors.isfinite().all())
+        assert sorted(found.order.tolist()) == list(range(8))
+
+
 class FlattenLinear(nn.Module):
     """Convolutions, then a linear layer on all positions: far more columns than samples. Channels of the second are
     dead, and one is constant."""
