@@ -1,4 +1,4 @@
-"""Tables of which every row is made in a process of its own: what coverage.py and onnx_round_trip.py share."""
+"""Tables of which every row is made in a process of its own, and rows kept line by line: what benchmarks share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a JSON-lines file; none where there is no file, and no line that a kill left half written."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a JSON-lines file, on a line of its own whatever the file ends with."""
+    whole = not path.exists() or path.read_bytes().endswith(b"\n") or not path.stat().st_size
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
 
 
 def _run_apart(source: str, name: str, arguments: argparse.Namespace, settings: Sequence[str]) -> Row:

@@ -29,11 +29,14 @@ View = Callable[[Batch], Batch]
 class CalibrationSet:
     """All samples, leaf by leaf: `leaves[i]` holds input i of every sample along dim 0, `spec` their structure.
 
-    Only the inputs are kept in memory (500 images of 224 x 224 are 300 MB), never activations.
+    Only the inputs are kept in memory (500 images of 224 x 224 are 300 MB), never activations. `sources` says which
+    samples are views of one and the same, by a number for each; None where all are samples of their own.
     """
 
     leaves: tuple[torch.Tensor, ...]
     spec: pytree.TreeSpec
+    #: Which sample each is a view of, where there are views.
+    sources: torch.Tensor | None = None
     #: The fields that were left out, in words, and whether those that are here were bound to a network's inputs.
     ignored: tuple[str, ...] = ()
     bound: bool = False
@@ -43,7 +46,8 @@ class CalibrationSet:
 
     def take(self, indices: torch.Tensor | slice) -> CalibrationSet:
         """The samples at the given positions."""
-        return replace(self, leaves=tuple(leaf[indices] for leaf in self.leaves))
+        sources = None if self.sources is None else self.sources[indices]
+        return replace(self, leaves=tuple(leaf[indices] for leaf in self.leaves), sources=sources)
 
     def batch(self, indices: torch.Tensor | slice) -> Batch:
         """Some samples in the structure that the model takes."""
@@ -59,7 +63,21 @@ class CalibrationSet:
         """The samples followed by each view of them: more data wherever the task does not care about the change."""
         parts = [self, *(view_of(self, view) for view in views)]
         columns = zip(*(part.leaves for part in parts), strict=True)
-        return replace(self, leaves=tuple(torch.cat(column) for column in columns))
+        sources = torch.arange(len(self)) if self.sources is None else self.sources
+        return replace(
+            self,
+            leaves=tuple(torch.cat(column) for column in columns),
+            sources=sources.repeat(len(parts)) if views else self.sources,
+        )
+
+    def views_together(self) -> CalibrationSet:
+        """The same samples, each followed by the views of it: so that a batch held out has no view in another."""
+        return self if self.sources is None else self.take(self.sources.argsort(stable=True))
+
+    @property
+    def most_views(self) -> int:
+        """How many samples at most are views of one, itself included."""
+        return 1 if self.sources is None else int(self.sources.bincount().max())
 
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
         """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there

@@ -227,6 +227,7 @@ def _trial_count(curve: torch.Tensor) -> int:
 def _trial_samples(calibration: CalibrationSet, most: int) -> tuple[CalibrationSet, CalibrationSet]:
     """(samples that trials are solved on, others that they are judged on): the same number of both where there are
     enough, else a quarter of all to judge. One sample alone is both."""
+    calibration = calibration.views_together()
     count = max(1, min(most, len(calibration) * 3 // 4))
     return calibration.take(slice(0, count)), calibration.take(slice(count if len(calibration) > 1 else 0, 2 * count))
 

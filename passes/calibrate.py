@@ -107,9 +107,12 @@ class SplitMoments:
         return SplitMoments(whole=self.whole.without_residual(), held=held)
 
 
-def split_batch_size(samples: int, most: int) -> int:
-    """Samples per batch, at most so many, such that batches are held out wherever there are samples for that."""
-    return max(1, min(most, -(-samples // HOLD_OUT)))
+def split_batch_size(calibration: CalibrationSet, most: int) -> int:
+    """Samples per batch, about so many at most, such that batches are held out wherever there are samples for that and
+    the views of a sample share its batch."""
+    size = max(1, min(most, -(-len(calibration) // HOLD_OUT)))
+    views = calibration.most_views
+    return max(views, size // views * views)
 
 
 def collect_moments(

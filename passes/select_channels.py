@@ -107,7 +107,7 @@ def choose_channels(
     are taken as they are, and only re-solved. A group that no re-solvable layer consumes is chosen by the norm of its
     producers' weights. Raises CalibrationError when activations are not finite.
     """
-    settings = settings or ResolveSettings()
+    settings, calibration = settings or ResolveSettings(), calibration.views_together()
     groups = [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]
     consumers = find_consumers(provenance)
     readers = {g.name: _readers(consumers, g) for g in groups}
@@ -149,12 +149,12 @@ def select_layerwise(
     """Selections from the original network's moments; consumers share passes over the data as memory allows.
     `rows_per_column` caps the rows that are read, relative to a layer's columns (None: all), and `ridge` is that of the
     solves to come (None: as `ResolveSettings` has it)."""
-    program, consumers = provenance.program, find_consumers(provenance)
+    program, consumers, calibration = provenance.program, find_consumers(provenance), calibration.views_together()
     ridge = ResolveSettings(ridge=ridge).ridge_for(len(calibration))
     found = []
     for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, memory_bytes)):
         layers = {n: consumers[n].layer for n in nodes}
-        size = split_batch_size(len(calibration), batch_size_for(program, layers.values()))
+        size = split_batch_size(calibration, batch_size_for(program, layers.values()))
         moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
         for group in batch:
             objectives = [
@@ -268,7 +268,7 @@ class _Sweep:
         changed = descendants(self.program, nodes) | set(nodes)
         steps = plan_steps(self.program, self.program, [[t] for t in targets], changed)
         size = self.settings.batch_size or batch_size_for(self.program, [self.consumers[n].layer for n in nodes])
-        size = split_batch_size(len(calibration), size)
+        size = split_batch_size(calibration, size)
         errors = []
         with Lockstep(
             self.program, self.program, calibration, batch_size=size, ram_bytes=self.settings.ram_bytes

@@ -99,10 +99,14 @@ class Objective:
             penalty=penalty,
         )
 
-    @cached_property
-    def solved_gram(self) -> torch.Tensor:
-        """G + r I, the Gram matrix of the solve."""
-        return self.gram if self.penalty is None else self.gram + torch.diag_embed(self.penalty)
+    def solved_gram(self, spare: int = 0) -> torch.Tensor:
+        """G + r I, the Gram matrix of the solve; with so many empty columns behind it."""
+        groups, size, _ = self.gram.shape
+        whole = self.gram.new_zeros(groups, size + spare, size + spare)
+        whole[:, :size, :size] = self.gram
+        if self.penalty is not None:
+            torch.diagonal(whole, dim1=1, dim2=2)[:, :size] += self.penalty
+        return whole
 
     @cached_property
     def solved_cross(self) -> torch.Tensor:
@@ -130,6 +134,14 @@ class Objective:
         quiet = torch.cat([(left <= EXPLAINED * energy).all(0), torch.tensor([True])])
         return quiet[self.units].all(1)
 
+    @cached_property
+    def unread(self) -> torch.Tensor:
+        """(units,): those that the layer's weights take nothing from."""
+        if self.old is None:
+            return torch.zeros(len(self.units), dtype=torch.bool)
+        idle = torch.cat([(self.old == 0).all(2).all(0), torch.tensor([True])])
+        return idle[self.units].all(1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -155,7 +167,8 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
     """Choose `count` units greedily for the sum of the consumers' relative objectives.
 
     Ties go to the unit that comes first. Units that no consumer gets a signal from (dead channels, and those that a
-    bias can stand for) come last and never disturb the factorisation.
+    bias can stand for) come last and never disturb the factorisation. So do those that no consumer reads, where all
+    others can stay: what goes then goes for nothing.
     """
     total = len(objectives[0].units)
     parts = [o for o in objectives if o.energy > 0]
@@ -163,11 +176,13 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
     order: list[int] = []
     free = torch.ones(total, dtype=torch.bool)
     silent = torch.stack([o.silent for o in parts]).all(0) if parts else ~free
+    unread = torch.stack([o.unread | o.silent for o in parts]).all(0) if parts else ~free
+    last = unread if int((~unread).sum()) <= count else silent
     errors = [_mean([s.error for s in states])]
     for _ in range(count):
         gains = sum((s.gains() for s in states), torch.zeros(total, dtype=torch.float64)).masked_fill(silent, 0.0)
-        open_ = free & ~silent if bool((free & ~silent).any()) else free
-        best = int(gains.masked_fill(~open_, -math.inf).argmax())
+        candidates = next(mask for mask in (free & ~last, free & ~silent, free) if bool(mask.any()))
+        best = int(gains.masked_fill(~candidates, -math.inf).argmax())
         order.append(best)
         free[best] = False
         for state in states:
@@ -218,7 +233,7 @@ def submodularity_bound(objective: Objective) -> float:
     Directions without energy (dead channels) are left out. Zero when channels are linearly dependent: then the
     bound says nothing, though the greedy choice is usually far better than it.
     """
-    whole = objective.solved_gram
+    whole = objective.solved_gram()
     diagonal = torch.diagonal(whole, dim1=1, dim2=2)
     # what the kept columns leave of the others has its eigenvalues within those of all together
     columns = torch.cat([objective.units[objective.units >= 0], objective.always])
@@ -248,8 +263,7 @@ class _State:
         self.explained = self.paid = 0.0
         self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
         # an empty column at the end stands for what a narrower unit lacks
-        gram = objective.gram.new_zeros(groups, size + 1, size + 1)
-        gram[:, :size, :size] = objective.solved_gram
+        gram = objective.solved_gram(spare=1)
         cross = objective.cross.new_zeros(groups, size + 1, objective.cross.shape[2])
         cross[:, :size] = objective.solved_cross
         self.gram, self.cross = gram, _thin(cross)
@@ -325,11 +339,16 @@ def _thin(cross: torch.Tensor) -> torch.Tensor:
 
 
 def _cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """The factor of a Gram matrix, columns without anything of their own raised to what float32 products resolve."""
+    """The factor of a Gram matrix, its diagonal raised by as little as makes it definite where the ridge does not: what
+    float32 products resolve of each column, or a power of ten of that."""
     own = torch.diagonal(gram, dim1=1, dim2=2)
     lift = EXPLAINED * torch.where(own > 0, own, torch.ones_like(own))
     factor, info = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.cholesky(gram + torch.diag_embed(lift)) if bool(info.any()) else factor
+    for power in range(7):
+        if not bool(info.any()):
+            break
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(10.0**power * lift))
+    return factor
 
 
 def _mean(errors: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.channel_pipeline import error_curves
-from foldcut.passes.calibrate import Moments
+from foldcut.passes.calibrate import Moments, split_batch_size
 from foldcut.passes.prune_channels import prune_channels
 from foldcut.passes.resolve import ridge_level, solve_without
 from foldcut.passes.select_channels import choose_channels, select_layerwise
@@ -123,6 +123,33 @@ def test_the_guarantee_with_a_ridge_is_that_of_the_rows_that_stand_for_it() -> N
     assert gained >= found.guarantee * most - root**2 * float(weight.square().sum()) / ridged.energy
 
 
+@pytest.mark.parametrize("rows", [8, 60])
+def test_units_that_nobody_reads_go_for_nothing(rows: int) -> None:
+    """One of them tells more than any other, which helps only where those that are read cannot all stay."""
+    a, residual, weight, units = layer(60, rows=rows, width=1)
+    a = torch.cat([a, a.sum(1, keepdim=True)], 1)
+    weight = torch.cat([weight.abs(), torch.zeros(1, 4, 1, dtype=torch.float64)], 2)
+    moments, units = Moments.of(a, torch.zeros_like(residual)), torch.arange(7).view(7, 1)
+    objective = Objective.of(moments, weight, units, bias=False, ridge=RIDGE)
+    found = select_units([objective], 6)
+    assert set(found.order.tolist()) == set(range(6))
+    assert float(found.errors[-1]) < 1e-12
+    assert select_units([objective], 1).order.tolist() == [6]
+
+
+def test_predictions_without_a_ridge_are_finite_whatever_depends_on_whatever() -> None:
+    a, residual, weight, units = layer(70, units=8, width=3, rows=12)
+    a[:, 3:6] = a[:, :3]
+    a[:, 6:9] = 0
+    for dtype in (torch.float64, torch.float32):
+        case = (a.to(dtype), residual.to(dtype), weight, units)
+        moments, held = (Moments.of(*(x[:, :, :n] for x in case[:2])) for n in (12, 3))
+        whole = Objective.of(moments, weight, units, bias=True)
+        found = select_units([replace(whole, held=Objective.of(held, weight, units, bias=True))], 8)
+        assert bool(found.errors.isfinite().all())
+        assert sorted(found.order.tolist()) == list(range(8))
+
+
 class FlattenLinear(nn.Module):
     """Convolutions, then a linear layer on all positions: far more columns than samples. Channels of the second are
     dead, and one is constant."""
@@ -212,3 +239,18 @@ def test_the_height_of_a_curve_is_measured_where_there_is_an_error() -> None:
     curve = error_curves(provenance, CalibrationSet.of(images), [group])[group.name]
     assert float(curve[4:].max()) < 1e-9
     assert 1e-6 < float(curve[2]) < float(curve[0]) < 10
+
+
+def test_no_view_of_a_held_out_sample_is_fitted_to() -> None:
+    """Each sample holds its own number."""
+    numbers = torch.arange(45.0).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    for views in ((), (foldcut.horizontal_flip,), (foldcut.horizontal_flip, foldcut.horizontal_flip)):
+        samples = CalibrationSet.of(numbers).with_views(views)
+        together = samples.views_together()
+        assert len(together) == 45 * (1 + len(views))
+        for most in (64, 7, 1):
+            size = split_batch_size(together, most)
+            batches = [set(batch.flatten().tolist()) for batch in together.batches(size)]
+            held = set().union(*batches[3::4])
+            assert held
+            assert not held & set().union(*(b for i, b in enumerate(batches) if i % 4 != 3))
