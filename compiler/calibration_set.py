@@ -35,7 +35,6 @@ class CalibrationSet:
 
     leaves: tuple[torch.Tensor, ...]
     spec: pytree.TreeSpec
-    #: Which sample each is a view of, where there are views.
     sources: torch.Tensor | None = None
     #: The fields that were left out, in words, and whether those that are here were bound to a network's inputs.
     ignored: tuple[str, ...] = ()

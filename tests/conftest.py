@@ -400,9 +400,11 @@ def work_backend() -> WorkBackend:
 @pytest.fixture(scope="module")
 def quick_measurement() -> Iterator[None]:
     """No network is warmed up or timed for longer than a moment: for tests that do not look at the figures."""
+    import foldcut.runtime.cache_eviction as cache_eviction
     import foldcut.runtime.measure as measure
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "warm_up", lambda runner, _ms: runner.run())
         patch.setattr(measure, "choose_repeats", lambda _runner, _ms: 1)
+        patch.setattr(cache_eviction, "last_level_bytes", lambda: 1 << 16)
         yield

@@ -12,7 +12,6 @@ import onnx
 import pytest
 from foldcut.compiler import cli, cli_measure
 from foldcut.compiler.errors import BackendError
-from foldcut.runtime import cache_eviction
 from foldcut.runtime.measure import Rounds
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -300,10 +299,9 @@ def test_weights_beside_the_file_are_read() -> None:
 
 @pytest.mark.usefixtures("files", "quick_measurement")
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
-def test_every_backend_here_measures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_backend_here_measures(name: str) -> None:
     if name == "openvino":
         pytest.importorskip("openvino")
-    monkeypatch.setattr(cache_eviction, "last_level_bytes", lambda: 1 << 16)
     data = found("slow.onnx", "fast.onnx", "--backend", name, "--batch", 2)
     assert (data["regime"], data["other_regime"]["regime"]) == ("hot", "cold")
     cold = found("slow.onnx", "fast.onnx", "--backend", name, "--batch", 2, "--regime", "cold")
