@@ -202,6 +202,12 @@ def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thre
             f"the goal {goal} is reached by {needed}, which rewrites={list(rewrites)} leaves out",
             hint=f"add {needed} to rewrites, or leave rewrites out",
         )
+    ignored = [r for r in rewrites if r not in rewrites_for(goal)]
+    if ignored:
+        raise GoalError(
+            f"{' and '.join(ignored)} cannot be used towards {goal}",
+            hint=f"leave it out of rewrites: this goal is reached by {' or '.join(rewrites_for(goal))}",
+        )
 
 
 def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:
