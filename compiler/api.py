@@ -242,8 +242,7 @@ def _unmet(goal: Goal, outcome: Outcome) -> str:
         ratio = cost["after"] / max(1, cost["before"])
         return f"{goal} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
     if isinstance(goal, MaxError):
-        error = list(outcome.output_errors.values())[-1]
-        return f"{goal} is not met: the least that was found is {error:.4f}"
+        return f"{goal} is not met: the least that was found is {outcome.tested}"
     m = outcome.measurement
     reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
     kinds = ((DropBlock, "regions dropped"), (PruneChannels, "groups pruned"), (FactorizeLayer, "layers factorised"))
@@ -260,6 +259,7 @@ def _report(
     messages: Sequence[str],
     origin: Mapping[str, Any],
 ) -> Report:
+    assert outcome.tested is not None
     options = outcome.settings
     macs, parameters = cost_report(outcome)
     latency = outcome.measurement.to_dict(samples=False)
@@ -274,7 +274,8 @@ def _report(
         latency=latency,
         macs=macs,
         parameters=parameters,
-        output_error=list(outcome.output_errors.values())[-1],
+        output_error=outcome.tested.error,
+        test=outcome.tested.to_dict(),
         output_errors=outcome.output_errors,
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.rejects],
@@ -283,6 +284,7 @@ def _report(
         onnx_difference=outcome.onnx_difference,
         calibration={
             "samples": len(samples),
+            **outcome.sizes,
             "held_out": options.held_out,
             "fingerprint": samples.fingerprint,
         },

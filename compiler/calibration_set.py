@@ -59,12 +59,12 @@ class CalibrationSet:
 
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
         """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
-        are two."""
+        are two. Both are in random order, so that the first so many of either are a fair sample too."""
         count = min(most, len(self) - 1, max(1, round(len(self) * fraction)))
         if len(self) < 2:
             return self, self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.take(order[count:].sort().values), self.take(order[:count].sort().values)
+        return self.take(order[count:]), self.take(order[:count])
 
     @cached_property
     def fingerprint(self) -> str:

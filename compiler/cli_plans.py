@@ -219,7 +219,9 @@ def apply_command(
             for decision in made.plan.decisions:
                 show_line(str(decision), out)
             for stage, error in made.output_errors.items():
-                show_line(f"output error (held out), {stage}: {error:.4f}", out)
+                show_line(f"output error (judged), {stage}: {error:.4f}", out)
+            if made.tested is not None:
+                show_line(f"output error: {made.tested}", out)
             show_line(f"wrote {output}/ ({', '.join(made.files)})", out)
 
     guarded(work, debug=debug, interrupted=after_interrupt(fresh))
@@ -232,7 +234,8 @@ def _zeros(shape: str) -> Any:
 
 
 def _described(made: Replayed) -> dict[str, Any]:
-    return {"plan": made.plan.to_dict(), "output_errors": dict(made.output_errors)}
+    tested = None if made.tested is None else made.tested.to_dict()
+    return {"plan": made.plan.to_dict(), "output_errors": dict(made.output_errors), "test": tested}
 
 
 def _show(found: Sweep) -> None:

@@ -44,10 +44,11 @@ from .rank_pipeline import cut_ranks, ranks_on_lattice
 from .recount import recounted
 from .regions import RegionAnalysis, find_regions
 from .rewritten import Rewritten, TriedPlan
+from .sampled_error import SampledError, sampled_error
 from .search_time import SearchTime
 from .stored_latency import StoredLatency
 from .stored_passes import mimicked
-from .verify import compare, errors_by_output, output_error
+from .verify import compare, errors_by_output
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
@@ -59,7 +60,9 @@ MOST_AIMS = 3
 class Outcome:
     """What the pipeline made: the student, its plan, its files' bytes, and everything measured on the way. `settings`
     are those used, with what the backend said about them; `planned` whether the plan reaches the goal by what was
-    measured for it; `aims` the latency ratios that plans were made for, each after a network that missed."""
+    measured for it; `aims` the latency ratios that plans were made for, each after a network that missed;
+    `output_errors` what the judging samples said on the way, `tested` (and `errors_by_output`) what the test samples
+    say of the network that stands; `sizes` how many samples there were of each."""
 
     teacher: Program
     program: Program
@@ -79,6 +82,8 @@ class Outcome:
     tried: tuple[TriedPlan, ...] = ()
     aims: tuple[float, ...] = ()
     errors_by_output: Mapping[str, float] = field(default_factory=dict)
+    tested: SampledError | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     profiles: Profiles | None = None
 
 
@@ -103,7 +108,8 @@ def run_pipeline(
     can be removed; an unmet goal comes back as `met` False.
     """
     settings, clock = settings or PipelineSettings(), clock or StageClock()
-    fit, held_out = settings.split(calibration, teacher)
+    sets = settings.split(calibration, teacher)
+    fit, held_out = sets.fit, sets.judge
     used = tuple(rewrites) if rewrites else default_rewrites(goal)
     analysis = None
     if used == ("drop_blocks",) and isinstance(goal, DropGoal):
@@ -140,16 +146,25 @@ def run_pipeline(
                 teacher, analysis, fit, held_out, aim, probe, used, settings, clock, progress, store, time
             )
             outcome = _finish(teacher, rewritten, fit, held_out, asked, probe, settings, clock, progress, store)
-            decisions = rewritten.decisions
-            planned = recounted(goal, teacher, outcome.program, decisions, rewritten.met)
-            return replace(outcome, met=reached(goal, outcome.measurement, planned, outcome.output_errors))
+            planned = recounted(goal, teacher, outcome.program, rewritten.decisions, rewritten.met)
+            return replace(outcome, met=reached(goal, outcome.measurement, planned))
 
         found = _aimed(goal, made, StoredLatency(store, probe)) if isinstance(goal, Latency) else made(goal)
         if time.ran_out:
             warnings.warn(f"the search for a better plan ended after {time.seconds:g} s, as asked for", stacklevel=3)
-        return found
+        with clock.stage("test"):
+            return tested(replace(found, sizes=sets.sizes), goal, sets.test)
     finally:
         probe.close()
+
+
+def tested(outcome: Outcome, goal: Goal, test: CalibrationSet) -> Outcome:
+    """The outcome with the error on samples that have chosen nothing, which a bound on the error goes by."""
+    found = sampled_error(outcome.teacher, outcome.program, test, seed=outcome.settings.seed)
+    by_output = errors_by_output(outcome.teacher, outcome.program, test)
+    bounded = isinstance(goal, MaxError)
+    met = reached(goal, outcome.measurement, outcome.met, found.error) if bounded else outcome.met
+    return replace(outcome, tested=found, errors_by_output=by_output, met=met)
 
 
 def _aimed(goal: Latency, made: Callable[[Latency], Outcome], latency: StoredLatency) -> Outcome:
@@ -284,10 +299,10 @@ def _finish(
                 seed=settings.seed,
                 progress=progress,
             )
-            error = output_error(teacher, trained, held_out)
+            error = sampled_error(teacher, trained, held_out, seed=settings.seed)
         # mimicking looks at every output relative to its size; a bound on the whole is not given up for that
-        if not isinstance(goal, MaxError) or error <= max(goal.error, list(errors.values())[-1]):
-            student, errors["mimicked"] = trained, error
+        if not isinstance(goal, MaxError) or error.most <= goal.error or error.error <= list(errors.values())[-1]:
+            student, errors["mimicked"] = trained, error.error
     with clock.stage("export"):
         exported = to_exported(student)
         onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
@@ -313,20 +328,18 @@ def _finish(
         settings=settings,
         clock=clock,
         tried=rewritten.tried,
-        errors_by_output=errors_by_output(teacher, student, held_out),
         profiles=profiles,
     )
 
 
-def reached(
-    goal: Goal, measurement: Measurement, planned: bool = True, errors: Mapping[str, float] | None = None
-) -> bool:
+def reached(goal: Goal, measurement: Measurement, planned: bool = True, error: float | None = None) -> bool:
     """Whether the finished network reaches the goal. A plan that was `planned` to has been measured with its whole
-    interval below a latency goal; a second measurement has to contradict that with its whole interval above."""
+    interval below a latency goal; a second measurement has to contradict that with its whole interval above. A bound on
+    the error goes by the `error` on the test samples."""
     if isinstance(goal, Latency):
         return (measurement.low if planned else measurement.high) <= goal.share
-    if isinstance(goal, MaxError) and errors:
-        return list(errors.values())[-1] <= goal.error
+    if isinstance(goal, MaxError) and error is not None:
+        return error <= goal.error
     return planned
 
 

@@ -13,14 +13,15 @@ from .channel_pipeline import ChannelSettings
 from .joint_rewrite import JointSettings
 from .plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
 from .program import Program
+from .sample_sets import SampleSets, divided, warn_of_shared
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
-    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples kept from
-    fitting; `views` add changed copies of the fitting samples that the task does not care about (a mirrored image);
-    `solve_samples` caps what the re-solve reads, originals first; `search_seconds` what the search for a better mix
-    takes (it is not repeatable then), None as long as it finds better plans."""
+    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples that judge,
+    and of those that test (`divided`); `views` add changed copies of the fitting samples that the task does not care
+    about (a mirrored image); `solve_samples` caps what the re-solve reads, originals first; `search_seconds` what the
+    search for a better mix takes (it is not repeatable then), None as long as it finds better plans."""
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     channels: ChannelSettings = field(default_factory=ChannelSettings)
@@ -43,13 +44,14 @@ class PipelineSettings:
             return self
         return replace(self, mimic=mimic or None)
 
-    def split(self, samples: CalibrationSet, program: Program) -> tuple[CalibrationSet, CalibrationSet]:
-        """(the samples to fit with, views of them included; those to judge by). Raises CalibrationError when the
-        samples do not suit the program."""
+    def split(self, samples: CalibrationSet, program: Program) -> SampleSets:
+        """The samples to fit with, views of them included, those to judge by, and those for the error that is reported.
+        Warns when they are too few for that. Raises CalibrationError when the samples do not suit the program."""
         samples = samples.aligned(program)
         samples.check(program)
-        fit, held_out = samples.split(self.seed, self.held_out)
-        return fit.with_views(self.views), held_out
+        sets = divided(samples, self.seed, self.held_out)
+        warn_of_shared(sets, len(samples))
+        return sets.with_views(self.views)
 
 
 def joint_settings(settings: PipelineSettings) -> JointSettings:

@@ -151,8 +151,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class MaxError:
-    """Be as fast as can be while the relative output error on the held-out samples stays at most `error`:
-    sum ||S - T||^2 / sum ||T||^2 over all outputs."""
+    """Be as fast as can be while the relative output error stays at most `error`: sum ||S - T||^2 / sum ||T||^2 over
+    all outputs. The verdict is that of the test samples, which no choice has seen."""
 
     error: float
 

@@ -32,6 +32,7 @@ from .plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
 from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
+from .sampled_error import SampledError, sampled_error
 from .saved import ONNX, PAGE, PT2, REPORT, check_file, digest, with_plan
 from .stored_passes import mimicked
 from .verify import output_error
@@ -41,12 +42,14 @@ from .verify import output_error
 class Replayed:
     """A network that a plan was applied to: `.program`, `.module`, `.onnx` (bytes), `.plan`, `.save(folder)`.
 
-    `output_errors` are the relative output errors on held-out samples after each stage, where there was data.
+    Where there was data, `output_errors` are the relative output errors after each stage on the samples that judge, and
+    `tested` that of the result on samples that were not looked at before.
     """
 
     program: Program
     plan: Plan
     output_errors: Mapping[str, float]
+    tested: SampledError | None = None
     opset: int | None = None
 
     @property
@@ -205,7 +208,8 @@ def _solved(
 ) -> Replayed:
     kinds = {DropBlock: "drop_blocks", PruneChannels: "prune_channels", FactorizeLayer: "factorize"}
     solved_at_the_end(joint_settings(options), {kinds[type(d)] for d in plan.decisions})
-    fit, held_out = options.split(samples, teacher)
+    sets = options.split(samples, teacher)
+    fit, held_out = sets.fit, sets.judge
     solve = fit.take(slice(0, options.solve_samples))
     done = replay(teacher, plan.decisions, solve, joint_settings(options), progress=progress, store=store)
     program, errors = judged(teacher, done, held_out)
@@ -222,7 +226,8 @@ def _solved(
             progress=progress,
         )
         errors["mimicked"] = output_error(teacher, program, held_out)
-    return Replayed(program=program, plan=plan, output_errors=errors, opset=options.opset)
+    tested = sampled_error(teacher, program, sets.test, seed=options.seed)
+    return Replayed(program=program, plan=plan, output_errors=errors, tested=tested, opset=options.opset)
 
 
 __all__ = ["Replayed", "apply", "apply_plan", "decided", "with_weights"]

@@ -9,6 +9,7 @@ from typing import Any
 from .finite import finite
 from .plan import Decision, PruneChannels
 from .provenance import Provenance
+from .sampled_error import interval_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +21,17 @@ class Report:
     result has been trained to mimic the original.
 
     `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms; `macs` and `parameters` before
-    and after, at batch 1; `output_error` the relative mean squared error of the outputs on held-out calibration
-    samples at each stage and at the end; `groups` the unit groups, kept and total, and `multiple_of` what channel
-    counts went to multiples of, where channels were pruned;
-    `seconds` wall and CPU seconds per stage.
+    and after, at batch 1; `output_error` the relative mean squared error of the outputs on the test samples, which
+    nothing was chosen by, and `test` the same with its 95 % interval (error, low, high, samples); `output_errors` that
+    on the judging samples after each stage, which plans were compared by: the last is optimistic; `groups` the unit
+    groups, kept and total, and `multiple_of` what channel counts went to multiples of, where channels were pruned;
+    `calibration` how many samples there were and how they were divided; `seconds` wall and CPU seconds per stage.
 
-    `errors_by_output` is the final error of each output by name; `tried` the plans that were compared on the way
-    (`TriedPlan`), `aims` the latency ratios that they were made for: the goal, and less where the finished network
-    missed it; `changes` what each kind of decision costs by itself (`errors_by_class`); `graph` the network block
-    by block with what became of each layer (`describe_graph`); `block_latency` where the time went before and after. A
-    part that is not there has a `missing` with the reason.
+    `errors_by_output` is the final error of each output by name, on the test samples; `tried` the plans that were
+    compared on the way (`TriedPlan`), `aims` the latency ratios that they were made for: the goal, and less where the
+    finished network missed it; `changes` what each kind of decision costs by itself (`errors_by_class`); `graph` the
+    network block by block with what became of each layer (`describe_graph`); `block_latency` where the time went before
+    and after. A part that is not there has a `missing` with the reason.
     """
 
     goal: Mapping[str, Any]
@@ -63,6 +65,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     rewrites: Sequence[str] = ()
     mimicked: bool = False
+    test: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; a figure that is not finite is None."""
@@ -82,6 +85,7 @@ class Report:
             "macs": dict(self.macs),
             "parameters": dict(self.parameters),
             "output_error": self.output_error,
+            "test": dict(self.test),
             "output_errors": dict(self.output_errors),
             "errors_by_output": dict(self.errors_by_output),
             "decisions": [dict(d) for d in self.decisions],
@@ -114,7 +118,13 @@ class Report:
             before, after = getattr(self, name)["before"], getattr(self, name)["after"]
             ratio = f"x{after / before:.3f}" if before else ""
             rows.append((label, f"{before / scale:.2f}{unit}", f"{after / scale:.2f}{unit}", ratio))
-        rows.append(("output error (held out)", "0", f"{self.output_error:.4f}", "relative mean squared"))
+        note = "relative mean squared"
+        if self.test:
+            note = f"{interval_words(self.test['low'], self.test['high'])}{self.test['samples']} test samples"
+        rows.append(("output error", "0", f"{self.output_error:.4f}", note))
+        if self.output_errors:
+            judged = list(self.output_errors.values())[-1]
+            rows.append(("  as judged on the way", "0", f"{judged:.4f}", "optimistic: plans were chosen by it"))
         return rows
 
 

@@ -23,6 +23,8 @@ from .report_words import (
     backend_words,
     clock_words,
     decision_words,
+    error_note,
+    error_words,
     goal_ratio,
     goal_words,
     lines,
@@ -107,7 +109,8 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "bar_unit": "ms" if bars and bars[0]["in_ms"] else "\u00b5s",
         "tall": len(bars) > TALL,
         "no_bars": times.get("missing", "not recorded"),
-        "stages": _stages(report["output_errors"]),
+        "stages": _stages(report),
+        "error": error_words(report),
         "changes": _changes(report),
         "cards": block_cards(graph, times) if graph.get("blocks") else [],
         "shown": {layer["change"] for block in graph.get("blocks", ()) for layer in block["layers"]},
@@ -159,7 +162,7 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         tile("Latency", number(latency["before_ms"]), milliseconds(latency["after_ms"]), "median of one inference"),
         tile("Multiply-accumulates", scaled(macs["before"]), scaled(macs["after"]), ratio(macs)),
         tile("Parameters", scaled(parameters["before"]), scaled(parameters["after"]), ratio(parameters)),
-        tile("Output error", "0", number(report["output_error"]), "relative mean square, held-out samples"),
+        tile("Output error", "0", number(report["output_error"]), f"relative mean square {error_note(report)}"),
     ]
 
 
@@ -202,7 +205,11 @@ def _bars(graph: Mapping[str, Any], times: Mapping[str, Any]) -> list[dict[str, 
     return rows
 
 
-def _stages(errors: Mapping[str, float | None]) -> list[dict[str, Any]]:
+def _stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The judged errors one after the other, then that of the test."""
+    errors: dict[str, float | None] = dict(report["output_errors"])
+    if report.get("test"):
+        errors["test"] = report["output_error"]
     most = max([e for e in errors.values() if e is not None], default=0.0) or 1.0
     return [
         {"stage": stage, "error": error, "share": 100.0 if error is None else 100 * error / most}
@@ -233,6 +240,20 @@ def _changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _divided(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the samples were used for."""
+    if "test" not in calibration:
+        return [("held out", percent(calibration["held_out"]) + " of them, at most 64, at least one")]
+    rows = [
+        ("to fit", f"{calibration['fit']} with views"),
+        ("to judge", f"{calibration['judge']}, by which plans and stages were compared"),
+        ("to test", f"{calibration['test']}, by which nothing was chosen"),
+    ]
+    if calibration["shared"]:
+        rows.append(("too few", "some samples are in more than one of these parts"))
+    return rows
+
+
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the figures rest on: (heading, [(name, value)])."""
     latency, calibration = report["latency"], report["calibration"]
@@ -248,7 +269,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     ]
     data = [
         ("samples", str(calibration["samples"])),
-        ("held out", percent(calibration["held_out"]) + " of them, at most 64, at least one"),
+        *_divided(calibration),
         ("fingerprint", str(calibration["fingerprint"])),
         ("seed", str(report["seed"])),
     ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .report_words import TIMES, goal_ratio, lines, number, plan_class, plan_words
+from .report_words import TIMES, error_words, goal_ratio, lines, number, plan_class, plan_words
 
 WIDTH, HEIGHT = 480.0, 360.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 16.0, 30.0, 46.0
@@ -33,7 +33,7 @@ def pareto_plot(report: Mapping[str, Any]) -> dict[str, Any]:
             [
                 "Result",
                 f"latency ratio {latency['ratio']:.3f} (95 %: {latency['low']:.3f} to {latency['high']:.3f})",
-                f"relative output error {number(error)} on held-out samples",
+                f"relative output error {error_words(report)}",
             ]
         ),
     }

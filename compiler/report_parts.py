@@ -22,6 +22,7 @@ from .pipeline import Outcome
 from .plan import DropBlock, FactorizeLayer, PruneChannels
 from .replay import decided
 from .report_graph import describe_graph
+from .sample_sets import divided
 from .verify import output_error
 
 Part = dict[str, Any]
@@ -53,7 +54,7 @@ def model_name(model: Model) -> str:
 def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
     """`graph`, `block_latency`, `tried`, `aims` and `changes` of a report; `samples` are all those compiled with."""
     options = outcome.settings
-    _, held_out = samples.aligned(outcome.teacher).split(options.seed, options.held_out)
+    held_out = divided(samples.aligned(outcome.teacher), options.seed, options.held_out).judge
     return {
         "graph": _or_reason(lambda: describe_graph(outcome.teacher, outcome.program, outcome.plan.decisions)),
         "block_latency": _or_reason(lambda: _block_latency(outcome)),

@@ -44,7 +44,7 @@ class SweepPoint:
 
     @property
     def cost(self) -> tuple[float, float] | None:
-        """(measured latency ratio, relative output error on the held-out samples)."""
+        """(measured latency ratio, relative output error on the test samples)."""
         if self.compiled is None:
             return None
         return float(self.compiled.report.latency["ratio"]), self.compiled.report.output_error
@@ -60,6 +60,7 @@ class SweepPoint:
             "macs": dict(report.macs),
             "parameters": dict(report.parameters),
             "output_error": report.output_error,
+            "test": dict(report.test),
             "decisions": len(report.decisions),
         }
 

@@ -88,16 +88,22 @@ def errors_by_output(
 
 
 def squared_distance(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """(sum of (other - reference)^2, sum of reference^2) in float64.
+    """(sum of (other - reference)^2, sum of reference^2) in float64, of `squares`."""
+    error, energy = squares(reference, other)
+    return float(error.sum()), float(energy.sum())
+
+
+def squares(reference: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """((other - reference)^2, reference^2) entry by entry in float64.
 
     Entries that are equal, infinities of one sign and NaN included (masked logits), add no error; infinite ones no
     energy.
     """
     t, s = reference.detach().double(), other.detach().double()
     equal = (t == s) | (t.isnan() & s.isnan())
-    error = torch.where(equal, torch.zeros_like(t), s - t).square().sum()
-    energy = torch.where(t.isfinite(), t, torch.zeros_like(t)).square().sum()
-    return float(error), float(energy)
+    error = torch.where(equal, torch.zeros_like(t), s - t).square()
+    energy = torch.where(t.isfinite(), t, torch.zeros_like(t)).square()
+    return error, energy
 
 
 def relative_error(reference: Any, other: Any) -> float:

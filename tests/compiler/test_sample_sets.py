@@ -1,0 +1,101 @@
+"""The three parts of a calibration set: disjoint, in fair order, the same for a seed whatever order the samples came
+in."""
+
+from __future__ import annotations
+
+import foldcut
+import pytest
+import torch
+from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.pipeline_settings import PipelineSettings
+from foldcut.compiler.sample_sets import MOST_JUDGE, MOST_TEST, SampleSets, divided
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def numbered(count: int) -> CalibrationSet:
+    return CalibrationSet.of(torch.arange(count).view(-1, 1))
+
+
+def numbers(samples: CalibrationSet) -> list[int]:
+    return [int(n) for n in samples.leaves[0].flatten()]
+
+
+def parts(sets: SampleSets) -> list[list[int]]:
+    return [numbers(part) for part in (sets.fit, sets.judge, sets.test)]
+
+
+@given(count=st.integers(3, 400), seed=st.integers(0, 5), share=st.floats(0.0, 0.9))
+def test_the_parts_are_disjoint_and_cover_all(count: int, seed: int, share: float) -> None:
+    data = numbered(count)
+    sets = divided(data, seed, share)
+    assert not sets.shared
+    assert sorted(n for part in parts(sets) for n in part) == list(range(count))
+    assert all(parts(sets))
+    assert len(sets.judge) <= MOST_JUDGE and len(sets.test) <= MOST_TEST
+    assert parts(divided(data, seed, share)) == parts(sets)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(3, (1, 1, 1)), (10, (8, 1, 1)), (50, (40, 5, 5)), (500, (400, 50, 50)), (3000, (2680, 64, 256))],
+)
+def test_small_sets_keep_enough_to_solve_with(count: int, sizes: tuple[int, int, int]) -> None:
+    sets = divided(numbered(count), 0)
+    assert tuple(sets.sizes.values()) == (*sizes, False)
+
+
+def test_one_and_two_samples_are_shared_and_that_is_said() -> None:
+    net = torch.nn.Linear(1, 1).eval()
+    for count, told in ((1, "1 calibration sample cannot"), (2, "2 calibration samples cannot")):
+        data = CalibrationSet.of(torch.rand(count, 1))
+        program = foldcut.capture(net, data.batch(slice(0, 2)))
+        with pytest.warns(UserWarning, match=told):
+            sets = PipelineSettings().split(data, program)
+        assert tuple(sets.sizes.values()) == (1, 1, 1, True)
+    fit, judge, test = parts(divided(numbered(2), 0))
+    assert judge == test != fit
+
+
+def test_another_seed_divides_otherwise() -> None:
+    data = numbered(100)
+    assert parts(divided(data, 0)) != parts(divided(data, 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_beginning_of_a_part_is_a_fair_sample(seed: int) -> None:
+    """Ten classes, one after the other: the first 64 to fit with hold all of them, about evenly."""
+    sets = divided(CalibrationSet.of((torch.arange(1000) // 100).view(-1, 1)), seed)
+    for part in (sets.fit.take(slice(0, 64)), sets.fit.take(slice(64, 128)), sets.judge, sets.test):
+        counts = torch.bincount(part.leaves[0].flatten(), minlength=10)
+        expected = len(part) / 10
+        # chi square with 9 degrees of freedom: above 33.7 once in ten thousand
+        assert float(((counts - expected) ** 2 / expected).sum()) < 33.7
+
+
+def test_sorted_and_shuffled_data_give_parts_alike() -> None:
+    """One seed, the same samples in two orders: means that differ by what chance makes."""
+    values = torch.linspace(-1, 1, 2000).view(-1, 1)
+    shuffled = values[torch.randperm(2000, generator=torch.Generator().manual_seed(9))]
+    for data in (values, shuffled):
+        sets = divided(CalibrationSet.of(data), 0)
+        for part in (sets.fit.take(slice(0, 128)), sets.judge, sets.test):
+            mean = float(part.leaves[0].mean())
+            assert abs(mean) < 4 * 3**-0.5 / len(part) ** 0.5
+
+
+def test_views_are_behind_the_originals_and_of_the_fitting_samples_only() -> None:
+    data = CalibrationSet.of(torch.rand(30, 3, 4, 4))
+    program = foldcut.capture(torch.nn.Conv2d(3, 2, 1).eval(), data.batch(slice(0, 2)))
+    plain = PipelineSettings(seed=3).split(data, program)
+    sets = PipelineSettings(seed=3, views=(foldcut.horizontal_flip,)).split(data, program)
+    assert len(sets.fit) == 2 * len(plain.fit)
+    assert torch.equal(sets.fit.leaves[0][: len(plain.fit)], plain.fit.leaves[0])
+    assert torch.equal(sets.fit.leaves[0][len(plain.fit) :], plain.fit.leaves[0].flip(-1))
+    assert torch.equal(sets.judge.leaves[0], plain.judge.leaves[0])
+    assert torch.equal(sets.test.leaves[0], plain.test.leaves[0])
+
+
+def test_a_split_in_two_keeps_the_random_order() -> None:
+    fit, held_out = numbered(200).split(seed=0)
+    assert numbers(fit) != sorted(numbers(fit)) and numbers(held_out) != sorted(numbers(held_out))
