@@ -89,7 +89,7 @@ def cut_jointly(
     )
     if not isinstance(goal, MaxError):
         mixing.offer(goal)
-        return mixing.made(mixing.searched(goal.share), goal)
+        return mixing.made(mixing.searched(goal.share if isinstance(goal, Latency) else goal.ratio), goal)
     mixing.offer(Latency(LEAST_RATIO))
     return fastest_within(mixing, goal)
 

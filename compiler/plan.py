@@ -111,11 +111,6 @@ class Macs:
                 hint="give a ratio between 0 and 1: Macs(0.6) asks for 40 % fewer multiply-accumulates",
             )
 
-    @property
-    def share(self) -> float:
-        """The ratio."""
-        return self.ratio
-
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "macs", "ratio": float(self.ratio)}
 
@@ -136,11 +131,6 @@ class Parameters:
                 f"Parameters({self.ratio!r}) is not a goal",
                 hint="give a ratio between 0 and 1: Parameters(0.5) asks for half of the parameters",
             )
-
-    @property
-    def share(self) -> float:
-        """The ratio."""
-        return self.ratio
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "parameters", "ratio": float(self.ratio)}
@@ -217,8 +207,6 @@ class Ranks:
 Goal = Latency | Blocks | Channels | Macs | Parameters | MaxError | Ranks
 #: Goals that bound what can be counted without a measurement.
 CountedGoal = Macs | Parameters
-#: Goals that channel pruning reaches.
-ChannelGoal = Channels | Macs | Parameters
 #: Goals that dropping blocks reaches.
 DropGoal = Latency | Blocks
 #: Goals that low rank reaches.

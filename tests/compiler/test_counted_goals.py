@@ -1,4 +1,4 @@
-"""Goals in multiply-accumulates and parameters: met to the last step, by whatever is named, counted on what goes out."""
+"""Goals in multiply-accumulates and parameters: met to the last step, by all that is named, counted at the end."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def left(made: foldcut.Compiled, goal: Any) -> float:
     return counted(made.program, goal) / counted(made.outcome.teacher, goal)
 
 
-def test_groups_that_one_layer_reads_are_both_cut(fire: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
+def test_groups_of_one_reader_are_both_cut(fire: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
     goal = foldcut.Parameters(0.3)
     made = run(fire, nets.images(50), counting_backend, goal)
     assert made.report.met and left(made, goal) <= 0.3
