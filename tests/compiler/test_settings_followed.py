@@ -87,9 +87,7 @@ def test_factors_may_stay_as_they_are_cut(
     assert applied.program is applied.rewritten
 
 
-@pytest.mark.parametrize(
-    "settings", [with_channels(polish=False), with_channels(resolve=False)], ids=["polish", "resolve"]
-)
+@pytest.mark.parametrize("setting", ["polish", "resolve"])
 def test_settings_that_contradict_each_other_are_refused(
     setting: str, residual: Program, samples: CalibrationSet, factors: list[FactorizeLayer]
 ) -> None:
