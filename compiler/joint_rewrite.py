@@ -96,9 +96,10 @@ def judged(teacher: Program, applied: Applied, held_out: CalibrationSet) -> tupl
     return applied.rewritten, {**errors, "re-solved": errors["rewritten"]}
 
 
-def mix_shape(teacher: Program, mix: Mix) -> Program:
-    """The network that a mix leads to, with weights that are good for timing only."""
-    return _shape(teacher, *by_kind(mix))
+def mix_shape(teacher: Program, mix: Mix, known: Provenance | None = None) -> Program:
+    """The network that a mix leads to, with weights that are good for timing only. `known` are the units of the
+    original, where they are at hand."""
+    return _shape(teacher, *by_kind(mix), known)
 
 
 def decided_shape(teacher: Program, decisions: Sequence[Decision]) -> Program:
@@ -109,11 +110,15 @@ def decided_shape(teacher: Program, decisions: Sequence[Decision]) -> Program:
 
 
 def _shape(
-    teacher: Program, drops: Sequence[DropBlock], counts: Mapping[str, int], ranks: Sequence[FactorizeLayer]
+    teacher: Program,
+    drops: Sequence[DropBlock],
+    counts: Mapping[str, int],
+    ranks: Sequence[FactorizeLayer],
+    known: Provenance | None = None,
 ) -> Program:
     program = drop_blocks(teacher, drops)
     if counts:
-        provenance = find_units(program)
+        provenance = known if known is not None and known.program is program else find_units(program)
         groups = _groups(provenance, counts)
         if groups:
             program = prune_channels(provenance, surplus_units(groups, counts)).program
