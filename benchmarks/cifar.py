@@ -26,6 +26,7 @@ from cifar_joint import METHODS, RATIOS
 from cifar_joint import run as run_joint
 from cifar_submodular import KEEPS
 from cifar_submodular import run as run_submodular
+from foldcut.compiler.analysis_store import NOTHING_KEPT
 from foldcut.compiler.calibration_set import CalibrationSet, View
 from foldcut.compiler.capture import capture
 from foldcut.compiler.drop_pipeline import choose
@@ -36,6 +37,7 @@ from foldcut.compiler.pipeline_settings import PipelineSettings
 from foldcut.compiler.plan import Goal
 from foldcut.compiler.progress import StageClock
 from foldcut.compiler.regions import find_regions
+from foldcut.compiler.stored_latency import StoredLatency
 from foldcut.passes.drop_blocks import drop_blocks, entry_exit
 from foldcut.passes.mimic import mimic
 from foldcut.passes.resolve_network import resolve_network
@@ -97,7 +99,8 @@ def run_point(
     fit, held_out = calibration.split(settings.seed, settings.held_out)
     fit = fit.with_views(settings.views)
     clock = StageClock()
-    choice = choose(program, find_regions(program), fit, goal, probe, settings=settings.recoverability, clock=clock)
+    latency = StoredLatency(NOTHING_KEPT, probe)
+    choice = choose(program, find_regions(program), fit, goal, latency, settings=settings.recoverability, clock=clock)
     student = drop_blocks(program, choice.regions)
     row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [d.path for d in choice.decisions]}
     dropped = onnx_without(probe.model, entry_exit(choice.regions)) or to_onnx(student)

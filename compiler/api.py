@@ -19,6 +19,7 @@ from .atomic import write_folder
 from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
 from .capture import Model, capture, is_onnx
+from .channel_budget import ChannelLimits
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
 from .finite import json_file
@@ -113,12 +114,14 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     inputs, a DataLoader or generator of batches). What comes in as ONNX is measured against that very file, and goes
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend`
     at `batch` with `threads` CPU threads, or `MaxError(e)`, the fastest within an output error: both mix dropped
-    blocks, pruned channels and factorised layers (`cut_jointly`); or `Blocks(k)`, which drops blocks, or
-    `Channels(keep)`, `Macs(ratio)` or `Parameters(ratio)`, which prune channels, or `Ranks(keep=...)`, which factorises
-    layers. `rewrites` says which of ``drop_blocks``, ``prune_channels`` and ``factorize`` may be used;
-    ``("factorize",)`` reaches `Macs` and `Parameters` by low rank. `mimic` False or None leaves out the gradient stage,
-    a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of the samples, where the
-    task does not care about the change. `progress` True shows bars on stderr; a callable receives (stage, done, total).
+    blocks, pruned channels and factorised layers (`cut_jointly`); or `Macs(ratio)` or `Parameters(ratio)`, which prune
+    channels unless told otherwise, until one unit more would miss the goal; or `Blocks(k)`, which drops blocks, or
+    `Channels(keep)`, which prunes channels, or `Ranks(keep=...)`, which factorises layers. `rewrites` says which of
+    ``drop_blocks``, ``prune_channels`` and ``factorize`` are used: several are mixed, one that the goal cannot use is
+    refused; ``("prune_channels", "factorize")`` reaches `Macs` and `Parameters` by both. `mimic` False or None leaves
+    out the gradient stage, a `MimicSettings` sets it. `views` such as `foldcut.horizontal_flip` add changed copies of
+    the samples, where the task does not care about the change. `progress` True shows bars on stderr; a callable
+    receives (stage, done, total).
     `settings` sets how each stage works; batch, threads, seed and views are taken from the arguments. `cache` True
     keeps the results of analyses in ``$FOLDCUT_CACHE`` (else ``~/.cache/foldcut``), a path elsewhere, False nowhere:
     the same call after an interruption goes on where it was and ends with the same network.
@@ -202,6 +205,12 @@ def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thre
             f"the goal {goal} is reached by {needed}, which rewrites={list(rewrites)} leaves out",
             hint=f"add {needed} to rewrites, or leave rewrites out",
         )
+    ignored = [r for r in rewrites if r not in rewrites_for(goal)]
+    if ignored:
+        raise GoalError(
+            f"{' and '.join(ignored)} cannot be used towards {goal}",
+            hint=f"leave it out of rewrites: this goal is reached by {' or '.join(rewrites_for(goal))}",
+        )
 
 
 def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:
@@ -274,7 +283,7 @@ def _report(
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.rejects],
         groups=_groups(outcome),
-        multiple_of=None if outcome.provenance is None else options.channels.limits.multiple_of,
+        multiple_of=None if outcome.provenance is None else _multiple(goal, options.channels.limits),
         onnx_difference=outcome.onnx_difference,
         calibration={
             "samples": len(samples),
@@ -291,6 +300,11 @@ def _report(
         **origin,
         **parts,
     )
+
+
+def _multiple(goal: Goal, limits: ChannelLimits) -> int:
+    """What channel counts went to multiples of: goals that are counted go unit by unit where no multiple is given."""
+    return 1 if isinstance(goal, CountedGoal) and limits.multiple_of is None else limits.multiple
 
 
 def _groups(outcome: Outcome) -> list[dict[str, Any]]:

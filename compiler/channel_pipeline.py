@@ -86,7 +86,9 @@ def cut_channels(
             raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
     with clock.stage("choose"):
         counts = uniform_counts(groups, goal.keep, settings.limits)
-        choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress, store)
+        choice = chosen_channels(
+            provenance, calibration, counts, settings=settings, resolve=resolve, progress=progress, store=store
+        )
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(
             f"nothing was cut: no group can keep fewer units for {goal} in steps of "
@@ -108,7 +110,7 @@ def cut_channels(
     return Rewritten(
         program=resolved.program,
         decisions=tuple(channel_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
-        met=True,
+        met=all(len(choice.selections[g.name].order) == counts[g.name] for g in groups if counts[g.name] < len(g)),
         rejects=(*group_rejects(provenance), *stuck_rejects, *resolved.locked),
         errors=errors,
         layers=resolved.layers,
@@ -118,20 +120,22 @@ def cut_channels(
     )
 
 
-def _choice(
+def chosen_channels(
     provenance: Provenance,
     calibration: CalibrationSet,
-    groups: Sequence[UnitGroup],
     counts: Mapping[str, int],
+    *,
+    given: Mapping[str, Selection] | None = None,
     settings: ChannelSettings,
     resolve: ResolveSettings,
-    progress: Progress,
-    store: AnalysisStore,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
 ) -> ChannelChoice:
-    """The units to remove and, where consumers are re-solved, their weights."""
-    given = _by_norm(provenance, groups, counts, settings)
+    """The units to remove, those `given` or the ones that the score asks for, and, where consumers are re-solved, their
+    weights."""
+    given = given or _by_norm(provenance, counts, settings)
     if given is not None and not settings.resolve:
-        gone = [g.without(given[g.name].order) for g in groups if g.name in given]
+        gone = [g.without(given[g.name].order) for g in provenance.prunable if g.name in given]
         removed = torch.cat(gone) if gone else torch.zeros(0, dtype=torch.long)
         return ChannelChoice(removed=removed, tensors={}, selections=given)
     choice = stored_channels(
@@ -164,13 +168,14 @@ def _removed(
 
 
 def _by_norm(
-    provenance: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int], settings: ChannelSettings
+    provenance: Provenance, counts: Mapping[str, int], settings: ChannelSettings
 ) -> dict[str, Selection] | None:
     """Selections by the norm of the filters; None where the score looks at data."""
     if settings.score == "submodular":
         return None
     power = {"l1": 1, "l2": 2}[settings.score]
-    return {g.name: select_by_norm(provenance, g, counts[g.name], power) for g in groups if counts[g.name] < len(g)}
+    cut = [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]
+    return {g.name: select_by_norm(provenance, g, counts[g.name], power) for g in cut}
 
 
 def error_curves(

@@ -132,7 +132,7 @@ def compile_command(
 
     def work() -> None:
         goal = read_goal(latency, blocks, keep, macs, parameters, max_error, ranks, regime)
-        allowed = read_rewrites(rewrites)
+        allowed = read_rewrites(rewrites, [goal])
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape)
         result, unmet = _compile(
@@ -318,7 +318,8 @@ def demo(
         from .demo import run_demo
 
         check_writable(output)
-        asked, allowed, console = Latency(goal), read_rewrites(rewrites), Console(quiet=True) if quiet else out
+        asked, console = Latency(goal), Console(quiet=True) if quiet else out
+        allowed = read_rewrites(rewrites, [asked])
         result, unmet = run_demo(asked, rewrites=allowed, seed=seed, progress=not quiet, console=console)
         result.save(output)
         if not quiet:

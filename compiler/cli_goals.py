@@ -76,11 +76,13 @@ def read_goals(latency: str | None, macs: str | None, regime: str | None = None)
     return tuple(goals)
 
 
-def read_rewrites(text: str | None) -> list[str] | None:
-    """The names that were given; `all` stands for every one."""
+def read_rewrites(text: str | None, goals: Sequence[Goal]) -> list[str] | None:
+    """The names that were given; `all` stands for every one that reaches one of the goals."""
     if text is None:
         return None
-    return list(REWRITES) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+    if text.strip() == "all":
+        return [name for name in REWRITES if any(name in rewrites_for(goal) for goal in goals)]
+    return [name.strip() for name in text.split(",")]
 
 
 def used_rewrites(goal: Goal, rewrites: Sequence[str] | None) -> list[str]:
@@ -140,7 +142,7 @@ def for_every_goal(
     factorises: each name of --ignore goes to the rewrites that it says something to. Goals that are alike have their
     names checked where they are compiled. Raises GoalError for a name that matches nothing.
     """
-    if len({rewrites_for(goal) for goal in goals}) < 2 or not (
+    if len({default_rewrites(goal) for goal in goals}) < 2 or not (
         settings.channels.limits.ignore and settings.ranks.ignore
     ):
         return settings

@@ -95,7 +95,8 @@ def sweep_command(
     """
 
     def work() -> None:
-        goals, allowed = read_goals(latency, macs, regime), read_rewrites(rewrites)
+        goals = read_goals(latency, macs, regime)
+        allowed = read_rewrites(rewrites, goals)
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit)
         loaded = load_model(model, weights)

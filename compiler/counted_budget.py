@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ class CountedBudget:
         self._context, self._goal = context, goal
         self._whole = max(1, counted(context.teacher, goal))
         self._cuts = Cuts()
+        self._ratios: dict[frozenset[Any], float] = {}
         #: Plans that a search tries before its own.
         self.starts: list[Mix] = []
 
@@ -58,7 +60,11 @@ class CountedBudget:
 
     def ratio(self, mix: Mix) -> float:
         """The share that a plan leaves, counted on the network that it leads to."""
-        return counted(mix_shape(self._context.teacher, mix), self._goal) / self._whole
+        key = frozenset((item.kind, item.name, taken.change) for item, taken in mix.items())
+        if key not in self._ratios:
+            smaller = mix_shape(self._context.teacher, mix, self._cuts.provenance)
+            self._ratios[key] = counted(smaller, self._goal) / self._whole
+        return self._ratios[key]
 
     def adjusted(self, mix: Mix, ratio: float, scales: Mapping[Item, Scale]) -> Mix:
         """The plan brought within the share `ratio` and filled up to it; `scales` are those of the items that may be

@@ -50,7 +50,7 @@ def cut_blocks(
         analysis,
         calibration,
         goal,
-        StoredLatency(store, probe),
+        StoredLatency(store, probe) if isinstance(goal, Latency) else None,
         settings=recoverability,
         clock=clock,
         progress=progress,

@@ -19,7 +19,7 @@ from .cost import program_cost
 from .counted_budget import CountedBudget
 from .errors import CompilerError, GoalError, Reject
 from .joint_proposals import Offered
-from .joint_rewrite import JointSettings, apply_mix, changes, judged
+from .joint_rewrite import JointSettings, apply_mix, changes, judged, solved_at_the_end
 from .joint_search import MOST_TRIALS, Found, MixSearch, Tried
 from .latency_budget import LatencyBudget, MixContext
 from .latency_probe import LatencyProbe
@@ -68,8 +68,9 @@ def cut_jointly(
     step more would miss the goal. The errors
     are those of the outputs on `held_out`, relative: after the rewrites, each with its own closed form, and after the
     re-solve of the whole. When the `time` for the search has run out, the best plan so far stands. Raises GoalError
-    when nothing can be changed towards the goal.
+    when nothing can be changed towards the goal, CompilerError when the settings of two rewrites contradict each other.
     """
+    solved_at_the_end(settings, rewrites)
     settings = sorted_ignores(teacher, settings, rewrites)
     context = MixContext(
         teacher=teacher, calibration=calibration, settings=settings, clock=clock, progress=progress, store=store
@@ -88,7 +89,7 @@ def cut_jointly(
     )
     if not isinstance(goal, MaxError):
         mixing.offer(goal)
-        return mixing.made(mixing.searched(goal.share), goal)
+        return mixing.made(mixing.searched(goal.share if isinstance(goal, Latency) else goal.ratio), goal)
     mixing.offer(Latency(LEAST_RATIO))
     return fastest_within(mixing, goal)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,20 +13,20 @@ from ..passes.factorize import Factors, factorize, factorize_for_timing, within_
 from ..passes.low_rank import SCHEMES
 from ..passes.prune_channels import prune_channels
 from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
-from ..passes.resolve_network import LayerError, ResolveSettings
+from ..passes.resolve_network import LayerError, Resolved, ResolveSettings
 from ..passes.select_ranks import Option, RankAnalysis, RankSettings
 from ..passes.submodular import Selection
 from ..passes.targets import Kept
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
-from .channel_pipeline import ChannelSettings, channel_decision, removed_units
-from .errors import Reject
+from .channel_pipeline import ChannelSettings, channel_decision, chosen_channels, removed_units
+from .errors import CompilerError, Reject
 from .plan import Decision, DropBlock, FactorizeLayer, PruneChannels
 from .program import Program
 from .progress import Progress, silent
 from .proposals import Mix
 from .provenance import Provenance, find_units
-from .stored_passes import stored_channels, stored_factors, stored_resolve
+from .stored_passes import stored_factors, stored_resolve
 from .unit_groups import UnitGroup, surplus_units
 from .verify import no_worse, output_error
 
@@ -53,26 +53,72 @@ class Applied:
     selections: Mapping[str, Selection] = field(repr=False)
     layers: tuple[LayerError, ...]
     locked: tuple[Reject, ...]
+    #: Whether the rewritten network was solved once more.
+    solved: bool = True
+
+
+def solved_at_the_end(settings: JointSettings, rewrites: Collection[str]) -> bool:
+    """Whether all that the rewrites touch is solved once more after them, as their settings ask for.
+
+    One solve serves all of them. Raises CompilerError when one setting forbids it and another rewrite needs it.
+    """
+    channels, ranks = settings.channels, settings.ranks
+    forbidding = {
+        "ChannelSettings.resolve=False": "prune_channels" in rewrites and not channels.resolve,
+        "ChannelSettings.polish=False": "prune_channels" in rewrites and not channels.polish,
+        "RankSettings.resolve=False": "factorize" in rewrites and not ranks.resolve,
+    }
+    forbidden = [name for name, forbids in forbidding.items() if forbids]
+    asking = {
+        "drop_blocks": True,
+        "prune_channels": channels.resolve and channels.polish,
+        "factorize": ranks.resolve,
+    }
+    solving = [name for name in asking if name in rewrites and asking[name]]
+    if forbidden and solving:
+        raise CompilerError(
+            f"{' and '.join(forbidden)} cannot be followed where {' and '.join(solving)} takes part: the mix is solved "
+            "as a whole",
+            hint="leave the setting at True, or use that rewrite alone",
+        )
+    return not forbidden
 
 
 def judged(teacher: Program, applied: Applied, held_out: CalibrationSet) -> tuple[Program, dict[str, float]]:
     """The network with the weights of before or after the last re-solve, whichever loses less on `held_out`, and the
     relative output errors of both."""
-    errors = {
-        "rewritten": output_error(teacher, applied.rewritten, held_out),
-        "re-solved": output_error(teacher, applied.program, held_out),
-    }
+    errors = {"rewritten": output_error(teacher, applied.rewritten, held_out)}
+    if not applied.solved:
+        return applied.program, errors
+    errors["re-solved"] = output_error(teacher, applied.program, held_out)
     if no_worse(errors["re-solved"], errors["rewritten"]):
         return applied.program, errors
     return applied.rewritten, {**errors, "re-solved": errors["rewritten"]}
 
 
-def mix_shape(teacher: Program, mix: Mix) -> Program:
-    """The network that a mix leads to, with weights that are good for timing only."""
-    drops, counts, ranks = by_kind(mix)
+def mix_shape(teacher: Program, mix: Mix, known: Provenance | None = None) -> Program:
+    """The network that a mix leads to, with weights that are good for timing only. `known` are the units of the
+    original, where they are at hand."""
+    return _shape(teacher, *by_kind(mix), known)
+
+
+def decided_shape(teacher: Program, decisions: Sequence[Decision]) -> Program:
+    """The network that a plan's decisions lead to, with weights that are good for counting only."""
+    drops = [d for d in decisions if isinstance(d, DropBlock)]
+    counts = {d.group: len(d.kept) for d in decisions if isinstance(d, PruneChannels)}
+    return _shape(teacher, drops, counts, [d for d in decisions if isinstance(d, FactorizeLayer)])
+
+
+def _shape(
+    teacher: Program,
+    drops: Sequence[DropBlock],
+    counts: Mapping[str, int],
+    ranks: Sequence[FactorizeLayer],
+    known: Provenance | None = None,
+) -> Program:
     program = drop_blocks(teacher, drops)
     if counts:
-        provenance = find_units(program)
+        provenance = known if known is not None and known.program is program else find_units(program)
         groups = _groups(provenance, counts)
         if groups:
             program = prune_channels(provenance, surplus_units(groups, counts)).program
@@ -137,7 +183,8 @@ def apply_changes(
 
     Each step looks at the activations that the steps before it leave. Layers that a step has solved keep their weights
     where the last re-solve finds nothing better; the output error on the first samples never grows by that re-solve.
-    Without a change the program comes back as it is.
+    Without a change the program comes back as it is. Raises CompilerError when the settings of two rewrites contradict
+    each other.
     """
     pairs = entry_exit(drops)
     program = drop_blocks(teacher, drops)
@@ -154,17 +201,21 @@ def apply_changes(
         ranks = within_full(program, ranks)
         program = _factorised(program, ranks, calibration, settings, progress, store)
         decisions += ranks
-    resolved = stored_resolve(
-        store,
-        teacher,
-        program,
-        calibration,
-        pairs,
-        kept=pruned.kept,
-        replaced=[decision.layer for decision in ranks],
-        settings=settings.resolve,
-        progress=progress,
-    )
+    changed = (("drop_blocks", drops), ("prune_channels", counts), ("factorize", ranks))
+    solving = solved_at_the_end(settings, [kind for kind, some in changed if some])
+    resolved = Resolved(program=program, layers=pruned.layers, locked=())
+    if solving:
+        resolved = stored_resolve(
+            store,
+            teacher,
+            program,
+            calibration,
+            pairs,
+            kept=pruned.kept,
+            replaced=[decision.layer for decision in ranks],
+            settings=settings.resolve,
+            progress=progress,
+        )
     return Applied(
         rewritten=program,
         program=resolved.program,
@@ -173,6 +224,7 @@ def apply_changes(
         selections=pruned.selections,
         layers=resolved.layers,
         locked=resolved.locked,
+        solved=solving,
     )
 
 
@@ -184,6 +236,7 @@ class _Pruned:
     kept: Mapping[str, Kept] = field(default_factory=dict)
     selections: Mapping[str, Selection] = field(default_factory=dict)
     decisions: tuple[PruneChannels, ...] = ()
+    layers: tuple[LayerError, ...] = ()
 
 
 def _pruned(
@@ -202,22 +255,27 @@ def _pruned(
         removed_units(provenance, given)  # says which group is not the one planned for
     if not groups:
         return _Pruned(program=program)
-    choice = stored_channels(
-        store,
+    choice = chosen_channels(
         provenance,
         calibration,
         counts,
-        variant=settings.channels.variant,
-        stream_target=settings.channels.stream_target,
         given={cut.group: _as_given(cut) for cut in given} or None,
-        settings=settings.resolve,
+        settings=settings.channels,
+        resolve=settings.resolve,
         progress=progress,
+        store=store,
     )
     pruned = prune_channels(provenance, choice.removed, choice.tensors)
     decisions = tuple(channel_decision(g, choice.selections[g.name]) for g in groups)
     if given:
         decisions = tuple(given)
-    return _Pruned(program=pruned.program, kept=pruned.kept, selections=choice.selections, decisions=decisions)
+    return _Pruned(
+        program=pruned.program,
+        kept=pruned.kept,
+        selections=choice.selections,
+        decisions=decisions,
+        layers=choice.layers,
+    )
 
 
 def _as_given(cut: PruneChannels) -> Selection:

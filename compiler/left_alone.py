@@ -17,20 +17,22 @@ def sorted_ignores(
     program: Program, settings: JointSettings, rewrites: Sequence[str] = ("drop_blocks", "prune_channels", "factorize")
 ) -> JointSettings:
     """The settings with every `ignore` pattern, of channels or ranks, given to the kinds of rewrite that it says
-    something to, of those that are used. Raises GoalError when one matches no layer, no unit group and no output."""
-    patterns = tuple(dict.fromkeys([*settings.channels.limits.ignore, *settings.ranks.ignore]))
+    something to, of those that are used; channels alone go by their own. Raises GoalError when one matches no layer, no
+    unit group and no output."""
+    pruning = set(rewrites) == {"prune_channels"}
+    for_all = () if pruning else settings.ranks.ignore
+    patterns = tuple(dict.fromkeys([*settings.channels.limits.ignore, *for_all]))
     if not patterns:
         return settings
     groups = [*(group.name for group in find_units(program).groups), *(spec.name for spec in program.outputs)]
     layers = [name for layer in find_layers(program)[0].values() for name in layer_names(program, layer)]
-    groups = groups if "prune_channels" in rewrites else []
-    layers = layers if {"drop_blocks", "factorize"} & set(rewrites) else []
+    layers = [] if pruning else layers
     for_channels = tuple(p for p in patterns if _matches(p, groups))
     for_ranks = tuple(p for p in patterns if _matches(p, layers))
     for pattern in patterns:
         if pattern not in for_channels and pattern not in for_ranks:
             raise GoalError(
-                f"ignore: no layer, unit group or output matches {pattern!r}",
+                f"ignore: no {'unit group' if pruning else 'layer, unit group or output'} matches {pattern!r}",
                 hint="`foldcut inspect` lists them; patterns are those of a shell: head*",
             )
     limits = replace(settings.channels.limits, ignore=for_channels)

@@ -4,7 +4,6 @@ called alone."""
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,6 @@ from .plan import (
     Latency,
     MaxError,
     Plan,
-    RankGoal,
     Ranks,
 )
 from .planner import require_regions
@@ -43,6 +41,7 @@ from .program import Batch, Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance
 from .rank_pipeline import cut_ranks, ranks_on_lattice
+from .recount import recounted
 from .regions import RegionAnalysis, find_regions
 from .rewritten import Rewritten, TriedPlan
 from .sampled_error import SampledError, sampled_error
@@ -152,7 +151,8 @@ def run_pipeline(
             )
             require_change(teacher, rewritten, asked)
             outcome = _finish(teacher, rewritten, fit, held_out, asked, probe, settings, clock, progress, store)
-            return replace(outcome, met=reached(goal, outcome.measurement, rewritten.met))
+            planned = recounted(goal, teacher, outcome.program, rewritten.decisions, rewritten.met)
+            return replace(outcome, met=reached(goal, outcome.measurement, planned))
 
         found = _aimed(goal, made, StoredLatency(store, probe)) if isinstance(goal, Latency) else made(goal)
         if time.ran_out:
@@ -235,7 +235,7 @@ def _rewritten(
             store=store,
         )
     solve = fit.take(slice(0, settings.solve_samples))
-    if used == ("factorize",) and isinstance(goal, (Latency, Ranks) if os.environ.get("JOINT_RANKS") else RankGoal):
+    if used == ("factorize",) and isinstance(goal, (Latency, Ranks)):
         return cut_ranks(
             teacher,
             solve,

@@ -66,11 +66,6 @@ class Macs:
                 hint="give a ratio between 0 and 1: Macs(0.6) asks for 40 % fewer multiply-accumulates",
             )
 
-    @property
-    def share(self) -> float:
-        """The ratio."""
-        return self.ratio
-
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "macs", "ratio": float(self.ratio)}
 
@@ -91,11 +86,6 @@ class Parameters:
                 f"Parameters({self.ratio!r}) is not a goal",
                 hint="give a ratio between 0 and 1: Parameters(0.5) asks for half of the parameters",
             )
-
-    @property
-    def share(self) -> float:
-        """The ratio."""
-        return self.ratio
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "parameters", "ratio": float(self.ratio)}
@@ -172,8 +162,6 @@ class Ranks:
 Goal = Latency | Blocks | Channels | Macs | Parameters | MaxError | Ranks
 #: Goals that bound what can be counted without a measurement.
 CountedGoal = Macs | Parameters
-#: Goals that channel pruning reaches.
-ChannelGoal = Channels | Macs | Parameters
 #: Goals that dropping blocks reaches.
 DropGoal = Latency | Blocks
 #: Goals that low rank reaches.

@@ -25,7 +25,7 @@ from .edit import set_tensors
 from .edit_folds import fold_parameters
 from .errors import PlanError
 from .export import to_exported, to_onnx, to_pt2
-from .joint_rewrite import judged, replay
+from .joint_rewrite import judged, replay, solved_at_the_end
 from .model_inputs import needed_inputs
 from .pipeline_settings import PipelineSettings, joint_settings
 from .plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
@@ -95,13 +95,14 @@ def apply(
     `plan` is a `Plan` or the path of a plan.json. With `weights` (the model.pt2 that was saved with the plan, or any
     network of that shape; without `calibration` the model.pt2 beside the plan) the result is the network of the first
     time, and no data is needed. With `calibration` alone the layers are solved again, and mimicked unless `mimic` is
-    False, as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own. With both the
+    False, as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own, and `settings` say
+    how they are solved. With both the
     weights are taken as they are, and the calibration set only says what the inputs look like, as `example`, a batch of
     inputs, does for a module without one. `cache` as in `compile`: what an interrupted call had solved is kept.
 
     Raises PlanError when the plan was made for another network or other weights, when the weights do not fit, or when
     there are neither weights nor data; OutputError when the model.pt2 beside the plan is not the one that was saved
-    with it; CaptureError and CalibrationError.
+    with it; CaptureError and CalibrationError; CompilerError when settings of two rewrites contradict each other.
     """
     made = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
@@ -206,6 +207,8 @@ def _solved(
     progress: Progress,
     store: AnalysisStore,
 ) -> Replayed:
+    kinds = {DropBlock: "drop_blocks", PruneChannels: "prune_channels", FactorizeLayer: "factorize"}
+    solved_at_the_end(joint_settings(options), {kinds[type(d)] for d in plan.decisions})
     sets = options.split(samples, teacher)
     fit, held_out = sets.fit, sets.judge
     solve = fit.take(slice(0, options.solve_samples))

@@ -18,7 +18,7 @@ from .capture import Model
 from .errors import GoalError
 from .finite import json_file
 from .model_inputs import needed_inputs
-from .pipeline_settings import PipelineSettings
+from .pipeline_settings import PipelineSettings, rewrites_for
 from .plan import Goal, Latency
 from .progress import Progress
 
@@ -118,14 +118,16 @@ def sweep(
 ) -> Sweep:
     """Compile to each of `goals`; what the analyses find out is shared, so a further goal costs its own plan only.
 
-    The other arguments are those of `foldcut.compile`; `cache` False keeps the analyses for the time of the sweep.
-    A goal that cannot be met is a point with `met` False and the best there is. `each` is called with every point as
-    it is there. Raises GoalError when `goals` is empty or names one twice, and what was wrong with the first goal when
-    nothing could be done towards any: then it was hardly the goal that was wrong. Else what `compile` raises.
+    The other arguments are those of `foldcut.compile`; of the `rewrites` a goal takes those that reach it; `cache`
+    False keeps the analyses for the time of the sweep. A goal that cannot be met is a point with `met` False and the
+    best there is. `each` is called with every point as it is there. Raises GoalError when `goals` is empty or names one
+    twice, and what was wrong with the first goal when nothing could be done towards any: then it was hardly the goal
+    that was wrong. Else what `compile` raises.
     """
     _check_goals(goals)
+    allowed = {str(goal): _allowed(goal, goals, rewrites) for goal in goals}
     for goal in goals:
-        check_arguments(goal, rewrites, batch, threads, seed)
+        check_arguments(goal, allowed[str(goal)], batch, threads, seed)
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
@@ -135,7 +137,7 @@ def sweep(
                 "goal": goal,
                 "backend": backend,
                 "batch": batch,
-                "rewrites": rewrites,
+                "rewrites": allowed[str(goal)],
                 "mimic": mimic,
                 "views": views,
                 "seed": seed,
@@ -154,6 +156,15 @@ def sweep(
     if len(refused) == len(points):
         raise refused[0]
     return Sweep(points=tuple(points))
+
+
+def _allowed(goal: Goal, goals: Sequence[Goal], rewrites: Sequence[str] | None) -> Sequence[str] | None:
+    """Those of the rewrites that reach one of several goals. One that reaches none of them, or all of them where none
+    reaches this goal, stay in the list: it is then refused."""
+    if rewrites is None:
+        return None
+    elsewhere = {name for other in goals for name in rewrites_for(other)} - set(rewrites_for(goal))
+    return [name for name in rewrites if name not in elsewhere] or rewrites
 
 
 def _unmet(goal: Goal, unmet: GoalError) -> SweepPoint:

@@ -22,6 +22,9 @@ TOP = {
 } | {
     "drop_pipeline",
     "channel_latency",
+    "counted_budget",
+    "latency_budget",
+    "recount",
     "cli_goals",
     "cli_options",
     "cli_plans",

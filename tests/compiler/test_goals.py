@@ -1,6 +1,8 @@
 """Goals in parameters and in output error: reached, said so, and refused where they are none."""
 
+import functools
 import json
+import warnings
 from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -222,3 +224,18 @@ def test_a_plan_that_falls_short_is_not_made_again() -> None:
     kept: Any = Kept()
     assert not _aimed(foldcut.Latency(0.6), made, kept).met
     assert asked == [0.6]
+
+
+@pytest.mark.parametrize("ratios", [(0.59, 0.62), (0.62, 0.59)], ids=str)
+def test_a_repeated_call_gives_the_same_verdict(ratios: tuple[float, float]) -> None:
+    """The first measurement of a network decides; where a later one says otherwise, a warning does too."""
+    verdicts, kept = [], Kept()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for ratio in ratios:
+            made = functools.partial(outcome, ratio, 0.005, planned=ratios[0] < 0.6)
+            found = _aimed(foldcut.Latency(0.6), lambda _, made=made: made(), kept)  # type: ignore[arg-type, misc]
+            verdicts.append(found.met)
+            assert len(caught) == (ratio == ratios[1])
+    assert verdicts == [ratios[0] < 0.6] * 2
+    assert "now it is x" in str(caught[0].message)

@@ -365,8 +365,8 @@ def test_sweep_on_the_command_line(files: Path, tmp_path: Path) -> None:
     assert unmet.exit_code == 3 and (tmp_path / "unmet/sweep.json").is_file()
     assert run("sweep", *common, "--macs", "half", "-o", tmp_path / "no").exit_code == 1
     assert run("sweep", *common, "--latency", ",", "-o", tmp_path / "no").exit_code == 1
-    wrong = run("sweep", *common, "--macs", "0.5", "--rewrites", "drop_blocks", "-o", tmp_path / "no")
-    assert wrong.exit_code == 1 and "drop_blocks" in wrong.output and not (tmp_path / "no").exists()
+    wrong = run("sweep", *common, "--macs", "0.5", "--rewrites", "drop_all", "-o", tmp_path / "no")
+    assert wrong.exit_code == 1 and "drop_all" in wrong.output and not (tmp_path / "no").exists()
 
 
 def test_analyses_are_shared_within_a_sweep(net: nn.Module, data: torch.Tensor) -> None:

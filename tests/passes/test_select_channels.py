@@ -53,3 +53,31 @@ def test_folding_the_batch_norms_changes_no_choice() -> None:
         kept.append({name: s.order.tolist() for name, s in choice.selections.items()})
     assert len(kept[0]) == 3
     assert kept[0] == kept[1]
+
+
+class SideBySide(nn.Module):
+    """A layer that reads the channels of two others, the second of which makes the same ones as the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.two.load_state_dict(self.one.state_dict())
+        self.behind = nn.Conv2d(16, 12, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.behind(torch.relu(torch.cat([self.one(x), self.two(x)], 1)))
+
+
+def test_groups_that_one_layer_reads_make_up_for_each_other() -> None:
+    """Of each channel that is there twice one is kept: what the first group loses, the second does not count on."""
+    torch.manual_seed(0)
+    net, images = SideBySide().eval(), torch.randn(48, 3, 8, 8)
+    provenance = foldcut.find_units(foldcut.capture(net, images[:2]))
+    counts = {g.name: 4 for g in provenance.prunable}
+    assert set(counts) == {"one", "two"}
+    choice = choose_channels(provenance, CalibrationSet.of(images), counts)
+    kept = {name: set(selection.order.tolist()) for name, selection in choice.selections.items()}
+    assert kept["one"] | kept["two"] == set(range(8))
+    assert len(choice.removed) == 8
+    (layer,) = choice.layers
+    assert layer.after < 0.03 * layer.before
