@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
+from ..passes.cuttable import cut_again, cuttable_groups
+from ..passes.prune_channels import Pruned, prune_channels
 from ..passes.rank_trials import BROKEN, bounded
 from ..passes.resolve_network import Resolved, ResolveSettings
 from ..passes.select_channels import ChannelChoice, Variant, choose_channels, select_by_norm, select_layerwise
@@ -84,19 +85,27 @@ def cut_channels(
         groups, stuck = cuttable_groups(provenance, free_groups(provenance, settings.limits))
         if not groups:
             raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
-    with clock.stage("choose"):
-        counts = uniform_counts(groups, goal.keep, settings.limits)
-        choice = chosen_channels(
-            provenance, calibration, counts, settings=settings, resolve=resolve, progress=progress, store=store
-        )
+
+    def attempt(groups: list[UnitGroup]) -> _Cut:
+        if not groups:
+            raise GoalError("nothing can be pruned: each cut was refused", hint="`foldcut inspect` lists the groups")
+        with clock.stage("choose"):
+            counts = uniform_counts(groups, goal.keep, settings.limits)
+            choice = chosen_channels(
+                provenance, calibration, counts, settings=settings, resolve=resolve, progress=progress, store=store
+            )
+        with clock.stage("prune"):
+            pruned, errors = _removed(provenance, held_out, choice, settings)
+        return _Cut(choice=choice, counts=counts, pruned=pruned, errors=errors)
+
+    cut, groups, refused = cut_again(provenance, groups, attempt)
+    choice, counts, pruned, errors = cut.choice, cut.counts, cut.pruned, cut.errors
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(
             f"nothing was cut: no group can keep fewer units for {goal} in steps of "
             f"{settings.limits.multiple} channels with its minimum",
             stacklevel=2,
         )
-    with clock.stage("prune"):
-        pruned, errors = _removed(provenance, held_out, choice, settings)
     resolved = Resolved(program=pruned.program, layers=choice.layers, locked=())
     if settings.resolve and settings.polish and pruned.kept:
         with clock.stage("re-solve"):
@@ -111,13 +120,23 @@ def cut_channels(
         program=resolved.program,
         decisions=tuple(channel_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
         met=all(len(choice.selections[g.name].order) == counts[g.name] for g in groups if counts[g.name] < len(g)),
-        rejects=(*group_rejects(provenance), *stuck_rejects, *resolved.locked),
+        rejects=(*group_rejects(provenance), *stuck_rejects, *refused, *resolved.locked),
         errors=errors,
         layers=resolved.layers,
         kept=pruned.kept,
         provenance=provenance,
         selections=choice.selections,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """One choice, cut: how many units each group was to keep, the smaller program, the output errors on the way."""
+
+    choice: ChannelChoice
+    counts: Mapping[str, int]
+    pruned: Pruned
+    errors: dict[str, float]
 
 
 def chosen_channels(
