@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import RewriteError, first_line
 from .graph_copy import copied
-from .program import Program, is_call, is_tensor, output_nodes
+from .program import Program, is_tensor, output_nodes
 
 aten = torch.ops.aten
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .capture import is_onnx
+from .module_state import unwrapped
 from .onnx_file import input_count
 
 
@@ -17,6 +18,7 @@ def needed_inputs(model: Any) -> int | None:
         return input_count(model)
     if not isinstance(model, nn.Module):
         return None
+    model = unwrapped(model)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(model.forward).parameters.values()

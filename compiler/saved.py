@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import fx
 
 from .capture import capture
 from .errors import OutputError
-from .finite import json_file, json_text
+from .finite import json_file, json_text, read_json
 from .plan import Plan
 from .program import Program
 
@@ -81,7 +80,7 @@ def load(folder: str | Path) -> Saved:
         )
     plan = Plan.load(path / PLAN)
     try:
-        report = json.loads((path / REPORT).read_text()) if (path / REPORT).is_file() else {}
+        report = read_json((path / REPORT).read_bytes()) if (path / REPORT).is_file() else {}
         onnx, pt2 = ((path / name).read_bytes() for name in (ONNX, PT2))
     except (OSError, ValueError) as cause:
         raise OutputError(f"cannot read {path}: {cause}", hint="compile again, or copy the folder again") from cause
@@ -95,5 +94,5 @@ def _check_report(path: Path, plan: Plan, report: Any) -> None:
     if not isinstance(report, dict):
         raise OutputError(f"{path / REPORT} is not a report", hint="compile again, or copy the folder again")
     # through JSON: tuples come back from it as lists
-    if report and report.get("decisions") != json.loads(json_text([d.to_dict() for d in plan.decisions])):
+    if report and report.get("decisions") != read_json(json_text([d.to_dict() for d in plan.decisions])):
         raise OutputError(f"{path / REPORT} tells of another plan", hint="compile again, or copy the folder again")
