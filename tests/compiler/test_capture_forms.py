@@ -1,4 +1,4 @@
-"""What networks take, return and do to themselves: captured, or refused in one sentence, and given back as they were."""
+"""What networks take, return and do to themselves: captured or refused in one sentence, and given back as they were."""
 
 import collections
 from collections.abc import Callable
