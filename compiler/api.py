@@ -14,6 +14,7 @@ from torch import fx
 
 from ..passes.mimic_settings import MimicSettings
 from ..runtime.backend import Backend, resolve_backend
+from .alone import alone
 from .analysis_store import AnalysisStore
 from .atomic import write_folder
 from .cache_folder import kept_in
@@ -80,7 +81,7 @@ class Compiled:
         return {
             **with_plan(self.plan, {ONNX: self.outcome.onnx, PT2: self.outcome.pt2}),
             REPORT: json_file(self.report.to_dict()),
-            PAGE: page_or_reason(self.report.to_dict()).encode(),
+            PAGE: page_or_reason(self.report.to_dict()).encode(errors="backslashreplace"),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -127,7 +128,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     the same call after an interruption goes on where it was and ends with the same network.
 
     The same seed gives the same network bit for bit on one machine, but for `Latency` and `MaxError`, where the choice
-    also depends on measured times.
+    also depends on measured times. Calls in several threads run one after the other.
 
     Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot
     be met, the GoalError carries the best result in `.best`.
@@ -135,7 +136,7 @@ def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
     check_arguments(goal, rewrites, batch, threads, seed)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
-    with kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
+    with alone(), kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
             teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))

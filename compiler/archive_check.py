@@ -132,7 +132,7 @@ def _check_entry(path: Path, name: str, reader: Any, sizes: dict[str, int]) -> N
 def _check_config(path: Path, folder: str, content: bytes, reader: Any, sizes: dict[str, int]) -> None:
     """Which tensor lies in which entry: pickled tensors are looked at, and none may be larger than what is stored."""
     shown = 0
-    for tensor, payload in json.loads(content)["config"].items():
+    for tensor, payload in read_json(content)["config"].items():
         entry = folder + str(payload["path_name"])
         if not _PAYLOAD.fullmatch(str(payload["path_name"])) or entry not in sizes:
             raise CaptureError(f"{path}: {tensor!r} is an object, not a tensor", actual=entry[:120], hint=_HINT)

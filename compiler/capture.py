@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,11 +13,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import onnx_operator  # noqa: F401 - registers the operator of opaque nodes, for .pt2 files that hold some
+from .alone import alone
 from .archive_check import check_exported_file
 from .edit import rebuild, take_any_layout
-from .errors import CaptureError, named_first_line
+from .errors import CaptureError, first_line, named_first_line
 from .graph_copy import copied
 from .logs import quiet_exporters
+from .module_state import eval_mode, restored, unwrapped
 from .program import (
     Batch,
     Program,
@@ -26,6 +27,7 @@ from .program import (
     as_arguments,
     dim_names,
     dim_text,
+    is_tensor,
     output_nodes,
 )
 from .verify import compare
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     import onnx
 
 Model: TypeAlias = "nn.Module | torch.export.ExportedProgram | onnx.ModelProto | str | Path"
+
+#: Numbers of samples that a captured network is tried with beside the two that it was traced with.
+_OTHER_BATCHES = (1, 5)
+#: A network that bounds its batch above this has no branch on it: sizes end somewhere.
+_LARGEST_BATCH = 2**31
 
 _WAY_OUT = (
     "keep Python control flow on tensor values out of forward(), or export the model yourself with "
@@ -53,11 +60,18 @@ def capture(model: Model, example: Batch | None = None) -> Program:
 
     The batch dimension (dim 0 of every tensor input) is dynamic; where the network fixes it, the batch of the
     example stays fixed and a warning says so. The captured graph is run against the module on the example and
-    must agree within 1e-4 relative.
+    must agree within 1e-4 relative, at other batch sizes too. Calls from several threads wait for each other.
 
     Raises CaptureError, quoting the cause, when torch.export cannot take the model, when it mutates its own state
     (for example batch norm in training mode), or when graph and module disagree.
     """
+    with alone():
+        return _capture(model, example)
+
+
+def _capture(model: Model, example: Batch | None) -> Program:
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
     if isinstance(model, fx.GraphModule) and any(
         n.op == "call_module" and n.target == "_guards_fn" for n in model.graph.nodes
     ):
@@ -73,7 +87,7 @@ def capture(model: Model, example: Batch | None = None) -> Program:
     if isinstance(model, (str, Path)):
         model = load_exported(Path(model))
     if isinstance(model, torch.export.ExportedProgram):
-        return from_exported(model)
+        return _from_foreign(model)
     raise CaptureError(
         f"cannot capture a {type(model).__name__}",
         expected="a torch.nn.Module, a torch.export.ExportedProgram, or the path of a .pt2 or .onnx file",
@@ -88,10 +102,24 @@ def is_onnx(model: object) -> bool:
     return type(model).__module__.split(".")[0] == "onnx"
 
 
+def _from_foreign(exported: torch.export.ExportedProgram) -> Program:
+    """`from_exported` for what others have made, or changed since."""
+    try:
+        return from_exported(exported)
+    except CaptureError:
+        raise
+    except Exception as cause:  # a graph that does not fit together fails wherever torch first notices
+        raise CaptureError(
+            f"the exported network cannot be traced: {named_first_line(cause)}",
+            hint="export it again with torch.export.export; the file is damaged, or another version of torch wrote it",
+        ) from cause
+
+
 def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool = True) -> Program:
     """A Program from an `ExportedProgram`: decomposed to functional ATen, guards erased, unused buffers left out. Its
     tensors are copied, unless nobody else holds them."""
     with quiet_exporters(), torch.no_grad():
+        _check_structures(exported)
         decomposed = _with_any_layout(exported).run_decompositions({})
     # what is written to shows only once the graph is functional
     signature = decomposed.graph_signature
@@ -113,6 +141,18 @@ def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool 
     return Program(module=module, inputs=_input_specs(module), outputs=_output_specs(module), history=())
 
 
+def _check_structures(exported: torch.export.ExportedProgram) -> None:
+    """Raise CaptureError for inputs and outputs that a `.pt2` file cannot hold: at the end it would be too late."""
+    for spec in (exported.call_spec.in_spec, exported.call_spec.out_spec):
+        try:
+            pytree.treespec_dumps(spec)
+        except NotImplementedError as cause:
+            raise CaptureError(
+                f"an input or output has a structure that cannot be saved: {first_line(cause)}",
+                hint="take and return tuples, lists and dicts, or register the type with torch.utils._pytree",
+            ) from cause
+
+
 def _with_any_layout(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """A copy that can be traced again whatever strides its kernels give this time."""
     same = copy.copy(exported)
@@ -122,8 +162,9 @@ def _with_any_layout(exported: torch.export.ExportedProgram) -> torch.export.Exp
 
 
 def _capture_module(model: nn.Module, example: Batch) -> Program:
+    _check_device(model)
     args, kwargs = as_arguments(example)
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), restored(model), torch.no_grad():
         try:
             reference = model(*args, **kwargs)
         except Exception as cause:
@@ -132,34 +173,75 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
                 actual=_describe(example),
                 hint="check shape, dtype and number of inputs; a tuple goes in as arguments, a dict as keywords",
             ) from cause
-        program = from_exported(_export(model, args, kwargs))
-    for gradients in (False, True):  # attention kernels differ, and with them the strides of what they return
-        _check(program, args, kwargs, reference, gradients=gradients)
+        exported = _export(model, args, kwargs)
+        _check_batch_range(exported)
+        program = from_exported(exported)
+        for gradients in (False, True):  # attention kernels differ, and with them the strides of what they return
+            _check(program, (args, kwargs), reference, count=2, gradients=gradients)
+        _check_other_batches(model, program, args, kwargs)
     return program
 
 
-def _check(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], reference: Any, *, gradients: bool) -> None:
-    """Raise CaptureError unless the graph runs on the example and computes what the module computed."""
+def _check(program: Program, inputs: Any, reference: Any, *, count: int, gradients: bool = False) -> None:
+    """Raise CaptureError unless the graph runs and computes what the module computed."""
+    args, kwargs = inputs
     try:
         with torch.set_grad_enabled(gradients):
             found = program.module(*args, **kwargs)
     except Exception as cause:  # an operator raises whatever it raises
         raise CaptureError(
-            f"the captured graph does not run on the example batch: {named_first_line(cause)}",
-            hint=_WAY_OUT,
+            f"the captured graph does not run with {count} samples: {named_first_line(cause)}", hint=_WAY_OUT
         ) from cause
     difference = compare(reference, found)
     if difference.relative > 1e-4 or not difference.same_structure:
         raise CaptureError(
-            "the captured graph does not compute what the model computes",
+            f"the captured graph does not compute what the model computes with {count} samples",
             expected="relative difference at most 1e-4 on the example batch",
             actual=difference,
-            hint="a model that draws random numbers or depends on earlier calls cannot be captured",
+            hint="a model that draws random numbers, depends on earlier calls or branches on the batch size cannot be "
+            "captured",
         )
+
+
+def _check_batch_range(exported: torch.export.ExportedProgram) -> None:
+    """Raise CaptureError when the network was traced for some batch sizes only."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        size = value.shape[0]
+        found = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        if found is not None and (found.upper < _LARGEST_BATCH or found.lower > 2):
+            raise CaptureError(
+                "forward() takes another way for other numbers of samples",
+                expected="one graph for any batch size",
+                actual=f"a graph for {found.lower} to {found.upper} samples",
+                hint="keep conditions on the batch size out of forward()",
+            )
+
+
+def _check_other_batches(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`_check` for other numbers of samples, where the batch is dynamic: a branch on it is gone from the graph."""
+    for count in _OTHER_BATCHES if program.batch_symbols else ():
+        inputs = pytree.tree_map(partial(_repeated, count=count), (args, kwargs))
+        try:
+            reference = model(*inputs[0], **inputs[1])
+        except Exception:
+            continue
+        _check(program, inputs, reference, count=count)
+
+
+def _repeated(leaf: Any, count: int) -> Any:
+    """So many samples, those of the example in turns. What is no batch stays."""
+    if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+        return leaf
+    return leaf[torch.arange(count, device=leaf.device) % leaf.shape[0]]
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """Dynamic batch first; where the network fixes it, static, with a warning. Non-strict first, then strict."""
+    if args and kwargs:
+        raise CaptureError("a batch is either a tuple of arguments or a dict of keyword arguments, not both")
     failures: list[Exception] = []
     for dynamic in (True, False):
         for strict in (False, True):
@@ -167,7 +249,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 with quiet_exporters():
                     # a failed attempt leaves marks of dynamic dims on the tensors it was given
                     fresh_args, fresh_kwargs = pytree.tree_map(_fresh, (args, kwargs))
-                    dims = _batch_dims(args, kwargs) if dynamic else None
+                    dims = _batch_dims((fresh_args, fresh_kwargs)) if dynamic else None
                     exported = torch.export.export(model, fresh_args, fresh_kwargs, dynamic_shapes=dims, strict=strict)
             except Exception as cause:  # torch.export raises many unrelated types: all of them end in CaptureError
                 failures.append(cause)
@@ -176,7 +258,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 warnings.warn(
                     "the network fixes its batch size; the captured graph runs at the example's batch size only. "
                     f"The dynamic capture said: {named_first_line(failures[0])}",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return exported
     refusal = failures[-2]  # the non-strict, static attempt: the most permissive one
@@ -187,18 +269,23 @@ def _fresh(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _batch_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
-    def spec(leaf: Any) -> Any:
+def _batch_dims(inputs: Any) -> torch.export.ShapesCollection:
+    """The first dimension of every tensor, wherever it stands among the arguments."""
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-            return {0: torch.export.Dim.DYNAMIC}
-        return None
+            shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
+    return shapes
 
-    shapes = pytree.tree_map(spec, args)
-    if not kwargs:
-        return tuple(shapes)
-    if args:
-        raise CaptureError("a batch is either a tuple of arguments or a dict of keyword arguments, not both")
-    return dict(pytree.tree_map(spec, kwargs))
+
+def _check_device(model: nn.Module) -> None:
+    """Raise CaptureError unless all weights are in the memory that foldcut works in."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise CaptureError(
+                f"the network is not on the CPU: {name} is on {tensor.device}",
+                hint="move it with net.cpu(); a network on the meta device has no weights yet: load them first",
+            )
 
 
 def load_exported(path: Path) -> torch.export.ExportedProgram:
@@ -214,8 +301,9 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
         )
     check_exported_file(path)
     try:
-        return torch.export.load(path)
-    except Exception as cause:
+        with quiet_exporters(), path.open("rb") as file:  # as a file: torch takes no path that is not UTF-8
+            return torch.export.load(file)
+    except Exception as cause:  # a file that was tampered with raises whatever its readers raise
         raise CaptureError(
             f"{path} is not a readable .pt2 file: {named_first_line(cause)}",
             hint="save it again with torch.export.save",
@@ -229,6 +317,8 @@ def _at_least_two(example: Batch) -> Batch:
     def two(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
             return leaf
+        if leaf.layout != torch.strided:
+            raise CaptureError("an input is not a dense tensor", actual=leaf.layout, hint="give it as x.to_dense()")
         if leaf.shape[0] == 0:
             raise CaptureError(
                 "the example batch is empty",
@@ -239,28 +329,6 @@ def _at_least_two(example: Batch) -> Batch:
 
     result: Batch = pytree.tree_map(two, example)
     return result
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode inside, as they were outside."""
-    training = [m for m in model.modules() if m.training]
-    if training:
-        warnings.warn(
-            "the model is in training mode; it is captured as in eval mode (call model.eval() to silence this)",
-            stacklevel=4,
-        )
-    for module in training:
-        module.training = False
-    # the fused attention of torch's own modules zeroes padded rows, which the exported graph does not
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
 
 
 def _input_specs(module: fx.GraphModule) -> tuple[TensorSpec, ...]:
@@ -275,8 +343,20 @@ def _output_specs(module: fx.GraphModule) -> tuple[TensorSpec, ...]:
     ]
     names = dim_names(n.meta["val"].shape for n in placeholders)
     leaves = output_nodes(module.graph)
+    result = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    others = [str(n) for n in pytree.tree_leaves(result) if n is not None and not _is_tensor_node(n)]
+    if others or not leaves:
+        raise CaptureError(
+            "the network returns a number that is no tensor" if others else "the network returns no tensor",
+            node=others[0] if others else None,
+            hint="return tensors; a size can be read off them",
+        )
     labels = _output_names(module, len(leaves))
     return tuple(_spec(label, n, names) for label, n in zip(labels, leaves, strict=True))
+
+
+def _is_tensor_node(leaf: Any) -> bool:
+    return isinstance(leaf, fx.Node) and is_tensor(leaf)
 
 
 def _spec(label: str, node: fx.Node, names: dict[str, str]) -> TensorSpec:

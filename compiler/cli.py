@@ -5,8 +5,10 @@ Exit codes: see `cli_options.Exit`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -66,6 +68,7 @@ from .onnx_compare import compare_onnx, random_samples
 from .plan import Latency
 from .progress import rich_progress, silent
 from .saved import PAGE
+from .starting import started
 
 app = typer.Typer(
     name="foldcut",
@@ -348,4 +351,7 @@ app.command("apply")(apply_command)
 
 def main() -> None:
     """Entry point of the `foldcut` command."""
+    started()
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr does: a file name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

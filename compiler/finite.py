@@ -1,4 +1,4 @@
-"""Plain data that JSON can hold: it has no word for infinity and none for NaN."""
+"""Plain data that JSON can hold, written and read: it has no word for infinity and none for NaN."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def json_text(data: Any, *, indent: int | None = None) -> str:
 def json_file(data: Any) -> bytes:
     """The same as a file, laid out for people."""
     return (json_text(data, indent=2) + "\n").encode()
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a text in JSON says. Raises ValueError for anything else, one nested too deep included."""
+    try:
+        return json.loads(text)
+    except RecursionError as cause:
+        raise ValueError("it is nested too deep") from cause
 
 
 def finite(data: Any) -> Any:

@@ -8,12 +8,14 @@ from typing import TypeVar
 
 from torch import fx
 
+from .alone import alone
+
 G = TypeVar("G", fx.Graph, fx.GraphModule)
 
 
 def copied(graph: G) -> G:
     """A deep copy of a graph, or of a module with its graph. torch's own tree specs warn of themselves when they are
     copied (2.13): not the user's concern."""
-    with warnings.catch_warnings():
+    with alone(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
         return copy.deepcopy(graph)

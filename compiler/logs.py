@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
 
+from .alone import alone
+
 _LOGGERS = (
     "torch.onnx",
     "torch.export",
@@ -24,10 +26,11 @@ _LOGGERS = (
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """Exporters log and warn about their own internals; errors still come through as exceptions."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+    """Exporters log and warn about their own internals; errors still come through as exceptions. One thread at a time:
+    neither the exporters nor what is silenced here is made for more."""
+    with alone(), warnings.catch_warnings(), redirect_stdout(StringIO()):
+        loggers = [logging.getLogger(name) for name in _LOGGERS]
+        levels = [logger.level for logger in loggers]
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

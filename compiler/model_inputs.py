@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import is_onnx, load_exported
 from .input_binding import ForwardInputs
+from .module_state import restored, unwrapped
 from .onnx_call import DTYPES
 from .onnx_file import input_types
 from .program import Batch, as_arguments
@@ -30,7 +31,7 @@ def needed_inputs(model: Any) -> ForwardInputs | None:
         model = load_exported(Path(model))
     if isinstance(model, torch.export.ExportedProgram):
         return _of_exported(model)
-    return _of_module(model) if isinstance(model, nn.Module) else None
+    return _of_module(unwrapped(model)) if isinstance(model, nn.Module) else None
 
 
 def _of_module(model: nn.Module) -> ForwardInputs | None:
@@ -73,7 +74,7 @@ def _run(model: nn.Module, batch: Batch) -> Any:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), restored(model):
             return model(*args, **kwargs)
     finally:
         for module in training:

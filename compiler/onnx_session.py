@@ -26,6 +26,10 @@ def reference_session(model: bytes | str, *, optimise: bool = True) -> Session:
     evaluator. Raises CaptureError when ONNX Runtime refuses the model for another reason."""
     import onnxruntime
 
+    if isinstance(model, str) and any("\udc80" <= letter <= "\udcff" for letter in model):
+        raise CaptureError(
+            f"ONNX Runtime opens no path that is not UTF-8: {model!r}", hint="rename the file or its folder"
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL_ONLY

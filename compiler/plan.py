@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import GoalError, PlanError
+from .finite import read_json
 from .latency_goal import Latency
 
 PLAN_VERSION = 1
@@ -309,7 +309,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         try:
-            data = json.loads(Path(path).read_text())
+            data = read_json(Path(path).read_bytes())
         except (OSError, ValueError) as cause:
             raise PlanError(f"cannot read {path}: {cause}", hint="pass a plan.json written by foldcut") from cause
         return cls.from_dict(data)

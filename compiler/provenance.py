@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from .alone import alone
 from .errors import RewriteError
 from .label_rules import rule_for
 from .label_trace import Slot, Trace, Value, leaves_of, meets_fixed
@@ -115,17 +116,18 @@ class Provenance:
 def find_units(program: Program) -> Provenance:
     """Run labels through the program and settle what must be cut together. Never raises for what it does not
     understand: that is locked, with the reason."""
-    trace = Trace(program, rule_for)
-    for node in program.graph.nodes:
-        _visit(trace, node)
-    for node in output_nodes(program.graph):
-        if trace.is_fixed_value(node):
-            trace.lock_constant(node, f"a network output ({node.name})")
-            continue
-        for leaf in leaves_of(trace.values.get(node.name)):
-            trace.labels.lock(leaf, f"a network output ({node.name})")
-    _settle(trace)
-    return _resolved(trace)
+    with alone():
+        trace = Trace(program, rule_for)
+        for node in program.graph.nodes:
+            _visit(trace, node)
+        for node in output_nodes(program.graph):
+            if trace.is_fixed_value(node):
+                trace.lock_constant(node, f"a network output ({node.name})")
+                continue
+            for leaf in leaves_of(trace.values.get(node.name)):
+                trace.labels.lock(leaf, f"a network output ({node.name})")
+        _settle(trace)
+        return _resolved(trace)
 
 
 def _visit(trace: Trace, node: fx.Node) -> None:

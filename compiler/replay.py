@@ -15,6 +15,7 @@ from ..passes.drop_blocks import drop_blocks
 from ..passes.factorize import factorize_for_timing, factorize_plain
 from ..passes.mimic_settings import MimicSettings
 from ..passes.prune_channels import prune_channels
+from .alone import alone
 from .analysis_store import AnalysisStore
 from .atomic import write_folder
 from .cache_folder import kept_in
@@ -115,18 +116,19 @@ def apply(
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
     samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(model))
-    inputs = example if samples is None else samples.batch(slice(0, 2))
-    teacher = fold_parameters(capture(model, inputs))
-    made.check(teacher.fingerprint)
-    opset = settings.opset if settings is not None else None
-    if weights is not None:
-        program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
-        return Replayed(program=program, plan=made, output_errors={}, opset=opset)
-    assert samples is not None
-    _check_ranks(teacher, made.decisions)
-    options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
-    with kept_in(cache) as folder:
-        return _solved(teacher, made, samples, options, progress, AnalysisStore(folder))
+    with alone():
+        inputs = example if samples is None else samples.batch(slice(0, 2))
+        teacher = fold_parameters(capture(model, inputs))
+        made.check(teacher.fingerprint)
+        opset = settings.opset if settings is not None else None
+        if weights is not None:
+            program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
+            return Replayed(program=program, plan=made, output_errors={}, opset=opset)
+        assert samples is not None
+        _check_ranks(teacher, made.decisions)
+        options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
+        with kept_in(cache) as folder:
+            return _solved(teacher, made, samples, options, progress, AnalysisStore(folder))
 
 
 def _check_ranks(teacher: Program, decisions: Sequence[Decision]) -> None:
@@ -157,10 +159,11 @@ def _warn_of_others(weights: Path, plan: Plan) -> None:
 def apply_plan(program: Program, plan: Plan) -> Program:
     """`decided` with a plan's decisions, on the network that it was made for. Raises PlanError when the plan was made
     for another network or other weights."""
-    if program.fingerprint != plan.fingerprint:
-        program = fold_parameters(program)  # as compile does before it plans
-    plan.check(program.fingerprint)
-    return decided(program, plan.decisions)
+    with alone():
+        if program.fingerprint != plan.fingerprint:
+            program = fold_parameters(program)  # as compile does before it plans
+        plan.check(program.fingerprint)
+        return decided(program, plan.decisions)
 
 
 def decided(program: Program, decisions: Sequence[Decision]) -> Program:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import fx
 
 from .capture import capture
 from .errors import OutputError
-from .finite import json_file, json_text
+from .finite import json_file, json_text, read_json
 from .plan import Plan
 from .program import Program
 
@@ -30,7 +29,7 @@ def digest(content: bytes) -> str:
 def with_plan(plan: Plan, networks: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files of a network with its plan.json, which holds their digests and its own: so that one of another run, of
     a save that was cut off, or one that was damaged since, is not taken for one of them."""
-    read = Plan.from_dict(json.loads(json_text(plan.to_dict())))  # as it will be read: numbers have one form
+    read = Plan.from_dict(read_json(json_text(plan.to_dict())))  # as it will be read: numbers have one form
     sealed = replace(
         plan, files={**{name: digest(content) for name, content in networks.items()}, PLAN: _own_digest(read)}
     )
@@ -101,7 +100,7 @@ def load(folder: str | Path) -> Saved:
         )
     plan = Plan.load(path / PLAN)
     try:
-        report = json.loads((path / REPORT).read_text()) if (path / REPORT).is_file() else {}
+        report = read_json((path / REPORT).read_bytes()) if (path / REPORT).is_file() else {}
         onnx, pt2 = ((path / name).read_bytes() for name in (ONNX, PT2))
     except (OSError, ValueError) as cause:
         raise OutputError(f"cannot read {path}: {cause}", hint="compile again, or copy the folder again") from cause
@@ -116,5 +115,5 @@ def _check_report(path: Path, plan: Plan, report: Any) -> None:
     if not isinstance(report, dict):
         raise OutputError(f"{path / REPORT} is not a report", hint="compile again, or copy the folder again")
     # through JSON: tuples come back from it as lists
-    if report and report.get("decisions") != json.loads(json_text([d.to_dict() for d in plan.decisions])):
+    if report and report.get("decisions") != read_json(json_text([d.to_dict() for d in plan.decisions])):
         raise OutputError(f"{path / REPORT} tells of another plan", hint="compile again, or copy the folder again")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..passes.mimic_settings import MimicSettings
 from ..runtime.backend import Backend
+from .alone import alone
 from .api import Compiled, check_arguments
 from .api import compile as compile_model
 from .atomic import write_folder
@@ -131,7 +132,7 @@ def sweep(
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
-    with kept_in(cache) as place:
+    with alone(), kept_in(cache) as place:
         for goal in goals:
             options: dict[str, Any] = {
                 "goal": goal,

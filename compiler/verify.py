@@ -35,8 +35,9 @@ class Difference:
 
 
 def flatten_outputs(outputs: Any) -> list[torch.Tensor]:
-    """The tensors of an output structure, in order."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    """The tensors of an output structure, in order; complex ones as pairs of real numbers."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
 
 
 def compare(reference: Any, other: Any) -> Difference:

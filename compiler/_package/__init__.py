@@ -1,5 +1,8 @@
 """foldcut: make a trained network faster from the network, a few hundred unlabelled inputs and a latency goal."""
 
+from .compiler import starting as _starting  # noqa: F401 - first: the rest takes seconds to load
+
+# isort: split
 from .compiler.api import Compiled, compile
 from .compiler.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
 from .compiler.capture import capture

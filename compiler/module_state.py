@@ -1,0 +1,88 @@
+"""A module while it is captured: in eval mode, and as it was when it is given back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, which take any arguments."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode inside, as they were outside."""
+    training = [m for m in model.modules() if m.training]
+    if training:
+        warnings.warn(
+            "the model is in training mode; it is captured as in eval mode (call model.eval() to silence this)",
+            stacklevel=5,
+        )
+    for module in training:
+        module.training = False
+    # the fused attention of torch's own modules zeroes padded rows, which the exported graph does not
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """What a forward pass leaves behind goes again: attributes that it set, buffers that it wrote to, random numbers
+    that it drew. Weights that are made by the first call stay."""
+    modules = [
+        m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule) and not isinstance(m, LazyModuleMixin)
+    ]
+    attributes = [(m, _shallow(vars(m))) for m in modules]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not is_lazy(b) and b.device.type != "meta"]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for module, before in attributes:
+                _put_back(vars(module), before)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a module's attributes and of the tables that some of them are; tensors are the same."""
+    return {key: value.copy() if type(value) is dict else value for key, value in attributes.items()}
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    for key in [key for key in attributes if key not in before]:
+        del attributes[key]
+    for key, value in before.items():
+        if type(value) is dict and type(attributes.get(key)) is dict:
+            if not _same(attributes[key], value):
+                attributes[key].clear()
+                attributes[key].update(value)
+        else:
+            attributes[key] = value
+
+
+def _same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(left[key] is right[key] for key in left)
