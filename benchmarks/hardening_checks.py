@@ -31,8 +31,9 @@ from foldcut.compiler.regions import find_regions
 from foldcut.compiler.unit_groups import UnitGroup
 from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from hardening_expected import Expected, deletions
 from hardening_networks import Network, Recipe, build
-from hardening_oracle import Expected, UnknownError, deletions
+from hardening_oracle import UnknownError
 from hardening_pieces import PIECES
 from torch.utils import _pytree as pytree
 
@@ -93,10 +94,9 @@ class Case:
             self.note("refused", name, f"{type(cause).__name__}: {cause.message}")
         except Exception as cause:
             place = traceback.extract_tb(cause.__traceback__)
-            own = [
-                p for p in place if "foldcut" in p.filename or "/compiler/" in p.filename or "/passes/" in p.filename
-            ]
-            at = f"{Path(own[-1].filename).name}:{own[-1].name}" if own else Path(place[-1].filename).name
+            homes = ("foldcut", "compiler", "passes")
+            own = [p for p in place if any(f"/{home}/" in p.filename for home in homes)]
+            at = f"{Path(own[-1].filename).name}:{own[-1].name}" if own else f"harness, {Path(place[-1].filename).name}"
             self.note("exception", name, f"{type(cause).__name__}: {first_words(cause)} ({at})")
         finally:
             self.seconds[name] += time.process_time() - start

@@ -20,7 +20,7 @@ from foldcut.passes.prune_channels import prune_channels
 from foldcut.passes.resolve_network import ResolveSettings, resolve_network
 from foldcut.passes.select_channels import choose_channels
 from hardening_checks import Case, WrongError, check_program, error_between, leaves, same, tensors_of
-from hardening_oracle import deletions
+from hardening_expected import deletions
 
 #: Operators whose statistics run over channels: what is zero still counts in them.
 STATISTICS = ("layer_norm", "group_norm", "rms_norm", "softmax", "mean", "var")

@@ -1,4 +1,4 @@
-"""Pieces of the random networks of hardening.py: channels moved about, weights computed in the graph, weights shared."""
+"""Pieces of the random networks of hardening.py: channels moved about, weights computed in the graph or shared."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Taken(Piece):
 
 @piece("map", "tokens")
 class Coupled(Piece):
-    """Movements that take two dimensions at once: the diagonal, strides of memory, a fold of channels into positions."""
+    """Movements that take two dimensions at once: the diagonal, strides of memory, a fold into positions."""
 
     def __init__(self, shape: Shape, rng: random.Random) -> None:
         super().__init__(shape, rng)
