@@ -72,11 +72,13 @@ def _reduce_to_last(trace: Trace, labels: torch.Tensor, where: str) -> bool:
 def convolution(trace: Trace, node: fx.Node) -> Value:
     """Channels of dim 1 are consumed, or passed on by groups; transposed ones have their weight the other way round."""
     weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
-    transposed = _transposed(node)
+    transposed = is_transposed(node)
     groups = int(argument(node, 8 if _general(node) else 6, "groups", 1))
     if not is_constant(weight) or not (bias is None or is_constant(bias)):
         return trace.lock_node(node, f"its weight is computed at {node.name}")
     labels, shape = trace.of(argument(node, 0, "input")), trace.shape(node)
+    if labels.dim() != trace.program.constant(weight).dim():
+        return trace.lock_node(node, f"without a batch dimension at {node.name}")
     trace.tie_others(labels, 1, node.name)
     channels = vector(labels, 1)
     if groups > 1:
@@ -89,7 +91,8 @@ def _general(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) is aten.convolution
 
 
-def _transposed(node: fx.Node) -> bool:
+def is_transposed(node: fx.Node) -> bool:
+    """Whether a convolution is transposed: its weight has the inputs in front."""
     if _general(node):
         return bool(argument(node, 6, "transposed", False))
     packet = getattr(node.target, "overloadpacket", None)
@@ -125,6 +128,7 @@ def embedding(trace: Trace, node: fx.Node) -> Value:
     weight = argument(node, 0, "weight")
     if not is_constant(weight):
         return trace.lock_node(node, f"its table is computed at {node.name}")
+    trace.lock_dim(weight, 0, f"its rows are looked up at {node.name}")
     shape = trace.shape(node)
     return along(_made(trace, node, weight, None, 1), len(shape) - 1, shape)
 
@@ -225,25 +229,14 @@ def _matrix(
     )
 
 
-CONTRACTIONS: dict[object, Rule] = {
-    **dict.fromkeys(
-        (
-            aten.conv1d,
-            aten.conv2d,
-            aten.conv3d,
-            aten.convolution,
-            aten.conv_transpose1d,
-            aten.conv_transpose2d,
-            aten.conv_transpose3d,
-        ),
-        convolution,
-    ),
-    aten.linear: linear,
-    aten.embedding: embedding,
-    aten.addmm: addmm,
-    aten.scaled_dot_product_attention: attention,
-    aten.einsum: einsum,
-    **dict.fromkeys((aten.matmul, aten.mm, aten.bmm), matmul),
+CONTRACTIONS: dict[str | None, Rule] = {
+    "convolution": convolution,
+    "linear": linear,
+    "embedding": embedding,
+    "addmm": addmm,
+    "attention": attention,
+    "einsum": einsum,
+    "matmul": matmul,
 }
 
 __all__ = ["CONTRACTIONS", "carries_groups"]

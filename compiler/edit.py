@@ -5,7 +5,7 @@ Program."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import RewriteError, first_line
 from .graph_copy import copied
-from .program import Program, is_call, is_tensor, output_nodes
+from .program import Program, is_call, is_tensor, output_nodes, tensor_identity
 
 aten = torch.ops.aten
 
@@ -150,15 +150,15 @@ def check_same(pairs: Iterable[tuple[fx.Node, fx.Node]], message: str) -> None:
 
 def _with_aliases(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | nn.Parameter]:
     """The new tensors under every name that the graph has for the old ones; parameters as parameters."""
-    fresh: dict[tuple[int, tuple[int, ...]], torch.Tensor | nn.Parameter] = {}
+    fresh: dict[Hashable, torch.Tensor | nn.Parameter] = {}
     for target, value in tensors.items():
         old = _lookup(program, target)
         new = value.detach().to(old.dtype)
         shared = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        fresh[(old.data_ptr(), tuple(old.shape))] = shared
+        fresh[tensor_identity(old)] = shared
     targets = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} | set(tensors)
     found = {t: _lookup(program, t) for t in sorted(targets)}
-    keys = {t: (v.data_ptr(), tuple(v.shape)) for t, v in found.items()}
+    keys = {t: tensor_identity(v) for t, v in found.items()}
     return {t: fresh[key] for t, key in keys.items() if key in fresh}
 
 

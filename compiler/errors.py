@@ -70,6 +70,12 @@ class RewriteError(CompilerError):
     stage = "rewrite"
 
 
+class ProgramError(CompilerError):
+    """A Program does not hold what it promises: shapes, names or tensors disagree with its graph."""
+
+    stage = "check"
+
+
 class PlanError(CompilerError):
     """A plan does not fit the program that it was applied to, or its file cannot be read."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .errors import CompilerError
-from .program import Batch, Program
+from .program import Batch, Program, is_constant, is_size
 
 #: Node name -> value.
 Values = MutableMapping[str, Any]
@@ -84,6 +84,29 @@ def required(program: Program, wanted: Iterable[str], known: Mapping[str, Any] |
                 seen.add(operand.name)
                 stack.append(operand)
     return sorted(seen, key=program.order.__getitem__)
+
+
+class ConcreteValues:
+    """The values of operands that depend on no input (an index made of constants), at batch 1; sizes as numbers. None
+    for what depends on an input."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._known: dict[str, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if is_constant(value):
+            return self.program.constant(value)
+        if is_size(value):
+            return self.program.scalar(value)
+        if value.name not in self._known:
+            self._known[value.name] = None
+            operands = {n.name: self(n) for n in value.all_input_nodes}
+            if value.op == "call_function" and all(v is not None for v in operands.values()):
+                self._known[value.name] = evaluate(self.program, value, operands)
+        return self._known[value.name]
 
 
 def descendants(program: Program, sources: Iterable[str]) -> set[str]:

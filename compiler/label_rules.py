@@ -6,7 +6,7 @@ What no rule knows locks the labels that it meets.
 
 from __future__ import annotations
 
-import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx
 from .contraction_labels import CONTRACTIONS, carries_groups
 from .label_trace import Rule, Trace, Value
 from .labels import along, compress, vector
+from .operator_kinds import index_operands, kind_of
 from .program import argument, is_constant, is_size, is_tensor
 
 aten = torch.ops.aten
@@ -23,23 +24,12 @@ aten = torch.ops.aten
 
 def rule_for(node: fx.Node) -> Rule | None:
     """How labels pass a node; None when that is not known."""
-    if node.target is operator.getitem:
-        return _getitem
-    packet = getattr(node.target, "overloadpacket", None)
-    rule = CONTRACTIONS.get(packet) or _RULES.get(packet)
-    if rule is not None:
-        return rule
-    if isinstance(node.target, torch._ops.OpOverload):
-        if torch.Tag.pointwise in node.target.tags:
-            return _elementwise
-        if any(r.alias_info is not None for r in node.target._schema.returns):
-            return movement
-    return None
+    return _RULES.get(kind_of(node))
 
 
 def is_movement(node: fx.Node) -> bool:
     """Whether the node only moves elements around."""
-    return rule_for(node) is movement
+    return kind_of(node) == "movement"
 
 
 def move(call: Any, lookup: Callable[[fx.Node], Any]) -> Any:
@@ -64,7 +54,7 @@ def movement(trace: Trace, node: fx.Node) -> Value:
         return trace.of(operand)
 
     indices: dict[fx.Node, Any] = {}
-    for index in _index_operands(node):
+    for index in index_operands(node):
         indices[index] = trace.concrete(index)
         if indices[index] is None:
             return trace.lock_node(node, f"indexed by a computed value at {node.name}")
@@ -72,16 +62,6 @@ def movement(trace: Trace, node: fx.Node) -> Value:
     if isinstance(result, torch.Tensor):
         return compress(result)
     return tuple(compress(r) for r in result)
-
-
-def _index_operands(node: fx.Node) -> list[fx.Node]:
-    """Operands that say which elements to take."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in (aten.index, aten.index_select, aten.gather, aten.take):
-        found: list[fx.Node] = []
-        fx.node.map_arg((node.args[1:], node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-        return [n for n in found if is_tensor(n)]
-    return []
 
 
 def _getitem(trace: Trace, node: fx.Node) -> Value:
@@ -114,6 +94,9 @@ def _same(trace: Trace, node: fx.Node) -> Value:
 def _spatial(trace: Trace, node: fx.Node) -> Value:
     """Pooling and resampling: each channel of dim 1 by itself."""
     x = trace.of(node.args[0])
+    inner = re.search(r"(\d)d", str(node.target))
+    if inner and x.dim() != int(inner[1]) + 2:
+        raise ValueError("without a batch dimension")
     trace.tie_others(x, 1, node.name)
     channels = vector(x, 1)
     return _value_of(node, [along(channels, 1, shape) for shape in trace.shapes(node)])
@@ -141,7 +124,7 @@ def _layer_norm(trace: Trace, node: fx.Node) -> Value:
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     for name in ("weight", "bias"):
         parameter = argument(node, names.index(name), name) if name in names else None
-        if is_constant(parameter):
+        if trace.is_fixed_value(parameter):
             trace.met.append((trace.of(parameter), x, node.name))
         elif isinstance(parameter, fx.Node):
             trace.labels.lock(x, f"meets a computed parameter at {node.name}")
@@ -163,7 +146,8 @@ def _group_norm(trace: Trace, node: fx.Node) -> Value:
     return _like_first(trace, node, x)
 
 
-def _reduced_dims(node: fx.Node, rank: int) -> list[int]:
+def reduced_dims(node: fx.Node, rank: int) -> list[int]:
+    """The dimensions that a reduction or a normalisation runs over; all where it names none."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     dims = argument(node, names.index("dim"), "dim") if "dim" in names else None
     if dims is None or (isinstance(dims, (list, tuple)) and not dims):
@@ -172,9 +156,10 @@ def _reduced_dims(node: fx.Node, rank: int) -> list[int]:
 
 
 def _tie_reduced(trace: Trace, node: fx.Node, x: torch.Tensor) -> list[int]:
-    """Channels that are summed or normalised together go together; when nothing else tells them apart, they stay."""
-    dims = _reduced_dims(node, x.dim()) if x.dim() else []
-    varying = trace.labels.varying(x)
+    """Channels that are summed or normalised together go together; when nothing else tells them apart, they stay.
+    Constants among them too: they are part of the sum."""
+    dims = reduced_dims(node, x.dim()) if x.dim() else []
+    varying = trace.labels.varying(x, free=True)
     if set(dims) & set(varying):
         reason = f"reduced over the channels by {node.name}"
         if set(varying) <= set(dims):
@@ -240,8 +225,8 @@ def slim_together(parts: Sequence[torch.Tensor], dim: int) -> list[torch.Tensor]
     return result
 
 
-def _created(trace: Trace, node: fx.Node) -> Value:
-    """Constants made in the graph: free, like parameters."""
+def _uniform(trace: Trace, node: fx.Node) -> Value:
+    """One value everywhere, made in the graph: free, like a parameter."""
     shape = trace.shape(node)
     count = torch.Size(shape).numel()
     return trace.labels.fresh(count, free=True).view(shape) if count <= 1 << 16 else trace.fixed_like(node)
@@ -254,52 +239,21 @@ def _concatenate(trace: Trace, node: fx.Node) -> Value:
     return compress(torch.cat(slim_together(parts, dim), dim).expand(shape))
 
 
-_MOVEMENTS = (
-    "view reshape _unsafe_view permute transpose t unsqueeze squeeze expand repeat tile slice select index_select "
-    "index gather stack chunk split split_with_sizes tensor_split unbind roll flip pixel_shuffle pixel_unshuffle "
-    "channel_shuffle flatten unflatten movedim narrow repeat_interleave expand_as view_as swapaxes"
-)
-_SAME = (
-    "clone contiguous alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to _to_copy hardswish celu "
-    "log_sigmoid selu relu6 type_as zeros_like ones_like full_like"
-)
-_SPATIAL = (
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
-    "upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d upsample_nearest3d "
-    "upsample_trilinear3d "
-    "_upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
-    "replication_pad1d replication_pad2d"
-)
-_REDUCTIONS = (
-    "mean sum amax amin max min prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all argmax argmin"
-)
-_NORMALISED = "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp sort softmin"
-_CREATED = "zeros ones full arange scalar_tensor new_zeros new_ones new_full empty eye linspace"
-
-
-def _table() -> dict[object, Rule]:
-    table: dict[object, Rule] = {}
-    for names, rule in (
-        (_MOVEMENTS, movement),
-        (_SAME, _same),
-        (_SPATIAL, _spatial),
-        (_REDUCTIONS, _reduction),
-        (_NORMALISED, _normalised),
-        (_CREATED, _created),
-        ("_native_batch_norm_legit_no_training native_batch_norm batch_norm", _batch_norm),
-        ("layer_norm native_layer_norm rms_norm", _layer_norm),
-        ("group_norm native_group_norm", _group_norm),
-        ("constant_pad_nd pad", _pad),
-        ("cat", _concatenate),
-        ("prelu", _per_channel_activation),
-    ):
-        for name in names.split():
-            packet = getattr(aten, name, None)
-            if packet is not None:
-                table[packet] = rule
-    return table
-
-
-_RULES = _table()
-__all__ = ["is_movement", "move", "rule_for"]
+_RULES: dict[str | None, Rule] = {
+    "getitem": _getitem,
+    "elementwise": _elementwise,
+    "movement": movement,
+    "same": _same,
+    "spatial": _spatial,
+    "reduction": _reduction,
+    "normalised": _normalised,
+    "uniform": _uniform,
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "pad": _pad,
+    "concatenate": _concatenate,
+    "prelu": _per_channel_activation,
+    **CONTRACTIONS,
+}
+__all__ = ["is_movement", "move", "reduced_dims", "rule_for"]

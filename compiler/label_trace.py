@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .execute import evaluate
+from .execute import ConcreteValues
 from .labels import FIXED, Labels, along, compress, fixed, lifted, slim
-from .program import Program, is_constant, is_size, is_tensor
+from .operator_kinds import follows_one, kind_of
+from .program import Program, is_constant, is_tensor
 
 #: A constant with more elements than this gets no labels of its own when it meets activations or is moved.
 LARGEST_CONSTANT = 1 << 22
@@ -40,8 +41,9 @@ class Slot:
 class Trace:
     """Labels of every value so far, the slots found, and the constraints that have to wait until all is known."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, rules: Callable[[fx.Node], Rule | None]) -> None:
         self.program = program
+        self._rules = rules
         self.labels = Labels()
         self.values: dict[str, Value] = {}
         self.slots: list[Slot] = []
@@ -51,13 +53,19 @@ class Trace:
         self.met: list[tuple[torch.Tensor, torch.Tensor, str]] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.unknown: dict[str, list[str]] = {}
-        self._concrete: dict[str, Any] = {}
+        self.concrete = ConcreteValues(program)
         #: constants that are settled along one dimension
-        self.rectangular: set[str] = set()
+        self.rectangular: set[tuple[str, str]] = set()
         #: parameter -> why no dimension of it may be cut
         self.locked_parameters: dict[str, str] = {}
-        #: nodes that no input reaches
+        #: (parameter, dimension) -> why it may not be cut along it
+        self.locked_dims: dict[tuple[str, int], str] = {}
+        #: nodes that no input reaches: constants that the graph computes
         self.inputless: set[str] = set()
+        #: those that are evaluated before a cut, since no part of them follows from a part of what they read
+        self.derived: dict[str, torch.Tensor] = {}
+        #: derived or followed constant -> why it keeps its size
+        self.locked_computed: dict[str, str] = {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return self.program.shape(node)
@@ -68,6 +76,8 @@ class Trace:
             return torch.tensor(FIXED)
         if is_constant(value):
             return self.constant(value)
+        if value.name in self.inputless and is_tensor(value):
+            return self.computed(value)
         found = self.values.get(value.name)
         if isinstance(found, torch.Tensor):
             return found
@@ -77,32 +87,41 @@ class Trace:
         """A constant's own labels, one per element, made when first asked for. Names of one tensor share them."""
         name = self.name(node)
         if name not in self.constants:
-            shape = tuple(self.program.constant(node).shape)
-            count = math.prod(shape)
-            self.constants[name] = (
-                self.labels.fresh(count, free=True).view(shape) if count <= LARGEST_CONSTANT else fixed(shape)
-            )
+            self.constants[name] = self._own(tuple(self.program.constant(node).shape))
         return self.constants[name]
+
+    def computed(self, node: fx.Node) -> torch.Tensor:
+        """The labels of a constant that the graph computes, made when first asked for.
+
+        Where it only moves or maps the elements of one tensor, they are those of that tensor. Anything else (a softmax
+        of a parameter, a table over its norm) is a constant of its own, evaluated before it is cut.
+        """
+        if node.name not in self.values:
+            rule = self._rules(node)
+            uniform = kind_of(node) == "uniform"
+            try:
+                found = rule(self, node) if rule and (uniform or follows_one(node)) else None
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+                found = None
+            if not isinstance(found, torch.Tensor):
+                found = self._own(self.shape(node))
+                self.derived[node.name] = found
+            self.values[node.name] = found
+        found = self.values[node.name]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def _own(self, shape: Sequence[int]) -> torch.Tensor:
+        count = math.prod(shape)
+        return self.labels.fresh(count, free=True).view(*shape) if count <= LARGEST_CONSTANT else fixed(shape)
+
+    def is_fixed_value(self, value: Any) -> bool:
+        """Whether the operand is a tensor that no input reaches, stored or computed."""
+        return is_constant(value) or (isinstance(value, fx.Node) and is_tensor(value) and value.name in self.inputless)
 
     def name(self, node: fx.Node) -> str:
         """The first name under which the graph reads this tensor."""
         return self.program.first_names[str(node.target)]
-
-    def concrete(self, value: Any) -> Any:
-        """The value of an operand that depends on no input (an index made of constants), at batch 1; sizes as numbers.
-        None when it depends on an input."""
-        if not isinstance(value, fx.Node):
-            return value
-        if is_constant(value):
-            return self.program.constant(value)
-        if is_size(value):
-            return self.program.scalar(value)
-        if value.name not in self._concrete:
-            self._concrete[value.name] = None
-            operands = {n.name: self.concrete(n) for n in value.all_input_nodes}
-            if value.op == "call_function" and all(v is not None for v in operands.values()):
-                self._concrete[value.name] = evaluate(self.program, value, operands)
-        return self._concrete[value.name]
 
     def slot(self, parameter: fx.Node, dim: int, role: str, node: fx.Node, labels: torch.Tensor) -> None:
         self.slots.append(Slot(parameter=self.name(parameter), dim=dim, role=role, node=node.name, labels=labels))
@@ -142,8 +161,8 @@ class Trace:
     def channel_parameters(self, x: torch.Tensor, parameters: Sequence[Any], dim: int, where: str) -> None:
         """Per-channel parameters (of a norm) meet an activation along one dimension."""
         for parameter in parameters:
-            if is_constant(parameter):
-                own = self.constant(parameter).reshape(-1)
+            if self.is_fixed_value(parameter):
+                own = self.of(parameter).reshape(-1)
                 self.met.append(
                     (along(own, dim, [own.numel() if d == dim % x.dim() else 1 for d in range(x.dim())]), x, where)
                 )
@@ -153,15 +172,50 @@ class Trace:
     def lock_node(self, node: fx.Node, reason: str) -> Value:
         """Lock everything that a node reads; its result has no channels."""
         for operand in node.all_input_nodes:
-            if is_constant(operand):
-                if self.name(operand) in self.constants:
-                    self.labels.lock(self.constant(operand), reason)
-                if self.program.constant(operand).dim():  # something else reads it: it keeps its size
-                    self.locked_parameters[self.name(operand)] = reason
+            if self.is_fixed_value(operand):
+                self.lock_constant(operand, reason)
             else:
                 for leaf in leaves_of(self.values.get(operand.name)):
                     self.labels.lock(leaf, reason)
         return self.fixed_like(node)
+
+    def lock_constant(self, node: fx.Node, reason: str) -> None:
+        """What reads this constant needs all of it; `lock_constants` puts that into effect."""
+        if is_constant(node):
+            if self.program.constant(node).dim():
+                self.locked_parameters.setdefault(self.name(node), reason)
+        elif node.name not in self.locked_computed:
+            self.locked_computed[node.name] = reason
+            if follows_one(node):
+                for operand in node.all_input_nodes:
+                    if self.is_fixed_value(operand):
+                        self.lock_constant(operand, reason)
+
+    def lock_dim(self, parameter: fx.Node, dim: int, reason: str) -> None:
+        """The parameter may not be cut along this dimension."""
+        self.locked_dims.setdefault((self.name(parameter), dim), reason)
+
+    def lock_constants(self) -> bool:
+        """Lock the labels of constants that have to keep their size, whoever else reads them. True when anything
+        changed."""
+        for name, labels in self.constants.items():
+            if name in self.locked_parameters:
+                self.labels.lock(labels, self.locked_parameters[name])
+        for name, reason in self.locked_computed.items():
+            for leaf in leaves_of(self.values.get(name)):
+                self.labels.lock(leaf, reason)
+        changed = False
+        for (name, dim), reason in self.locked_dims.items():
+            own = self.constants.get(name)
+            if own is not None:
+                if dim in self.labels.varying(own):
+                    self.labels.lock(own, reason)
+                changed |= self.labels.tie(own, [dim], reason)
+        for slot in self.slots:
+            why = self.locked_dims.get((slot.parameter, slot.dim)) or self.locked_parameters.get(slot.parameter)
+            if why is not None:
+                self.labels.lock(slot.labels, why)
+        return changed
 
     def fixed_like(self, node: fx.Node) -> Value:
         """FIXED labels in the form of a node's value."""

@@ -116,11 +116,14 @@ class Labels:
             first = first.narrow(dim, 0, 1)
         return self.unite(labels, first, reason)
 
-    def varying(self, labels: torch.Tensor) -> tuple[int, ...]:
-        """The dimensions along which the class changes; free elements take any class, so they do not count."""
+    def varying(self, labels: torch.Tensor, *, free: bool = False) -> tuple[int, ...]:
+        """The dimensions along which the class changes. Free elements take any class, so they do not count unless
+        `free` says so."""
         roots = self.find(slim(labels))
-        free = self.is_free(roots)
-        high, low = roots.masked_fill(free, -1), roots.masked_fill(free, self._count)
+        if free:
+            return tuple(d for d in range(roots.dim()) if bool((roots != roots.narrow(d, 0, 1)).any()))
+        ignored = self.is_free(roots)
+        high, low = roots.masked_fill(ignored, -1), roots.masked_fill(ignored, self._count)
         return tuple(d for d in range(roots.dim()) if bool((high.amax(d) > low.amin(d)).any()))
 
     def all_free(self, labels: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -131,12 +131,12 @@ class Program:
     @cached_property
     def first_names(self) -> Mapping[str, str]:
         """Each tensor that the graph reads by name -> the first name under which it reads the same tensor."""
-        first: dict[tuple[int, tuple[int, ...]], str] = {}
+        first: dict[Hashable, str] = {}
         names = {}
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 value, name = self.constant(node), str(node.target)
-                names[name] = first.setdefault((value.data_ptr(), tuple(value.shape)), name)
+                names[name] = first.setdefault(tensor_identity(value), name)
         return names
 
     def scalar(self, node: fx.Node, batch: int = 1) -> Any:
@@ -183,6 +183,13 @@ class Program:
 
         return node_excerpt(self, node, context)
 
+    def check(self, before: Program | None = None) -> None:
+        """Raise ProgramError unless the graph, the stated shapes, the tensors and the signature fit together; with
+        `before`, unless what was one tensor there is one tensor here."""
+        from .program_check import check_program
+
+        check_program(self, before)
+
     def flatten(self, batch: Batch) -> list[Any]:
         """The placeholders' values, in order, for a batch in the model's own input structure."""
         args, kwargs = as_arguments(batch)
@@ -210,6 +217,15 @@ class Program:
             return tuple(leaves), {}
         args, kwargs = pytree.tree_unflatten(list(leaves), spec)
         return tuple(args), dict(kwargs)
+
+
+def tensor_identity(value: torch.Tensor) -> Hashable:
+    """Equal for two tensors only when each element of one is the same place in memory as that of the other: a
+    transposed view of a square weight is another tensor. Tensors without elements are told apart by themselves."""
+    if not value.numel():
+        return id(value)
+    pointer = value.untyped_storage().data_ptr()
+    return pointer, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype
 
 
 def as_arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

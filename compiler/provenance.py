@@ -44,6 +44,9 @@ class Provenance:
     groups: tuple[UnitGroup, ...]
     unknown: Mapping[str, tuple[str, ...]]
     size: int
+    #: constants that the graph computes, and those of them that follow the cut of what they read
+    inputless: frozenset[str] = field(default=frozenset(), repr=False)
+    followed: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def prunable(self) -> tuple[UnitGroup, ...]:
@@ -112,10 +115,13 @@ class Provenance:
 def find_units(program: Program) -> Provenance:
     """Run labels through the program and settle what must be cut together. Never raises for what it does not
     understand: that is locked, with the reason."""
-    trace = Trace(program)
+    trace = Trace(program, rule_for)
     for node in program.graph.nodes:
         _visit(trace, node)
     for node in output_nodes(program.graph):
+        if trace.is_fixed_value(node):
+            trace.lock_constant(node, f"a network output ({node.name})")
+            continue
         for leaf in leaves_of(trace.values.get(node.name)):
             trace.labels.lock(leaf, f"a network output ({node.name})")
     _settle(trace)
@@ -129,12 +135,12 @@ def _visit(trace: Trace, node: fx.Node) -> None:
         n.op == "get_attr" or n.name in trace.inputless for n in node.all_input_nodes
     ):
         trace.inputless.add(node.name)
+        return  # labels are made when something asks for them
     if node.op != "call_function" or not (is_tensor(node) or isinstance(node.meta.get("val"), (tuple, list))):
         return
     rule = rule_for(node)
     if rule is None:
-        if node.name not in trace.inputless:
-            trace.unknown.setdefault(str(node.target), []).append(node.name)
+        trace.unknown.setdefault(str(node.target), []).append(node.name)
         trace.store(node, trace.lock_node(node, f"{node.target} is not understood, at {node.name}"))
         return
     try:
@@ -150,7 +156,8 @@ def _settle(trace: Trace) -> None:
     """Unite until every tensor is rectangular, every constant follows what it meets, and every parameter is cut one
     way."""
     for _ in range(MOST_ROUNDS):
-        changed = _settle_slots(trace)
+        changed = trace.lock_constants()
+        changed |= _settle_slots(trace)
         changed |= _settle_crossed(trace)
         changed |= _settle_met(trace)
         if not changed:
@@ -171,8 +178,6 @@ def _settle_slots(trace: Trace) -> bool:
         if own is not None:
             laid = slot.labels.view([-1 if d == slot.dim else 1 for d in range(own.dim())])
             changed |= trace.labels.unite(own, laid, f"{slot.parameter} has another reader")
-        if slot.parameter in trace.locked_parameters:
-            trace.labels.lock(slot.labels, trace.locked_parameters[slot.parameter])
     return changed
 
 
@@ -183,7 +188,8 @@ def _settle_crossed(trace: Trace) -> bool:
     crossed, trace.crossed = trace.crossed, []
     for labels in crossed:
         changed |= _make_rectangular(trace, labels, trace.labels.varying(labels))
-    for name, labels in trace.constants.items():
+    stored = [(("stored", name), labels) for name, labels in trace.constants.items()]
+    for name, labels in [*stored, *((("computed", name), labels) for name, labels in trace.derived.items())]:
         if name not in trace.rectangular and not trace.labels.all_free(labels):
             varying = trace.labels.varying(labels)
             if varying:
@@ -235,4 +241,6 @@ def _resolved(trace: Trace) -> Provenance:
         groups=form_groups(trace, slots),
         unknown={target: tuple(nodes) for target, nodes in trace.unknown.items()},
         size=len(trace.labels),
+        inputless=frozenset(trace.inputless),
+        followed=frozenset((trace.inputless & set(trace.values)) - set(trace.derived)),
     )

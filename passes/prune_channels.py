@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
 from ..compiler.edit import Call, replace_calls, set_tensors
 from ..compiler.errors import RewriteError
-from ..compiler.label_rules import is_movement, move
-from ..compiler.program import Program, is_constant, is_size
+from ..compiler.execute import ConcreteValues, run_until
+from ..compiler.program import Program, is_constant, is_tensor
 from ..compiler.provenance import Provenance
 from ..compiler.unit_groups import UnitGroup
+from .cut_proof import Prover
 from .shape_arguments import Cut, new_call
 from .targets import Kept, select_kept
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,25 @@ def prune_channels(
     if not bool(removed.any()):
         changed = set_tensors(program, tensors, note="new weights") if tensors else program
         return Pruned(program=changed, kept={})
+    try:
+        return _cut(provenance, removed, tensors)
+    except RewriteError as cause:
+        raise CutRefusedError.of(cause, removed.nonzero().reshape(-1)) from cause
+
+
+def _cut(provenance: Provenance, removed: torch.Tensor, tensors: Mapping[str, torch.Tensor] | None) -> Pruned:
+    program = provenance.program
     cutter = _Cutter(provenance, removed)
     calls = {}
+    prover = Prover(ConcreteValues(program))
+    computed = cutter.computed()
     for node in program.graph.nodes:
-        if node.op == "call_function" and cutter.touches(node):
+        if node.op == "call_function" and node.name not in computed and cutter.touches(node):
             cut = cutter.cut(node)
-            call = new_call(cut)
+            call = prover.prove(cut, new_call(cut))
             if call is not None:
                 calls[node.name] = call
-            _prove(cutter, node, call)
+    calls |= cutter.evaluated(computed, tensors or {})
     current = {name: program.tensor(name).detach() for name in cutter.parameters} | dict(tensors or {})
     tensors = {name: select_kept(value, cutter.parameters.get(name, ())) for name, value in current.items()}
     count = int(removed.sum())
@@ -96,6 +108,26 @@ def _selectable(cutter: _Cutter) -> dict[str, Kept]:
         if cut and not any(cutter.program.follows_batch(node.meta["val"].shape[dim]) for dim in cut):
             found[node.name] = kept
     return found
+
+
+class CutRefusedError(RewriteError):
+    """The graph does not allow a cut. `units` are those that were to go."""
+
+    units: torch.Tensor
+
+    @classmethod
+    def of(cls, cause: RewriteError, units: torch.Tensor) -> CutRefusedError:
+        """The same refusal, with the units."""
+        found = cls(
+            cause.message,
+            hint=cause.hint,
+            node=cause.node,
+            expected=cause.expected,
+            actual=cause.actual,
+            excerpt=cause.excerpt,
+        )
+        found.units = units
+        return found
 
 
 class _Cutter:
@@ -148,6 +180,30 @@ class _Cutter:
         operands = [self.parameter_kept(n) if is_constant(n) else self.kept(n) for n in node.all_input_nodes]
         return any(k is not None for kept in operands for k in kept)
 
+    def computed(self) -> set[str]:
+        """Constants that the graph computes and that do not follow what they read: those that a cut concerns are
+        evaluated first, the others are left out of the proof."""
+        return set(self.provenance.inputless - self.provenance.followed)
+
+    def evaluated(self, computed: set[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, Call]:
+        """Calls that give the value of a computed constant, as it was before the cut, without what is removed."""
+        calls: dict[str, Call] = {}
+        concerned: set[str] = set()
+        for node in self.program.graph.nodes:
+            if node.name not in self.provenance.inputless:
+                continue
+            operands = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            cut = any(k is not None for n in operands for k in self.parameter_kept(n))
+            if cut or any(n.name in concerned for n in node.all_input_nodes):
+                concerned.add(node.name)
+            kept = self.kept(node)
+            if node.name not in computed or not (node.name in concerned or any(k is not None for k in kept)):
+                continue
+            if is_tensor(node) and any(u.name not in computed for u in node.users):
+                value = run_until(self.program, [node.name], {}, tensors)[node.name].detach()
+                calls[node.name] = Call(target=aten.clone.default, args=(select_kept(value, kept),), kwargs={})
+        return calls
+
     def cut(self, node: fx.Node) -> Cut:
         return Cut(
             program=self.program,
@@ -156,32 +212,3 @@ class _Cutter:
             parameter_kept=self.parameter_kept,
             results=self.results(node),
         )
-
-
-def _prove(cutter: _Cutter, node: fx.Node, call: Call | None) -> None:
-    """The new data movement on the filtered labels must give the old labels filtered."""
-    if not is_movement(node):
-        return
-    program, provenance = cutter.program, cutter.provenance
-    if any(is_constant(n) and n.meta["val"].dtype.is_floating_point for n in node.all_input_nodes):
-        return  # a constant's own labels are settled with what it meets; its new shape is checked with all shapes
-
-    def stand_in(operand: fx.Node) -> Any:
-        if is_size(operand):
-            return program.scalar(operand)
-        if is_constant(operand):
-            return select_kept(program.constant(operand), cutter.parameter_kept(operand))
-        labels = provenance.values[operand.name]
-        return select_kept(labels, cutter.kept(operand)) if isinstance(labels, torch.Tensor) else labels
-
-    found = move(call or node, stand_in)
-    old = provenance.values[node.name]
-    results = found if isinstance(found, (tuple, list)) else [found]
-    labels = old if isinstance(old, tuple) else [old]
-    for result, label, kept in zip(results, labels, cutter.results(node), strict=True):
-        if not torch.equal(result, select_kept(label, kept)):
-            raise RewriteError(
-                "moving the remaining channels gives another order than before",
-                node=node.name,
-                excerpt=program.excerpt(node),
-            )

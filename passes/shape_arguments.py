@@ -14,7 +14,7 @@ from torch import fx
 from ..compiler.contraction_labels import carries_groups
 from ..compiler.edit import Call
 from ..compiler.errors import RewriteError
-from ..compiler.program import Program, argument, is_constant
+from ..compiler.program import Program, argument, is_constant, is_tensor
 from .targets import Kept
 
 aten = torch.ops.aten
@@ -36,20 +36,27 @@ class Cut:
 
     def operand(self, index: int) -> Kept:
         """What stays of the operand at a position."""
-        value = self.node.args[index]
-        if not isinstance(value, fx.Node):
+        return self.of(self.node.args[index])
+
+    def of(self, value: Any) -> Kept:
+        """What stays of any operand, with an entry for each dimension."""
+        if not isinstance(value, fx.Node) or not is_tensor(value):
             return ()
-        return self.parameter_kept(value) if is_constant(value) else self.kept(value)
+        kept = self.parameter_kept(value) if is_constant(value) else self.kept(value)
+        return kept or (None,) * value.meta["val"].dim()
 
     def fail(self, why: str) -> RewriteError:
         return RewriteError(why, node=self.node.name, excerpt=self.program.excerpt(self.node))
 
 
 def new_call(cut: Cut) -> Call | None:
-    """The call as it must be after the cut, or None when it can stay."""
+    """The call as it must be after the cut, or None when it can stay. Raises RewriteError when there is none."""
     packet = getattr(cut.node.target, "overloadpacket", cut.node.target)
     rule = _RULES.get(packet)
-    return rule(cut) if rule else None
+    try:
+        return rule(cut) if rule else None
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as cause:
+        raise cut.fail(f"its arguments cannot be worked out for what is left: {cause}") from cause
 
 
 def _function(node: fx.Node) -> Callable[..., Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from foldcut.compiler import edit, edit_chain, edit_folds
 from foldcut.compiler.capture import capture
 from foldcut.compiler.edit import set_tensors
 from foldcut.compiler.program import Program
@@ -235,6 +239,32 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Measurements are kept in a folder of the test run's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FOLDCUT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def checked(rewrite: Callable[..., Program]) -> Callable[..., Program]:
+    """The rewrite, its result held to what a Program promises."""
+
+    @functools.wraps(rewrite)
+    def run(program: Program, *args: Any, **kwargs: Any) -> Program:
+        result = rewrite(program, *args, **kwargs)
+        if result is not program:
+            result.check(program)
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def check_rewrites() -> Iterator[None]:
+    """Every rewrite in every test is checked, wherever it is called from."""
+    rewrites = (edit.bypass, edit.replace_calls, edit_chain.replace_layers, edit_folds.fold_parameters)
+    importlib.import_module("foldcut")
+    with pytest.MonkeyPatch.context() as patch:
+        for rewrite in rewrites:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("foldcut.") and getattr(module, rewrite.__name__, None) is rewrite:
+                    patch.setattr(module, rewrite.__name__, checked(rewrite))
         yield
 
 

@@ -128,7 +128,8 @@ def test_only_edit_changes_graphs(path: Path) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     }
     # capture leaves out the guards and the unused buffers of a graph that nobody has seen yet
-    allowed = {"erase_node"} if path.name == "capture.py" else set()
+    # and the check of a Program asks for fx's own, which changes nothing
+    allowed = {"capture.py": {"erase_node"}, "program_check.py": {"lint"}}.get(path.name, set())
     assert not calls & MUTATORS - allowed
 
 

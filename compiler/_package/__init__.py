@@ -14,6 +14,7 @@ from .compiler.errors import (
     GoalError,
     OutputError,
     PlanError,
+    ProgramError,
     Reject,
     RewriteError,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Program",
+    "ProgramError",
     "Provenance",
     "PruneChannels",
     "RankSettings",
