@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 Mask = torch.Tensor | None
+_VIEWS = (aten.view, aten._unsafe_view, aten._reshape_alias)
 
 
 class UnknownError(Exception):
@@ -189,6 +190,8 @@ def _movement(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
         return leaf.value if isinstance(leaf, Marked) else leaf
 
     result = func(*_values(args), **_values(kwargs))
+    if func.overloadpacket in _VIEWS:  # the mask may lie in memory in another way
+        return result, _gone(args[0]).reshape(result.shape)
     return result, func(*pytree.tree_map(mask, args), **pytree.tree_map(mask, kwargs))
 
 
