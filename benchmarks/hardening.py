@@ -4,8 +4,8 @@
     python benchmarks/hardening.py --only 1234     # one network alone: its number and the seed are all it takes
 
 A network of 5 to 40 operators (hardening_networks.py) is captured, cut at random units several times, bypassed at
-random regions, factorised at full rank, and run at two batch sizes; every fourth is exported and run in ONNX Runtime,
-every eighth re-solved. Cuts are compared with hardening_oracle.py, drops with the graph run beside a swapped value, and
+random regions, factorised at full rank, and run at two batch sizes; every sixth is exported and run in ONNX Runtime,
+every tenth re-solved. Cuts are compared with hardening_oracle.py, drops with the graph run beside a swapped value, and
 what may change nothing with the network itself (hardening_exact.py). Each network counts as the most severe of what was
 found: `wrong`, `exception` (no CompilerError), `unknown` (the oracle cannot tell), `refused` (a CompilerError), `ok`.
 
@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first network")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--onnx-every", type=int, default=4, help="one network in so many goes through ONNX Runtime")
-    parser.add_argument("--deep-every", type=int, default=8, help="one in so many is re-solved")
+    parser.add_argument("--onnx-every", type=int, default=6, help="one network in so many goes through ONNX Runtime")
+    parser.add_argument("--deep-every", type=int, default=10, help="one in so many is re-solved")
     parser.add_argument("--output", type=Path, default=Path("hardening.jsonl"))
     parser.add_argument("--resume", action="store_true", help="skip the networks that --output already holds")
     parser.add_argument("--keep", type=Path, help="folder for reproductions; default: beside --output")

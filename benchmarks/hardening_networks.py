@@ -59,7 +59,7 @@ def random_recipe(number: int, seed: int = 0) -> Recipe:
     rng = random.Random(f"{seed}/{number}")
     start = rng.choice(STARTS)
     form, steps = form_of(start), list[Step]()
-    for _ in range(rng.choice([2, 3, 4, 5, 5, 6, 7, 8, 9, 10])):
+    for _ in range(rng.choice([2, 2, 3, 3, 4, 4, 5, 6, 7, 9])):
         steps.append(_step(rng, form, depth=0))
         form = result_of(steps[-1], form)
     condition = any(s.kind == "condition" for s in steps)

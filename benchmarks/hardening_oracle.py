@@ -226,6 +226,19 @@ def _add_product(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     return func(*_filled(args), **kwargs), (live < 0.5) | _gone(args[0]).expand(live.shape)
 
 
+def _trilinear(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
+    """nn.Bilinear: products of three tensors, summed."""
+    del bound
+    live = func(*(_alive(a) for a in args[:3]), *args[3:], **kwargs)
+    return func(*_filled(args), **kwargs), live < 0.5
+
+
+def _glu(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
+    """The first half gated by the second."""
+    first, second = _gone(args[0]).chunk(2, bound["dim"])
+    return func(*_values(args), **kwargs), first | second
+
+
 def _linear(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     live = func(_alive(bound["input"]), _alive(bound["weight"]))
     gone = live < 0.5
@@ -341,6 +354,9 @@ _NAMES: dict[Callable[..., Any], str] = {
     _product: "mm bmm mv dot",
     _add_product: "addmm baddbmm addmv",
     _linear: "linear",
+    _trilinear: "_trilinear",
+    _glu: "glu",
+    _pointwise: "_prelu_kernel hardswish",
     _convolution: "convolution",
     _batch_norm: "_native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm",
     _layer_norm: "native_layer_norm",
