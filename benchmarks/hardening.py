@@ -1,12 +1,12 @@
-"""Random networks through every rewrite, beside an oracle that knows nothing of foldcut's analyses: what is found wrong?
+"""Random networks through every rewrite, beside an oracle that knows nothing of foldcut's analyses.
 
     python benchmarks/hardening.py --networks 10000 --seed 0 --jobs 2 --output F.jsonl [--resume] [--markdown F.md]
-    python benchmarks/hardening.py --only 1234 [--minimise]     # one network alone; the number and seed are all it takes
+    python benchmarks/hardening.py --only 1234     # one network alone: its number and the seed are all it takes
 
-A network of 5 to 40 operators (hardening_networks.py) is captured, cut at random units several times, bypassed at random
-regions, factorised at full rank, and run at two batch sizes; every fourth is exported and run in ONNX Runtime, every
-eighth re-solved. Cuts are compared with hardening_oracle.py, drops with the graph run beside a swapped value, and what
-may change nothing with the network itself (hardening_exact.py). Each network counts as the most severe of what was
+A network of 5 to 40 operators (hardening_networks.py) is captured, cut at random units several times, bypassed at
+random regions, factorised at full rank, and run at two batch sizes; every sixth is exported and run in ONNX Runtime,
+every tenth re-solved. Cuts are compared with hardening_oracle.py, drops with the graph run beside a swapped value, and
+what may change nothing with the network itself (hardening_exact.py). Each network counts as the most severe of what was
 found: `wrong`, `exception` (no CompilerError), `unknown` (the oracle cannot tell), `refused` (a CompilerError), `ok`.
 
 Every failure is made small, by leaving out pieces of the network for as long as it still fails, printed, and kept as a
@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first network")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--onnx-every", type=int, default=4, help="one network in so many goes through ONNX Runtime")
-    parser.add_argument("--deep-every", type=int, default=8, help="one in so many is re-solved")
+    parser.add_argument("--onnx-every", type=int, default=6, help="one network in so many goes through ONNX Runtime")
+    parser.add_argument("--deep-every", type=int, default=10, help="one in so many is re-solved")
     parser.add_argument("--output", type=Path, default=Path("hardening.jsonl"))
     parser.add_argument("--resume", action="store_true", help="skip the networks that --output already holds")
     parser.add_argument("--keep", type=Path, help="folder for reproductions; default: beside --output")
@@ -109,8 +109,9 @@ def run_all(arguments: argparse.Namespace) -> None:
             here = {row["number"] for row in read_rows(arguments)}
             missing = [n for n in range(first, last) if n not in here]
             if missing and process.returncode:
-                append(arguments.output, {"number": missing[0], "seed": arguments.seed, "status": "crash", "findings": [
-                    {"status": "crash", "stage": "process", "message": f"ended with {process.returncode}"}]})  # fmt: skip
+                finding = {"status": "crash", "stage": "process", "message": f"ended with {process.returncode}"}
+                row = {"number": missing[0], "seed": arguments.seed, "status": "crash", "findings": [finding]}
+                append(arguments.output, row)
                 chunks.append((first, last))
 
 
@@ -167,8 +168,11 @@ def run_one(arguments: argparse.Namespace, recipe: Any, number: int) -> dict[str
     try:
         case = run(recipe, number, onnx=number % arguments.onnx_every == 0, deep=number % arguments.deep_every == 0)
     except Exception as cause:
-        return row | {"status": "exception", "findings": [
-            {"status": "exception", "stage": "harness", "message": f"{type(cause).__name__}: {cause}"[:300]}]}  # fmt: skip
+        said = f"{type(cause).__name__}: {cause}"[:300]
+        return row | {
+            "status": "exception",
+            "findings": [{"status": "exception", "stage": "harness", "message": said}],
+        }
     finally:
         signal.alarm(0)
     return row | {

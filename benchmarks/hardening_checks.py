@@ -30,9 +30,10 @@ from foldcut.compiler.provenance import Provenance, find_units
 from foldcut.compiler.regions import find_regions
 from foldcut.compiler.unit_groups import UnitGroup
 from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.passes.prune_channels import Pruned, cuttable_groups, prune_channels
+from hardening_expected import Expected, deletions
 from hardening_networks import Network, Recipe, build
-from hardening_oracle import Expected, UnknownError, deletions
+from hardening_oracle import UnknownError
 from hardening_pieces import PIECES
 from torch.utils import _pytree as pytree
 
@@ -58,6 +59,7 @@ class Case:
     thorough: bool = False
     program: Program | None = None
     provenance: Provenance | None = None
+    last_cut: tuple[torch.Tensor, Pruned] | None = None
     free: list[UnitGroup] = field(default_factory=list)
     findings: list[dict[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -93,10 +95,9 @@ class Case:
             self.note("refused", name, f"{type(cause).__name__}: {cause.message}")
         except Exception as cause:
             place = traceback.extract_tb(cause.__traceback__)
-            own = [
-                p for p in place if "foldcut" in p.filename or "/compiler/" in p.filename or "/passes/" in p.filename
-            ]
-            at = f"{Path(own[-1].filename).name}:{own[-1].name}" if own else Path(place[-1].filename).name
+            homes = ("foldcut", "compiler", "passes")
+            own = [p for p in place if any(f"/{home}/" in p.filename for home in homes)]
+            at = f"{Path(own[-1].filename).name}:{own[-1].name}" if own else f"harness, {Path(place[-1].filename).name}"
             self.note("exception", name, f"{type(cause).__name__}: {first_words(cause)} ({at})")
         finally:
             self.seconds[name] += time.process_time() - start
@@ -272,7 +273,7 @@ def _cuts(case: Case, provenance: Provenance) -> Program | None:
 
 
 def _choices(case: Case, groups: Sequence[Any]) -> list[torch.Tensor]:
-    """Units to remove: of every group, of one, of some. With `thorough`, of each group alone as well."""
+    """Units to remove: of every group, and of one or of half of them. With `thorough`, of each group alone as well."""
     rng = case.rng
     if not groups:
         return []
@@ -280,16 +281,15 @@ def _choices(case: Case, groups: Sequence[Any]) -> list[torch.Tensor]:
     def some(group: Any) -> torch.Tensor:
         return group.units[torch.tensor(rng.sample(range(len(group)), rng.randint(1, len(group) - 1)))]
 
-    subsets = [list(groups), [rng.choice(groups)], rng.sample(list(groups), rng.randint(1, len(groups)))]
+    subsets = [list(groups), [rng.choice(groups)] if rng.random() < 0.5 else rng.sample(list(groups), len(groups) // 2)]
     if case.thorough:
         subsets += [[g] for g in groups] * 3 + [list(groups)] * 3
-    elif len(groups) == 1:
-        subsets = subsets[:2]
-    return [torch.cat([some(g) for g in subset]) for subset in subsets]
+    return [torch.cat([some(g) for g in subset]) for subset in subsets if subset]
 
 
 def _cut(case: Case, provenance: Provenance, units: torch.Tensor) -> Program:
-    pruned = prune_channels(provenance, units).program
+    case.last_cut = units, prune_channels(provenance, units)
+    pruned = case.last_cut[1].program
     check_program(pruned)
     case.counts["cuts"] += 1
     case.counts["units cut"] += len(units)

@@ -9,7 +9,7 @@ from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.edit import set_tensors
 from foldcut.compiler.plan import FactorizeLayer
 from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
+from foldcut.compiler.provenance import Provenance
 from foldcut.compiler.regions import find_regions
 from foldcut.passes.decompositions import Geometry
 from foldcut.passes.drop_blocks import drop_blocks
@@ -20,7 +20,7 @@ from foldcut.passes.prune_channels import prune_channels
 from foldcut.passes.resolve_network import ResolveSettings, resolve_network
 from foldcut.passes.select_channels import choose_channels
 from hardening_checks import Case, WrongError, check_program, error_between, leaves, same, tensors_of
-from hardening_oracle import deletions
+from hardening_expected import deletions
 
 #: Operators whose statistics run over channels: what is zero still counts in them.
 STATISTICS = ("layer_norm", "group_norm", "rms_norm", "softmax", "mean", "var")
@@ -107,12 +107,9 @@ def _recording(run: Any, values: dict[str, Any], wanted: set[str]) -> Any:
 def _dead_units(case: Case, provenance: Provenance) -> None:
     """All that a cut takes away set to zero first: the cut then changes nothing, but for norms over channels."""
     program = provenance.program
-    free = case.free
-    if not free:
+    if case.last_cut is None:
         return
-    group = case.rng.choice(free)
-    units = group.units[torch.tensor(case.rng.sample(range(len(group)), case.rng.randint(1, len(group) - 1)))]
-    pruned = prune_channels(provenance, units)
+    units, pruned = case.last_cut
     touched = {name for name in pruned.kept if any(w in str(program.nodes[name].target) for w in STATISTICS)}
     if touched:
         return
@@ -122,8 +119,7 @@ def _dead_units(case: Case, provenance: Provenance) -> None:
     if not dead:
         return
     silent = set_tensors(program, dead, note="dead units")
-    smaller = prune_channels(find_units(silent), units).program
-    check_program(smaller)
+    smaller = prune_channels(provenance, units, dead).program
     case.counts["dead units removed"] += len(units)
     for count in (2, 5):
         inputs = case.network.example(count, count)

@@ -1,4 +1,4 @@
-"""Pieces of the random networks of hardening.py: channels moved about, weights computed in the graph, weights shared."""
+"""Pieces of the random networks of hardening.py: channels moved about, weights computed in the graph or shared."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Taken(Piece):
 
 @piece("map", "tokens")
 class Coupled(Piece):
-    """Movements that take two dimensions at once: the diagonal, strides of memory, a fold of channels into positions."""
+    """Movements that take two dimensions at once: the diagonal, strides of memory, a fold into positions."""
 
     def __init__(self, shape: Shape, rng: random.Random) -> None:
         super().__init__(shape, rng)
@@ -254,14 +254,19 @@ class Tied(Piece):
     def __init__(self, shape: Shape, rng: random.Random) -> None:
         super().__init__(shape, rng)
         c = shape[-1]
-        self.kind = rng.choice(["transposed", "square", "rows", "twice", "halves", "buffer"])
-        hidden = c if self.kind in {"square", "twice"} else rng.choice([4, 6, 8])
+        self.kind = rng.choice(["transposed", "square", "rows", "twice", "halves", "view", "buffers"])
+        hidden = c if self.kind in {"square", "twice", "view", "buffers"} else rng.choice([4, 6, 8])
         self.up, self.down = nn.Linear(c, hidden), nn.Linear(hidden, c)
         self.act = activation(rng)
-        if self.kind == "buffer":  # another view of the same memory
-            self.register_buffer("view", self.up.weight.detach().t())
+        if self.kind == "view":  # another view of the same memory
+            self.down.weight = nn.Parameter(self.up.weight.detach().t())
+        if self.kind == "buffers":
+            self.register_buffer("table", torch.ones(hidden, c))
+            self.register_buffer("turned", self.table.t())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "buffers":
+            return x + F.linear(self.act(F.linear(x, self.table)), self.turned)
         h = self.act(self.up(x))
         if self.kind == "transposed":
             return x + F.linear(h, self.up.weight.t())
@@ -271,8 +276,8 @@ class Tied(Piece):
             return x + self.down(h) + self.up.weight[1] * 0.5
         if self.kind == "twice":
             return self.down(self.act(self.up(h)))
-        if self.kind == "buffer":
-            return x + F.linear(h, self.view)
+        if self.kind == "view":
+            return x + F.linear(h, self.down.weight)
         half = h.shape[-1] // 2
         return (
             x

@@ -22,6 +22,14 @@ from torch.nn import functional as F
 STARTS = ("map2", "map2", "map2", "map1", "map3", "tokens", "ids", "vector")
 #: What refers to other values of the network.
 LINKS = ("add", "join", "times", "residual", "again", "condition", "output")
+#: From one form to another.
+BRIDGES = {
+    ("map", "tokens"): "totokens",
+    ("tokens", "map"): "tokenstomap",
+    ("tokens", "vector"): "tokenstovector",
+    ("map", "vector"): "tovector",
+    ("vector", "map"): "vectortomap",
+}
 #: Ids that an embedding table holds.
 IDS = 11
 
@@ -50,8 +58,8 @@ def random_recipe(number: int, seed: int = 0) -> Recipe:
     """The recipe of one network."""
     rng = random.Random(f"{seed}/{number}")
     start = rng.choice(STARTS)
-    form, steps = form_of((), start), list[Step]()
-    for _ in range(rng.choice([1, 2, 3, 4, 4, 5, 6, 7, 8, 9])):
+    form, steps = form_of(start), list[Step]()
+    for _ in range(rng.choice([2, 2, 3, 3, 4, 4, 5, 6, 7, 9])):
         steps.append(_step(rng, form, depth=0))
         form = result_of(steps[-1], form)
     condition = any(s.kind == "condition" for s in steps)
@@ -60,7 +68,7 @@ def random_recipe(number: int, seed: int = 0) -> Recipe:
 
 def _step(rng: random.Random, form: str, depth: int) -> Step:
     seed = rng.randrange(1 << 30)
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         kind = rng.choice(LINKS if depth == 0 else ("again", "add", "join"))
         if kind == "residual":
             return Step(kind, seed, tuple(_step(rng, form, 1) for _ in range(rng.choice([1, 2, 3]))))
@@ -76,7 +84,7 @@ def result_of(step: Step, form: str) -> str:
     return PIECES[step.kind][0].result or form if step.kind in PIECES else form
 
 
-def form_of(shape: Shape, kind: str) -> str:
+def form_of(kind: str) -> str:
     return {"map1": "map", "map2": "map", "map3": "map", "ids": "tokens"}.get(kind, kind)
 
 
@@ -101,8 +109,7 @@ class Chain(nn.Module):
         kind, forms = PIECES[step.kind]
         # a piece for another form is reached through a change of form, where there is one
         if form not in forms:
-            bridge = {("map", "tokens"): "totokens", ("tokens", "map"): "tokenstomap", ("tokens", "vector"): "tokenstovector",
-                      ("map", "vector"): "tovector", ("vector", "map"): "vectortomap"}.get((form, forms[0]))  # fmt: skip
+            bridge = BRIDGES.get((form, forms[0]))
             if bridge is None or rng.random() < 0.5 or not self._add(PIECES[bridge][0], rng):
                 return
         self._add(kind, rng)
@@ -132,8 +139,12 @@ class Chain(nn.Module):
                 self._done("residual", len(self.parts) - 1, -1, shape, form)
             return
         if step.kind == "again":  # the same module once more, where its shapes allow it
-            usable = [part for (kind, part, _), before, after in zip(self.plan, self.places, self.places[1:], strict=False)
-                      if kind == "piece" and before == after == (shape, form)]  # fmt: skip
+            here = (shape, form)
+            usable = [
+                part
+                for (kind, part, _), before, after in zip(self.plan, self.places, self.places[1:], strict=False)
+                if kind == "piece" and before == after == here
+            ]
             if usable:
                 self._done("piece", rng.choice(usable), -1, shape, form)
             return
@@ -150,9 +161,11 @@ class Chain(nn.Module):
     def _refer(self, kind: str, rng: random.Random, shape: Shape, form: str) -> None:
         """Combine with an earlier value of the same positions, through a projection where the channels differ."""
         axis = 1 if form == "tokens" else 0
-        positions = [s for d, s in enumerate(shape) if d != axis]
-        earlier = [i for i, (s, f) in enumerate(self.places[:-1])
-                   if f == form and len(s) == len(shape) and [x for d, x in enumerate(s) if d != axis] == positions]  # fmt: skip
+
+        def positions(shape: Shape) -> list[int]:
+            return [size for dim, size in enumerate(shape) if dim != axis]
+
+        earlier = [i for i, (s, f) in enumerate(self.places[:-1]) if f == form and positions(s) == positions(shape)]
         if not earlier:
             return
         other = rng.choice(earlier)
@@ -232,7 +245,7 @@ class Network(nn.Module):
         super().__init__()
         rng = random.Random(recipe.seed)
         self.start, self.tied = recipe.start, recipe.tied
-        form = form_of((), recipe.start)
+        form = form_of(recipe.start)
         width = rng.choice([4, 6, 8, 12])
         if recipe.start == "ids":
             self.stem: nn.Module = nn.Embedding(IDS, width)
@@ -273,7 +286,7 @@ class Network(nn.Module):
 
 
 def example_shapes(recipe: Recipe, shape: Shape) -> list[Shape]:
-    form = form_of((), recipe.start)
+    form = form_of(recipe.start)
     first = (3, *shape[1:]) if form == "map" else (6, 5) if form == "tokens" else (5,)
     return [first, (5,)] if recipe.condition else [first]
 

@@ -1,12 +1,13 @@
 """What a network computes once some slices of its weights are gone: the oracle of hardening.py.
 
-It runs the ORIGINAL module, eagerly, with full-size tensors. Beside every tensor goes a mask of the same shape that says
-which elements are gone. Nothing is known of channels, units or groups: only elements, and only what each operator did.
+It runs the ORIGINAL module, eagerly, with full-size tensors. Beside every tensor goes a mask of the same shape that
+says which elements are gone. Nothing is known of channels, units or groups: only elements, and what each operator did.
 
 - It starts from the weights alone: which of their elements are missing from the cut program's, told by value. What the
   activations lose follows from the operators, not from foldcut's analysis.
-- A contraction (convolution, matrix product) leaves out the terms of which a factor is gone, and its result is gone where
-  no term is left. Which terms are left is probed numerically: the same operator is run on 1 where alive, 0 where gone.
+- A contraction (convolution, matrix product) leaves out the terms of which a factor is gone, and its result is gone
+  where no term is left. Which terms are left is probed numerically: the same operator runs on 1 where alive, 0 where
+  gone.
 - Data movement runs itself on the masks. Element by element, a result is gone where any operand is.
 - Layer and group norms take their statistics over what is alive. Any other reduction over elements of which some are
   gone counts them as zeros, as a network would whose units are zeroed: a cut through such a reduction is wrong.
@@ -17,17 +18,15 @@ An operator that is none of these raises `UnknownError`: the oracle cannot tell 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 Mask = torch.Tensor | None
+_VIEWS = (aten.view, aten._unsafe_view, aten._reshape_alias)
 
 
 class UnknownError(Exception):
@@ -128,7 +127,7 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _wrapped(result: Any, gone: Any, constant: bool) -> Any:
     if isinstance(result, torch.Tensor):
-        if constant and _COMPUTED:
+        if constant and COMPUTED:
             gone = _recognised(result, gone)
         return Marked(result, gone, constant)
     if isinstance(result, (tuple, list)):
@@ -138,12 +137,12 @@ def _wrapped(result: Any, gone: Any, constant: bool) -> Any:
 
 
 #: Weights that the cut program's original has and the module has not, with what they lost.
-_COMPUTED: list[tuple[torch.Tensor, torch.Tensor]] = []
+COMPUTED: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
 def _recognised(result: torch.Tensor, gone: Any) -> Any:
     """What a constant lost that the graph computes here, and that was computed before the cut there."""
-    for value, lost in _COMPUTED:
+    for value, lost in COMPUTED:
         if value.shape == result.shape and torch.allclose(value, result, rtol=1e-4, atol=1e-6):
             return lost if gone is None else gone | lost
     return gone
@@ -182,6 +181,8 @@ def _movement(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if isinstance(leaf, Marked) and (leaf.is_floating_point() or leaf.gone is not None):
+            if func.overloadpacket is not aten.as_strided:
+                return _gone(leaf)
             laid = torch.empty_strided(leaf.value.shape, leaf.value.stride(), dtype=torch.bool)
             return laid.copy_(_gone(leaf))
         if leaf.is_floating_point():
@@ -189,6 +190,8 @@ def _movement(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
         return leaf.value if isinstance(leaf, Marked) else leaf
 
     result = func(*_values(args), **_values(kwargs))
+    if func.overloadpacket in _VIEWS:  # the mask may lie in memory in another way
+        return result, _gone(args[0]).reshape(result.shape)
     return result, func(*pytree.tree_map(mask, args), **pytree.tree_map(mask, kwargs))
 
 
@@ -223,6 +226,19 @@ def _add_product(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     return func(*_filled(args), **kwargs), (live < 0.5) | _gone(args[0]).expand(live.shape)
 
 
+def _trilinear(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
+    """nn.Bilinear: products of three tensors, summed."""
+    del bound
+    live = func(*(_alive(a) for a in args[:3]), *args[3:], **kwargs)
+    return func(*_filled(args), **kwargs), live < 0.5
+
+
+def _glu(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
+    """The first half gated by the second."""
+    first, second = _gone(args[0]).chunk(2, bound["dim"])
+    return func(*_values(args), **kwargs), first | second
+
+
 def _linear(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     live = func(_alive(bound["input"]), _alive(bound["weight"]))
     gone = live < 0.5
@@ -235,9 +251,7 @@ def _convolution(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     gone = live < 0.5
     untouched = reached < 0.5  # between the strides of a transposed convolution: gone with the rest of the channel
     if bool(untouched.any()):
-        inner = [d for d in range(2, gone.dim())]
-        gone = (gone | untouched).all(dim=inner[0], keepdim=True) if len(inner) == 1 else _all_of(gone | untouched)
-        gone = gone.expand(live.shape)
+        gone = _all_of(gone | untouched).expand(live.shape)
     if bound["bias"] is not None:
         gone = gone | _gone(bound["bias"]).view(1, -1, *[1] * (gone.dim() - 2))
     return func(*_filled(args), **_filled(kwargs)), gone
@@ -328,9 +342,9 @@ def _same(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
 
 
 _NAMES: dict[Callable[..., Any], str] = {
-    _movement: "view _unsafe_view _reshape_alias reshape permute transpose t unsqueeze squeeze expand repeat slice select "
-    "index_select index gather cat stack split split_with_sizes unbind roll flip pixel_shuffle pixel_unshuffle diagonal "
-    "native_channel_shuffle channel_shuffle unfold as_strided tril triu repeat_interleave take",
+    _movement: "view _unsafe_view _reshape_alias reshape permute transpose t unsqueeze squeeze expand repeat slice "
+    "select index_select index gather cat stack split split_with_sizes unbind roll flip pixel_shuffle pixel_unshuffle "
+    "diagonal native_channel_shuffle channel_shuffle unfold as_strided tril triu repeat_interleave take",
     _spatial: "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d max_pool2d "
     "adaptive_max_pool2d adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d avg_pool1d "
     "upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d reflection_pad1d "
@@ -340,6 +354,9 @@ _NAMES: dict[Callable[..., Any], str] = {
     _product: "mm bmm mv dot",
     _add_product: "addmm baddbmm addmv",
     _linear: "linear",
+    _trilinear: "_trilinear",
+    _glu: "glu",
+    _pointwise: "_prelu_kernel hardswish",
     _convolution: "convolution",
     _batch_norm: "_native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm",
     _layer_norm: "native_layer_norm",
@@ -350,62 +367,3 @@ _NAMES: dict[Callable[..., Any], str] = {
     _same: "clone detach alias _to_copy lift_fresh contiguous",
 }
 _RULES = {getattr(aten, name): rule for rule, names in _NAMES.items() for name in names.split() if hasattr(aten, name)}
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as the matrix products and the softmax that it is made of."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def deletions(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The elements of each weight that a cut took away, by name, told by the values that are left.
-
-    A tensor whose values repeat cannot be read so and is left out: what it meets says enough.
-    """
-    found = {}
-    for name, old in before.items():
-        new = after.get(name)
-        if new is None or new.shape == old.shape or not old.is_floating_point():
-            continue
-        gone = ~torch.isin(old, new)
-        if int((~gone).sum()) == new.numel():
-            found[name] = gone
-    return found
-
-
-class Expected:
-    """The outputs of a module whose weights have lost the elements of `gone`, by name.
-
-    `before` are the weights that the cut began with: those that the module does not have under such a name (constants
-    computed before the cut) are recognised by their values where the module computes them.
-    """
-
-    def __init__(self, module: nn.Module, gone: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
-        self.module, self.gone = module, gone
-        names = {name for name, _ in _tensors(module)}
-        self.computed = [(before[name], lost) for name, lost in gone.items() if name not in names]
-
-    def __call__(self, inputs: tuple[Any, ...]) -> list[Marked]:
-        """The outputs, in order, each with its mask."""
-        marked: dict[int, Marked] = {}
-        for name, tensor in _tensors(self.module):
-            held = marked.setdefault(id(tensor), Marked(tensor.detach(), None, True))
-            lost = self.gone.get(name)
-            if lost is not None:
-                held.gone = lost if held.gone is None else held.gone | lost
-        state = {name: marked[id(tensor)] for name, tensor in _tensors(self.module)}
-        given = tuple(Marked(x) if isinstance(x, torch.Tensor) else x for x in inputs)
-        _COMPUTED[:] = self.computed
-        try:
-            with _plain_attention():
-                result = torch.func.functional_call(self.module, state, given, tie_weights=False)
-        finally:
-            _COMPUTED.clear()
-        return [leaf if isinstance(leaf, Marked) else Marked(leaf) for leaf in pytree.tree_leaves(result)]
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers under every name that they have."""
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

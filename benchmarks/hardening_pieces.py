@@ -1,8 +1,8 @@
 """Pieces of the random networks of hardening.py: registry, activations, norms, and all that convolves and pools.
 
-A piece is a module built for one input shape (without the batch) from one random generator. It takes and returns a *map*
-(channels, then 1 to 3 spatial dimensions), *tokens* (positions, channels) or a *vector*. A piece that does not fit a
-shape raises `UnfitError`, and is left out.
+A piece is a module built for one input shape (without the batch) from one random generator. It takes and returns a
+*map* (channels, then 1 to 3 spatial dimensions), *tokens* (positions, channels) or a *vector*. A piece that does not
+fit a shape raises `UnfitError`, and is left out.
 """
 
 from __future__ import annotations

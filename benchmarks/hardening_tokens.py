@@ -46,7 +46,7 @@ def rotary(x: torch.Tensor, table: torch.Tensor, interleaved: bool) -> torch.Ten
 
 @piece("tokens")
 class Attention(Piece):
-    """Self-attention: fused or separate, grouped keys, rotary positions, norms of query and key, a bias table, causal."""
+    """Self-attention: fused or separate, grouped keys, rotary positions, norms of both, a bias table, causal."""
 
     def __init__(self, shape: Shape, rng: random.Random) -> None:
         super().__init__(shape, rng)
