@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 
 from .errors import CaptureError, CompilerError, named_first_line
 from .exported_text import check_exported_text
+from .finite import read_json
 from .zip_bounds import FREE_BYTES, MOST_RATIO, check_contents, check_zip, is_zip
 
 #: Entries of the older layout that torch still reads, by what they hold.
