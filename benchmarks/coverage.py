@@ -28,7 +28,8 @@ from foldcut.compiler.cost import program_cost
 from foldcut.compiler.edit_folds import fold_parameters
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.prune_channels import prune_channels
 from foreign_ops import declare_torchvision_ops
 from rows import Record, Row, make_rows
 from torch.utils import _pytree as pytree

@@ -26,7 +26,8 @@ from foldcut.compiler.export import to_onnx
 from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import Provenance, find_units
 from foldcut.compiler.unit_groups import UnitGroup, surplus_units
-from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.prune_channels import prune_channels
 from foldcut.runtime.backend import resolve_backend
 from foldcut.runtime.lattice import probe_lattice
 from foldcut.runtime.loading import loaded

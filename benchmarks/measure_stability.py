@@ -29,7 +29,8 @@ from foldcut.compiler.edit_folds import fold_parameters
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.provenance import find_units
 from foldcut.compiler.unit_groups import surplus_units
-from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.prune_channels import prune_channels
 from foldcut.runtime.backend import Clock, Runner, resolve_backend
 from foldcut.runtime.environment import cpus_available
 from foldcut.runtime.loading import opened

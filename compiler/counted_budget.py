@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..passes.prune_channels import cuttable_groups
+from ..passes.cuttable import cuttable_groups
 from .channel_budget import ChannelLimits, CutModel, allocate, free_groups, lattice_counts
 from .channel_latency import touched_layers
 from .channel_pipeline import error_curves, group_rejects
