@@ -29,8 +29,8 @@ from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import Provenance, find_units
 from foldcut.compiler.regions import find_regions
 from foldcut.compiler.unit_groups import UnitGroup
-from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.prune_channels import Pruned, prune_channels
 from hardening_expected import Expected, deletions
 from hardening_networks import Network, Recipe, build

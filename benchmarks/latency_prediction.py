@@ -32,8 +32,8 @@ from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import find_units
 from foldcut.compiler.regions import find_regions
 from foldcut.compiler.unit_groups import surplus_units
-from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.prune_channels import prune_channels
 from foldcut.runtime.backend import Backend, resolve_backend
 from foldcut.runtime.latency_table import LatencyTable
