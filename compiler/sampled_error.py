@@ -78,7 +78,7 @@ def squares_by_sample(
         error: Floats | float = 0.0
         energy: Floats | float = 0.0
         for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
-            wrong, whole = (part.flatten(1 if told else 0).sum(-1).reshape(-1).numpy() for part in squares(t, s))
+            wrong, whole = (part.reshape(len(t) if told else 1, -1).sum(1).numpy() for part in squares(t, s))
             error, energy = error + wrong, energy + whole
         errors.append(np.atleast_1d(error))
         energies.append(np.atleast_1d(energy))

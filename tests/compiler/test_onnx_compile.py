@@ -140,8 +140,9 @@ def test_a_fixed_batch_is_measured_at_that_batch_only(tmp_path: Path) -> None:
 
 
 def test_calibration_of_another_type_is_refused(tmp_path: Path) -> None:
+    """Integers for a floating-point input; another floating-point precision is converted."""
     with pytest.raises(foldcut.CompilerError, match="wrong type"):
-        foldcut.compile(file(tmp_path), samples().double(), goal=foldcut.Blocks(1), progress=False)
+        foldcut.compile(file(tmp_path), samples().long(), goal=foldcut.Blocks(1), progress=False)
 
 
 def test_regions_speak_the_files_node_names(tmp_path: Path) -> None:

@@ -42,7 +42,14 @@ def pair(net: nn.Module, data: torch.Tensor, noise: float = 0.1) -> tuple[Progra
     return teacher, set_tensors(teacher, changed, note="noise")
 
 
-@pytest.mark.parametrize("net", [nn.Linear(4, 3), TimeFirst()], ids=["batch first", "time first"])
+class Score(nn.Linear):
+    """One number for each sample."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[:, 0]
+
+
+@pytest.mark.parametrize("net", [nn.Linear(4, 3), Score(4, 3), TimeFirst()], ids=["rows", "scores", "time first"])
 def test_it_is_the_output_error_sample_by_sample(net: nn.Module) -> None:
     data = torch.randn(70, *([5] if isinstance(net, TimeFirst) else []), 4)
     teacher, student = pair(net, data)
