@@ -44,6 +44,8 @@ def main() -> None:
                 for repeat in range(arguments.repeats)
             ]
         rows += [row(what, busy, [one[regime] for one in found]) for regime in REGIMES if regime in found[0]]
+        if arguments.output:  # what is there is kept, whatever becomes of the rest
+            write_json(arguments.output, {"rows": rows})
     show(arguments, rows)
     passed = all(r["agree"] >= LEAST_AGREEING and r["claims"] == 0 for r in rows)
     if arguments.output:

@@ -65,13 +65,14 @@ def ratio_interval(before: Samples, after: Samples, *, seed: int = 0) -> Interva
 _RATIO_PER_CONTROL = 0.75
 
 
-def loads_interval(ratios: Samples, controls: Samples) -> Interval:
+def loads_interval(ratios: Samples, controls: Samples, *, together: float = 1.0) -> Interval:
     """The 95 % interval of a ratio from one figure for each fresh load of both networks.
 
     `ratios` are after / before; `controls` are a second session of the original over the first, which would all be 1 if
     nothing but the network mattered. The estimate is the mean of the logs, the interval Student's, from the loads'
     own scatter; and never narrower than the scatter of all sessions that the controls show. A difference that the
-    controls reached in some load counts as none: the interval then holds 1. Logs make it symmetric.
+    controls reached in some load counts as none: the interval then holds 1. `together` so many loads count as one,
+    where they share what disturbs them. Logs make it symmetric.
     In simulation two such intervals for one pair of networks overlapped in 98 of 100 tries and more, whether sessions
     of the two err alike or not, under normal and under heavy-tailed noise.
     Raises ValueError: fewer than two loads, different lengths, or a figure that is not finite and above 0.
@@ -85,7 +86,8 @@ def loads_interval(ratios: Samples, controls: Samples) -> Interval:
     count, estimate = logs.size, float(np.mean(logs))
     own = float(np.var(logs, ddof=1))
     both = ((count - 1) * own + _RATIO_PER_CONTROL * float(np.sum(noise**2))) / (2 * count - 1)
-    half = max(stdtrit(count - 1, 0.975) * np.sqrt(own), stdtrit(2 * count - 1, 0.975) * np.sqrt(both)) / np.sqrt(count)
+    wide = max(stdtrit(count - 1, 0.975) * np.sqrt(own), stdtrit(2 * count - 1, 0.975) * np.sqrt(both))
+    half = wide * np.sqrt(together / count)
     low, middle, high = np.exp([estimate - half, estimate, estimate + half]).tolist()
     if abs(estimate) <= float(np.max(np.abs(noise))):
         low, high = min(low, 1.0), max(high, 1.0)

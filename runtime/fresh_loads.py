@@ -36,7 +36,8 @@ _MOST_BALLAST_BYTES = 1 << 20
 class Effort:
     """How much a comparison over fresh loads may take: `loads` at least, `most_loads` where the interval's half width
     is still above `target_halfwidth`, `rounds` in each; and `seconds`, after which it ends, but not before three loads
-    of two rounds."""
+    of two rounds. On a contended machine `together` so many loads count as one: what disturbs it lasts longer than a
+    load, and the next measurement meets another disturbance."""
 
     loads: int = 5
     most_loads: int = 9
@@ -44,18 +45,19 @@ class Effort:
     target_halfwidth: float = 0.01
     warmup_ms: float = 100.0
     seconds: float = 60.0
+    together: float = 3.0
 
     def __post_init__(self) -> None:
         if not (2 <= self.loads <= self.most_loads and self.rounds >= 1):
             raise ValueError(f"loads start at 2, rounds at 1, and loads <= most_loads: {self}")
-        if not (self.target_halfwidth > 0 and self.seconds > 0 and self.warmup_ms >= 0):
-            raise ValueError(f"target_halfwidth and seconds must be above 0, warmup_ms not below: {self}")
+        if not (self.target_halfwidth > 0 and self.seconds > 0 and self.warmup_ms >= 0 and self.together >= 1):
+            raise ValueError(f"target_halfwidth and seconds must be above 0, warmup_ms from 0, together from 1: {self}")
 
 
 #: For a result that is reported.
 FULL = Effort()
 #: For one of many plans that are compared on the way.
-QUICK = Effort(loads=4, most_loads=4, rounds=6, warmup_ms=30.0, seconds=20.0)
+QUICK = Effort(loads=4, most_loads=4, rounds=6, warmup_ms=30.0, seconds=20.0, together=1.0)
 
 
 @dataclass(kw_only=True)
@@ -75,8 +77,8 @@ class _Taken:
         self.samples += zip(before.tolist(), after.tolist(), strict=True)
         self.contended = self.contended or rounds.contended
 
-    def measurement(self, regime: Regime, clock: Clock, environment: Environment) -> Measurement:
-        interval = loads_interval(self.ratios, self.controls)
+    def measurement(self, regime: Regime, clock: Clock, together: float, environment: Environment) -> Measurement:
+        interval = loads_interval(self.ratios, self.controls, together=together if self.contended else 1.0)
         before, after = zip(*self.samples, strict=True)
         return Measurement(
             ratio=interval.estimate,
@@ -144,7 +146,7 @@ def measure_loads(
         late = time.perf_counter() - started >= effort.seconds
         if done < (min(_FEWEST_LOADS, effort.loads) if late else effort.loads):
             continue
-        found = {name: sums.measurement(name, clock, known) for name, sums in taken.items()}
+        found = {name: sums.measurement(name, clock, effort.together, known) for name, sums in taken.items()}
         if late or done == effort.most_loads or found[regime].half_width <= effort.target_halfwidth:
             return found
 

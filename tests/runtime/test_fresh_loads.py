@@ -133,6 +133,16 @@ def test_figures_that_make_no_interval(ratios: list[float], controls: list[float
         loads_interval(ratios, controls)
 
 
+def test_a_disturbed_machine_widens_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What disturbs it lasts longer than a load: loads within it are not as many witnesses."""
+    quiet = Sessions(0.5, 0.02).measured()
+    monkeypatch.setattr("foldcut.runtime.measure._CONTENDED_SPREAD", -1.0)
+    disturbed = Sessions(0.5, 0.02).measured()
+    assert disturbed.contended and not quiet.contended
+    assert disturbed.loads == quiet.loads
+    assert disturbed.half_width == pytest.approx(quiet.half_width * 3**0.5)
+
+
 def test_both_regimes_come_from_the_same_loads() -> None:
     sessions = Sessions(0.5)
     sessions.evicts = True
