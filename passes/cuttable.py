@@ -26,7 +26,8 @@ def cuttable_groups(provenance: Provenance, groups: Sequence[UnitGroup]) -> tupl
     Each is tried with several patterns of units gone: the last half, the first half, every other one, random ones, all
     but one. All groups are tried together; where that fails they are halved until each culprit stands alone.
     """
-    good, bad = list(groups), []
+    good: list[UnitGroup] = list(groups)
+    bad: list[Stuck] = []
     for trial, pattern in enumerate(_patterns(groups)):
         refused = _refusing(provenance, good, pattern, prune=trial == 0)
         bad += refused
@@ -87,7 +88,8 @@ def cut_again(
     `attempt` chooses units of the groups that it is given and cuts; where a cut is refused, the group that refuses is
     left out and the choice is made again. Every other error goes through.
     """
-    left, rejects = list(groups), []
+    left: list[UnitGroup] = list(groups)
+    rejects: list[Reject] = []
     while True:
         try:
             return attempt(left), left, rejects
