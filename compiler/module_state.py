@@ -31,7 +31,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     if training:
         warnings.warn(
             "the model is in training mode; it is captured as in eval mode (call model.eval() to silence this)",
-            stacklevel=5,
+            stacklevel=6,
         )
     for module in training:
         module.training = False

@@ -56,6 +56,7 @@ def same(left: foldcut.Compiled, right: foldcut.Compiled) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_three_compiles_in_threads() -> None:
     """Each ends as it does alone; afterwards warnings are heard as before."""
     nets = [small(seed) for seed in range(3)]
