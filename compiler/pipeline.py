@@ -34,7 +34,7 @@ from .plan import (
     Latency,
     MaxError,
     Plan,
-    Ranks,
+    RankGoal,
 )
 from .planner import require_regions
 from .program import Batch, Program
@@ -235,7 +235,7 @@ def _rewritten(
             store=store,
         )
     solve = fit.take(slice(0, settings.solve_samples))
-    if used == ("factorize",) and isinstance(goal, (Latency, Ranks)):
+    if used == ("factorize",) and isinstance(goal, RankGoal):
         return cut_ranks(
             teacher,
             solve,
