@@ -18,7 +18,8 @@ WHAT = (
     ("cuts that show", "cuts that change the outputs by more than 0.1 %"), ("regions", "removable regions"),
     ("drops", "regions dropped"), ("zero branches dropped", "branches of zeros dropped"),
     ("dead units removed", "dead units removed"), ("layers factorised", "layers factorised at full rank"),
-    ("re-solved", "networks re-solved"), ("exports", "networks run in ONNX Runtime"),
+    ("re-solved", "networks re-solved"),
+    ("hidden layers tried", "hidden layers with dead, copied and permuted channels"), ("exports", "networks run in ONNX Runtime"),
     ("settled in float64", "differences that were float32's"), ("unusable", "networks with values that are not finite"),
 )  # fmt: skip
 
