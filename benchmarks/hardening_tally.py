@@ -19,7 +19,8 @@ WHAT = (
     ("drops", "regions dropped"), ("zero branches dropped", "branches of zeros dropped"),
     ("dead units removed", "dead units removed"), ("layers factorised", "layers factorised at full rank"),
     ("re-solved", "networks re-solved"),
-    ("hidden layers tried", "hidden layers with dead, copied and permuted channels"), ("exports", "networks run in ONNX Runtime"),
+    ("hidden layers tried", "hidden layers with dead, copied and permuted channels"),
+    ("exports", "networks run in ONNX Runtime"),
     ("settled in float64", "differences that were float32's"), ("unusable", "networks with values that are not finite"),
 )  # fmt: skip
 
