@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from ..passes.prune_channels import Pruned, cuttable_groups, prune_channels
+from ..passes.cuttable import cut_again, cuttable_groups
+from ..passes.prune_channels import Pruned, prune_channels
 from ..passes.resolve_network import Resolved, ResolveSettings
 from ..passes.select_channels import ChannelChoice, Variant, choose_channels, select_by_norm, select_layerwise
 from ..passes.submodular import Selection
@@ -84,17 +85,25 @@ def cut_channels(
         groups, stuck = cuttable_groups(provenance, free_groups(provenance, settings.limits))
         if not groups:
             raise GoalError(f"nothing can be pruned: {stuck[0][1].message}", hint="`foldcut inspect` lists the groups")
-    with clock.stage("choose"):
-        counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress, store)
-        choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress, store)
+
+    def attempt(groups: list[UnitGroup]) -> _Cut:
+        if not groups:
+            raise GoalError("nothing can be pruned: each cut was refused", hint="`foldcut inspect` lists the groups")
+        with clock.stage("choose"):
+            counts, met = _counts(provenance, calibration, goal, groups, settings.limits, progress, store)
+            choice = _choice(provenance, calibration, groups, counts, settings, resolve, progress, store)
+        with clock.stage("prune"):
+            pruned, errors = _removed(provenance, held_out, choice, settings)
+        return _Cut(choice=choice, met=met, pruned=pruned, errors=errors)
+
+    cut, groups, refused = cut_again(provenance, groups, attempt)
+    choice, met, pruned, errors = cut.choice, cut.met, cut.pruned, cut.errors
     if not len(choice.removed) and goal != Channels(1.0):
         warnings.warn(
             f"nothing was cut: no group can keep fewer units for {goal} in steps of "
             f"{settings.limits.multiple_of} channels with its minimum",
             stacklevel=2,
         )
-    with clock.stage("prune"):
-        pruned, errors = _removed(provenance, held_out, choice, settings)
     resolved = Resolved(program=pruned.program, layers=choice.layers, locked=())
     if settings.resolve and settings.polish and pruned.kept:
         with clock.stage("re-solve"):
@@ -109,13 +118,23 @@ def cut_channels(
         program=resolved.program,
         decisions=tuple(channel_decision(g, choice.selections[g.name]) for g in groups if g.name in choice.selections),
         met=met,
-        rejects=(*group_rejects(provenance), *stuck_rejects, *resolved.locked),
+        rejects=(*group_rejects(provenance), *stuck_rejects, *refused, *resolved.locked),
         errors=errors,
         layers=resolved.layers,
         kept=pruned.kept,
         provenance=provenance,
         selections=choice.selections,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """One choice, cut: the goal met or not, the smaller program, the output errors on the way."""
+
+    choice: ChannelChoice
+    met: bool
+    pruned: Pruned
+    errors: dict[str, float]
 
 
 def _choice(

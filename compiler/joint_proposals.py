@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..passes.prune_channels import cuttable_groups
+from ..passes.cuttable import cuttable_groups
 from ..passes.select_ranks import RankAnalysis
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..passes.cuttable import cut_again
 from ..passes.drop_blocks import drop_blocks, entry_exit
 from ..passes.factorize import Factors, factorize, factorize_for_timing, within_full
 from ..passes.low_rank import SCHEMES
-from ..passes.prune_channels import prune_channels
+from ..passes.prune_channels import Pruned, prune_channels
 from ..passes.recoverability import QUICK_RESOLVE, RecoverabilitySettings
 from ..passes.resolve_network import LayerError, ResolveSettings
+from ..passes.select_channels import ChannelChoice
 from ..passes.select_ranks import Option, RankAnalysis, RankSettings
 from ..passes.submodular import Selection
 from ..passes.targets import Kept
@@ -74,8 +76,16 @@ def mix_shape(teacher: Program, mix: Mix) -> Program:
         provenance = find_units(program)
         groups = _groups(provenance, counts)
         if groups:
-            program = prune_channels(provenance, surplus_units(groups, counts)).program
+            program, _, _ = cut_again(
+                provenance, groups, lambda left: _without_surplus(provenance, program, left, counts)
+            )
     return factorize_for_timing(program, within_full(program, ranks))
+
+
+def _without_surplus(
+    provenance: Provenance, program: Program, groups: Sequence[UnitGroup], counts: Mapping[str, int]
+) -> Program:
+    return prune_channels(provenance, surplus_units(groups, counts)).program if groups else program
 
 
 def apply_mix(
@@ -201,21 +211,28 @@ def _pruned(
         removed_units(provenance, given)  # says which group is not the one planned for
     if not groups:
         return _Pruned(program=program)
-    choice = stored_channels(
-        store,
-        provenance,
-        calibration,
-        counts,
-        variant=settings.channels.variant,
-        stream_target=settings.channels.stream_target,
-        given={cut.group: _as_given(cut) for cut in given} or None,
-        settings=settings.resolve,
-        progress=progress,
-    )
-    pruned = prune_channels(provenance, choice.removed, choice.tensors)
-    decisions = tuple(channel_decision(g, choice.selections[g.name]) for g in groups)
-    if given:
+
+    def attempt(groups: list[UnitGroup]) -> tuple[ChannelChoice, Pruned]:
+        names = {g.name for g in groups}
+        choice = stored_channels(
+            store,
+            provenance,
+            calibration,
+            {name: count for name, count in counts.items() if name in names},
+            variant=settings.channels.variant,
+            stream_target=settings.channels.stream_target,
+            given={cut.group: _as_given(cut) for cut in given if cut.group in names} or None,
+            settings=settings.resolve,
+            progress=progress,
+        )
+        return choice, prune_channels(provenance, choice.removed, choice.tensors)
+
+    if given:  # a plan is carried out as it stands, or not at all
+        choice, pruned = attempt(groups)
         decisions = tuple(given)
+    else:
+        (choice, pruned), groups, _ = cut_again(provenance, groups, attempt)
+        decisions = tuple(channel_decision(g, choice.selections[g.name]) for g in groups)
     return _Pruned(program=pruned.program, kept=pruned.kept, selections=choice.selections, decisions=decisions)
 
 

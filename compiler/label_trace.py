@@ -113,7 +113,7 @@ class Trace:
 
     def _own(self, shape: Sequence[int]) -> torch.Tensor:
         count = math.prod(shape)
-        return self.labels.fresh(count, free=True).view(*shape) if count <= LARGEST_CONSTANT else fixed(shape)
+        return self.labels.fresh(count, free=True).reshape(tuple(shape)) if count <= LARGEST_CONSTANT else fixed(shape)
 
     def is_fixed_value(self, value: Any) -> bool:
         """Whether the operand is a tensor that no input reaches, stored or computed."""

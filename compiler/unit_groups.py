@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from .label_trace import Slot, Trace
-from .labels import FIXED
+from .label_trace import Slot, Trace, leaves_of
+from .labels import FIXED, slim
+from .operator_kinds import kind_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnitGroup:
-    """Units that the same slots produce, each with the same number of channels in each of them.
+    """Units that the same slots produce, each with the same number of channels in each of them, and that go the same
+    ways: where a tensor is taken apart, each part keeps a unit as long as each group does.
 
     `name` is that of the first producer, `units` the root labels in channel order. `producers` and `consumers` are
     (parameter, dimension) slots. `widths` are the channels that one unit takes in each producer: 1 for a plain
@@ -55,8 +57,8 @@ def surplus_units(groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> tor
 
 
 def form_groups(trace: Trace, slots: Sequence[Slot]) -> tuple[UnitGroup, ...]:
-    """All groups in graph order. Units are told apart by which slots make them, how often, and whether they are
-    locked."""
+    """All groups in graph order. Units are told apart by which slots make them, how often, which parts of a tensor
+    (its halves, a slice of it) take them, and whether they are locked: any unit of a group may stand for another."""
     makers = [s for s in slots if s.role == "out"]
     size = len(trace.labels)
     generator = torch.Generator().manual_seed(0)
@@ -70,6 +72,9 @@ def form_groups(trace: Trace, slots: Sequence[Slot]) -> tuple[UnitGroup, ...]:
         fresh = slot.labels[new]
         place.scatter_(0, fresh.flip(0), new.nonzero().reshape(-1).flip(0))
         first[fresh] = index
+    for part in _parts_taken(trace):
+        key = torch.randint(1 << 62, (1,), generator=generator)
+        signature.scatter_add_(0, part, key.expand(len(part)))
     units = (first < len(makers)).nonzero().reshape(-1)
     units = units[units != FIXED]
     locked = trace.labels.locked(units)
@@ -80,6 +85,23 @@ def form_groups(trace: Trace, slots: Sequence[Slot]) -> tuple[UnitGroup, ...]:
     groups = [units[inverse == value] for value in dict.fromkeys(inverse.tolist())]
     readers = [s for s in slots if s.role == "in"]
     return _distinct([_group(trace, members, makers, readers) for members in groups])
+
+
+def _parts_taken(trace: Trace) -> Iterator[torch.Tensor]:
+    """The units in each result of a movement that leaves some of its operand's units out."""
+    for node in trace.program.graph.nodes:
+        if kind_of(node) != "movement" or node.name in trace.inputless:
+            continue
+        operands = [leaf for n in node.all_input_nodes for leaf in leaves_of(trace.values.get(n.name))]
+        if not operands:
+            continue
+        whole = torch.cat([trace.labels.find(slim(leaf)).reshape(-1) for leaf in operands]).unique()
+        if len(whole) < 2:
+            continue
+        for leaf in leaves_of(trace.values.get(node.name)):
+            part = trace.labels.find(slim(leaf)).unique()
+            if len(part) < len(whole):
+                yield part
 
 
 def _distinct(groups: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:

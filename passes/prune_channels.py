@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,6 @@ from ..compiler.errors import RewriteError
 from ..compiler.execute import ConcreteValues, run_until
 from ..compiler.program import Program, is_constant, is_tensor
 from ..compiler.provenance import Provenance
-from ..compiler.unit_groups import UnitGroup
 from .cut_proof import Prover
 from .shape_arguments import Cut, new_call
 from .targets import Kept, select_kept
@@ -59,19 +58,41 @@ def prune_channels(
         raise CutRefusedError.of(cause, removed.nonzero().reshape(-1)) from cause
 
 
+def prove_cut(provenance: Provenance, units: torch.Tensor | Iterable[int]) -> None:
+    """Raise RewriteError when these units cannot be removed together, as far as that is seen before the cut is made."""
+    removed = provenance.removal(units)
+    try:
+        _proven(_Cutter(provenance, removed))
+    except RewriteError as cause:
+        raise CutRefusedError.of(cause, removed.nonzero().reshape(-1)) from cause
+
+
+def _proven(cutter: _Cutter) -> dict[str, Call]:
+    """The calls that change, each proven."""
+    program, calls = cutter.program, {}
+    prover = Prover(ConcreteValues(program))
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.name in cutter.computed:
+            continue
+        try:
+            if cutter.touches(node):
+                cut = cutter.cut(node)
+                call = prover.prove(cut, new_call(cut))
+                if call is not None:
+                    calls[node.name] = call
+        except RewriteError:
+            if node.name not in cutter.provenance.inputless:
+                raise
+            # what is left of this constant does not follow from what is left of its operands: it is evaluated
+            cutter.computed.add(node.name)
+    return calls
+
+
 def _cut(provenance: Provenance, removed: torch.Tensor, tensors: Mapping[str, torch.Tensor] | None) -> Pruned:
     program = provenance.program
     cutter = _Cutter(provenance, removed)
-    calls = {}
-    prover = Prover(ConcreteValues(program))
-    computed = cutter.computed()
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.name not in computed and cutter.touches(node):
-            cut = cutter.cut(node)
-            call = prover.prove(cut, new_call(cut))
-            if call is not None:
-                calls[node.name] = call
-    calls |= cutter.evaluated(computed, tensors or {})
+    calls = _proven(cutter)
+    calls |= cutter.evaluated(tensors or {})
     current = {name: program.tensor(name).detach() for name in cutter.parameters} | dict(tensors or {})
     tensors = {name: select_kept(value, cutter.parameters.get(name, ())) for name, value in current.items()}
     count = int(removed.sum())
@@ -79,30 +100,13 @@ def _cut(provenance: Provenance, removed: torch.Tensor, tensors: Mapping[str, to
     return Pruned(program=smaller, kept=_selectable(cutter))
 
 
-def cuttable_groups(
-    provenance: Provenance, groups: Sequence[UnitGroup]
-) -> tuple[list[UnitGroup], list[tuple[UnitGroup, RewriteError]]]:
-    """The groups that the rewriter can cut, tried with half of their units gone, and the others with its reason.
-
-    All are tried together; only when that fails are they halved until each culprit stands alone.
-    """
-    try:
-        if groups:
-            prune_channels(provenance, torch.cat([g.units[(len(g) + 1) // 2 :] for g in groups]))
-        return list(groups), []
-    except RewriteError as cause:
-        if len(groups) == 1:
-            return [], [(groups[0], cause)]
-    middle = len(groups) // 2
-    first, second = cuttable_groups(provenance, groups[:middle]), cuttable_groups(provenance, groups[middle:])
-    return first[0] + second[0], first[1] + second[1]
-
-
 def _selectable(cutter: _Cutter) -> dict[str, Kept]:
     """What is kept of each node that lost channels. Where channels and batch share a dimension there are no such
     indices."""
     found = {}
     for node in cutter.program.graph.nodes:
+        if node.name in cutter.provenance.inputless:
+            continue
         kept = cutter.kept(node)
         cut = [dim for dim, indices in enumerate(kept) if indices is not None]
         if cut and not any(cutter.program.follows_batch(node.meta["val"].shape[dim]) for dim in cut):
@@ -137,6 +141,8 @@ class _Cutter:
         self.provenance, self.removed = provenance, removed
         self.program = provenance.program
         self._kept: dict[str, Kept] = {}
+        #: constants that the graph computes and that do not follow the cut of what they read: evaluated before it
+        self.computed = set(provenance.inputless - provenance.followed)
         self.parameters = self._parameters()
 
     def _parameters(self) -> dict[str, Kept]:
@@ -152,7 +158,10 @@ class _Cutter:
                     raise RewriteError(f"{slot.parameter} would be cut in two ways", node=slot.node)
                 dims[slot.dim] = stay
         for name, labels in self.provenance.constants.items():
-            kept = self.provenance.kept(labels, self.removed)
+            try:
+                kept = self.provenance.kept(labels, self.removed)
+            except RewriteError:
+                continue  # it stays whole; what reads it is cut, or cannot be
             if any(k is not None for k in kept):
                 dims = found.setdefault(name, [None] * len(kept))
                 found[name] = [k if k is not None else d for k, d in zip(kept, dims, strict=True)]
@@ -180,12 +189,7 @@ class _Cutter:
         operands = [self.parameter_kept(n) if is_constant(n) else self.kept(n) for n in node.all_input_nodes]
         return any(k is not None for kept in operands for k in kept)
 
-    def computed(self) -> set[str]:
-        """Constants that the graph computes and that do not follow what they read: those that a cut concerns are
-        evaluated first, the others are left out of the proof."""
-        return set(self.provenance.inputless - self.provenance.followed)
-
-    def evaluated(self, computed: set[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, Call]:
+    def evaluated(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Call]:
         """Calls that give the value of a computed constant, as it was before the cut, without what is removed."""
         calls: dict[str, Call] = {}
         concerned: set[str] = set()
@@ -196,10 +200,11 @@ class _Cutter:
             cut = any(k is not None for n in operands for k in self.parameter_kept(n))
             if cut or any(n.name in concerned for n in node.all_input_nodes):
                 concerned.add(node.name)
-            kept = self.kept(node)
-            if node.name not in computed or not (node.name in concerned or any(k is not None for k in kept)):
+            read = is_tensor(node) and any(u.name not in self.computed for u in node.users)
+            if node.name not in self.computed or not read:
                 continue
-            if is_tensor(node) and any(u.name not in computed for u in node.users):
+            kept = self.kept(node)
+            if node.name in concerned or any(k is not None for k in kept):
                 value = run_until(self.program, [node.name], {}, tensors)[node.name].detach()
                 calls[node.name] = Call(target=aten.clone.default, args=(select_kept(value, kept),), kwargs={})
         return calls

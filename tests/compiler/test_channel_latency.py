@@ -7,7 +7,8 @@ from foldcut.compiler.channel_latency import group_savings, touched_layers
 from foldcut.compiler.program import Program
 from foldcut.compiler.provenance import find_units
 from foldcut.compiler.unit_groups import surplus_units
-from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.prune_channels import prune_channels
 from foldcut.runtime.latency_table import LatencyTable
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

@@ -15,7 +15,8 @@ from foldcut.compiler.execute import bind, run_until
 from foldcut.compiler.export import to_onnx
 from foldcut.compiler.program import Program, is_tensor
 from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.prune_channels import cuttable_groups, prune_channels
+from foldcut.passes.cuttable import cuttable_groups
+from foldcut.passes.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 
