@@ -65,13 +65,13 @@ def main() -> None:
     start = time.time()
     run_all(arguments)
     rows = read_rows(arguments)
-    from hardening_tally import markdown, tally
+    from hardening_tally import tally, write_markdown
 
     text = tally(rows)
     print(text)
     print(f"{time.time() - start:.0f} s")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(rows, arguments.seed))
+        write_markdown(arguments.markdown, rows, arguments.seed)
     failed = Counter(row["status"] for row in rows)
     sys.exit(1 if failed["wrong"] + failed["exception"] + failed["crash"] else 0)
 

@@ -21,6 +21,7 @@ from foldcut.passes.resolve_network import ResolveSettings, resolve_network
 from foldcut.passes.select_channels import choose_channels
 from hardening_checks import Case, WrongError, check_program, error_between, leaves, same, tensors_of
 from hardening_expected import deletions
+from hardening_hidden import check_hidden
 
 #: Operators whose statistics run over channels: what is zero still counts in them.
 STATISTICS = ("layer_norm", "group_norm", "rms_norm", "softmax", "mean", "var")
@@ -132,6 +133,7 @@ def check_deep(case: Case, program: Program) -> None:
     with case.stage("re-solve"):
         if case.provenance is not None:
             _resolve(case, case.provenance, calibration)
+    check_hidden(case)
     with case.stage("re-solve nothing"):
         settings = ResolveSettings(refine=0)
         again = resolve_network(program, program, calibration, [], settings=settings).program

@@ -9,6 +9,8 @@ from typing import Any
 from hardening_checks import message_class, run
 from hardening_networks import Recipe, build, smaller
 
+#: Stages that only some networks go through.
+DEEP = ("re-solve", "re-solve nothing", "dead channels", "copied channels", "permuted channels")
 #: Runs that one failure may cost.
 MOST_RUNS = 40
 
@@ -43,7 +45,7 @@ def kind_of(finding: dict[str, str]) -> tuple[str, str, str]:
 
 def minimised(recipe: Recipe, number: int, kind: tuple[str, str, str]) -> tuple[Recipe, Any]:
     """The recipe with as few pieces as still fail in that way, and its case."""
-    settings = {"onnx": kind[1] == "onnx", "deep": kind[1].startswith("re-solve")}
+    settings = {"onnx": kind[1] == "onnx", "deep": kind[1] in DEEP}
     found, case = failures(recipe, number, **settings)
     if kind not in map(kind_of, found):
         return recipe, case
@@ -77,7 +79,7 @@ def keep(recipe: Recipe, number: int, row: dict[str, Any], folder: Path, most: i
     told = next((f for f in case.findings if kind_of(f) == kind), finding)
     pieces = [type(p).__name__ + (f":{p.kind}" if hasattr(p, "kind") else "") for p in build(small).chain.parts]
     text = case.program.text() if case.program is not None else ""
-    settings = {"onnx": kind[1] == "onnx", "deep": kind[1].startswith("re-solve")}
+    settings = {"onnx": kind[1] == "onnx", "deep": kind[1] in DEEP}
     path = folder / f"{name}-{number}.py"
     body = PROGRAM.format(**told, number=number, seed=row["seed"], text=text, recipe=repr(small), **settings)
     path.write_text(body)
