@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 Samples = Sequence[float] | npt.NDArray[np.float64]
 
@@ -77,6 +76,8 @@ def loads_interval(ratios: Samples, controls: Samples, *, together: float = 1.0)
     of the two err alike or not, under normal and under heavy-tailed noise.
     Raises ValueError: fewer than two loads, different lengths, or a figure that is not finite and above 0.
     """
+    from scipy.special import stdtrit  # imported when needed: importing foldcut stays light
+
     first, second = np.asarray(ratios, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     if first.size < 2 or first.shape != second.shape:
         raise ValueError(f"there are {first.size} ratios and {second.size} controls; two loads, one of both each")
