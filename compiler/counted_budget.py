@@ -45,9 +45,9 @@ class CountedBudget:
         #: Plans that a search tries before its own.
         self.starts: list[Mix] = []
 
-    def offered(self, rewrites: Sequence[str], goal: CountedGoal) -> list[Offered]:
-        """What each of the rewrites can do for a goal."""
-        context, found = self._context, []
+    def offered(self, rewrites: Sequence[str], ratio: float) -> list[Offered]:
+        """What each of the rewrites can do towards a share."""
+        context, goal, found = self._context, replace(self._goal, ratio=ratio), []
         if "drop_blocks" in rewrites:
             found.append(context.drops(goal, None))
         if "prune_channels" in rewrites:
@@ -219,15 +219,17 @@ class Cuts:
             return {}
         by_name = {item.name: item for item in items}
         cut = [g for g in groups if counts[g.name] < len(g) and g.name in by_name]
-        return {
-            by_name[g.name]: min(by_name[g.name].proposals, key=lambda p, g=g: abs(p.change - counts[g.name]))
-            for g in cut
-        }
+        return {by_name[g.name]: _nearest(by_name[g.name], counts[g.name]) for g in cut}
 
     def _counts(self, mix: Mix) -> list[int]:
         assert self.model is not None
         left = {item.name: taken.change for item, taken in mix.items() if item.kind == "prune_channels"}
         return [left.get(group.name, len(group)) for group in self.model.groups]
+
+
+def _nearest(item: Item, count: int) -> Proposal:
+    """The proposal of a group that leaves about so many units."""
+    return min(item.proposals, key=lambda proposal: abs(proposal.change - count))
 
 
 def _cut_model(provenance: Provenance, groups: Sequence[UnitGroup], goal: CountedGoal) -> CutModel:

@@ -88,9 +88,10 @@ def cut_jointly(
         time=time or SearchTime(),
     )
     if not isinstance(goal, MaxError):
-        mixing.offer(goal)
-        return mixing.made(mixing.searched(goal.share if isinstance(goal, Latency) else goal.ratio), goal)
-    mixing.offer(Latency(LEAST_RATIO))
+        ratio = goal.share if isinstance(goal, Latency) else goal.ratio
+        mixing.offer(ratio)
+        return mixing.made(mixing.searched(ratio), goal)
+    mixing.offer(LEAST_RATIO)
     return fastest_within(mixing, goal)
 
 
@@ -172,9 +173,9 @@ class Mixing:
     #: Counts the trials.
     trials: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
-    def offer(self, goal: Latency | CountedGoal) -> None:
-        """Ask each of the rewrites what it can do for a goal."""
-        self.offered.extend(self.budget.offered(self.rewrites, goal))
+    def offer(self, ratio: float) -> None:
+        """Ask each of the rewrites what it can do towards a ratio of what is to be saved."""
+        self.offered.extend(self.budget.offered(self.rewrites, ratio))
 
     def searched(self, ratio: float) -> Found:
         """The best plan that reaches a ratio of what is to be saved."""

@@ -72,9 +72,9 @@ class LatencyBudget:
     def __init__(self, context: MixContext, latency: StoredLatency) -> None:
         self._context, self._latency = context, latency
 
-    def offered(self, rewrites: Sequence[str], goal: Latency) -> list[Offered]:
-        """What each of the rewrites can do for a goal."""
-        context, found = self._context, []
+    def offered(self, rewrites: Sequence[str], ratio: float) -> list[Offered]:
+        """What each of the rewrites can do towards a latency ratio."""
+        context, goal, found = self._context, Latency(ratio), []
         if "drop_blocks" in rewrites:
             found.append(context.drops(goal, self._latency))
         if "prune_channels" in rewrites:

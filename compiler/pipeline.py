@@ -219,7 +219,7 @@ def _rewritten(
     time: SearchTime,
 ) -> Rewritten:
     """The rewrite, or the mix of several."""
-    if analysis is not None:
+    if analysis is not None and isinstance(goal, DropGoal):
         return cut_blocks(
             teacher,
             analysis,
