@@ -229,7 +229,7 @@ def test_bad_calibration_is_refused(residual_net: nn.Module, counting_backend: A
     goal = foldcut.Channels(0.5)
     broken = nets.images(8)
     broken[3, 0, 0, 0] = float("nan")
-    for data in (nets.images(0), torch.randn(8, 4, 8, 8), broken, nets.images(8).double()):
+    for data in (nets.images(0), torch.randn(8, 4, 8, 8), broken, nets.images(8).long()):
         with pytest.raises(foldcut.CompilerError):
             run(residual_net, data, counting_backend, goal)
 
