@@ -250,7 +250,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                     # a failed attempt leaves marks of dynamic dims on the tensors it was given
                     fresh_args, fresh_kwargs = pytree.tree_map(_fresh, (args, kwargs))
                     dims = _batch_dims((fresh_args, fresh_kwargs)) if dynamic else None
-                    exported = torch.export.export(model, fresh_args, fresh_kwargs, dynamic_shapes=dims, strict=strict)
+                    exported = torch.export.export(
+                        model,
+                        fresh_args,
+                        fresh_kwargs,
+                        dynamic_shapes=dims,  # type: ignore[arg-type]  # a ShapesCollection is taken too
+                        strict=strict,
+                    )
             except Exception as cause:  # torch.export raises many unrelated types: all of them end in CaptureError
                 failures.append(cause)
                 continue

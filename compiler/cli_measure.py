@@ -93,10 +93,10 @@ def measure_files(before: Path, after: Path, wish: MeasureWish, *, progress: Pro
             progress=_pairs(progress, "measure before itself"),
         )
         progress("measure before itself", check.pairs, check.pairs)
-    before, after = (partial(backend.load, engine, inputs, threads=wish.threads) for engine in engines)
+    first, second = (partial(backend.load, engine, inputs, threads=wish.threads) for engine in engines)
     found = measure_loads(
-        before,
-        after,
+        first,
+        second,
         regime=wish.regime,
         both=True,
         seed=wish.seed,

@@ -117,7 +117,9 @@ def fields_of(item: Any, inputs: ForwardInputs | None) -> Fields:
         found = {str(key): value for key, value in item.items()}
         alone = [value for value in found.values() if value is not None]
         unknown = inputs is not None and inputs.named and not any(map(inputs.takes, found))
-        return {0: alone[0]} if unknown and len(alone) == 1 else dict(found)
+        if unknown and len(alone) == 1:
+            return {0: alone[0]}
+        return dict(found.items())
     names: tuple[str, ...] = getattr(item, "_fields", ())
     if is_dataclass(item) and not isinstance(item, type):
         names = tuple(f.name for f in fields(item))

@@ -334,7 +334,7 @@ def _finish(
         clock=clock,
         tried=rewritten.tried,
         profiles=profiles,
-        regimes=regimes,
+        regimes={str(regime): found for regime, found in regimes.items()},
     )
 
 

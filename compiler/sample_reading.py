@@ -56,8 +56,9 @@ def _items(data: Any) -> tuple[Iterator[Any], bool | None]:
     if _is_batch(data):
         return iter([data]), False
     if isinstance(data, Iterable):
-        loader = isinstance(data, torch.utils.data.DataLoader)
-        return iter(data), ((data.batch_size is None and data.batch_sampler is None) or None) if loader else None
+        if isinstance(data, torch.utils.data.DataLoader):
+            return iter(data), (data.batch_size is None and data.batch_sampler is None) or None
+        return iter(data), None
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a data set that is read by index
         return (data[index] for index in range(len(data))), True
     raise CalibrationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from .errors import GoalError
@@ -38,7 +39,7 @@ def _work(program: Program) -> list[tuple[str, str]]:
 def _shapes(node: fx.Node) -> Any:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [[str(size) for size in v.shape] for v in values if hasattr(v, "shape")]
+    return [[str(size) for size in v.shape] for v in values if isinstance(v, torch.Tensor)]
 
 
 def _reasons(rewritten: Rewritten) -> str:
