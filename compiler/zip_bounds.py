@@ -64,7 +64,10 @@ def _check_names(label: str, entries: list[zipfile.ZipInfo], error: type[Compile
             raise error(f"{label} holds two entries {name[:80]!r}", hint="do not trust this file: readers would differ")
         seen.add(name.casefold())
         if entry.flag_bits & 1 or entry.compress_type not in _METHODS:
-            raise error(f"{label}: the entry {name[:80]!r} is encrypted or packed in an unusual way")
+            raise error(
+                f"{label}: the entry {name[:80]!r} is encrypted or packed in an unusual way",
+                hint="save it again without encryption; a file that was saved so is damaged",
+            )
 
 
 def _check_sizes(label: str, entries: list[zipfile.ZipInfo], size: int, error: type[CompilerError]) -> None:
