@@ -216,7 +216,7 @@ def _check_batch_range(exported: torch.export.ExportedProgram) -> None:
                 "forward() takes another way for other numbers of samples",
                 expected="one graph for any batch size",
                 actual=f"a graph for {found.lower} to {found.upper} samples",
-                hint="keep conditions on the batch size out of forward(), and name the mode of operators that choose one "
+                hint="keep conditions on the batch size out of forward(); name the mode of operators that choose one "
                 "by size (torch.cdist has compute_mode)",
             )
 
