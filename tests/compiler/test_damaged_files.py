@@ -16,6 +16,8 @@ from foldcut.compiler.finite import read_json
 from PIL import Image
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 

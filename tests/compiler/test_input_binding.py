@@ -18,6 +18,8 @@ from foldcut.compiler.sample_reading import read_data
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 IDS = torch.arange(60).view(10, 6) % 7
 MASK = (torch.arange(60).view(10, 6) % 5 > 0).long()
 LABELS = torch.arange(10) % 3

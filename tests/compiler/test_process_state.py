@@ -17,6 +17,8 @@ from foldcut.compiler import cli
 from foldcut.compiler.alone import alone
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 IMAGES = torch.randn(24, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 

@@ -16,6 +16,8 @@ from foldcut.passes.cuttable import cut_again, cuttable_groups
 from foldcut.passes.prune_channels import CutRefusedError, prune_channels
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 
 class Between(nn.Module):
     def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
