@@ -8,16 +8,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from hardening_oracle import COMPUTED, Marked
+from hardening_oracle import COMPUTED, Marked, rms_norm
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
+class _WholeNorms(TorchFunctionMode):
+    """Norms that torch would take to pieces, as one operator of the oracle."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        return (rms_norm if func in (torch.rms_norm, nn.functional.rms_norm) else func)(*args, **(kwargs or {}))
+
+
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as the matrix products and the softmax that it is made of."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+def _as_probed() -> Iterator[None]:
+    """Attention as the matrix products and the softmax that it is made of, RMS norms in one piece."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _WholeNorms():
         yield
 
 
@@ -61,7 +70,7 @@ class Expected:
         given = tuple(Marked(x) if isinstance(x, torch.Tensor) else x for x in inputs)
         COMPUTED[:] = self.computed
         try:
-            with _plain_attention():
+            with _as_probed():
                 result = torch.func.functional_call(self.module, state, given, tie_weights=False)
         finally:
             COMPUTED.clear()

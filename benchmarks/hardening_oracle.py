@@ -283,6 +283,21 @@ def _standardised(x: Marked, dims: Sequence[int], eps: float) -> torch.Tensor:
     return centred * torch.rsqrt((centred * centred).sum(dims, keepdim=True) / count + eps)
 
 
+def rms_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> Marked:
+    """Root mean square 1 along the last dimensions, over what is alive. torch takes its own to pieces before a tensor
+    subclass sees it, and the mean among them would count what is gone."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    dims, gone = list(range(x.dim() - len(shape), x.dim())), _gone(x)
+    value = (x.value if isinstance(x, Marked) else x).masked_fill(gone, 0)
+    count = (~gone).sum(dims, keepdim=True).clamp(min=1)
+    y = value * torch.rsqrt((value * value).sum(dims, keepdim=True) / count + eps)
+    if weight is not None:
+        y, gone = y * _values(weight), gone | _gone(weight)
+    return Marked(y, gone)
+
+
 def _layer_norm(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     del func, args, kwargs
     x, weight, bias = bound["input"], bound["weight"], bound["bias"]
@@ -336,6 +351,12 @@ def _embedding(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     return func(table.value, ids), func(_gone(table).float(), ids) > 0.5
 
 
+def _fresh(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
+    """Made anew, whatever the tensor is that says how large."""
+    del bound
+    return func(*_values(args), **_values(kwargs)), None
+
+
 def _same(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     del bound
     return func(*_values(args), **_values(kwargs)), _gone(args[0])
@@ -364,6 +385,7 @@ _NAMES: dict[Callable[..., Any], str] = {
     _reduction: "sum mean var std amax amin var_mean std_mean linalg_vector_norm logsumexp prod norm max min any all",
     _normalised: "_softmax _safe_softmax _log_softmax cumsum cumprod sort",
     _embedding: "embedding",
+    _fresh: "new_zeros new_ones new_full zeros_like ones_like full_like",
     _same: "clone detach alias _to_copy lift_fresh contiguous",
 }
 _RULES = {getattr(aten, name): rule for rule, names in _NAMES.items() for name in names.split() if hasattr(aten, name)}

@@ -28,7 +28,8 @@ _OPS = ("placeholder", "get_attr", "call_function", "output")
 def check_program(program: Program, before: Program | None = None) -> None:
     """Raise ProgramError, with the node, at the first invariant that does not hold.
 
-    With `before`, the program that a rewrite started from, names that shared one tensor there must share one here.
+    With `before`, the program that a rewrite started from, inputs and outputs must be called as there, and names that
+    shared one tensor there must share one here.
     """
     _check_nodes(program)
     _check_constants(program)
@@ -36,6 +37,7 @@ def check_program(program: Program, before: Program | None = None) -> None:
     _check_signature(program)
     _check_values(program)
     if before is not None:
+        _check_names(program, before)
         _check_sharing(program, before)
 
 
@@ -100,6 +102,14 @@ def _check_signature(program: Program) -> None:
     leaves = pytree.tree_leaves(result)
     if structure is not None and structure.num_leaves != len(leaves):
         raise _fail(program, None, "the output structure has another size", structure.num_leaves, len(leaves))
+
+
+def _check_names(program: Program, before: Program) -> None:
+    """The user's names stay: those of a file's inputs, say, which are not those of their nodes."""
+    for what in ("inputs", "outputs"):
+        old, new = ([spec.name for spec in getattr(p, what)] for p in (before, program))
+        if old != new:
+            raise _fail(program, None, f"the {what} have other names", old, new)
 
 
 def _compare_specs(program: Program, what: str, specs: tuple[TensorSpec, ...], nodes: list[fx.Node]) -> None:

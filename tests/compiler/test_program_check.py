@@ -94,7 +94,7 @@ def test_the_signature_is_held_to_the_graph(residual: Program) -> None:
         replace(residual, inputs=(replace(given, name="other"),)),
     ):
         with pytest.raises(ProgramError):
-            wrong.check()
+            wrong.check(residual)
 
 
 def test_rewrites_of_all_kinds_pass(residual: Program, transformer: Program, inverted: Program) -> None:
