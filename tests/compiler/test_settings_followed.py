@@ -120,8 +120,8 @@ def test_a_group_whose_error_is_no_number_is_not_cut_first(
     broken = provenance.prunable[0]
     heights, shapes = channel_pipeline._height, channel_pipeline.select_layerwise
 
-    def height(where_: Any, few: Any, group: Any, count: int) -> float:
-        return float("nan") if where == "height" and group is broken else heights(where_, few, group, count)
+    def height(where_: Any, few: Any, others: Any, group: Any, count: int) -> float:
+        return float("nan") if where == "height" and group is broken else heights(where_, few, others, group, count)
 
     def curves(*arguments: Any, **options: Any) -> Any:
         for group, selection in shapes(*arguments, **options):

@@ -39,7 +39,7 @@ input  x: float32[batch, 5, 6]
 %layer_norm = layer_norm(%linear, [8], blocks.0.norm1.weight[8], blocks.0.norm1.bias[8], 1e-05, False) \
 -> float32[batch, 5, 8]
 %linear_1 = linear(%layer_norm, blocks.0.qkv.weight[24, 8], blocks.0.qkv.bias[24]) -> float32[batch, 5, 24]
-%view = view(%linear_1, [%sym_size_int_1, 5, 3, 2, 4]) -> float32[batch, 5, 3, 2, 4]
+%view = reshape(%linear_1, [%sym_size_int_1, 5, 3, 2, 4]) -> float32[batch, 5, 3, 2, 4]
 %permute = permute(%view, [2, 0, 3, 1, 4]) -> float32[3, batch, 2, 5, 4]
 %unbind = unbind.int(%permute) -> (float32[batch, 2, 5, 4], float32[batch, 2, 5, 4], float32[batch, 2, 5, 4])
 %getitem = getitem(%unbind, 0) -> float32[batch, 2, 5, 4]
@@ -48,7 +48,7 @@ input  x: float32[batch, 5, 6]
 %scaled_dot_product_attention = scaled_dot_product_attention(%getitem, %getitem_1, %getitem_2) \
 -> float32[batch, 2, 5, 4]
 %transpose = transpose.int(%scaled_dot_product_attention, 1, 2) -> float32[batch, 5, 2, 4]
-%view_1 = view(%transpose, [%sym_size_int_1, 5, 8]) -> float32[batch, 5, 8]
+%view_1 = reshape(%transpose, [%sym_size_int_1, 5, 8]) -> float32[batch, 5, 8]
 %linear_2 = linear(%view_1, blocks.0.proj.weight[8, 8], blocks.0.proj.bias[8]) -> float32[batch, 5, 8]
 %add_56 = add.Tensor(%linear, %linear_2) -> float32[batch, 5, 8]
 %layer_norm_1 = layer_norm(%add_56, [8], blocks.0.norm2.weight[8], blocks.0.norm2.bias[8], 1e-05, False) \
