@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/foldcut demo --output demo-output $(if $(REWRITES),--rewrites $(REWRITES))
 
 test: install
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
