@@ -233,7 +233,7 @@ def apply_changes(
         kept=pruned.kept,
         selections=pruned.selections,
         layers=resolved.layers,
-        locked=resolved.locked,
+        locked=(*pruned.refused, *resolved.locked),
         solved=solving,
     )
 
@@ -247,6 +247,8 @@ class _Pruned:
     selections: Mapping[str, Selection] = field(default_factory=dict)
     decisions: tuple[PruneChannels, ...] = ()
     layers: tuple[LayerError, ...] = ()
+    #: The groups that stay whole after all, and why.
+    refused: tuple[Reject, ...] = ()
 
 
 def _pruned(
@@ -282,9 +284,9 @@ def _pruned(
 
     if given:  # a plan is carried out as it stands, or not at all
         choice, pruned = attempt(groups)
-        decisions = tuple(given)
+        decisions, refused = tuple(given), []
     else:
-        (choice, pruned), groups, _ = cut_again(provenance, groups, attempt)
+        (choice, pruned), groups, refused = cut_again(provenance, groups, attempt)
         decisions = tuple(channel_decision(g, choice.selections[g.name]) for g in groups)
     return _Pruned(
         program=pruned.program,
@@ -292,6 +294,7 @@ def _pruned(
         selections=choice.selections,
         decisions=decisions,
         layers=choice.layers,
+        refused=tuple(refused),
     )
 
 
