@@ -282,9 +282,10 @@ def _pruned(
         )
         return choice, prune_channels(provenance, choice.removed, choice.tensors)
 
+    refused: list[Reject] = []
     if given:  # a plan is carried out as it stands, or not at all
         choice, pruned = attempt(groups)
-        decisions, refused = tuple(given), []
+        decisions = tuple(given)
     else:
         (choice, pruned), groups, refused = cut_again(provenance, groups, attempt)
         decisions = tuple(channel_decision(g, choice.selections[g.name]) for g in groups)
