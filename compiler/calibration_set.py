@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -80,12 +81,25 @@ class CalibrationSet:
 
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
         """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
-        are two. Both are in random order, so that the first so many of either are a fair sample too."""
+        are two. Both are in random order, so that the first so many of either are a fair sample too; the order in which
+        the samples came makes no difference."""
         count = min(most, len(self) - 1, max(1, round(len(self) * fraction)))
         if len(self) < 2:
             return self, self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = self.content_order[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
         return self.take(order[count:]), self.take(order[:count])
+
+    @cached_property
+    def content_order(self) -> torch.Tensor:
+        """The positions of the samples, sorted by a hash of what they hold: the same samples in another order give the
+        same sequence of samples."""
+        digests = [hashlib.blake2b(digest_size=16) for _ in range(len(self))]
+        for leaf in self.leaves:
+            rows = leaf.contiguous().view(len(self), math.prod(leaf.shape[1:])).view(torch.uint8).numpy()
+            for digest, row in zip(digests, rows, strict=True):
+                digest.update(row.data)
+        keys = [digest.digest() for digest in digests]
+        return torch.tensor(sorted(range(len(self)), key=keys.__getitem__), dtype=torch.long)
 
     @cached_property
     def fingerprint(self) -> str:

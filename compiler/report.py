@@ -24,8 +24,8 @@ class Report:
     names; `regimes` the same by regime (``hot``, ``cold``), measured in the same loads, with a `missing` where the
     backend cannot; `macs` and `parameters` before and after, at batch 1; `output_error` the relative mean squared error
     of the outputs on the test samples, which nothing was chosen by, and `test` the same with its 95 % interval (error,
-    low, high, samples); `output_errors` that on the judging samples after each stage, which plans were compared by: the
-    last is optimistic; `groups` the unit groups, kept and total, and `multiple_of` what channel counts went to
+    low, high, samples); `output_errors` that on the judging samples after each stage, which plans were compared by;
+    `groups` the unit groups, kept and total, and `multiple_of` what channel counts went to
     multiples of, where channels were pruned; `calibration` how many samples there were and how they were divided;
     `seconds` wall and CPU seconds per stage.
 
@@ -129,7 +129,7 @@ class Report:
         rows.append(("output error", "0", f"{self.output_error:.4f}", note))
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]
-            rows.append(("  as judged on the way", "0", f"{judged:.4f}", "optimistic: plans were chosen by it"))
+            rows.append(("  as judged on the way", "0", f"{judged:.4f}", "plans were chosen by these samples"))
         return rows
 
 

@@ -48,15 +48,18 @@ def part_sizes(count: int, share: float) -> tuple[int, int]:
 
 
 def divided(samples: CalibrationSet, seed: int, share: float = 0.1) -> SampleSets:
-    """The samples in three parts, by one seeded permutation of all of them: in whatever order they came, class by class
-    say, each part and each beginning of a part is a fair sample.
+    """The samples in three parts, by one seeded permutation of all of them: each part and each beginning of a part is a
+    fair sample.
+
+    What is permuted is the samples in the order of their content, so the order in which they came makes no difference
+    at all: the same samples class by class or shuffled give the same parts.
 
     Two samples: one to fit with, one that judges and tests. One sample does everything.
     """
     count = len(samples)
     if count == 1:
         return SampleSets(fit=samples, judge=samples, test=samples, shared=True)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = samples.content_order[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     if count == 2:
         fit, other = samples.take(order[1:]), samples.take(order[:1])
         return SampleSets(fit=fit, judge=other, test=other, shared=True)

@@ -78,12 +78,25 @@ def test_every_beginning_of_a_part_is_a_fair_sample(seed: int) -> None:
         assert float(((counts - expected) ** 2 / expected).sum()) < 33.7
 
 
-def test_sorted_and_shuffled_data_give_parts_alike() -> None:
-    """One seed, the same samples in two orders: means that differ by what chance makes."""
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_in_which_samples_come_makes_no_difference(seed: int) -> None:
+    """Several inputs of several types, some samples twice."""
+    generator = torch.Generator().manual_seed(seed)
+    x, ids = torch.randn(60, 3, 2, generator=generator), torch.randint(0, 4, (60,), generator=generator)
+    x[40:] = x[:20]
+    order = torch.randperm(60, generator=generator)
+    one, two = CalibrationSet.of((x, ids)), CalibrationSet.of((x[order], ids[order]))
+    both = [divided(samples, seed) for samples in (one, two)]
+    pairs = [*zip(*((sets.fit, sets.judge, sets.test) for sets in both), strict=True)]
+    for a, b in (*pairs, *zip(one.split(seed), two.split(seed), strict=True)):
+        assert all(map(torch.equal, a.leaves, b.leaves))
+
+
+def test_parts_are_fair_samples() -> None:
+    """Means that differ from that of all samples by what chance makes."""
     values = torch.linspace(-1, 1, 2000).view(-1, 1)
-    shuffled = values[torch.randperm(2000, generator=torch.Generator().manual_seed(9))]
-    for data in (values, shuffled):
-        sets = divided(CalibrationSet.of(data), 0)
+    for seed in range(2):
+        sets = divided(CalibrationSet.of(values), seed)
         for part in (sets.fit.take(slice(0, 128)), sets.judge, sets.test):
             mean = float(part.leaves[0].mean())
             assert abs(mean) < 4 * 3**-0.5 / len(part) ** 0.5
