@@ -104,7 +104,9 @@ def test_mimicking_follows_where_asked(residual_net: nn.Module, counting_backend
     brief = foldcut.MimicSettings(iterations=4, batch_size=16, checks=2, bfloat16=False)
     made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(0.5), mimic=brief)
     errors = made.report.output_errors
-    assert errors["mimicked"] <= errors["polished"]
+    assert errors["mimicked"] <= errors["polished"] * (
+        1 + 1e-9
+    )  # norms folded and taken out again differ in the last bit
 
 
 def test_keeping_all_changes_nothing(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:

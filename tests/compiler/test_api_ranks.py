@@ -33,7 +33,7 @@ def run(net: Any, data: Any, backend: Any, goal: Any, **options: Any) -> foldcut
 
 @pytest.fixture(scope="module")
 def halved(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> foldcut.Compiled:
-    return run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.5))
+    return run(residual_net, nets.images(80), counting_backend, foldcut.Macs(0.5))
 
 
 def test_half_of_the_macs_are_gone(halved: foldcut.Compiled) -> None:
@@ -71,7 +71,7 @@ def test_the_plan_goes_round_and_applies(
 def test_the_same_seed_gives_the_same_weights(
     halved: foldcut.Compiled, residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
 ) -> None:
-    again = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.5))
+    again = run(residual_net, nets.images(80), counting_backend, foldcut.Macs(0.5))
     assert again.plan == halved.plan
     assert again.program.fingerprint == halved.program.fingerprint
 
@@ -105,7 +105,9 @@ def test_mimicking_follows_where_asked(residual_net: nn.Module, counting_backend
     brief = foldcut.MimicSettings(iterations=4, batch_size=16, checks=2, bfloat16=False)
     made = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.5), mimic=brief)
     errors = made.report.output_errors
-    assert errors["mimicked"] <= errors["re-solved"]
+    assert errors["mimicked"] <= errors["re-solved"] * (
+        1 + 1e-9
+    )  # norms folded and taken out again differ in the last bit
 
 
 def test_a_goal_out_of_reach_comes_back_with_the_best(
