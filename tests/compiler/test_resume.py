@@ -101,7 +101,7 @@ def test_mimicking_goes_on_where_it_was(
                 if done == stop_at:
                     raise KeyboardInterrupt
 
-        mimic = foldcut.MimicSettings(iterations=12)
+        mimic = foldcut.MimicSettings(iterations=12, patience=12)
         channels = foldcut.ChannelSettings(limits=foldcut.ChannelLimits(multiple_of=2))
         return foldcut.compile(
             net,
