@@ -7,12 +7,12 @@ the modules that its argument trees name. So all that is not data has to be of t
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from .errors import CaptureError
+from .finite import read_json
 
 #: What srepr writes of sizes and of conditions on them, and the functions that torch adds.
 _SIZES = (
@@ -61,8 +61,8 @@ def check_exported_text(content: bytes) -> None:
 
 def _json(content: bytes) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as cause:
+        return read_json(content)
+    except ValueError as cause:
         raise CaptureError(f"the graph in the file is not JSON: {cause}", hint="the file is damaged") from cause
 
 
