@@ -91,7 +91,7 @@ class Compiled:
         return Path(folder)
 
 
-def compile(  # noqa: A001 - the customer's name for it, used as foldcut.compile
+def compile(  # noqa: A001 - the public name, used as foldcut.compile
     model: Model,
     calibration: CalibrationData,
     *,
