@@ -4,10 +4,11 @@
     python benchmarks/hardening.py --only 1234     # one network alone: its number and the seed are all it takes
 
 A network of 5 to 40 operators (hardening_networks.py) is captured, cut at random units several times, bypassed at
-random regions, factorised at full rank, and run at two batch sizes; every sixth is exported and run in ONNX Runtime,
-every tenth re-solved. Cuts are compared with hardening_oracle.py, drops with the graph run beside a swapped value, and
-what may change nothing with the network itself (hardening_exact.py). Each network counts as the most severe of what was
-found: `wrong`, `exception` (no CompilerError), `unknown` (the oracle cannot tell), `refused` (a CompilerError), `ok`.
+random regions and run at two batch sizes; every third is factorised at full rank, every twentieth exported and run in
+ONNX Runtime, every thirtieth re-solved. Cuts are compared with hardening_oracle.py, drops with the graph run beside a
+swapped value, and what may change nothing with the network itself (hardening_exact.py). Each network counts as the most
+severe of what was found: `wrong`, `exception` (no CompilerError), `unknown` (the oracle cannot tell), `refused` (a
+CompilerError), `ok`.
 
 Every failure is made small, by leaving out pieces of the network for as long as it still fails, printed, and kept as a
 file that shows it again, under --keep. --output holds one JSON line a network; --resume goes on where it ended.
@@ -39,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first network")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--onnx-every", type=int, default=6, help="one network in so many goes through ONNX Runtime")
-    parser.add_argument("--deep-every", type=int, default=10, help="one in so many is re-solved")
+    parser.add_argument("--onnx-every", type=int, default=20, help="one network in so many goes through ONNX Runtime")
+    parser.add_argument("--deep-every", type=int, default=30, help="one in so many is re-solved")
     parser.add_argument("--output", type=Path, default=Path("hardening.jsonl"))
     parser.add_argument("--resume", action="store_true", help="skip the networks that --output already holds")
     parser.add_argument("--keep", type=Path, help="folder for reproductions; default: beside --output")
@@ -138,8 +139,10 @@ def work(arguments: argparse.Namespace, first: int, end: int) -> None:
     import torch
     from hardening_minimise import keep
     from hardening_networks import random_recipe
+    from hardening_torch import collect, once
 
     torch.set_num_threads(1)
+    once()
     signal.signal(signal.SIGALRM, _too_long)
     done = set() if arguments.only is not None else {row["number"] for row in read_rows(arguments)}
     for number in range(first, end):
@@ -156,6 +159,7 @@ def work(arguments: argparse.Namespace, first: int, end: int) -> None:
             finally:
                 signal.alarm(0)
         append(arguments.output, row)
+        collect(number)
 
 
 def run_one(arguments: argparse.Namespace, recipe: Any, number: int) -> dict[str, Any]:

@@ -340,10 +340,10 @@ def _finish(
 
 def reached(goal: Goal, measurement: Measurement, planned: bool = True, error: float | None = None) -> bool:
     """Whether the finished network reaches the goal. A plan that was `planned` to has been measured with its whole
-    interval below a latency goal; a second measurement has to contradict that with its whole interval above. A bound on
-    the error goes by the `error` on the test samples."""
+    interval below a latency goal, so of the second measurement the ratio has to be; of any other network the whole
+    interval. A bound on the error goes by the `error` on the test samples."""
     if isinstance(goal, Latency):
-        return (measurement.low if planned else measurement.high) <= goal.share
+        return (measurement.ratio if planned else measurement.high) <= goal.share
     if isinstance(goal, MaxError) and error is not None:
         return error <= goal.error
     return planned

@@ -172,11 +172,12 @@ def test_counts_go_to_the_lattice_of_the_backend(
     assert "probe lattice" in made.report.seconds
 
 
-@pytest.mark.parametrize(("low", "stands"), [(0.65, True), (0.7, True), (0.701, False)])
-def test_a_measurement_has_to_contradict_the_choice(low: float, stands: bool) -> None:
+@pytest.mark.parametrize(("ratio", "stands"), [(0.68, True), (0.7, True), (0.701, False)])
+def test_what_was_planned_to_reach_a_latency_goes_by_the_measured_ratio(ratio: float, stands: bool) -> None:
+    """An interval that only just holds the goal is no proof of it."""
     measured = Measurement(
-        ratio=0.703,
-        low=low,
+        ratio=ratio,
+        low=0.65,
         high=0.71,
         pairs=20,
         clock="wall",

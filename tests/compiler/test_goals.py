@@ -164,8 +164,8 @@ def outcome(ratio: float, width: float, planned: bool = True) -> Any:
     """A finished network of which only the latency matters."""
     needed = (f.name for f in fields(Outcome) if f.default is MISSING and f.default_factory is MISSING)
     values: dict[str, Any] = dict.fromkeys(needed)
-    values |= {"met": ratio - width <= 0.6, "planned": planned, "plan": SimpleNamespace(decisions=[])}
-    values["measurement"] = SimpleNamespace(ratio=ratio, low=ratio - width)
+    values |= {"met": ratio <= 0.6, "planned": planned, "plan": SimpleNamespace(decisions=[])}
+    values["measurement"] = SimpleNamespace(ratio=ratio, low=ratio - width, high=ratio + width)
     return Outcome(**values)
 
 
@@ -206,9 +206,11 @@ def test_a_network_that_misses_is_planned_again(ratios: list[float], aims: list[
 
 def test_what_is_asked_for_counts_not_what_was_aimed_at() -> None:
     """The second plan falls short of its own, lower aim; the network reaches the goal all the same."""
-    low, high = SimpleNamespace(low=0.57, high=0.59), SimpleNamespace(low=0.59, high=0.61)
+    low, high = SimpleNamespace(ratio=0.58, high=0.59), SimpleNamespace(ratio=0.595, high=0.61)
+    above = SimpleNamespace(ratio=0.605, low=0.59, high=0.61)
     goal: Any = foldcut.Latency(0.6)
     assert reached(goal, low, False) and reached(goal, high, True) and not reached(goal, high, False)
+    assert not reached(goal, above, True)
     error: Any = foldcut.MaxError(0.02)
     assert reached(error, high, False, 0.01)
     assert not reached(error, high, True, 0.03)
