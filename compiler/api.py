@@ -19,7 +19,7 @@ from .analysis_store import AnalysisStore
 from .atomic import write_folder
 from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
-from .capture import Model, capture, is_onnx
+from .capture import Model, capture, is_onnx, opened
 from .channel_budget import ChannelLimits
 from .edit_folds import fold_parameters
 from .errors import CompilerError, GoalError
@@ -138,8 +138,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     clock = StageClock()
     with alone(), kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
-            samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
-            teacher = fold_parameters(capture(model, samples.batch(slice(0, 2))))
+            network = opened(model)
+            samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
+            teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
             _check_fixed_batch(teacher, batch)
         options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
         options = options.with_mimic(mimic)

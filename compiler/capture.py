@@ -19,7 +19,7 @@ from .edit import rebuild, take_any_layout
 from .errors import CaptureError, first_line, named_first_line
 from .graph_copy import copied
 from .logs import quiet_exporters
-from .module_state import eval_mode, restored, unwrapped
+from .module_state import eval_mode, name_keywords, restored, unwrapped
 from .program import (
     Batch,
     Program,
@@ -84,8 +84,7 @@ def _capture(model: Model, example: Batch | None) -> Program:
         from .onnx_import import import_onnx
 
         return import_onnx(model, example)  # type: ignore[arg-type]
-    if isinstance(model, (str, Path)):
-        model = load_exported(Path(model))
+    model = opened(model)
     if isinstance(model, torch.export.ExportedProgram):
         return _from_foreign(model)
     raise CaptureError(
@@ -93,6 +92,12 @@ def _capture(model: Model, example: Batch | None) -> Program:
         expected="a torch.nn.Module, a torch.export.ExportedProgram, or the path of a .pt2 or .onnx file",
         hint="load the network first; a bare state_dict holds weights but no network",
     )
+
+
+def opened(model: Model) -> Model:
+    """What a `.pt2` file holds in the place of its path, so that it is looked through and read once; every other model
+    as it is. Raises CaptureError."""
+    return load_exported(Path(model)) if isinstance(model, (str, Path)) and not is_onnx(model) else model
 
 
 def is_onnx(model: object) -> bool:
@@ -165,6 +170,7 @@ def _capture_module(model: nn.Module, example: Batch) -> Program:
     _check_device(model)
     args, kwargs = as_arguments(example)
     with eval_mode(model), restored(model), torch.no_grad():
+        name_keywords(model, kwargs)
         try:
             reference = model(*args, **kwargs)
         except Exception as cause:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from .errors import RewriteError, first_line
 from .graph_copy import copied
 from .program import Program, is_tensor, output_nodes, tensor_identity
+from .trial_shapes import TrialShapes, UnknownShapeError
 
 aten = torch.ops.aten
 
@@ -183,25 +184,30 @@ def _constant_node(module: fx.GraphModule, before: fx.Node, value: torch.Tensor)
 
 def infer_shapes(program: Program, rewritten: set[str]) -> None:
     """Write the shape and dtype, symbolic batch included, of every node that a change reaches, by running those nodes
-    on fake tensors."""
+    on fake tensors: at a few batch sizes where those tell, else symbolically."""
     mode = next(
         (n.meta["val"].fake_mode for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)), None
     ) or FakeTensorMode(allow_non_fake_inputs=True)
     inputs = {n.name: signature(n) for n in program.graph.nodes if n.op == "placeholder"}
     changed: set[fx.Node] = set()
-    # without the Python dispatcher some operators read the batch as a number and fix it for good
-    with mode, enable_python_dispatcher():
-        for node in program.graph.nodes:
-            if node.op == "get_attr":
-                value = program.constant(node).detach()
-                if "val" not in node.meta or node.meta["val"].shape != value.shape:
-                    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
-                    changed.add(node)
-            elif node.op == "call_function" and (node.name in rewritten or changed.intersection(node.all_input_nodes)):
-                before = _shapes(node)
-                node.meta["val"] = _fake_result(program, node)
-                if _shapes(node) != before:
-                    changed.add(node)
+    trials = TrialShapes(program)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            value = program.constant(node).detach()
+            if "val" not in node.meta or node.meta["val"].shape != value.shape:
+                node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+                changed.add(node)
+        elif node.op == "call_function" and (node.name in rewritten or changed.intersection(node.all_input_nodes)):
+            before, known = node.meta.get("val"), "val" in node.meta
+            try:
+                # a new node makes what it reads into something alike
+                found = trials.symbolic(node, before if known else node.all_input_nodes[0].meta["val"])
+            except UnknownShapeError:
+                found = _fake_result(program, node, mode)
+            node.meta["val"] = found
+            if not known or (found is not before and _shapes(found) != _shapes(before)):
+                changed.add(node)
+            trials.forget(node)
     for node in program.graph.nodes:
         if node.op == "placeholder" and signature(node) != inputs[node.name]:
             raise RewriteError(
@@ -212,10 +218,12 @@ def infer_shapes(program: Program, rewritten: set[str]) -> None:
             )
 
 
-def _fake_result(program: Program, node: fx.Node) -> Any:
+def _fake_result(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        # without the Python dispatcher some operators read the batch as a number and fix it for good
+        with mode, enable_python_dispatcher():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, ValueError, TypeError, IndexError) as cause:
         raise RewriteError(
             f"the rewritten graph does not fit together: {first_line(cause)}",
@@ -224,9 +232,9 @@ def _fake_result(program: Program, node: fx.Node) -> Any:
         ) from cause
 
 
-def _shapes(node: fx.Node) -> str:
-    """Shapes and dtypes of all results as text."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
+def _shapes(value: Any) -> str:
+    """Shapes and dtypes of all leaves as text."""
+    leaves = pytree.tree_leaves(value)
     return str([(str(v.dtype), [str(d) for d in v.shape]) if isinstance(v, torch.Tensor) else str(v) for v in leaves])
 
 

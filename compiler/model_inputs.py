@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .capture import is_onnx, load_exported
+from .capture import is_onnx, opened
 from .input_binding import ForwardInputs
-from .module_state import restored, unwrapped
+from .module_state import eval_mode, restored, unwrapped
 from .onnx_call import DTYPES
 from .onnx_file import input_types
 from .program import Batch, as_arguments
@@ -27,8 +26,7 @@ def needed_inputs(model: Any) -> ForwardInputs | None:
         types = input_types(model)
         known = {name: DTYPES[number] for name, number in types.items() if number in DTYPES}
         return ForwardInputs(names=tuple(types), required=frozenset(types), dtypes=known)
-    if isinstance(model, (str, Path)) and Path(model).suffix == ".pt2":
-        model = load_exported(Path(model))
+    model = opened(model)
     if isinstance(model, torch.export.ExportedProgram):
         return _of_exported(model)
     return _of_module(unwrapped(model)) if isinstance(model, nn.Module) else None
@@ -69,16 +67,9 @@ def _float_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _run(model: nn.Module, batch: Batch) -> Any:
     """The outputs as in eval mode. The model and the random numbers of the caller are left as they were."""
-    training = [module for module in model.modules() if module.training]
     args, kwargs = as_arguments(batch)
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), restored(model):
-            return model(*args, **kwargs)
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(model, warn=False), restored(model), torch.no_grad():
+        return model(*args, **kwargs)
 
 
 def _of_exported(exported: torch.export.ExportedProgram) -> ForwardInputs | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +27,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, warn: bool = True) -> Iterator[None]:
     """All modules in eval mode inside, as they were outside."""
     training = [m for m in model.modules() if m.training]
-    if training:
+    if training and warn:
         warnings.warn(
             "the model is in training mode; it is captured as in eval mode (call model.eval() to silence this)",
             stacklevel=6,
@@ -44,6 +46,28 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
+
+
+def name_keywords(model: nn.Module, names: Iterable[str]) -> None:
+    """Give forward() a parameter for each name that its ``**kwargs`` takes: torch.export keeps no batch dynamic
+    otherwise. For use inside `restored`, which takes it back."""
+    try:
+        known = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # code that is not Python's
+        return
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    fresh = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names if name not in known]
+    if not open_ended or not fresh:
+        return
+    own = model.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    stated = [p for p in known.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    forward.__signature__ = inspect.Signature([*stated, *fresh])  # type: ignore[attr-defined]
+    model.forward = forward
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from .analysis_store import AnalysisStore
 from .atomic import write_folder
 from .cache_folder import kept_in
 from .calibration_set import CalibrationData, CalibrationSet, View
-from .capture import Model, capture
+from .capture import Model, capture, opened
 from .channel_pipeline import removed_units
 from .edit import set_tensors
 from .edit_folds import fold_parameters
@@ -115,10 +115,11 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(model))
     with alone():
+        network = opened(model)
+        samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
         inputs = example if samples is None else samples.batch(slice(0, 2))
-        teacher = fold_parameters(capture(model, inputs))
+        teacher = fold_parameters(capture(network, inputs))
         made.check(teacher.fingerprint)
         opset = settings.opset if settings is not None else None
         if weights is not None:

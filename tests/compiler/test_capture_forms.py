@@ -66,6 +66,30 @@ def test_any_number_of_arguments_at_any_batch(net: nn.Module, count: int) -> Non
     torch.testing.assert_close(program(batch), net(*batch))
 
 
+class Named(Small):
+    """Any number of arguments by name."""
+
+    def forward(self, **fields: torch.Tensor) -> object:
+        return self.way(self, **fields)
+
+
+class Partly(Small):
+    """One argument, and others by name."""
+
+    def forward(self, a: torch.Tensor, **fields: torch.Tensor) -> object:
+        return self.way(self, a, **fields)
+
+
+@pytest.mark.parametrize("kind", [Named, Partly])
+def test_any_number_of_keywords_at_any_batch(kind: Callable[..., nn.Module]) -> None:
+    net = kind(lambda net, a, b: net.body(a) - b).eval()
+    program = capture(net, {"a": x(), "b": x()})
+    assert [(s.name, s.shape) for s in program.inputs] == [("a", ("batch", 4)), ("b", ("batch", 4))]
+    batch = {"a": x(7), "b": x(7) * 2}
+    torch.testing.assert_close(program(batch), net(**batch))
+    assert "forward" not in vars(net)  # given back as it was
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrapped_networks_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
     net = Single(lambda net, x: net.body(x)).eval()
