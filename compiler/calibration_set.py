@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,8 +15,8 @@ from torch.utils import _pytree as pytree
 from .errors import CalibrationError, CaptureError
 from .input_binding import ForwardInputs
 from .program import Batch, Program, TensorSpec, dtype_name
-from .sample_files import check_options, check_readable, read_arrays, read_images
-from .sample_reading import read_data
+from .sample_files import check_limit, check_options, check_readable, read_arrays, read_images
+from .sample_reading import check_counts, content_digests, read_data
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
 CalibrationData = Any
@@ -90,16 +89,15 @@ class CalibrationSet:
         return self.take(order[count:]), self.take(order[:count])
 
     @cached_property
+    def digests(self) -> Sequence[bytes]:
+        """A hash of what each sample holds: samples with the same hash are equal."""
+        return content_digests(self.leaves)
+
+    @cached_property
     def content_order(self) -> torch.Tensor:
         """The positions of the samples, sorted by a hash of what they hold: the same samples in another order give the
         same sequence of samples."""
-        digests = [hashlib.blake2b(digest_size=16) for _ in range(len(self))]
-        for leaf in self.leaves:
-            rows = leaf.contiguous().view(len(self), math.prod(leaf.shape[1:])).view(torch.uint8).numpy()
-            for digest, row in zip(digests, rows, strict=True):
-                digest.update(row.data)
-        keys = [digest.digest() for digest in digests]
-        return torch.tensor(sorted(range(len(self)), key=keys.__getitem__), dtype=torch.long)
+        return torch.tensor(sorted(range(len(self)), key=self.digests.__getitem__), dtype=torch.long)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,6 +147,7 @@ class CalibrationSet:
 
         Raises CalibrationError for what is empty, not numeric, ragged or not finite.
         """
+        check_limit(limit)
         known = ForwardInputs.of(inputs)
         if isinstance(data, CalibrationSet):
             if known is None or data.bound:
@@ -300,12 +299,7 @@ def _check_values(leaves: Sequence[torch.Tensor]) -> None:
             "the calibration set is empty",
             hint="pass at least a few unlabelled inputs; 50 to 1,000 are usual",
         )
-    if len(counts) > 1:
-        raise CalibrationError(
-            "the inputs differ in their number of samples",
-            actual=sorted(counts),
-            hint="give every input the same samples",
-        )
+    check_counts(leaves)
     for index, leaf in enumerate(leaves):
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             bad = (~leaf.isfinite()).flatten(1).any(1) if leaf.dim() > 1 else ~leaf.isfinite()

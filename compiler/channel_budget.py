@@ -15,6 +15,7 @@ from .errors import GoalError
 from .labels import slim
 from .program import Program, data_inputs, output_nodes
 from .provenance import Provenance
+from .setting_checks import check_number, check_texts, check_whole, settled
 from .unit_groups import UnitGroup
 
 #: What channel counts go to multiples of, unless told otherwise.
@@ -36,8 +37,10 @@ class ChannelLimits:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.multiple < 1 or not 0 <= self.least <= 1:
-            raise GoalError("multiple_of starts at 1, and least is a share between 0 and 1", hint=str(self))
+        check_whole("multiple_of", self.multiple_of, 1, none=True, error=GoalError)
+        check_number("least", self.least, least=0, most=1, allowed="a share from 0 to 1", error=GoalError)
+        check_texts("ignore", self.ignore, error=GoalError)
+        settled(self)
 
     @property
     def multiple(self) -> int:

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -27,12 +27,15 @@ from .program import Program
 from .progress import Progress, StageClock, silent
 from .provenance import Provenance, find_units
 from .rewritten import Rewritten
+from .setting_checks import check_kind, check_switch, check_word
 from .stored_passes import stored_channels, stored_resolve
 from .unit_groups import UnitGroup
 from .verify import no_worse, output_error
 
 #: Errors below this share of those without any unit are rounding.
 NO_ERROR = 1e-6
+
+Score = Literal["submodular", "l1", "l2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +50,19 @@ class ChannelSettings:
     """
 
     limits: ChannelLimits = field(default_factory=ChannelLimits)
-    score: Literal["submodular", "l1", "l2"] = "submodular"
+    score: Score = "submodular"
     variant: Variant = "asymmetric"
     resolve: bool = True
     stream_target: bool = True
     polish: bool = True
     on_lattice: bool = False
+
+    def __post_init__(self) -> None:
+        check_kind("limits", self.limits, ChannelLimits)
+        check_word("score", self.score, get_args(Score))
+        check_word("variant", self.variant, get_args(Variant))
+        for name in ("resolve", "stream_target", "polish", "on_lattice"):
+            check_switch(name, getattr(self, name))
 
 
 def on_lattice(settings: ChannelSettings, probe: LatencyProbe, progress: Progress = silent) -> ChannelSettings:

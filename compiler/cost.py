@@ -70,6 +70,13 @@ def counted(program: Program, goal: CountedGoal) -> int:
     return program.parameter_count() if isinstance(goal, Parameters) else program_cost(program).macs
 
 
+def counted_whole(original: Program, goal: CountedGoal) -> int:
+    """What a goal's share is of: `counted` of the network as the user has it, where vectors that several layers share
+    count once."""
+    copied = original.copied_parameters if isinstance(goal, Parameters) else 0
+    return counted(original, goal) - copied
+
+
 def _size(program: Program, node: object) -> tuple[int, ...]:
     return program.shape(node) if isinstance(node, fx.Node) and is_tensor(node) else ()
 

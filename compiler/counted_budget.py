@@ -12,7 +12,7 @@ from ..passes.cuttable import cuttable_groups
 from .channel_budget import ChannelLimits, CutModel, allocate, free_groups, lattice_counts
 from .channel_latency import touched_layers
 from .channel_pipeline import error_curves, group_rejects
-from .cost import counted
+from .cost import counted, counted_whole
 from .errors import GoalError, Reject
 from .joint_proposals import Offered, offered_ranks
 from .joint_rewrite import mix_shape
@@ -39,7 +39,7 @@ class CountedBudget:
 
     def __init__(self, context: MixContext, goal: CountedGoal) -> None:
         self._context, self._goal = context, goal
-        self._whole = max(1, counted(context.teacher, goal))
+        self._whole = max(1, counted_whole(context.teacher, goal))
         self._cuts = Cuts()
         self._ratios: dict[frozenset[Any], float] = {}
         #: Plans that a search tries before its own.
@@ -152,7 +152,7 @@ class Cuts:
     ) -> Cuts:
         """The groups that may be cut towards a goal, and their error curves."""
         model = _cut_model(provenance, groups, goal)
-        whole = float(max(1, counted(provenance.program, goal)))
+        whole = float(max(1, counted_whole(provenance.program, goal)))
         return cls(model=model, provenance=provenance, goal=goal, limits=limits, curves=curves, whole=whole)
 
     @property

@@ -10,7 +10,7 @@ from ..passes.recoverability import Recoverability, RecoverabilitySettings
 from ..passes.resolve_network import ResolveSettings
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
-from .cost import counted
+from .cost import counted, counted_whole
 from .errors import GoalError
 from .latency_probe import LatencyProbe
 from .plan import Blocks, CountedGoal, DropGoal, Latency, Parameters
@@ -110,7 +110,7 @@ def choose(
             savings = latency.savings(analysis.regions, progress=progress)
         enough = _fast_enough(goal, latency, savings, clock, progress)
     elif isinstance(goal, CountedGoal):
-        whole = max(1, counted(teacher, goal))
+        whole = max(1, counted_whole(teacher, goal))
         parts = {r.name: r.cost.parameters if isinstance(goal, Parameters) else r.cost.macs for r in analysis.regions}
         savings = {name: part / whole for name, part in parts.items()}
         enough = _small_enough(teacher, goal, progress)
@@ -139,7 +139,7 @@ def _dropped_enough(goal: Blocks, progress: Progress) -> Callable[[Sequence[Regi
 
 
 def _small_enough(teacher: Program, goal: CountedGoal, progress: Progress) -> Callable[[Sequence[Region]], bool]:
-    whole = max(1, counted(teacher, goal))
+    whole = max(1, counted_whole(teacher, goal))
 
     def small_enough(chosen: Sequence[Region]) -> bool:
         ratio = counted(drop_blocks(teacher, chosen), goal) / whole

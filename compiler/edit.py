@@ -173,11 +173,14 @@ def _assign(module: fx.GraphModule, target: str, value: torch.Tensor | nn.Parame
 
 
 def _constant_node(module: fx.GraphModule, before: fx.Node, value: torch.Tensor) -> fx.Node:
-    """A new buffer with this value, read in front of a node."""
+    """A new buffer with this value, or a parameter where it is one, read in front of a node."""
     number = 0
     while hasattr(module, f"_constant_{number}"):
         number += 1
-    module.register_buffer(f"_constant_{number}", value)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(f"_constant_{number}", value)
+    else:
+        module.register_buffer(f"_constant_{number}", value)
     with module.graph.inserting_before(before):
         return module.graph.get_attr(f"_constant_{number}")
 

@@ -164,14 +164,21 @@ def _separate_vectors(program: Program) -> Program:
     graph = copied(program.graph)
     module = rebuild(program.module, graph)
     by_name = {n.name: n for n in module.graph.nodes}
+    copied_parameters = program.copied_parameters
     for source, reader in pairs:
         old = by_name[source]
+        copied_parameters += program.tensor(str(old.target)).numel()
         target = _free_name(module, str(old.target).replace(".", "_"))
         module.register_parameter(target, nn.Parameter(program.tensor(str(old.target)).detach().clone()))
         by_name[reader].replace_input_with(old, _read_before(module, by_name[reader], target, old))
     erase_dead(module.graph)
     note = f"separate {len(pairs)} shared vectors"
-    return replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
+    return replace(
+        program,
+        module=rebuild(module, module.graph),
+        history=(*program.history, note),
+        copied_parameters=copied_parameters,
+    )
 
 
 def _read_before(module: fx.GraphModule, reader: fx.Node, target: str, like: fx.Node) -> fx.Node:

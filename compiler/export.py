@@ -15,11 +15,15 @@ from .atomic import write_folder
 from .errors import ExportError, named_first_line
 from .logs import quiet_exporters
 from .onnx_direct import as_it_is, direct_translations
+from .onnx_file import OLDEST_OPSET
+from .onnx_file import opset as written_opset
 from .program import Program, is_tensor
 
 if TYPE_CHECKING:
     import onnx
 
+#: The newest operator set that torch.onnx writes whatever the network: of newer ones it writes some networks only.
+NEWEST_OPSET = 25
 #: Protobuf cannot hold more in one message; larger models need their weights beside the file.
 MAX_PROTOBUF_BYTES = 2_000_000_000
 
@@ -100,7 +104,9 @@ def weight_bytes(program: Program) -> int:
 
 def target_opset(program: Program, opset: int | None) -> int | None:
     """The opset that a program is exported in: the one asked for, else that of its file; None is the exporter's."""
-    return opset or (program.origin.opset if program.origin else None)
+    if opset is not None:
+        return opset
+    return program.origin.opset if program.origin else None
 
 
 def to_onnx_model(
@@ -126,12 +132,24 @@ def to_onnx_model(
         ) from cause
     _name_signature(result.model.graph, program)
     model = result.model_proto
+    _check_opset(model, version)
     if target is not None and target < EXPORTER_OPSET:
         lower_opset(model, target)
     restore_nodes(model)
     if program.origin is not None:
         program.origin.write(model, {s.name: s.shape for s in (*program.inputs, *program.outputs)})
     return model
+
+
+def _check_opset(model: onnx.ModelProto, asked: int | None) -> None:
+    """Raise ExportError when torch.onnx wrote another operator set than it was asked for, by the network's file or by a
+    setting: it says so in its log only, and the model mixes the two."""
+    written = written_opset(model)
+    if asked is not None and written not in {0, asked}:
+        raise ExportError(
+            f"the network cannot be written in opset {asked}: torch.onnx gave opset {written}",
+            hint=f"ask for another one, from {OLDEST_OPSET} to {NEWEST_OPSET}: PipelineSettings(opset={NEWEST_OPSET})",
+        )
 
 
 def _translated(exported: torch.export.ExportedProgram, opset: int | None, table: dict[Any, Any]) -> Any:

@@ -20,6 +20,8 @@ from .program import Batch
 
 Key: TypeAlias = int | str
 Fields: TypeAlias = dict[Key, Any]
+#: So many samples of a field.
+Example: TypeAlias = Callable[[Key, int], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +77,14 @@ class ForwardInputs:
 @dataclass(frozen=True, kw_only=True)
 class Binding:
     """The fields that are inputs, in order, and in words those that are not. `plain` leaves out fields beyond the
-    parameters, as labels beside images are; `told` is for what one might have meant as an input. `runs` is whether the
-    network ran with them, None when that was not tried."""
+    parameters, as labels beside images are; `told` is for what one might have meant as an input. `fit` is the share of
+    the network's outputs that have a row for each sample, -1 when it does not run with them or that was not tried."""
 
     kept: tuple[Key, ...]
     names: Mapping[Key, str | None]
     plain: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
-    runs: bool | None = None
+    fit: float = -1.0
 
     def __call__(self, found: Fields) -> Batch:
         """The inputs of one item in the form that the network is called with. Raises CalibrationError."""
@@ -129,9 +131,12 @@ def fields_of(item: Any, inputs: ForwardInputs | None) -> Fields:
     return dict(enumerate(item)) if isinstance(item, (tuple, list)) else {0: item}
 
 
-def bind(found: Fields, inputs: ForwardInputs | None, example: Callable[[Key], Any], *, whole: bool) -> Binding:
-    """Decide which fields of an item are inputs. `example` gives two samples of a field; `whole` says that the item is
-    all of the data: then nothing of it is a label when nothing is known about the network.
+def bind(
+    found: Fields, inputs: ForwardInputs | None, example: Example, *, whole: bool = False, judged: bool = False
+) -> Binding:
+    """Decide which fields of an item are inputs. `example` gives so many samples of a field; `whole` says that the item
+    is all of the data: then nothing of it is a label when nothing is known about the network. `judged` asks for the
+    `fit` of what is bound.
 
     Raises CalibrationError when an input has no field.
     """
@@ -152,7 +157,7 @@ def bind(found: Fields, inputs: ForwardInputs | None, example: Callable[[Key], A
         names=names,
         plain=plain,
         told=(*(() if plain else beyond), *trial.reasons),
-        runs=trial.runs(kept),
+        fit=trial.fit(kept) if judged else -1.0,
     )
 
 
@@ -169,11 +174,11 @@ def _check_required(inputs: ForwardInputs, found: Fields, bound: set[str | None]
 
 
 class _Trial:
-    """Runs of two samples with and without a field that need not be an input."""
+    """Runs of two samples with and without a field that need not be an input, and of three."""
 
-    def __init__(self, inputs: ForwardInputs, names: Mapping[Key, str | None], example: Callable[[Key], Any]) -> None:
+    def __init__(self, inputs: ForwardInputs, names: Mapping[Key, str | None], example: Example) -> None:
         self._inputs, self._names, self._example = inputs, names, example
-        self._outputs: dict[tuple[Key, ...], list[torch.Tensor] | None] = {}
+        self._outputs: dict[tuple[tuple[Key, ...], int], list[torch.Tensor] | None] = {}
         self.reasons: list[str] = []
 
     def inputs(self, taken: list[Key]) -> list[Key]:
@@ -190,9 +195,15 @@ class _Trial:
                 self.reasons.append(f"{_words(key)} ({reason})")
         return kept
 
-    def runs(self, kept: list[Key]) -> bool | None:
-        """Whether the network runs with these."""
-        return None if self._inputs.run is None else self._of(kept) is not None
+    def fit(self, kept: list[Key]) -> float:
+        """The share of outputs with two rows for two samples and three for three; a width of two is not taken for two
+        samples. -1 when the network does not run with these."""
+        two = self._of(kept) if self._inputs.run is not None else None
+        if two is None:
+            return -1.0
+        pairs = zip(two, self._of(kept, 3) or (), strict=False)
+        follow = sum(a.shape[:1] == (2,) and b.shape[:1] == (3,) for a, b in pairs)
+        return follow / max(1, len(two))
 
     def _no_input(self, kept: list[Key], key: Key) -> str:
         """Why a field is no input; empty when it is one."""
@@ -208,16 +219,16 @@ class _Trial:
             return "the network does not read it"
         return ""
 
-    def _of(self, kept: list[Key]) -> list[torch.Tensor] | None:
+    def _of(self, kept: list[Key], count: int = 2) -> list[torch.Tensor] | None:
         chosen = tuple(kept)
-        if chosen not in self._outputs:
+        if (chosen, count) not in self._outputs:
             assert self._inputs.run is not None
             try:
-                batch = Binding(kept=chosen, names=self._names)({key: self._example(key) for key in chosen})
-                self._outputs[chosen] = list(_tensors(self._inputs.run(batch)))
+                batch = Binding(kept=chosen, names=self._names)({key: self._example(key, count) for key in chosen})
+                self._outputs[chosen, count] = list(_tensors(self._inputs.run(batch)))
             except Exception:  # a network may raise anything when it is called otherwise than it should be
-                self._outputs[chosen] = None
-        return self._outputs[chosen]
+                self._outputs[chosen, count] = None
+        return self._outputs[chosen, count]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

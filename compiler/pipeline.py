@@ -391,5 +391,8 @@ def cost_report(outcome: Outcome) -> tuple[dict[str, int], dict[str, int]]:
     before, after = program_cost(outcome.teacher), program_cost(outcome.program)
     return (
         {"before": before.macs, "after": after.macs},
-        {"before": outcome.teacher.parameter_count(), "after": outcome.program.parameter_count()},
+        {
+            "before": outcome.teacher.parameter_count() - outcome.teacher.copied_parameters,
+            "after": outcome.program.parameter_count(),
+        },
     )

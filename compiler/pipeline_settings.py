@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
 from ..passes.mimic_settings import MimicSettings
 from ..passes.recoverability import RecoverabilitySettings
@@ -10,10 +11,17 @@ from ..passes.resolve_network import ResolveSettings
 from ..passes.select_ranks import RankSettings
 from .calibration_set import CalibrationSet, View
 from .channel_pipeline import ChannelSettings
+from .errors import GoalError
+from .export import NEWEST_OPSET
 from .joint_rewrite import JointSettings
+from .onnx_file import OLDEST_OPSET
 from .plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
 from .program import Program
 from .sample_sets import SampleSets, divided, warn_of_shared
+from .setting_checks import check_functions, check_kind, check_number, check_whole, refuse, settled
+
+#: The largest share that judges: as many samples test, and some have to be left to fit with.
+MOST_HELD_OUT = 0.45
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,23 @@ class PipelineSettings:
     opset: int | None = None
     search_seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        check_kind("resolve", self.resolve, ResolveSettings)
+        check_kind("channels", self.channels, ChannelSettings)
+        check_kind("ranks", self.ranks, RankSettings)
+        check_kind("recoverability", self.recoverability, RecoverabilitySettings)
+        check_kind("mimic", self.mimic, MimicSettings, none=True)
+        share = f"a share above 0 and at most {MOST_HELD_OUT}: that much judges, as much tests, the rest is fitted with"
+        check_number("held_out", self.held_out, above=0, most=MOST_HELD_OUT, allowed=share)
+        check_functions("views", self.views, "foldcut.horizontal_flip")
+        check_whole("solve_samples", self.solve_samples, 1)
+        check_run(self.batch, self.threads, self.seed)
+        check_whole("opset", self.opset, OLDEST_OPSET, NEWEST_OPSET, none=True)
+        seconds = self.search_seconds  # the range is `SearchTime`'s
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
+            refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
+        settled(self)
+
     def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
         """With gradient mimicking as an argument of the API asks for it: True leaves it as it is, False and None leave
         it out."""
@@ -52,6 +77,14 @@ class PipelineSettings:
         sets = divided(samples, self.seed, self.held_out)
         warn_of_shared(sets, len(samples))
         return sets.with_views(self.views)
+
+
+def check_run(batch: object, threads: object, seed: object) -> None:
+    """Raise CompilerError for what is no batch size, no number of threads or no seed."""
+    for name, value in (("batch", batch), ("threads", threads)):
+        check_whole(name, value, 1, allowed="a whole number: batch and threads start at 1")
+    # torch takes other seeds, what draws inputs does not
+    check_whole("seed", seed, 0, 2**63 - 1, allowed="a whole number from 0 on, below 2 ** 63")
 
 
 def joint_settings(settings: PipelineSettings) -> JointSettings:

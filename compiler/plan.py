@@ -297,7 +297,7 @@ class Plan:
                     hint="make the plan again",
                 )
             return cls(
-                decisions=tuple(_decision(d) for d in data["decisions"]),
+                decisions=_decisions(data["decisions"]),
                 goal=goal_from_dict(data["goal"]),
                 fingerprint=str(data["fingerprint"]),
                 predicted=dict(data["predicted"]),
@@ -323,6 +323,25 @@ class Plan:
                 actual=fingerprint,
                 hint="apply it to the network (and weights) that it was made for, or compile again",
             )
+
+
+def _decisions(data: Any) -> tuple[Decision, ...]:
+    """Raises ValueError where two of them are about one region, group or layer: which of them counts is not said."""
+    if not isinstance(data, list):
+        raise ValueError("the decisions are no list")
+    decisions = tuple(map(_decision, data))
+    names = [(d.kind, subject(d)) for d in decisions]
+    twice = [name for i, (kind, name) in enumerate(names) if (kind, name) in names[:i]]
+    if twice:
+        raise ValueError(f"two decisions are about {twice[0]!r}")
+    return decisions
+
+
+def subject(decision: Decision) -> str:
+    """The region, group or layer that a decision is about."""
+    if isinstance(decision, DropBlock):
+        return decision.region
+    return decision.group if isinstance(decision, PruneChannels) else decision.layer
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:

@@ -51,6 +51,8 @@ class Program:
     history: tuple[str, ...] = field(default=())
     #: The interface, opset and words of the ONNX file that the program came from, None for a torch module.
     origin: OnnxSignature | None = None
+    #: Values of the copies that folding made of shared vectors: the network that was given stores them once.
+    copied_parameters: int = 0
 
     def __call__(self, batch: Batch) -> Any:
         """Run on one batch in eval mode, without gradients, and return the model's own output structure."""

@@ -13,7 +13,7 @@ from ..passes.select_ranks import Option, RankAnalysis, RankSettings
 from .allocation import weighing_samples
 from .analysis_store import NOTHING_KEPT, AnalysisStore
 from .calibration_set import CalibrationSet
-from .cost import counted
+from .cost import counted, counted_whole
 from .errors import GoalError
 from .latency_probe import LatencyProbe
 from .nearest import nearest_from_below, reach
@@ -179,8 +179,9 @@ def counted_menu(analysis: RankAnalysis, goal: CountedGoal) -> Menu:
     else:
         whole = {name: float(candidate.size.macs) for name, candidate in analysis.candidates.items()}
         costs = {name: [float(option.macs) for option in row] for name, row in options.items()}
-    total = counted(analysis.program, goal)
-    return Menu(options=options, costs=costs, whole=whole, budget=goal.ratio * total - (total - sum(whole.values())))
+    wanted = goal.ratio * counted_whole(analysis.program, goal)
+    others = counted(analysis.program, goal) - sum(whole.values())
+    return Menu(options=options, costs=costs, whole=whole, budget=wanted - others)
 
 
 def latency_menu(analysis: RankAnalysis, latency: StoredLatency, *, progress: Progress = silent) -> tuple[Menu, float]:

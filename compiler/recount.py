@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cost import counted, program_cost
+from .cost import counted, counted_whole, program_cost
 from .joint_rewrite import decided_shape
 from .plan import Blocks, Channels, CountedGoal, Decision, DropBlock, Goal, Ranks
 from .program import Program
@@ -20,7 +20,7 @@ def recounted(goal: Goal, teacher: Program, program: Program, decisions: Sequenc
     when the plan asks for as much and every decision of it is in effect.
     """
     if isinstance(goal, CountedGoal):
-        return counted(program, goal) <= (goal.ratio + ROUNDING) * counted(teacher, goal)
+        return counted(program, goal) <= (goal.ratio + ROUNDING) * counted_whole(teacher, goal)
     if isinstance(goal, Blocks):
         dropped = sum(isinstance(decision, DropBlock) for decision in decisions)
         return dropped >= goal.count and in_effect(teacher, program, decisions)

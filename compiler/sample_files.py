@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ def check_options(
 ) -> None:
     """Raise CalibrationError for what is out of range, and for what says nothing about a file of this kind: an option
     that is left aside in silence looks as if it had been heeded."""
-    if limit is not None and limit < 1:
-        raise CalibrationError("limit starts at 1", actual=limit, hint="leave it out to take all samples")
+    check_limit(limit)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise CalibrationError("size is the height and the width in pixels, from 1 on", actual=size)
     for name, numbers in normalising.items():
@@ -56,6 +56,14 @@ def check_options(
         raise CalibrationError(
             f"{' and '.join(given)}: for folders of images only, and {path.name} is none",
             hint=f"resize and normalise the arrays themselves as in training, and leave {' and '.join(given)} out",
+        )
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise CalibrationError for what is no number of samples."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral) or limit < 1):
+        raise CalibrationError(
+            "limit is a whole number from 1 on", actual=limit, hint="leave it out to take all samples"
         )
 
 

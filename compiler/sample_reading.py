@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import itertools
+import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -13,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .errors import CalibrationError
-from .input_binding import Binding, Fields, ForwardInputs, Key, bind, fields_of
+from .input_binding import Binding, Example, Fields, ForwardInputs, Key, bind, fields_of
 from .program import Batch, dtype_name
 
 #: What is kept of data that come one after the other; of more, a fair sample of about this size is drawn.
@@ -41,13 +45,15 @@ def read_data(
     if not first or (isinstance(first[0], (Mapping, tuple, list)) and not first[0]):
         raise CalibrationError("the calibration set is empty", hint=_EMPTY)
     whole = rows is False and data is first[0]
+    if rows is None and isinstance(first[0], list) and _is_single(first[0]):
+        rows = True
     binding, rows = _bound([fields_of(_unboxed(item), inputs) for item in first], inputs, rows, whole=whole)
     if binding.told:
         warnings.warn(f"calibration fields that are left out: {', '.join(binding.told)}", stacklevel=4)
-    reservoir = _Reservoir(limit, seed, most_bytes)
+    sampler = _Sampler(limit, seed, most_bytes)
     for item in itertools.chain(first, items):
-        reservoir.add(_flat(binding(fields_of(_unboxed(item), inputs)), rows))
-    leaves, spec = reservoir.read()
+        sampler.add(_flat(binding(fields_of(_unboxed(item), inputs)), rows))
+    leaves, spec = sampler.read()
     return ReadSamples(leaves=_converted(leaves, binding, inputs), spec=spec, ignored=binding.ignored)
 
 
@@ -57,7 +63,7 @@ def _items(data: Any) -> tuple[Iterator[Any], bool | None]:
         return iter([data]), False
     if isinstance(data, Iterable):
         if isinstance(data, torch.utils.data.DataLoader):
-            return iter(data), (data.batch_size is None and data.batch_sampler is None) or None
+            return iter(data), data.batch_size is None and data.batch_sampler is None
         return iter(data), None
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a data set that is read by index
         return (data[index] for index in range(len(data))), True
@@ -104,15 +110,16 @@ def _bound(
     first: list[Fields], inputs: ForwardInputs | None, rows: bool | None, *, whole: bool
 ) -> tuple[Binding, bool]:
     """The binding, and whether an item is one sample rather than a batch: it is when a field is a single number or a
-    plain list of numbers, and when the network runs with samples put together but not with an item as it is."""
+    plain list of numbers, and when it fits better. Networks take many a single sample too, so it does not tell that one
+    runs with an item as it is: what is a batch gives outputs with a row for each sample."""
     if rows is None and any(_is_single(value) for value in first[0].values()):
         rows = True
     if rows is not None:
         return bind(first[0], inputs, _example(first, inputs, rows), whole=whole), rows
-    batches = bind(first[0], inputs, _example(first, inputs, False), whole=whole)
-    if batches.runs is False:
-        samples = bind(first[0], inputs, _example(first, inputs, True), whole=whole)
-        if samples.runs:
+    batches = bind(first[0], inputs, _example(first, inputs, False), judged=True)
+    if batches.fit < 1 and inputs is not None and inputs.run is not None:
+        samples = bind(first[0], inputs, _example(first, inputs, True), judged=True)
+        if samples.fit > batches.fit:
             return samples, True
     return batches, False
 
@@ -122,21 +129,22 @@ def _is_single(value: Any) -> bool:
     return _is_number(value) or (_is_numbers(value) and not _is_table(value))
 
 
-def _example(first: list[Fields], inputs: ForwardInputs | None, rows: bool) -> Any:
-    """Two samples of a field: of the first batch, or the first two items."""
+def _example(first: list[Fields], inputs: ForwardInputs | None, rows: bool) -> Example:
+    """So many samples of a field: of the first batch, or the first two items; again from the start where those are
+    fewer."""
 
-    def two(key: Key) -> Any:
+    def some(key: Key, count: int) -> Any:
         name = inputs.name(key) if inputs is not None else None
         if not rows:
-            trees = [pytree.tree_map(lambda leaf: leaf[:2], _tree(first[0][key]))]
+            trees = [pytree.tree_map(lambda leaf: leaf[torch.arange(count) % len(leaf)], _tree(first[0][key]))]
         else:
-            trees = [pytree.tree_map(lambda leaf: leaf[None], _tree(item[key])) for item in first]
-            trees = trees * 2 if len(trees) == 1 else trees
+            items = itertools.islice(itertools.cycle(first), count)
+            trees = [pytree.tree_map(lambda leaf: leaf[None], _tree(item[key])) for item in items]
         parts = [pytree.tree_leaves(tree) for tree in trees]
         joined = [_cast(torch.cat(column), _wanted(inputs, name, column[0])) for column in zip(*parts, strict=True)]
         return pytree.tree_unflatten(joined, pytree.tree_structure(trees[0]))
 
-    return two
+    return some
 
 
 def _flat(batch: Batch, rows: bool) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
@@ -155,6 +163,19 @@ def _tree(value: Any) -> Any:
     return pytree.tree_map(_tensor, value)
 
 
+def _check_dense(value: torch.Tensor) -> None:
+    if value.is_nested:
+        hint = "pad them to one shape"
+    elif value.layout is not torch.strided:
+        hint = "convert them with .to_dense()"
+    elif value.is_meta:
+        hint = "tensors on the meta device have a shape but no numbers: load or compute the samples on the CPU"
+    else:
+        return
+    kind = "nested" if value.is_nested else "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+    raise CalibrationError("calibration samples are not dense arrays of numbers", actual=f"a {kind} tensor", hint=hint)
+
+
 def _of_list(value: Any) -> torch.Tensor:
     try:
         array = np.asarray(value)
@@ -170,6 +191,7 @@ def _of_list(value: Any) -> torch.Tensor:
 
 def _tensor(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
+        _check_dense(value)
         return value.detach().cpu()
     array = np.asarray(value)
     if array.dtype == object or array.dtype.kind in "USV":
@@ -178,6 +200,7 @@ def _tensor(value: Any) -> torch.Tensor:
             actual=f"numpy {array.dtype}",
             hint="pass numeric arrays of one shape",
         )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:
         return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
     except TypeError as cause:
@@ -188,16 +211,25 @@ def _tensor(value: Any) -> torch.Tensor:
         ) from cause
 
 
-class _Reservoir:
-    """Samples in the order that they come, and beyond a bound a fair sample of all that came (reservoir sampling)."""
+class _Sampler:
+    """Samples in the order that they come, and beyond a bound a fair sample of all that came.
+
+    Those with the smallest hashes are kept, so it makes no difference in which order they come (bottom-k sampling). A
+    hash is of the seed, the content, and how many samples of this content came before: equal samples are drawn one by
+    one like others. Nothing is hashed as long as all are kept.
+    """
 
     def __init__(self, limit: int | None, seed: int, most_bytes: int) -> None:
-        self._limit, self._most_bytes = limit, most_bytes
-        self._random = np.random.default_rng(seed)
+        self._limit, self._seed, self._most_bytes = limit, seed, most_bytes
         self._parts: list[list[torch.Tensor]] = []
         self._spec: pytree.TreeSpec | None = None
         self._seen = 0
-        self._drawn = False
+        # what is drawn, the largest hash of it first with its place in `_held`, and for each place which sample it was
+        self._held: list[torch.Tensor] = []
+        self._largest: list[tuple[int, int]] = []
+        self._arrivals: list[int] = []
+        self._times: Counter[bytes] = Counter()
+        self._drawn_of = 0
 
     def add(self, found: tuple[list[torch.Tensor], pytree.TreeSpec]) -> None:
         """Take one batch."""
@@ -208,44 +240,87 @@ class _Reservoir:
             raise CalibrationError(
                 "calibration batches differ in structure", hint="yield the same number of inputs in every batch"
             )
-        counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
-        count, most = max(counts, default=0), self._most(leaves)
-        if len(counts) == 1 and self._seen + count > most:
-            self._replace(leaves, count, most)
-        else:
-            self._parts.append(leaves)
-            self._seen += count
+        check_counts(leaves)
+        self._parts.append(leaves)
+        self._seen += len(leaves[0]) if leaves and leaves[0].dim() else 0
+        most = len(self._held[0]) if self._held else self._most(leaves)
+        if self._seen > most:
+            waiting, self._parts = self._parts[::-1], []
+            while waiting:
+                self._draw(waiting.pop(), most)
 
     def _most(self, leaves: Sequence[torch.Tensor]) -> int:
         size = sum(leaf[:1].numel() * leaf.element_size() for leaf in leaves if leaf.dim())
         bound = max(1, self._most_bytes // max(1, size))
         return bound if self._limit is None else min(bound, self._limit)
 
-    def _replace(self, leaves: list[torch.Tensor], count: int, most: int) -> None:
-        """Each further sample takes the place of a random one, with the probability that keeps all alike."""
-        self._drawn = True
-        room = max(0, most - self._seen)
-        if room:
-            self._parts.append([leaf[:room] for leaf in leaves])
-        self._parts = [[leaf.clone() for leaf in _joined(self._parts)]]
-        places = self._random.integers(0, np.arange(self._seen + room, self._seen + count) + 1)
-        self._seen += count
-        for index in np.flatnonzero(places < most).tolist():
-            for held, leaf in zip(self._parts[0], leaves, strict=True):
-                _check_shape(held[0], leaf[room + index])
-                held[int(places[index])] = leaf[room + index]
+    def _draw(self, leaves: list[torch.Tensor], most: int) -> None:
+        """Each sample with a smaller hash takes the place of the one with the largest."""
+        if not self._held:
+            self._held = [leaf.new_empty(most, *leaf.shape[1:]) for leaf in leaves]
+        for held, leaf in zip(self._held, leaves, strict=True):
+            if held.shape[1:] != leaf.shape[1:]:
+                raise _uneven([held[0], leaf[0]])
+        types = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(self._held, leaves, strict=True)]
+        self._held = [held.to(dtype) for held, dtype in zip(self._held, types, strict=True)]
+        for row, key in enumerate(self._hashes(leaves)):
+            if len(self._arrivals) < most:
+                place = len(self._arrivals)
+                self._arrivals.append(self._drawn_of + row)
+                heapq.heappush(self._largest, (-key, place))
+            elif key < -self._largest[0][0]:
+                place = self._largest[0][1]
+                self._arrivals[place] = self._drawn_of + row
+                heapq.heapreplace(self._largest, (-key, place))
+            else:
+                continue
+            for held, leaf in zip(self._held, leaves, strict=True):
+                held[place] = leaf[row]
+        self._drawn_of += len(leaves[0])
+
+    def _hashes(self, leaves: Sequence[torch.Tensor]) -> Iterator[int]:
+        form = [f"{leaf.dtype}{list(leaf.shape[1:])}" for leaf in leaves]
+        for digest in content_digests(leaves, f"{self._seed} {form}"):
+            before = self._times[digest]
+            self._times[digest] += 1
+            again = hashlib.blake2b(digest + str(before).encode(), digest_size=16).digest() if before else digest
+            yield int.from_bytes(again)
 
     def read(self) -> tuple[tuple[torch.Tensor, ...], pytree.TreeSpec]:
-        """All that was kept."""
-        leaves = tuple(leaf.contiguous() for leaf in _joined(self._parts))
-        kept = leaves[0].shape[0] if leaves and leaves[0].dim() else 0
-        if self._drawn and kept != self._limit:
+        """All that was kept, in the order that it came."""
+        assert self._spec is not None
+        if not self._held:
+            return tuple(leaf.contiguous() for leaf in _joined(self._parts)), self._spec
+        order = torch.tensor(sorted(range(len(self._arrivals)), key=self._arrivals.__getitem__))
+        if len(order) != self._limit:
             warnings.warn(
-                f"{self._seen:,} calibration samples came, more than are kept: a random sample of {kept:,} is used",
+                f"{self._seen:,} calibration samples came, more than are kept: a random sample of {len(order):,} is "
+                "used",
                 stacklevel=5,
             )
-        assert self._spec is not None
-        return leaves, self._spec
+        return tuple(held[order] for held in self._held), self._spec
+
+
+def content_digests(leaves: Sequence[torch.Tensor], salt: str = "") -> list[bytes]:
+    """A hash of what each sample holds in all inputs together."""
+    start = hashlib.blake2b(salt.encode(), digest_size=16)
+    digests = [start.copy() for _ in range(len(leaves[0]))]
+    for leaf in leaves:
+        rows = leaf.contiguous().view(len(leaf), math.prod(leaf.shape[1:])).view(torch.uint8).numpy()
+        for digest, row in zip(digests, rows, strict=True):
+            digest.update(row.data)
+    return [digest.digest() for digest in digests]
+
+
+def check_counts(leaves: Sequence[torch.Tensor]) -> None:
+    """Raise CalibrationError unless all inputs have the same number of samples."""
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    if len(counts) > 1:
+        raise CalibrationError(
+            "the inputs differ in their number of samples",
+            actual=sorted(counts),
+            hint="give every input the same samples",
+        )
 
 
 def _joined(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -254,11 +329,6 @@ def _joined(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         return [torch.cat(column) if column[0].dim() else column[0] for column in columns]
     except (RuntimeError, TypeError) as cause:
         raise _uneven(columns[0]) from cause
-
-
-def _check_shape(held: torch.Tensor, new: torch.Tensor) -> None:
-    if held.shape != new.shape:
-        raise _uneven([held, new])
 
 
 def _uneven(column: Sequence[torch.Tensor]) -> CalibrationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ class SampleSets:
 
     `fit` is solved and trained with, views behind the originals; its order is random, so that the first so many are a
     fair sample too. `judge` compares plans, stages and states of a training. `test` chooses nothing: it is read once,
-    for the error that is reported. With one or two samples there is nothing to divide: `shared` says that parts are
-    the same samples.
+    for the error that is reported. With one or two samples, or as few that differ, there is nothing to divide: `shared`
+    says that parts are the same samples.
     """
 
     fit: CalibrationSet
@@ -49,34 +50,63 @@ def part_sizes(count: int, share: float) -> tuple[int, int]:
 
 def divided(samples: CalibrationSet, seed: int, share: float = 0.1) -> SampleSets:
     """The samples in three parts, by one seeded permutation of all of them: each part and each beginning of a part is a
-    fair sample.
+    fair sample. Equal samples go into one part: what is solved with a sample says nothing about another that is equal.
 
-    What is permuted is the samples in the order of their content, so the order in which they came makes no difference
-    at all: the same samples class by class or shuffled give the same parts.
+    What is permuted is the contents in their own order, so the order in which the samples came makes no difference at
+    all: the same samples class by class or shuffled give the same parts.
 
-    Two samples: one to fit with, one that judges and tests. One sample does everything.
+    Two contents: one to fit with, one sample of the other that judges and tests. One content does everything.
     """
-    count = len(samples)
-    if count == 1:
+    if len(samples) == 1:
         return SampleSets(fit=samples, judge=samples, test=samples, shared=True)
-    order = samples.content_order[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
-    if count == 2:
-        fit, other = samples.take(order[1:]), samples.take(order[:1])
-        return SampleSets(fit=fit, judge=other, test=other, shared=True)
-    judge, test = part_sizes(count, share)
-    return SampleSets(
-        fit=samples.take(order[judge + test :]),
-        judge=samples.take(order[:judge]),
-        test=samples.take(order[judge : judge + test]),
-    )
+    contents = _contents(samples)
+    generator = torch.Generator().manual_seed(seed)
+    left = [contents[i] for i in torch.randperm(len(contents), generator=generator).tolist()]
+    if len(left) < 3:
+        other = min(left, key=len)
+        most = samples if len(left) == 1 else samples.take(torch.tensor(left[1 - left.index(other)]))
+        one = samples.take(torch.tensor(other[:1]))
+        return SampleSets(fit=most, judge=one, test=one, shared=True)
+    sizes = zip(part_sizes(len(left), share), part_sizes(len(samples), share), strict=True)
+    judge, test = (_filled(left, *size) for size in sizes)
+    parts = [torch.tensor(list(itertools.chain(*part))) for part in (left, judge, test)]
+    if len(contents) < len(samples):  # equal samples lie side by side
+        parts = [part[torch.randperm(len(part), generator=generator)] for part in parts]
+    fit, judged, tested = map(samples.take, parts)
+    return SampleSets(fit=fit, judge=judged, test=tested)
+
+
+def _contents(samples: CalibrationSet) -> list[list[int]]:
+    """The positions of the samples of each content, in the order of their content."""
+    order: list[int] = samples.content_order.tolist()
+    return [list(equal) for _, equal in itertools.groupby(order, key=samples.digests.__getitem__)]
+
+
+def _filled(left: list[list[int]], contents: int, samples: int) -> list[list[int]]:
+    """The next so many contents, taken from `left`, as far as their samples are no more than so many; of those that
+    are all more, the smallest."""
+    taken: list[list[int]] = []
+    for content in list(left):
+        if len(taken) < contents and len(content) <= samples:
+            taken.append(content)
+            left.remove(content)
+            samples -= len(content)
+    if not taken:
+        taken.append(min(left, key=len))
+        left.remove(taken[0])
+    return taken
 
 
 def warn_of_shared(sets: SampleSets, count: int) -> None:
-    """Warn where there are too few samples for three parts."""
+    """Warn where there are too few samples for three parts, or too few that differ."""
     if sets.shared:
-        whole = "the network was also solved with it" if count == 1 else "plans were compared by it too"
+        alone = set(sets.judge.digests) <= set(sets.fit.digests)
+        what = f"{count} calibration sample{'s' * (count > 1)}"
+        if count > 2 or (alone and count > 1):
+            what += " that are all equal" if alone else " with only two contents"
+        whole = "the network was also solved with it" if alone else "plans were compared by it too"
         warnings.warn(
-            f"{count} calibration sample{'s' * (count > 1)} cannot be divided into samples to fit, to judge and to "
-            f"test with: the reported error is of a single sample, and {whole}",
+            f"{what} cannot be divided into samples to fit, to judge and to test with: the reported error is of a "
+            f"single sample, and {whole}",
             stacklevel=3,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from ..passes.mimic_settings import MimicSettings
 from ..runtime.backend import Backend
 from .alone import alone
-from .api import Compiled, check_arguments
+from .api import Compiled, check_arguments, check_options
 from .api import compile as compile_model
 from .atomic import write_folder
 from .cache_folder import kept_in
@@ -22,6 +22,7 @@ from .model_inputs import needed_inputs
 from .pipeline_settings import PipelineSettings, rewrites_for
 from .plan import Goal, Latency
 from .progress import Progress
+from .setting_checks import check_texts, refuse
 
 #: The goals of a sweep that names none.
 GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
@@ -126,6 +127,11 @@ def sweep(
     that was wrong. Else what `compile` raises.
     """
     _check_goals(goals)
+    check_options(mimic, views, progress, cache, settings)
+    if rewrites is not None:
+        check_texts("rewrites", rewrites)
+    if each is not None and not callable(each):
+        refuse("each", each, "a function of a SweepPoint, or None")
     allowed = {str(goal): _allowed(goal, goals, rewrites) for goal in goals}
     for goal in goals:
         check_arguments(goal, allowed[str(goal)], batch, threads, seed)
@@ -175,6 +181,8 @@ def _unmet(goal: Goal, unmet: GoalError) -> SweepPoint:
 
 
 def _check_goals(goals: Sequence[Goal]) -> None:
+    if isinstance(goals, str) or not isinstance(goals, Collection):  # what can be gone through once only is too little
+        refuse("goals", goals, "a list: goals=[foldcut.Latency(0.8), foldcut.Latency(0.6)]", error=GoalError)
     if not goals:
         raise GoalError("a sweep needs a goal", hint="goals=[foldcut.Latency(0.8), foldcut.Latency(0.6)]")
     names = [str(goal) for goal in goals]

@@ -21,7 +21,7 @@ from ..compiler.operator_kinds import index_operands, kind_of
 from ..compiler.program import argument, is_size, is_tensor
 from .cut_rules import RULES, same_kept
 from .shape_arguments import LAST, Cut
-from .targets import select_kept
+from .targets import Kept, select_kept
 
 aten = torch.ops.aten
 
@@ -78,7 +78,10 @@ class Prover:
     def _moved(self, cut: Cut, call: Call | None) -> Call | None:
         _refuse_shared_with_batch(cut)
         try:
-            return self._same_elements(cut, call)
+            proven = self._same_elements(cut, call)
+            if not index_operands(cut.node):
+                self._same_for_two_samples(cut, proven)
+            return proven
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as cause:
             raise cut.fail(f"what is left cannot be moved like the whole: {cause}") from cause
 
@@ -99,30 +102,45 @@ class Prover:
             return reordered
         raise cut.fail("moving the remaining channels gives another order than before")
 
-    def _numbers(self, cut: Cut) -> dict[fx.Node, torch.Tensor]:
+    def _same_for_two_samples(self, cut: Cut, call: Call | None) -> None:
+        """What was proven for one sample is so for two: nothing moves from one to the other on the way."""
+        numbers = self._numbers(cut, batch=2)
+        before = _as_tuple(self._run(cut.node, numbers, cut, filtered=False, batch=2))
+        values = cut.node.meta["val"] if len(before) > 1 else [cut.node.meta["val"]]
+        wanted = [
+            select_kept(b, _of_samples(cut, kept, value, 2))
+            for b, kept, value in zip(before, cut.results, values, strict=True)
+        ]
+        found = _as_tuple(self._run(call or cut.node, numbers, cut, filtered=True, batch=2))
+        if len(found) != len(wanted) or not all(map(torch.equal, found, wanted)):
+            raise cut.fail("it moves channels from one sample to another")
+
+    def _numbers(self, cut: Cut, batch: int = 1) -> dict[fx.Node, torch.Tensor]:
         """A number for each element of each operand that holds data."""
         indices = index_operands(cut.node)
         found, count = {}, 0
         for operand in cut.node.all_input_nodes:
             if is_tensor(operand) and operand not in indices:
-                shape = cut.program.shape(operand)
+                shape = cut.program.shape(operand, batch)
                 size = math.prod(shape)
                 found[operand] = torch.arange(count, count + size).view(shape)
                 count += size
-                if count > MOST_ELEMENTS:
+                if count > batch * MOST_ELEMENTS:
                     raise cut.fail("too large to be proven")
         return found
 
-    def _run(self, call: Any, numbers: dict[fx.Node, torch.Tensor], cut: Cut, *, filtered: bool) -> Any:
+    def _run(self, call: Any, numbers: dict[fx.Node, torch.Tensor], cut: Cut, *, filtered: bool, batch: int = 1) -> Any:
         def stand_in(operand: fx.Node) -> Any:
             if is_size(operand):
-                return cut.program.scalar(operand)
+                return cut.program.scalar(operand, batch)
             value = numbers.get(operand)
             if value is None:
                 value = self.concrete(operand)
                 if value is None:
                     raise cut.fail("it is indexed by a computed value")
-            return select_kept(value, cut.of(operand)) if filtered else value
+            return (
+                select_kept(value, _of_samples(cut, cut.of(operand), operand.meta["val"], batch)) if filtered else value
+            )
 
         if kind_of(cut.node) == "pad":
             mode = argument(cut.node, 2, "mode", "constant")
@@ -131,6 +149,20 @@ class Prover:
             # the value that is filled in has no number
             return aten.constant_pad_nd.default(*fx.node.map_arg(tuple(call.args[:2]), stand_in), -1)
         return move(call, stand_in)
+
+
+def _of_samples(cut: Cut, kept: Kept, value: Any, batch: int) -> Kept:
+    """What is kept of a value of so many samples: where channels share a dimension with the batch, of each sample, one
+    behind the other."""
+    if batch == 1:
+        return kept
+    found = []
+    for indices, size in zip(kept, value.shape, strict=True):
+        if indices is not None and cut.program.follows_batch(size):
+            each = cut.program.dim(size)
+            indices = torch.cat([indices + sample * each for sample in range(batch)])
+        found.append(indices)
+    return tuple(found)
 
 
 def _as_tuple(value: Any) -> tuple[torch.Tensor, ...]:

@@ -129,14 +129,18 @@ def decompose(
 
 
 def within_full(program: Program, decisions: Sequence[FactorizeLayer]) -> list[FactorizeLayer]:
-    """The decisions with no rank above what its layer has: a group that is cut where a region was dropped may have
-    narrowed a layer that it did not reach in the original. Raises RewriteError as `check_ranks` does, but for that."""
+    """The decisions with no rank above what its layer has, and without those that no longer save anything: a group that
+    is cut where a region was dropped may have narrowed a layer that it did not reach in the original. Raises
+    RewriteError as `check_ranks` does, but for that."""
     layers, _ = find_layers(program) if decisions else ({}, ())
-    found = []
+    fitting = []
     for decision in decisions:
-        full = _full_ranks(Geometry.of(program, _layer(layers, decision.layer)), decision)
-        found.append(replace(decision, ranks=tuple(min(pair) for pair in zip(decision.ranks, full, strict=True))))
-    return found
+        size = Geometry.of(program, _layer(layers, decision.layer))
+        full = _full_ranks(size, decision)
+        ranks = tuple(min(pair) for pair in zip(decision.ranks, full, strict=True))
+        if ranks == decision.ranks or SCHEMES[decision.scheme].macs(size, ranks) < size.macs:
+            fitting.append(replace(decision, ranks=ranks))
+    return fitting
 
 
 def check_ranks(size: Geometry, decision: FactorizeLayer) -> None:

@@ -143,7 +143,7 @@ def _describe(program: Program, node: fx.Node) -> Layer | str:
     biased = str(bias.target) if program.owned(bias) else None
     linear = Layer(node=node.name, input=source.name, weight=str(weight.target), bias=biased)
     if is_call(node, aten.linear):
-        return linear
+        return linear if tensor.dim() == 2 else "its weight is a vector"
     if tensor.dim() not in (3, 4):
         return "a convolution over three dimensions"
     kernel = [int(k) for k in tensor.shape[2:]]

@@ -9,6 +9,7 @@ import torch
 
 from ..compiler.errors import CalibrationError
 from ..compiler.program import Batch
+from ..compiler.setting_checks import check_number, check_switch, check_whole, refuse, settled
 
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -37,9 +38,13 @@ class MimicSettings:
     cache_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.batch_size < 1 or not self.learning_rate > 0 or self.checks < 1:
-            raise CalibrationError(
-                "mimic settings out of range",
-                expected="iterations, batch_size, checks >= 1 and learning_rate > 0",
-                actual=str(self),
-            )
+        for name in ("iterations", "batch_size", "checks", "patience"):
+            check_whole(name, getattr(self, name), 1, error=CalibrationError)
+        check_number("learning_rate", self.learning_rate, above=0, error=CalibrationError)
+        for name in ("hints", "outputs"):
+            check_number(name, getattr(self, name), least=0, error=CalibrationError)
+        if self.augment is not None and not callable(self.augment):
+            refuse("augment", self.augment, "a function of a batch and a generator, or None", error=CalibrationError)
+        check_switch("bfloat16", self.bfloat16, none=True, error=CalibrationError)
+        check_whole("cache_bytes", self.cache_bytes, 0, error=CalibrationError)
+        settled(self)

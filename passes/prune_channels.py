@@ -105,9 +105,12 @@ def _selectable(cutter: _Cutter) -> dict[str, Kept]:
     indices."""
     found = {}
     for node in cutter.program.graph.nodes:
-        if node.name in cutter.provenance.inputless:
-            continue
-        kept = cutter.kept(node)
+        try:
+            kept = cutter.kept(node)
+        except RewriteError:
+            if node.name not in cutter.provenance.inputless:
+                raise
+            continue  # a constant of which no slices are left; what reads it is evaluated
         cut = [dim for dim, indices in enumerate(kept) if indices is not None]
         if cut and not any(cutter.program.follows_batch(node.meta["val"].shape[dim]) for dim in cut):
             found[node.name] = kept
@@ -193,6 +196,7 @@ class _Cutter:
         """Calls that give the value of a computed constant, as it was before the cut, without what is removed."""
         calls: dict[str, Call] = {}
         concerned: set[str] = set()
+        trained: set[str] = set()
         for node in self.program.graph.nodes:
             if node.name not in self.provenance.inputless:
                 continue
@@ -200,14 +204,21 @@ class _Cutter:
             cut = any(k is not None for n in operands for k in self.parameter_kept(n))
             if cut or any(n.name in concerned for n in node.all_input_nodes):
                 concerned.add(node.name)
+            if any(n.name in trained or self._is_trained(n) for n in node.all_input_nodes):
+                trained.add(node.name)
             read = is_tensor(node) and any(u.name not in self.computed for u in node.users)
             if node.name not in self.computed or not read:
                 continue
             kept = self.kept(node)
             if node.name in concerned or any(k is not None for k in kept):
-                value = run_until(self.program, [node.name], {}, tensors)[node.name].detach()
-                calls[node.name] = Call(target=aten.clone.default, args=(select_kept(value, kept),), kwargs={})
+                value = select_kept(run_until(self.program, [node.name], {}, tensors)[node.name].detach(), kept)
+                if node.name in trained:  # what stands for trained values counts and trains as they do
+                    value = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
+                calls[node.name] = Call(target=aten.clone.default, args=(value,), kwargs={})
         return calls
+
+    def _is_trained(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and isinstance(self.program.constant(node), torch.nn.Parameter)
 
     def cut(self, node: fx.Node) -> Cut:
         return Cut(

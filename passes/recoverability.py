@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,6 +27,7 @@ from ..compiler.edit import bypass
 from ..compiler.execute import bind, descendants, required, run_until
 from ..compiler.program import Program
 from ..compiler.regions import Region
+from ..compiler.setting_checks import check_kind, check_whole, check_word, settled
 from .adaptors import AdaptorSettings, train_adaptors
 from .calibrate import Moments
 from .drop_blocks import drop_blocks, entry_exit, standing_for
@@ -51,6 +52,13 @@ class RecoverabilitySettings:
     samples: int = 64
     adaptors: AdaptorSettings = field(default_factory=AdaptorSettings)
     resolve: ResolveSettings = QUICK_RESOLVE
+
+    def __post_init__(self) -> None:
+        check_word("mode", self.mode, get_args(Mode))
+        check_whole("samples", self.samples, 1)
+        check_kind("adaptors", self.adaptors, AdaptorSettings)
+        check_kind("resolve", self.resolve, ResolveSettings)
+        settled(self)
 
 
 class Recoverability:

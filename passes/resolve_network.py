@@ -16,6 +16,7 @@ from ..compiler.errors import Reject
 from ..compiler.execute import descendants, run_until
 from ..compiler.program import Program, is_tensor
 from ..compiler.progress import Progress, silent
+from ..compiler.setting_checks import check_number, check_whole, settled
 from ..compiler.verify import output_error
 from .calibrate import Moments, SplitMoments, check_finite, thinning
 from .groups import group_targets
@@ -43,6 +44,14 @@ class ResolveSettings:
     batch_size: int | None = None
     guard_samples: int = 128
     ram_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        check_number("ridge", self.ridge, least=0, none=True)
+        check_whole("rows_per_column", self.rows_per_column, 1, none=True)
+        check_whole("batch_size", self.batch_size, 1, none=True)
+        for name in ("refine", "guard_samples", "ram_bytes"):
+            check_whole(name, getattr(self, name), 0)
+        settled(self)
 
     def ridge_for(self, samples: int) -> float:
         return min(0.1, 5 / samples) if self.ridge is None else self.ridge

@@ -10,7 +10,7 @@ network pruned so far, the original's output as the target), the best there and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,6 +18,7 @@ import torch
 
 from ..compiler.calibration_set import CalibrationSet
 from ..compiler.execute import descendants
+from ..compiler.label_trace import Slot
 from ..compiler.program import Program
 from ..compiler.progress import Progress, silent
 from ..compiler.provenance import Provenance
@@ -171,7 +172,7 @@ def select_layerwise(
             selection = (
                 select_units(objectives, counts[group.name], bound=all(map(_cheap, objectives)))
                 if objectives
-                else select_by_norm(provenance, group, counts[group.name])
+                else select_by_norm(provenance, group, counts[group.name], read=True)
             )
             found.append((group, selection))
         progress("channel moments", index + 1, index + 1)
@@ -222,19 +223,31 @@ def _without_columns(objective: Objective, gone: torch.Tensor) -> Objective:
     return replace(objective, always=objective.always[~lost[objective.always]])
 
 
-def select_by_norm(provenance: Provenance, group: UnitGroup, count: int, power: int = 2) -> Selection:
-    """The `count` units whose making weights have the largest norm (L1 with `power` 1, L2 with 2): what is left where
-    no layer that could be re-solved consumes them."""
-    norms = torch.zeros(provenance.size, dtype=torch.float64)
-    for slot in provenance.slots:
-        if slot.role == "out" and (slot.parameter, slot.dim) in group.producers:
-            weight = provenance.program.tensor(slot.parameter).detach().double()
-            energy = weight.movedim(slot.dim, 0).flatten(1).abs().pow(power).sum(1) if weight.dim() > 1 else weight * 0
-            norms.scatter_add_(0, slot.labels, energy)
-    scores = norms[group.units]
+def select_by_norm(
+    provenance: Provenance, group: UnitGroup, count: int, power: int = 2, *, read: bool = False
+) -> Selection:
+    """The `count` units whose making weights have the largest norm (L1 with `power` 1, L2 with 2). With `read`, times
+    the norm of the weights that read them, so that what nobody reads goes first: what is left where no layer that
+    could be re-solved consumes them."""
+    made = _energies(provenance, "out", power, lambda slot: (slot.parameter, slot.dim) in group.producers)
+    scores = made[group.units]
+    if read:
+        reading = _energies(provenance, "in", power, lambda slot: bool(torch.isin(slot.labels, group.units).any()))
+        scores = scores * reading[group.units] if bool(reading[group.units].any()) else scores
     order = scores.argsort(descending=True, stable=True)
     left = 1 - torch.cat([scores.new_zeros(1), scores[order].cumsum(0)]) / scores.sum().clamp(min=1e-300)
     return Selection(order=order[:count], errors=left[: count + 1].clamp(min=0))
+
+
+def _energies(provenance: Provenance, role: str, power: int, wanted: Callable[[Slot], bool]) -> torch.Tensor:
+    """For each unit the sum of its weights' magnitudes to a power, over the slots of a role."""
+    energies = torch.zeros(provenance.size, dtype=torch.float64)
+    for slot in provenance.slots:
+        if slot.role == role and wanted(slot):
+            weight = provenance.program.tensor(slot.parameter).detach().double()
+            energy = weight.movedim(slot.dim, 0).flatten(1).abs().pow(power).sum(1) if weight.dim() > 1 else weight * 0
+            energies.scatter_add_(0, slot.labels, energy)
+    return energies
 
 
 class _Sweep:

@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 
 from ..compiler.calibration_set import CalibrationSet
-from ..compiler.errors import GoalError, Reject
+from ..compiler.errors import GoalError, Reject, RewriteError
 from ..compiler.plan import FactorizeLayer, Ranks
 from ..compiler.program import Program
 from ..compiler.progress import Progress, silent
+from ..compiler.setting_checks import check_number, check_switch, check_texts, check_whole, check_word, refuse, settled
 from .calibrate import Moments
 from .decompositions import PLAIN, Geometry, Metric
 from .factorize import Factors, decompose
@@ -39,6 +40,7 @@ STEPS = 16
 EXACT = 1e-5
 
 T = TypeVar("T")
+Judging = Literal["data", "weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +56,24 @@ class RankSettings:
     schemes: tuple[str, ...] = ("channel", "spatial", "tucker")
     multiple_of: int = 4
     least: float = 0.0
-    metric: Literal["data", "weights"] = "data"
+    metric: Judging = "data"
     resolve: bool = True
     rows_per_column: int | None = 50
     ignore: tuple[str, ...] = ()
     on_lattice: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.schemes if name not in SCHEMES]
-        if unknown or not self.schemes or self.multiple_of < 1 or not 0 <= self.least <= 1:
-            raise GoalError(
-                "schemes are some of channel, spatial, tucker; multiple_of starts at 1; least is a share of full rank",
-                hint=str(self),
-            )
+        check_texts("schemes", self.schemes, error=GoalError)
+        if not self.schemes or not set(self.schemes) <= SCHEMES.keys():
+            refuse("schemes", self.schemes, f"some of {', '.join(SCHEMES)}", why="is not known", error=GoalError)
+        check_whole("multiple_of", self.multiple_of, 1, error=GoalError)
+        check_number("least", self.least, least=0, most=1, allowed="a share of full rank, 0 to 1", error=GoalError)
+        check_word("metric", self.metric, get_args(Judging), error=GoalError)
+        check_whole("rows_per_column", self.rows_per_column, 1, none=True, error=GoalError)
+        check_texts("ignore", self.ignore, error=GoalError)
+        check_switch("resolve", self.resolve, error=GoalError)
+        check_switch("on_lattice", self.on_lattice, error=GoalError)
+        settled(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +167,22 @@ class RankAnalysis:
         """The factors of the chosen options, by node."""
         found = {}
         for index, (name, moments) in enumerate(self._each(list(choice))):
-            candidate, option = self.candidates[name], choice[name]
+            candidate, option = self._known(name), choice[name]
             metric, gain = self._metric(candidate, moments)
             decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain, option.ranks)
             found[name] = Factors.of(name, decomposition, option.ranks)
             progress("factorise", index + 1, len(choice))
         return [found[name] for name in choice]
 
+    def _known(self, name: str) -> Candidate:
+        if name not in self.candidates:
+            reasons = [reject.reason for reject in self.rejects if reject.node == name]
+            raise RewriteError(f"it cannot be factorised: {(reasons or ['it is no layer'])[0]}", node=name)
+        return self.candidates[name]
+
     def decision(self, name: str, option: Option) -> FactorizeLayer:
         """The option as a plan's decision."""
-        candidate = self.candidates[name]
+        candidate = self._known(name)
         return FactorizeLayer(
             layer=name,
             scheme=option.scheme,

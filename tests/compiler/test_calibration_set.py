@@ -168,6 +168,71 @@ def test_any_numeric_dtype_is_read_or_refused_by_name(dtype: type) -> None:
     assert len(read) == 3
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i8", "<f4"])
+def test_the_order_of_bytes_makes_no_difference(dtype: str) -> None:
+    read = CalibrationSet.of(samples(6, 3).numpy().astype(dtype))
+    assert numbers(read) == [0, 1, 2, 3, 4, 5]
+    assert read.leaves[0].dtype == {"f4": torch.float32, "f8": torch.float64, "i8": torch.int64}[dtype[1:]]
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (samples(6, 3).to_sparse(), "to_dense"),
+        (samples(6, 3).to("meta"), "no numbers"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "pad"),
+    ],
+    ids=["sparse", "meta", "nested"],
+)
+def test_tensors_that_are_no_dense_arrays_are_refused(data: torch.Tensor, hint: str) -> None:
+    for form in (data, [data], {"x": data}):
+        with pytest.raises(CalibrationError, match="not dense arrays of numbers") as caught:
+            CalibrationSet.of(form)
+        assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("limit", [2.5, 0, -3, True, "3"])
+def test_a_limit_is_a_number_of_samples(limit: Any) -> None:
+    with pytest.raises(CalibrationError, match="limit is a whole number from 1 on") as caught:
+        CalibrationSet.of(samples(6, 3), limit=limit)
+    assert caught.value.actual == limit and caught.value.hint
+    assert len(CalibrationSet.of(samples(6, 3), limit=np.int64(2))) == 2
+
+
+@pytest.mark.parametrize("distinct", [400, 20])
+def test_a_limit_takes_the_same_samples_in_any_order(distinct: int) -> None:
+    """Several inputs, all samples different or many equal, in one piece or one after the other."""
+    x, ids = torch.randn(distinct, 3).repeat(400 // distinct, 1), torch.arange(400) % distinct
+    order = torch.randperm(400)
+    forms: list[Any] = [
+        (x, ids),
+        (x.flip(0).numpy(), ids.flip(0)),
+        list(zip(x[order].split(7), ids[order].split(7), strict=True)),
+        iter([{"x": a, "y": b} for a, b in zip(x.flip(0).split(150), ids.flip(0).split(150), strict=True)]),
+    ]
+    first, *others = (CalibrationSet.of(form, limit=50, inputs=2) for form in forms)
+    assert len(first) == 50 and all(sorted(first.digests) == sorted(other.digests) for other in others)
+    if distinct == 400:
+        assert first.leaves[1].tolist() == sorted(first.leaves[1].tolist())  # in the order in which they came
+    assert sorted(CalibrationSet.of(forms[0], limit=50, seed=1).digests) != sorted(first.digests)
+
+
+def test_a_limit_takes_every_sample_as_often() -> None:
+    """Equal samples too: of 30 that are one and the same and 70 others, three and seven in ten."""
+    data = torch.arange(100).clamp(min=29).view(-1, 1)
+    drawn = torch.cat([CalibrationSet.of(data, limit=10, seed=seed).leaves[0].flatten() for seed in range(300)])
+    counts = torch.bincount(drawn - 29, minlength=71).float()
+    # 900 with a deviation of 23.9, and a chi square with 69 degrees of freedom: above 120 once in ten thousand
+    assert abs(float(counts[0]) - 900) < 100
+    assert float(((counts[1:] - 30) ** 2 / 30).sum()) < 120
+
+
+def test_what_fits_is_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldcut.compiler.sample_reading.content_digests", None)
+    for data in (samples(6, 3), list(samples(6, 3).split(4))):
+        assert numbers(CalibrationSet.of(data, limit=6)) == [0, 1, 2, 3, 4, 5]
+
+
 def test_the_fit_to_a_program(residual: Program) -> None:
     CalibrationSet.of(samples(3, 3, 8, 8)).check(residual)
     for data, message in [
@@ -319,7 +384,8 @@ def test_array_files(tmp_path: Path) -> None:
         assert isinstance(batch, dict)
         assert sorted(batch) == ["a", "b"]
         assert numbers(read_calibration(tmp_path / name, key="b")) == [1, 2, 3, 4, 5]
-    assert numbers(read_calibration(str(tmp_path / "one.npy"), limit=3)) == [0, 1, 2]
+    few = numbers(read_calibration(str(tmp_path / "one.npy"), limit=3))
+    assert few == sorted(set(few)) and len(few) == 3  # in the order of the file
 
 
 class Executed:
@@ -408,8 +474,9 @@ def test_a_key_is_refused_where_there_is_but_one_array(pictures: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0}, "limit starts at 1"),
-        ({"limit": -5}, "limit starts at 1"),
+        ({"limit": 0}, "limit is a whole number from 1 on"),
+        ({"limit": -5}, "limit is a whole number from 1 on"),
+        ({"limit": 2.5}, "limit is a whole number from 1 on"),
         ({"size": (0, 0)}, "size is the height and the width"),
         ({"size": (4, -1)}, "size is the height and the width"),
         ({"size": (4,)}, "size is the height and the width"),

@@ -138,3 +138,34 @@ def test_goals_are_counted_on_what_goes_out(residual: Any) -> None:
         share = counted(smaller, kind(0.5)) / counted(residual, kind(0.5))
         assert recounted(kind(share), residual, smaller, [cut], planned=False)
         assert not recounted(kind(0.999 * share), residual, smaller, [cut], planned=True)
+
+
+class Twice(nn.Module):
+    """One layer at two places: two readers of one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.same, self.last = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(torch.relu(self.same(torch.relu(self.same(x)))))
+
+
+def test_a_share_is_of_the_network_that_was_given(counting_backend: Any, nets: SimpleNamespace) -> None:
+    """Vectors that layers share are stored once there, though each layer has its own to be cut."""
+    net = nets.seeded(Twice, seed=3)
+    whole = sum(p.numel() for p in net.parameters())
+    made = run(net, torch.randn(60, 12), counting_backend, foldcut.Parameters(0.5))
+    assert made.report.parameters["before"] == whole
+    assert made.report.parameters["after"] == sum(p.numel() for p in made.module.parameters()) <= 0.5 * whole
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_layers_that_got_too_narrow_are_not_factorised(seed: int, counting_backend: Any) -> None:
+    """A dropped block joins its neighbours: what one of them loses narrows the other, which no rank makes cheaper."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
+    with pytest.raises(foldcut.GoalError, match="cannot be met") as caught:
+        run(net, torch.randn(60, 12), counting_backend, foldcut.Parameters(0.015), rewrites=("drop_blocks", *BOTH))
+    assert caught.value.best.report.parameters["after"] < 0.05 * caught.value.best.report.parameters["before"]

@@ -13,6 +13,7 @@ import torch
 from foldcut.compiler.calibration_set import CalibrationSet
 from foldcut.compiler.errors import CalibrationError
 from foldcut.compiler.export import to_exported, to_onnx
+from foldcut.compiler.input_binding import ForwardInputs
 from foldcut.compiler.model_inputs import needed_inputs
 from foldcut.compiler.sample_reading import read_data
 from torch import nn
@@ -219,6 +220,93 @@ def test_required_targets_are_inputs() -> None:
 def test_images_in_many_forms(data: Any) -> None:
     samples = read(Conv(), data)
     assert len(samples.leaves) == 1 and torch.equal(samples.leaves[0], IMAGES)
+
+
+class Pooled(nn.Module):
+    """Tokens: it also runs with a single row of them, and without a batch its output is of one width."""
+
+    def __init__(self, width: int, aside: bool = False) -> None:
+        super().__init__()
+        self.table, self.head, self.aside = nn.Embedding(7, 4), nn.Linear(4, width), aside
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        scores = self.head(torch.relu(self.table(ids)))
+        found = [scores.mean(-2)]
+        if self.aside:
+            found.append(scores.square().mean())
+        if labels is not None:
+            found.append(nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten()))
+        return found
+
+
+class PooledImages(nn.Module):
+    """Convolutions take images without a batch as well."""
+
+    def __init__(self, inside: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inside, width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean((-2, -1))
+
+
+SINGLE = {
+    "rows": lambda: list(IDS),
+    "arrays": lambda: [row.numpy() for row in IDS],
+    "lists": lambda: listed(IDS),
+    "dicts": lambda: [{"ids": row} for row in IDS],
+    "dicts of lists": lambda: [{"ids": listed(row)} for row in IDS],
+    "tuples": lambda: [(row,) for row in IDS],
+    "generator": lambda: (row for row in IDS),
+    "labelled": lambda: [{"ids": row, "labels": row % 2} for row in IDS],
+    "batches": lambda: list(IDS.split(4)),
+    "batches of one": lambda: list(IDS.split(1)),
+    "batches of dicts": lambda: [{"ids": rows, "labels": rows % 2} for rows in IDS.split(4)],
+    "loader": lambda: loader(IDS),
+    "loader of batches": lambda: DataLoader(TensorDataset(IDS), batch_sampler=[[*range(4)], [*range(4, 10)]]),
+}
+
+
+@pytest.mark.parametrize("form", SINGLE)
+def test_single_samples_that_run_as_a_batch_are_single_samples(form: str) -> None:
+    """The outputs tell: for a batch they have a row for each sample, whatever their width is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for net in (Pooled(2), Pooled(3), Pooled(4), Pooled(6), Pooled(4, aside=True)):
+            samples = read(net, SINGLE[form]())
+            assert len(samples.leaves) == 1 and torch.equal(samples.leaves[0], IDS)
+
+
+@pytest.mark.parametrize("inside", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_single_images_are_single_images(inside: int, width: int) -> None:
+    images, net = torch.rand(9, inside, 8, 8), PooledImages(inside, width)
+    for data in (list(images), list(images.split(1)), list(images.split(4)), [images]):
+        assert torch.equal(read(net, data).leaves[0], images)
+
+
+def test_items_that_may_be_either_are_batches() -> None:
+    rows = torch.rand(10, 6, 5)
+    assert read(nn.Linear(5, 2), list(rows)).leaves[0].shape == (60, 5)
+    assert read(nn.Linear(5, 2), list(rows.flatten(0, 1).split(7))).leaves[0].shape == (60, 5)
+
+
+def test_a_loader_gives_batches_and_nothing_is_tried() -> None:
+    """Also where the outputs have no row for each sample, and where labels are a list of numbers."""
+
+    def refused(batch: Any) -> Any:
+        raise AssertionError("a loader was tried")
+
+    def collated(rows: list[Any]) -> dict[str, Any]:
+        return {"ids": torch.stack([row for (row,) in rows]), "weights": [1.0] * len(rows)}
+
+    known = ForwardInputs(names=("ids", "weights"), required=frozenset({"ids", "weights"}), run=refused)
+    both = DataLoader(TensorDataset(IDS), batch_size=4, collate_fn=collated)
+    assert [len(leaf) for leaf in CalibrationSet.of(both, inputs=known).leaves] == [10, 10]
+
+
+def test_a_list_of_numbers_is_a_sample_without_a_network_too() -> None:
+    assert torch.equal(CalibrationSet.of(listed(IDS)).leaves[0], IDS)
 
 
 def test_rows_of_numbers() -> None:

@@ -17,6 +17,7 @@ from foldcut.compiler.plan import (
     PruneChannels,
     Ranks,
     goal_from_dict,
+    subject,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ GOALS = (
 )
 PLANS = st.builds(
     Plan,
-    decisions=st.lists(DECISIONS, max_size=4).map(tuple),
+    decisions=st.lists(DECISIONS, max_size=4, unique_by=lambda d: (d.kind, subject(d))).map(tuple),
     goal=GOALS,
     fingerprint=NAMES,
     predicted=st.dictionaries(NAMES, NUMBERS, max_size=3),
@@ -209,3 +210,12 @@ def test_milliseconds_become_a_ratio() -> None:
 def test_latencies_that_are_no_goal(given: dict[str, Any]) -> None:
     with pytest.raises(GoalError, match="is not a goal"):
         Latency(**given)
+
+
+@pytest.mark.parametrize("decision", [PRUNE, FACTORISE, DROP], ids=lambda d: str(d["kind"]))
+def test_two_decisions_about_one_thing_are_refused(decision: dict[str, Any]) -> None:
+    """With data the last one would count, without data both."""
+    with pytest.raises(PlanError, match="two decisions are about"):
+        Plan.from_dict({**plan().to_dict(), "decisions": [decision, {**decision, "error": 0.2}]})
+    with pytest.raises(PlanError, match="no list"):
+        Plan.from_dict({**plan().to_dict(), "decisions": {}})

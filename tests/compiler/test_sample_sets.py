@@ -70,9 +70,9 @@ def test_another_seed_divides_otherwise() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_every_beginning_of_a_part_is_a_fair_sample(seed: int) -> None:
     """Ten classes, one after the other: the first 64 to fit with hold all of them, about evenly."""
-    sets = divided(CalibrationSet.of((torch.arange(1000) // 100).view(-1, 1)), seed)
+    sets = divided(numbered(1000), seed)
     for part in (sets.fit.take(slice(0, 64)), sets.fit.take(slice(64, 128)), sets.judge, sets.test):
-        counts = torch.bincount(part.leaves[0].flatten(), minlength=10)
+        counts = torch.bincount(part.leaves[0].flatten() // 100, minlength=10)
         expected = len(part) / 10
         # chi square with 9 degrees of freedom: above 33.7 once in ten thousand
         assert float(((counts - expected) ** 2 / expected).sum()) < 33.7
@@ -90,6 +90,69 @@ def test_the_order_in_which_samples_come_makes_no_difference(seed: int) -> None:
     pairs = [*zip(*((sets.fit, sets.judge, sets.test) for sets in both), strict=True)]
     for a, b in (*pairs, *zip(one.split(seed), two.split(seed), strict=True)):
         assert all(map(torch.equal, a.leaves, b.leaves))
+
+
+@given(counts=st.lists(st.integers(1, 60), min_size=3, max_size=60), seed=st.integers(0, 5))
+def test_equal_samples_are_in_one_part(counts: list[int], seed: int) -> None:
+    """Whatever is there how often: nothing that is fitted judges or tests."""
+    values = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    sets = divided(CalibrationSet.of(values.view(-1, 1)), seed)
+    found = parts(sets)
+    assert not sets.shared and all(found)
+    assert sorted(n for part in found for n in part) == values.tolist()
+    fit, judge, test = map(set, found)
+    assert not fit & judge and not fit & test and not judge & test
+    again = divided(CalibrationSet.of(values[torch.randperm(len(values))].view(-1, 1)), seed)
+    assert parts(again) == found
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("counts", "sizes"),
+    [
+        ([50, *[1] * 7], (55, 1, 1)),
+        ([2] * 50, (80, 10, 10)),
+        ([50, 40, 40], (50, 40, 40)),
+        ([500, 10, 10, 10], (510, 10, 10)),
+    ],
+    ids=["one many times", "all twice", "three", "few"],
+)
+def test_many_equal_samples_are_fitted_with(counts: list[int], sizes: tuple[int, ...], seed: int) -> None:
+    values = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert tuple(divided(CalibrationSet.of(values.view(-1, 1)), seed).sizes.values()) == (*sizes, False)
+
+
+def test_equal_samples_are_scattered_over_their_part() -> None:
+    """Half of the samples are one and the same: so are about half of the first 100 to fit with."""
+    for seed in range(5):
+        fit = divided(CalibrationSet.of(torch.arange(1000).clamp(min=499).view(-1, 1)), seed).fit
+        assert 30 <= numbers(fit.take(slice(0, 100))).count(499) <= 80
+
+
+@pytest.mark.parametrize(
+    ("counts", "told", "sizes"),
+    [
+        ([20], "20 calibration samples that are all equal cannot .* was also solved", (20, 1, 1, True)),
+        ([2], "2 calibration samples that are all equal cannot .* was also solved", (2, 1, 1, True)),
+        ([3, 20], "23 calibration samples with only two contents cannot .* plans were", (20, 1, 1, True)),
+    ],
+    ids=["all equal", "two equal", "two contents"],
+)
+def test_fewer_than_three_contents_are_shared(counts: list[int], told: str, sizes: tuple[int, ...]) -> None:
+    values = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).float()
+    data = CalibrationSet.of(values.view(-1, 1))
+    program = foldcut.capture(nn.Linear(1, 1).eval(), torch.rand(2, 1))
+    with pytest.warns(UserWarning, match=told):
+        assert tuple(PipelineSettings().split(data, program).sizes.values()) == sizes
+
+
+def test_samples_that_all_differ_are_divided_by_one_permutation() -> None:
+    """As before equal samples were kept together: figures rest on it."""
+    data = CalibrationSet.of(torch.randn(200, 3))
+    order = data.content_order[torch.randperm(200, generator=torch.Generator().manual_seed(4))]
+    sets = divided(data, 4)
+    joined = torch.cat([sets.judge.leaves[0], sets.test.leaves[0], sets.fit.leaves[0]])
+    assert torch.equal(joined, data.leaves[0][order])
 
 
 def test_parts_are_fair_samples() -> None:

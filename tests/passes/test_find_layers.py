@@ -64,3 +64,18 @@ def test_a_layer_with_its_padding_by_name_computes_right_or_is_locked(nets: Simp
         layer.matrix(program.module.get_parameter(layer.weight).detach()), layer.rows(program, x)
     ) + program.module.get_parameter(str(layer.bias)).detach().view(1, -1, 1)
     torch.testing.assert_close(layer.outputs(program(x)), product, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_a_vector_is_left_alone() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return x * F.linear(x, self.weight).unsqueeze(-1)
+
+    layers, rejects = find_layers(capture(Gate().eval(), torch.randn(3, 8)))
+    assert [layer.weight for layer in layers.values()] == ["first.weight"]
+    assert [reject.reason for reject in rejects] == ["its weight is a vector"]

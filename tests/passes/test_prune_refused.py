@@ -120,3 +120,67 @@ def test_a_compile_goes_on_without_the_group(between: Callable[[torch.Tensor], t
     settings = PipelineSettings(channels=ChannelSettings(limits=ChannelLimits(multiple_of=1)))
     done = foldcut.compile(Between(between).eval(), torch.randn(16, 3, 8, 8), goal=Channels(0.5), settings=settings)
     assert done.program.tensor("b.weight").shape[0] == 4
+
+
+class Mixing(nn.Module):
+    """Hidden channels and samples in one dimension."""
+
+    def __init__(self, mix: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.mix(self.a(x).relu()))
+
+
+MIXES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "reshape": lambda x: x.reshape(8, -1).t(),
+    "reshape and back": lambda x: x.reshape(8, -1).relu().reshape(-1, 8),
+    "roll": lambda x: x.roll(1),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_what_is_right_for_one_sample_only_is_refused_or_right(name: str) -> None:
+    """For one sample these move channels; for more they mix samples."""
+    torch.manual_seed(0)
+    net = Mixing(MIXES[name]).eval()
+    found = find_units(capture(net, torch.randn(3, 8)))
+    for group in found.prunable:
+        gone = group.units[4:]
+        try:
+            smaller = prune_channels(found, gone).program
+        except CutRefusedError:
+            continue
+        dead = Mixing(MIXES[name]).eval()
+        dead.load_state_dict(net.state_dict())
+        x = torch.randn(5, 8)
+        with torch.no_grad():
+            dead.a.weight[4:], dead.a.bias[4:] = 0, 0
+        torch.testing.assert_close(smaller(x), dead(x))
+
+
+def test_heads_beside_the_batch_are_still_cut() -> None:
+    """Attention with batch and heads in one dimension: channels of each sample lie one behind the other."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, length, _ = x.shape
+
+            def split(y: torch.Tensor) -> torch.Tensor:
+                return y.view(n, length, 4, 4).transpose(1, 2).reshape(n * 4, length, 4)
+
+            weights = torch.bmm(split(self.q(x)), split(self.k(x)).mT).softmax(-1)
+            heads = torch.bmm(weights, split(self.v(x))).view(n, 4, length, 4)
+            return self.o(heads.transpose(1, 2).reshape(n, length, 16))
+
+    torch.manual_seed(0)
+    found = find_units(capture(Heads().eval(), torch.randn(3, 5, 16)))
+    good, bad = cuttable_groups(found, found.prunable)
+    assert good and not bad
+    prune_channels(found, good[0].units[:1]).program.check()

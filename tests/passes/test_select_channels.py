@@ -1,9 +1,13 @@
 """Choosing channels over a whole network."""
 
 import foldcut
+import pytest
 import torch
 from foldcut.compiler.calibration_set import CalibrationSet
+from foldcut.compiler.capture import capture
 from foldcut.compiler.edit_folds import fold_batch_norms
+from foldcut.compiler.provenance import find_units
+from foldcut.passes.prune_channels import prune_channels
 from foldcut.passes.select_channels import choose_channels
 from torch import nn
 
@@ -81,3 +85,31 @@ def test_groups_that_one_layer_reads_make_up_for_each_other() -> None:
     assert len(choice.removed) == 8
     (layer,) = choice.layers
     assert layer.after < 0.03 * layer.before
+
+
+@pytest.mark.parametrize("kind", ["transposed", "product"])
+def test_without_a_layer_to_solve_what_nobody_reads_goes_first(kind: str) -> None:
+    """Readers that have no closed form: dead channels cost nothing, however large they are made."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make = nn.Conv2d(3, 8, 3, padding=1)
+            self.read, self.product = nn.ConvTranspose2d(8, 4, 2), nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.make(x).relu()
+            return self.read(x) if kind == "transposed" else x.mean((2, 3)) @ self.product
+
+    torch.manual_seed(0)
+    net, dead = Reader().eval(), torch.tensor([1, 4, 5])
+    with torch.no_grad():
+        net.read.weight[dead], net.product[dead] = 0, 0
+        net.make.weight[dead] *= 10
+    x = torch.randn(40, 3, 6, 6)
+    program = capture(net, x)
+    units = find_units(program)
+    (group,) = units.prunable
+    choice = choose_channels(units, CalibrationSet.of(x), {group.name: 5})
+    smaller = prune_channels(units, choice.removed, choice.tensors).program
+    torch.testing.assert_close(smaller(x), program(x), rtol=1e-4, atol=1e-5)
