@@ -16,7 +16,7 @@ from foldcut.passes.drop_blocks import drop_blocks
 from foldcut.passes.factorize import factorize_plain
 from foldcut.passes.layers import find_layers
 from foldcut.passes.low_rank import SCHEMES, suitable
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.passes.prune_channels import Pruned, prune_channels
 from foldcut.passes.resolve_network import ResolveSettings, resolve_network
 from foldcut.passes.select_channels import choose_channels
 from hardening_checks import Case, WrongError, check_program, error_between, leaves, same, tensors_of
@@ -110,24 +110,32 @@ def _recording(run: Any, values: dict[str, Any], wanted: set[str]) -> Any:
 
 def _dead_units(case: Case, provenance: Provenance) -> None:
     """All that a cut takes away set to zero first: the cut then changes nothing, but for norms over channels."""
+    found = _silenced(case, provenance)
+    if found is None:
+        return
+    silent, smaller, count = found
+    case.counts["dead units removed"] += count
+    for batch in (2, 5):
+        inputs = case.network.example(batch, batch)
+        same(smaller.program(inputs), silent(inputs), f"{count} dead units removed, batch {batch}")
+
+
+def _silenced(case: Case, provenance: Provenance) -> tuple[Program, Pruned, int] | None:
+    """The network with all that the last cut took away set to zero, that cut of it, and the number of units; None where
+    a norm over channels would notice, or nothing can be set."""
     program = provenance.program
     if case.last_cut is None:
-        return
+        return None
     units, pruned = case.last_cut
-    touched = {name for name in pruned.kept if any(w in str(program.nodes[name].target) for w in STATISTICS)}
-    if touched:
-        return
+    if any(word in str(program.nodes[name].target) for name in pruned.kept for word in STATISTICS):
+        return None
     state = tensors_of(program)
     gone = deletions(state, tensors_of(pruned.program))
     dead = {name: state[name].masked_fill(lost, 0) for name, lost in gone.items()}
     if not dead:
-        return
+        return None
     silent = set_tensors(program, dead, note="dead units")
-    smaller = prune_channels(provenance, units, dead).program
-    case.counts["dead units removed"] += len(units)
-    for count in (2, 5):
-        inputs = case.network.example(count, count)
-        same(smaller(inputs), silent(inputs), f"{len(units)} dead units removed, batch {count}")
+    return silent, prune_channels(provenance, units, dead), len(units)
 
 
 def check_deep(case: Case, program: Program) -> None:
@@ -136,6 +144,9 @@ def check_deep(case: Case, program: Program) -> None:
     with case.stage("re-solve"):
         if case.provenance is not None:
             _resolve(case, case.provenance, calibration)
+    with case.stage("re-solve a cut of dead units"):
+        if case.provenance is not None:
+            _resolve_silenced(case, case.provenance, calibration)
     check_hidden(case)
     with case.stage("re-solve nothing"):
         settings = ResolveSettings(refine=0)
@@ -158,6 +169,11 @@ def _resolve(case: Case, provenance: Provenance, calibration: CalibrationSet) ->
             raise WrongError(f"the error of a layer grew by its solve: {layer.before:.3g} to {layer.after:.3g}")
     pruned = prune_channels(provenance, choice.removed, choice.tensors)
     check_program(pruned.program)
+    solved = resolve_network(provenance.program, pruned.program, calibration, [], kept=pruned.kept)
+    check_program(solved.program)
+    for layer in solved.layers:
+        if not layer.after <= layer.before * (1 + 1e-6) + 1e-9:
+            raise WrongError(f"the error of a layer grew by a solve of all: {layer.before:.3g} to {layer.after:.3g}")
     wide = set_tensors(provenance.program, choice.tensors, note="solved")
     touched = {n for n in pruned.kept if any(w in str(wide.nodes[n].target) for w in STATISTICS)}
     if not touched and all(name in wide.nodes for name in pruned.kept):
@@ -165,3 +181,16 @@ def _resolve(case: Case, provenance: Provenance, calibration: CalibrationSet) ->
         readers = {s.parameter for s in provenance.slots if s.role == "in"}
         if readers <= set(choice.tensors):
             same(pruned.program(inputs), wide(inputs), "cut with solved weights beside the same weights uncut", 1e-3)
+
+
+def _resolve_silenced(case: Case, provenance: Provenance, calibration: CalibrationSet) -> None:
+    """A cut that changes nothing changes nothing when the network is solved behind it either."""
+    found = _silenced(case, provenance)
+    if found is None:
+        return
+    silent, smaller, count = found
+    settings = ResolveSettings(refine=0)
+    solved = resolve_network(silent, smaller.program, calibration, [], kept=smaller.kept, settings=settings).program
+    case.counts["re-solved exactly"] += 1
+    inputs = case.network.example(5, 5)
+    same(solved(inputs), silent(inputs), f"{count} dead units removed and the network solved", 1e-3)
