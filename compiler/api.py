@@ -27,7 +27,7 @@ from .finite import json_file
 from .model_inputs import needed_inputs
 from .onnx_file import in_one_piece
 from .pipeline import Outcome, cost_report, run_pipeline
-from .pipeline_settings import PipelineSettings, check_run, default_rewrites, rewrites_for
+from .pipeline_settings import PipelineSettings, check_options, check_run, default_rewrites, rewrites_for
 from .plan import (
     Blocks,
     CountedGoal,
@@ -45,8 +45,7 @@ from .report import Report, unit_groups
 from .report_page import page_or_reason
 from .report_parts import report_origin, report_parts
 from .saved import ONNX, PAGE, PT2, REPORT, with_plan
-from .search_time import SearchTime
-from .setting_checks import check_functions, check_kind, check_texts, refuse
+from .setting_checks import check_texts
 
 REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
@@ -214,26 +213,6 @@ def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, thre
             f"{' and '.join(ignored)} cannot be used towards {goal}",
             hint=f"leave it out of rewrites: this goal is reached by {' or '.join(rewrites_for(goal))}",
         )
-
-
-def check_options(
-    mimic: MimicSettings | bool | None,
-    views: Sequence[View],
-    progress: bool | Progress,
-    cache: bool | str | Path,
-    settings: PipelineSettings | None,
-) -> None:
-    """Raise CompilerError for options that are not what `compile` takes."""
-    if mimic is not None and not isinstance(mimic, (bool, MimicSettings)):
-        refuse("mimic", mimic, "True, False, None or a foldcut.MimicSettings")
-    check_functions("views", views, "foldcut.horizontal_flip")
-    if not isinstance(progress, bool) and not callable(progress):
-        refuse("progress", progress, "True, False or a function of (stage, done, total)")
-    if not isinstance(cache, (bool, str, Path)):
-        refuse("cache", cache, "True, False or the path of a folder")
-    check_kind("settings", settings, PipelineSettings, none=True)
-    if settings is not None:
-        SearchTime(settings.search_seconds)
 
 
 def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from pathlib import Path
 
 from ..passes.mimic_settings import MimicSettings
 from ..passes.recoverability import RecoverabilitySettings
@@ -17,7 +19,9 @@ from .joint_rewrite import JointSettings
 from .onnx_file import OLDEST_OPSET
 from .plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
 from .program import Program
+from .progress import Progress
 from .sample_sets import SampleSets, divided, warn_of_shared
+from .search_time import SearchTime
 from .setting_checks import check_functions, check_kind, check_number, check_whole, refuse, settled
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
@@ -83,8 +87,33 @@ def check_run(batch: object, threads: object, seed: object) -> None:
     """Raise CompilerError for what is no batch size, no number of threads or no seed."""
     for name, value in (("batch", batch), ("threads", threads)):
         check_whole(name, value, 1, allowed="a whole number: batch and threads start at 1")
-    # torch takes other seeds, what draws inputs does not
+    check_seed(seed)
+
+
+def check_seed(seed: object) -> None:
+    """Raise CompilerError for what is no seed."""
+    # torch takes others, what draws inputs does not
     check_whole("seed", seed, 0, 2**63 - 1, allowed="a whole number from 0 on, below 2 ** 63")
+
+
+def check_options(
+    mimic: MimicSettings | bool | None,
+    views: Sequence[View],
+    progress: bool | Progress,
+    cache: bool | str | Path,
+    settings: PipelineSettings | None,
+) -> None:
+    """Raise CompilerError for options that are not what `compile` takes."""
+    if mimic is not None and not isinstance(mimic, (bool, MimicSettings)):
+        refuse("mimic", mimic, "True, False, None or a foldcut.MimicSettings")
+    check_functions("views", views, "foldcut.horizontal_flip")
+    if not isinstance(progress, bool) and not callable(progress):
+        refuse("progress", progress, "True, False or a function of (stage, done, total)")
+    if not isinstance(cache, (bool, str, Path)):
+        refuse("cache", cache, "True, False or the path of a folder")
+    check_kind("settings", settings, PipelineSettings, none=True)
+    if settings is not None:
+        SearchTime(settings.search_seconds)
 
 
 def joint_settings(settings: PipelineSettings) -> JointSettings:

@@ -28,13 +28,14 @@ from .errors import PlanError
 from .export import to_exported, to_onnx, to_pt2
 from .joint_rewrite import judged, replay, solved_at_the_end
 from .model_inputs import needed_inputs
-from .pipeline_settings import PipelineSettings, joint_settings
+from .pipeline_settings import PipelineSettings, check_options, check_seed, joint_settings
 from .plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
 from .program import Batch, Program
 from .progress import Progress, silent
 from .provenance import find_units
 from .sampled_error import SampledError, sampled_error
 from .saved import ONNX, PAGE, PT2, REPORT, check_file, check_plan, digest, with_plan
+from .setting_checks import refuse
 from .stored_passes import mimicked
 from .verify import output_error
 
@@ -105,6 +106,10 @@ def apply(
     there are neither weights nor data; OutputError when the model.pt2 beside the plan is not the one that was saved
     with it; CaptureError and CalibrationError; CompilerError when settings of two rewrites contradict each other.
     """
+    check_options(mimic, views, progress, cache, settings)
+    check_seed(seed)
+    if isinstance(progress, bool):
+        refuse("progress", progress, "a function of (stage, done, total)")
     made = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
         weights = _beside(Path(plan), made)

@@ -10,7 +10,7 @@ from typing import Any
 from ..passes.mimic_settings import MimicSettings
 from ..runtime.backend import Backend
 from .alone import alone
-from .api import Compiled, check_arguments, check_options
+from .api import Compiled, check_arguments
 from .api import compile as compile_model
 from .atomic import write_folder
 from .cache_folder import kept_in
@@ -19,7 +19,7 @@ from .capture import Model
 from .errors import GoalError
 from .finite import json_file
 from .model_inputs import needed_inputs
-from .pipeline_settings import PipelineSettings, rewrites_for
+from .pipeline_settings import PipelineSettings, check_options, rewrites_for
 from .plan import Goal, Latency
 from .progress import Progress
 from .setting_checks import check_texts, refuse
