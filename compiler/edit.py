@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from .errors import RewriteError, first_line
+from .errors import CaptureError, RewriteError, first_line
 from .graph_copy import copied
 from .program import Program, is_tensor, output_nodes, tensor_identity
 from .trial_shapes import TrialShapes, UnknownShapeError
@@ -265,10 +265,56 @@ def signature(node: fx.Node) -> str:
 
 def take_any_layout(graph: fx.Graph) -> None:
     """Views become reshapes, in place. A view asks for the strides that were there while tracing; attention kernels,
-    memory formats and rewrites give others."""
+    memory formats and rewrites give others. What reads memory by its strides reads its operand in one row first, where
+    that row is what was in memory."""
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):  # not `view.dtype`: that one reads the bits
             node.target = aten.reshape.default
+        elif node.target in (aten.as_strided.default, aten.as_strided_copy.default):
+            _read_in_one_row(graph, node)
+
+
+def _read_in_one_row(graph: fx.Graph, node: fx.Node) -> None:
+    """Raises CaptureError where what is read lies in memory with gaps or repetitions."""
+    source = node.args[0]
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or not isinstance(value, torch.Tensor):
+        return
+    order = sorted(range(value.dim()), key=lambda dim: -_hint(value.stride(dim)))
+    if not _row_major([value.shape[dim] for dim in order], [value.stride(dim) for dim in order]):
+        raise CaptureError(
+            "the network reads memory by strides that belong to another tensor",
+            node=node.name,
+            hint="call .contiguous() before as_strided",
+        )
+    if value.dim() < 2:
+        return
+    with graph.inserting_before(node):
+        if order != list(range(value.dim())):
+            source = _like(node, graph.call_function(aten.permute.default, (source, order)), value.permute(order))
+        row = graph.call_function(aten.reshape.default, (source, [-1]))
+    node.update_arg(0, _like(node, row, value.permute(order).reshape([-1])))
+
+
+def _like(node: fx.Node, fresh: fx.Node, value: torch.Tensor) -> fx.Node:
+    """A new node that comes from where another one does."""
+    fresh.meta = {**node.meta, "val": value}
+    return fresh
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _row_major(shape: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt]) -> bool:
+    """Whether the elements lie in memory in their order, for any batch; told without a guard on a size."""
+    expected: Any = 1
+    for sizes in zip(reversed(shape), reversed(strides), strict=True):
+        size, stride = (s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
+        if size != 1 and stride != expected:
+            return False
+        expected = expected * size
+    return True
 
 
 def erase_dead(graph: fx.Graph) -> None:

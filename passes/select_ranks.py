@@ -164,10 +164,11 @@ class RankAnalysis:
         return options
 
     def factors(self, choice: Mapping[str, Option], *, progress: Progress = silent) -> list[Factors]:
-        """The factors of the chosen options, by node."""
+        """The factors of the chosen options, by node. Raises RewriteError for what is no candidate."""
+        candidates = {name: self._known(name) for name in choice}
         found = {}
         for index, (name, moments) in enumerate(self._each(list(choice))):
-            candidate, option = self._known(name), choice[name]
+            candidate, option = candidates[name], choice[name]
             metric, gain = self._metric(candidate, moments)
             decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain, option.ranks)
             found[name] = Factors.of(name, decomposition, option.ranks)

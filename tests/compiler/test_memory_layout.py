@@ -1,5 +1,6 @@
 """Graphs that take any memory layout: what a kernel returns has other strides with gradients, without, or rewritten."""
 
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
@@ -7,8 +8,11 @@ import onnxruntime
 import pytest
 import torch
 from foldcut.compiler.capture import capture
+from foldcut.compiler.errors import CaptureError
 from foldcut.compiler.export import to_exported, to_onnx, to_pt2
 from foldcut.compiler.program import Program
+from foldcut.compiler.regions import find_regions
+from foldcut.passes.drop_blocks import drop_blocks
 from torch import nn
 from torch.nn import functional as F
 
@@ -115,3 +119,47 @@ def test_a_view_of_the_bits_stays_one() -> None:
     net, x = Bits().eval(), torch.randn(2, 4)
     program = capture(net, x)
     assert torch.equal(program(x * 3), net(x * 3))
+
+
+class Strided(nn.Module):
+    """A block that may go, in front of what reads memory by its strides. The value before it lies otherwise."""
+
+    def __init__(self, lay: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.lay = lay
+        self.stem, self.inner, self.head = nn.Linear(4, 6), nn.Conv2d(6, 6, 1), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).permute(0, 3, 1, 2)
+        x = self.lay(x + self.inner(x))
+        return self.head(x.as_strided((x.shape[0], 5, 3, 3), x.stride(), 0).mean((2, 3)))
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "in order": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "as it comes": lambda x: x + 0,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_memory_that_is_read_by_strides_is_laid_out_first(name: str) -> None:
+    torch.manual_seed(0)
+    net = Strided(LAYOUTS[name]).eval()
+    with torch.no_grad():
+        net.inner.weight.zero_()
+        net.inner.bias.zero_()
+    program = capture(net, torch.randn(3, 3, 3, 4))
+    (region,) = find_regions(program).regions
+    smaller = drop_blocks(program, [region])
+    for count in (1, 2, 5):
+        x = torch.randn(count, 3, 3, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), net(x))
+        torch.testing.assert_close(smaller(x), program(x))
+
+
+def test_strides_into_another_tensor_are_refused() -> None:
+    net = Strided(lambda x: x[:, :, :, ::2].repeat_interleave(2, 3)[:, :, :, :3])
+    with pytest.raises(CaptureError, match="reads memory by strides"):
+        capture(net.eval(), torch.randn(3, 3, 3, 4))
