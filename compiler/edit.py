@@ -280,8 +280,9 @@ def _read_in_one_row(graph: fx.Graph, node: fx.Node) -> None:
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(source, fx.Node) or not isinstance(value, torch.Tensor):
         return
-    order = sorted(range(value.dim()), key=lambda dim: -_hint(value.stride(dim)))
-    if not _row_major([value.shape[dim] for dim in order], [value.stride(dim) for dim in order]):
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda dim: -_hint(strides[dim]))
+    if not _row_major([value.shape[dim] for dim in order], [strides[dim] for dim in order]):
         raise CaptureError(
             "the network reads memory by strides that belong to another tensor",
             node=node.name,
