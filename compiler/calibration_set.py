@@ -85,7 +85,9 @@ class CalibrationSet:
         count = min(most, len(self) - 1, max(1, round(len(self) * fraction)))
         if len(self) < 2:
             return self, self
-        order = self.content_order[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
+        order = self.content_order[
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")
+        ]
         return self.take(order[count:]), self.take(order[:count])
 
     @cached_property
@@ -97,7 +99,7 @@ class CalibrationSet:
     def content_order(self) -> torch.Tensor:
         """The positions of the samples, sorted by a hash of what they hold: the same samples in another order give the
         same sequence of samples."""
-        return torch.tensor(sorted(range(len(self)), key=self.digests.__getitem__), dtype=torch.long)
+        return torch.tensor(sorted(range(len(self)), key=self.digests.__getitem__), dtype=torch.long, device="cpu")
 
     @cached_property
     def fingerprint(self) -> str:

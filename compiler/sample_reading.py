@@ -136,7 +136,9 @@ def _example(first: list[Fields], inputs: ForwardInputs | None, rows: bool) -> E
     def some(key: Key, count: int) -> Any:
         name = inputs.name(key) if inputs is not None else None
         if not rows:
-            trees = [pytree.tree_map(lambda leaf: leaf[torch.arange(count) % len(leaf)], _tree(first[0][key]))]
+            trees = [
+                pytree.tree_map(lambda leaf: leaf[torch.arange(count, device="cpu") % len(leaf)], _tree(first[0][key]))
+            ]
         else:
             items = itertools.islice(itertools.cycle(first), count)
             trees = [pytree.tree_map(lambda leaf: leaf[None], _tree(item[key])) for item in items]
@@ -291,7 +293,7 @@ class _Sampler:
         assert self._spec is not None
         if not self._held:
             return tuple(leaf.contiguous() for leaf in _joined(self._parts)), self._spec
-        order = torch.tensor(sorted(range(len(self._arrivals)), key=self._arrivals.__getitem__))
+        order = torch.tensor(sorted(range(len(self._arrivals)), key=self._arrivals.__getitem__), device="cpu")
         if len(order) != self._limit:
             warnings.warn(
                 f"{self._seen:,} calibration samples came, more than are kept: a random sample of {len(order):,} is "

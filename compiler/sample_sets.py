@@ -61,19 +61,24 @@ def divided(samples: CalibrationSet, seed: int, share: float = 0.1) -> SampleSet
         return SampleSets(fit=samples, judge=samples, test=samples, shared=True)
     contents = _contents(samples)
     generator = torch.Generator().manual_seed(seed)
-    left = [contents[i] for i in torch.randperm(len(contents), generator=generator).tolist()]
+    left = [contents[i] for i in torch.randperm(len(contents), generator=generator, device="cpu").tolist()]
     if len(left) < 3:
         other = min(left, key=len)
-        most = samples if len(left) == 1 else samples.take(torch.tensor(left[1 - left.index(other)]))
-        one = samples.take(torch.tensor(other[:1]))
+        most = samples if len(left) == 1 else samples.take(_places(left[1 - left.index(other)]))
+        one = samples.take(_places(other[:1]))
         return SampleSets(fit=most, judge=one, test=one, shared=True)
     sizes = zip(part_sizes(len(left), share), part_sizes(len(samples), share), strict=True)
     judge, test = (_filled(left, *size) for size in sizes)
-    parts = [torch.tensor(list(itertools.chain(*part))) for part in (left, judge, test)]
+    parts = [_places(list(itertools.chain(*part))) for part in (left, judge, test)]
     if len(contents) < len(samples):  # equal samples lie side by side
-        parts = [part[torch.randperm(len(part), generator=generator)] for part in parts]
+        parts = [part[torch.randperm(len(part), generator=generator, device="cpu")] for part in parts]
     fit, judged, tested = map(samples.take, parts)
     return SampleSets(fit=fit, judge=judged, test=tested)
+
+
+def _places(positions: Sequence[int]) -> torch.Tensor:
+    """On the CPU, whatever the caller's default device is."""
+    return torch.tensor(positions, dtype=torch.long, device="cpu")
 
 
 def _contents(samples: CalibrationSet) -> list[list[int]]:
