@@ -1,10 +1,10 @@
 """Shapes worked out at a few concrete sizes: what a node gives when the batch is a number, and the symbolic shape that
 follows from it.
 
-An operator on symbolic fake tensors takes tens of milliseconds, since torch decomposes it and reasons about each size.
-On meta tensors of concrete sizes it takes hundredths of one. A rewrite keeps the form of a shape (a batch, a constant,
-so many times the batch) and changes numbers in it, so a few sizes tell the new one; where they do not, the caller asks
-torch symbolically.
+An operator on symbolic fake tensors takes tens of milliseconds the first time that torch sees it with these shapes:
+torch decomposes it and reasons about each size. On meta tensors of concrete sizes it takes a fraction. A rewrite keeps
+the form of a shape (a batch, a constant, so many times the batch) and changes numbers in it, so a few sizes tell the
+new one; where they do not, the caller asks torch symbolically.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class TrialShapes:
         self._sizes = [{name: SIZES[t] + STEP * i for i, name in enumerate(names)} for t in self._trials]
         self._stated: dict[str, list[Any]] = {}
         self._numbers: dict[Any, list[int]] = {}
+        self._results: dict[Any, Any] = {}
 
     def forget(self, node: fx.Node) -> None:
         """The node states something else now."""
@@ -89,12 +90,24 @@ class TrialShapes:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), here.__getitem__)
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": META}
+            results.append(self._run(node, args, kwargs))
+        return results
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The operator on meta tensors; the same call is made once, however many layers are alike."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        key = (node.target, structure, *map(_form, leaves))
+        try:
+            known = key in self._results
+        except TypeError as cause:  # an argument that is no plain value
+            raise UnknownShapeError from cause
+        if not known:
             try:
                 with torch.no_grad():
-                    results.append(node.target(*args, **kwargs))  # type: ignore[operator]
+                    self._results[key] = node.target(*args, **kwargs)  # type: ignore[operator]
             except Exception as cause:  # operators raise many unrelated types; symbolic shapes say what is wrong
                 raise UnknownShapeError from cause
-        return results
+        return self._results[key]
 
     def _at(self, leaf: Any, trial: int) -> Any:
         """A leaf of a stated value in one trial."""
@@ -156,6 +169,13 @@ class TrialShapes:
         if name not in self._symbols:
             raise UnknownShapeError
         return _affine(self._symbols[name], [sizes[name] for sizes in self._sizes], values)
+
+
+def _form(leaf: Any) -> Any:
+    """What a result depends on: of a tensor its shape, strides and dtype; 1, 1.0 and True are not the same."""
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), tuple(leaf.stride()), leaf.storage_offset(), leaf.dtype
+    return type(leaf), leaf
 
 
 def _affine(symbol: torch.SymInt, places: Sequence[int], values: Sequence[int]) -> Size:
