@@ -59,8 +59,8 @@ class TrialShapes:
         return all(_same_leaves(*pair, left_out) for pair in zip(self._of(node), self._computed(node), strict=True))
 
     def symbolic(self, node: fx.Node, like: Any) -> Any:
-        """What the node gives, as symbolic values in the form of those in `like`. A value that is as before is the one
-        of `like` itself. The program's fake mode has to be entered where others are made: `like` is under it."""
+        """What the node gives, as symbolic values in the form of those in `like` and under its fake mode. A value that
+        is as before is the one of `like` itself."""
         results = [pytree.tree_leaves(value) for value in self._computed(node)]
         leaves, structure = pytree.tree_flatten(like)
         if any(len(result) != len(leaves) for result in results):

@@ -106,7 +106,7 @@ class Prover:
         """What was proven for one sample is so for two: nothing moves from one to the other on the way."""
         numbers = self._numbers(cut, batch=2)
         before = _as_tuple(self._run(cut.node, numbers, cut, filtered=False, batch=2))
-        values = cut.node.meta["val"] if len(before) > 1 else [cut.node.meta["val"]]
+        values = _as_tuple(cut.node.meta["val"])
         wanted = [
             select_kept(b, _of_samples(cut, kept, value, 2))
             for b, kept, value in zip(before, cut.results, values, strict=True)

@@ -161,6 +161,14 @@ def test_what_is_right_for_one_sample_only_is_refused_or_right(name: str) -> Non
         torch.testing.assert_close(smaller(x), dead(x))
 
 
+def test_a_split_into_a_single_part_is_cut() -> None:
+    torch.manual_seed(0)
+    found = find_units(capture(Between(lambda x: x.split(8, 1)[0]).eval(), torch.randn(3, 3, 4, 4)))
+    good, bad = cuttable_groups(found, found.prunable)
+    assert good and not bad
+    prune_channels(found, torch.cat([g.units[:2] for g in good])).program.check()
+
+
 def test_heads_beside_the_batch_are_still_cut() -> None:
     """Attention with batch and heads in one dimension: channels of each sample lie one behind the other."""
 
