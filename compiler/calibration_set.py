@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from .errors import CalibrationError, CaptureError
 from .input_binding import ForwardInputs
 from .program import Batch, Program, TensorSpec, dtype_name
 from .sample_files import check_limit, check_options, check_readable, read_arrays, read_images
-from .sample_reading import check_counts, content_digests, read_data
+from .sample_reading import check_counts, content_digests, drawing_keys, read_data
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
 CalibrationData = Any
@@ -77,6 +78,20 @@ class CalibrationSet:
     def most_views(self) -> int:
         """How many samples at most are views of one, itself included."""
         return 1 if self.sources is None else int(self.sources.bincount().max())
+
+    def drawn(self, count: int, seed: int) -> CalibrationSet:
+        """A seeded random choice of so many samples, each with the views of it, whatever order they are in; they keep
+        that order. All where there are no more."""
+        sources = torch.arange(len(self), device="cpu") if self.sources is None else self.sources
+        firsts: dict[int, int] = {}
+        for position, source in enumerate(sources.tolist()):
+            firsts.setdefault(source, position)
+        if count >= len(firsts):
+            return self
+        own = torch.tensor(list(firsts.values()), dtype=torch.long, device="cpu")
+        keys = list(drawing_keys([leaf[own] for leaf in self.leaves], seed, Counter()))
+        chosen = own[sorted(range(len(keys)), key=keys.__getitem__)[:count]]
+        return self.take(torch.isin(sources, sources[chosen]).nonzero().flatten())
 
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
         """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
@@ -152,10 +167,11 @@ class CalibrationSet:
         check_limit(limit)
         known = ForwardInputs.of(inputs)
         if isinstance(data, CalibrationSet):
+            data = data if limit is None else data.drawn(limit, seed)
             if known is None or data.bound:
                 return data
             again = cls.of(data.batch(slice(None)), inputs=known)
-            return replace(again, ignored=(*data.ignored, *again.ignored))
+            return replace(again, ignored=(*data.ignored, *again.ignored), sources=data.sources)
         if isinstance(data, (str, Path)):
             raise CalibrationError(
                 "a path was given where data is expected",

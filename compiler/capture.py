@@ -19,7 +19,7 @@ from .edit import rebuild, take_any_layout
 from .errors import CaptureError, first_line, named_first_line
 from .graph_copy import copied
 from .logs import quiet_exporters
-from .module_state import eval_mode, name_keywords, restored, unwrapped
+from .module_state import check_weights, eval_mode, name_keywords, restored, unwrapped
 from .program import (
     Batch,
     Program,
@@ -167,7 +167,7 @@ def _with_any_layout(exported: torch.export.ExportedProgram) -> torch.export.Exp
 
 
 def _capture_module(model: nn.Module, example: Batch) -> Program:
-    _check_device(model)
+    check_weights(model)
     args, kwargs = as_arguments(example)
     with eval_mode(model), restored(model), torch.no_grad():
         name_keywords(model, kwargs)
@@ -289,16 +289,6 @@ def _batch_dims(inputs: Any) -> torch.export.ShapesCollection:
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     return shapes
-
-
-def _check_device(model: nn.Module) -> None:
-    """Raise CaptureError unless all weights are in the memory that foldcut works in."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise CaptureError(
-                f"the network is not on the CPU: {name} is on {tensor.device}",
-                hint="move it with net.cpu(); a network on the meta device has no weights yet: load them first",
-            )
 
 
 def load_exported(path: Path) -> torch.export.ExportedProgram:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import is_onnx, opened
 from .input_binding import ForwardInputs
-from .module_state import eval_mode, restored, unwrapped
+from .module_state import check_weights, eval_mode, restored, unwrapped
 from .onnx_call import DTYPES
 from .onnx_file import input_types
 from .program import Batch, as_arguments
@@ -21,7 +21,7 @@ _ORDERED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_K
 
 def needed_inputs(model: Any) -> ForwardInputs | None:
     """The inputs that a model takes, read off forward(), the file or the exported program; None when that does not
-    say."""
+    say. Raises CaptureError for a file that cannot be read, and for a module without weights."""
     if is_onnx(model):
         types = input_types(model)
         known = {name: DTYPES[number] for name, number in types.items() if number in DTYPES}
@@ -29,7 +29,10 @@ def needed_inputs(model: Any) -> ForwardInputs | None:
     model = opened(model)
     if isinstance(model, torch.export.ExportedProgram):
         return _of_exported(model)
-    return _of_module(unwrapped(model)) if isinstance(model, nn.Module) else None
+    if not isinstance(model, nn.Module):
+        return None
+    check_weights(unwrapped(model))
+    return _of_module(unwrapped(model))
 
 
 def _of_module(model: nn.Module) -> ForwardInputs | None:

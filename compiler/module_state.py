@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+
+from .errors import CaptureError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -24,6 +25,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise CaptureError unless all weights are there, in the memory that foldcut works in."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(
+                f"the network has no weights yet: {name} is uninitialised",
+                hint="run it on a batch, then load its trained weights: a first run here would make up random ones",
+            )
+        if tensor.device.type != "cpu":
+            raise CaptureError(
+                f"the network is not on the CPU: {name} is on {tensor.device}",
+                hint="move it with net.cpu(); a network on the meta device has no weights yet: load them first",
+            )
 
 
 @contextmanager
@@ -73,12 +89,10 @@ def name_keywords(model: nn.Module, names: Iterable[str]) -> None:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """What a forward pass leaves behind goes again: attributes that it set, buffers that it wrote to, random numbers
-    that it drew. Weights that are made by the first call stay."""
-    modules = [
-        m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule) and not isinstance(m, LazyModuleMixin)
-    ]
+    that it drew."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = [(m, _shallow(vars(m))) for m in modules]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not is_lazy(b) and b.device.type != "meta"]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with torch.random.fork_rng(devices=[]):
         try:
             yield

@@ -265,7 +265,7 @@ class _Sampler:
                 raise _uneven([held[0], leaf[0]])
         types = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(self._held, leaves, strict=True)]
         self._held = [held.to(dtype) for held, dtype in zip(self._held, types, strict=True)]
-        for row, key in enumerate(self._hashes(leaves)):
+        for row, key in enumerate(drawing_keys(leaves, self._seed, self._times)):
             if len(self._arrivals) < most:
                 place = len(self._arrivals)
                 self._arrivals.append(self._drawn_of + row)
@@ -280,14 +280,6 @@ class _Sampler:
                 held[place] = leaf[row]
         self._drawn_of += len(leaves[0])
 
-    def _hashes(self, leaves: Sequence[torch.Tensor]) -> Iterator[int]:
-        form = [f"{leaf.dtype}{list(leaf.shape[1:])}" for leaf in leaves]
-        for digest in content_digests(leaves, f"{self._seed} {form}"):
-            before = self._times[digest]
-            self._times[digest] += 1
-            again = hashlib.blake2b(digest + str(before).encode(), digest_size=16).digest() if before else digest
-            yield int.from_bytes(again)
-
     def read(self) -> tuple[tuple[torch.Tensor, ...], pytree.TreeSpec]:
         """All that was kept, in the order that it came."""
         assert self._spec is not None
@@ -301,6 +293,17 @@ class _Sampler:
                 stacklevel=5,
             )
         return tuple(held[order] for held in self._held), self._spec
+
+
+def drawing_keys(leaves: Sequence[torch.Tensor], seed: int, times: Counter[bytes]) -> Iterator[int]:
+    """For each sample the hash that it is drawn by: those with the smallest are. `times` counts how often a content
+    came before."""
+    form = [f"{leaf.dtype}{list(leaf.shape[1:])}" for leaf in leaves]
+    for digest in content_digests(leaves, f"{seed} {form}"):
+        before = times[digest]
+        times[digest] += 1
+        again = hashlib.blake2b(digest + str(before).encode(), digest_size=16).digest() if before else digest
+        yield int.from_bytes(again)
 
 
 def content_digests(leaves: Sequence[torch.Tensor], salt: str = "") -> list[bytes]:

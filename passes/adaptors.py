@@ -23,6 +23,7 @@ from ..compiler.calibration_set import CalibrationSet
 from ..compiler.edit import expose, set_tensors, signature
 from ..compiler.program import Program, as_arguments
 from ..compiler.regions import Region
+from ..compiler.setting_checks import check_number, check_whole, settled
 from .drop_blocks import standing_for
 from .features import head_features
 from .groups import is_join
@@ -38,6 +39,12 @@ class AdaptorSettings:
     iterations: int = 1000
     learning_rate: float = 0.02
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_whole("iterations", self.iterations, 1)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_whole("batch_size", self.batch_size, 1)
+        settled(self)
 
 
 def train_adaptors(

@@ -217,6 +217,28 @@ def test_a_limit_takes_the_same_samples_in_any_order(distinct: int) -> None:
     assert sorted(CalibrationSet.of(forms[0], limit=50, seed=1).digests) != sorted(first.digests)
 
 
+def test_a_limit_holds_for_a_set_too() -> None:
+    """It takes the samples that it takes of the data, views with them."""
+    data = torch.arange(40).view(-1, 1)
+    wanted = numbers(CalibrationSet.of(data, limit=6, seed=3))
+    read = CalibrationSet.of(data)
+    assert numbers(CalibrationSet.of(read, limit=6, seed=3)) == wanted
+    assert CalibrationSet.of(read, limit=40) is CalibrationSet.of(read) is read
+    viewed = read.with_views([lambda batch: batch + 100])
+    few = CalibrationSet.of(viewed, limit=6, seed=3)
+    assert numbers(few) == wanted + [number + 100 for number in wanted]
+    assert few.sources is not None and few.sources.tolist() == wanted * 2
+    assert CalibrationSet.of(viewed, limit=40) is viewed
+    with pytest.raises(CalibrationError, match="limit is a whole number"):
+        CalibrationSet.of(read, limit=0)
+
+
+def test_views_stay_views_when_inputs_are_bound() -> None:
+    viewed = CalibrationSet.of(samples(5, 3)).with_views([lambda batch: -batch])
+    bound = CalibrationSet.of(viewed, inputs=1)
+    assert bound.sources is not None and bound.sources.tolist() == [0, 1, 2, 3, 4] * 2
+
+
 def test_a_limit_takes_every_sample_as_often() -> None:
     """Equal samples too: of 30 that are one and the same and 70 others, three and seven in ten."""
     data = torch.arange(100).clamp(min=29).view(-1, 1)

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Callable
 
+import foldcut
 import pytest
 import torch
 from foldcut.compiler.capture import capture
@@ -130,6 +131,18 @@ def test_weights_that_are_not_there_and_sparse_inputs() -> None:
         capture(net, torch.eye(4).to_sparse())
     with pytest.raises(CaptureError, match=r"first\.weight is on meta"):
         capture(net.to("meta"), x())
+
+
+def test_weights_that_a_first_run_would_make_up() -> None:
+    """Neither capture nor reading the data for a network makes them."""
+    net = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3)).eval()
+    with pytest.raises(CaptureError, match=r"0\.weight is uninitialised"):
+        capture(net, torch.randn(4, 5))
+    with pytest.raises(CaptureError, match=r"0\.weight is uninitialised"):
+        foldcut.compile(net, torch.randn(4, 5), goal=foldcut.Channels(0.5), cache=False, progress=False)
+    assert isinstance(net[0], nn.LazyLinear)
+    net(torch.randn(4, 5))
+    assert capture(net, torch.randn(4, 5)).parameter_count() == 24
 
 
 class Remembers(nn.Module):

@@ -16,6 +16,7 @@ from foldcut.compiler.onnx_file import OLDEST_OPSET
 from foldcut.compiler.pipeline_settings import MOST_HELD_OUT
 from foldcut.compiler.program import Program
 from foldcut.compiler.setting_checks import check_number, check_texts, check_whole, refuse
+from foldcut.passes.adaptors import AdaptorSettings
 from foldcut.passes.recoverability import RecoverabilitySettings
 from foldcut.passes.resolve_network import ResolveSettings
 
@@ -77,6 +78,9 @@ REFUSED: list[tuple[Callable[..., object], str, tuple[object, ...], str]] = [
     (RecoverabilitySettings, "samples", (0, -1, 1.5, "64", True, None), WHOLE),
     (RecoverabilitySettings, "adaptors", (None, 5), "give AdaptorSettings(...)"),
     (RecoverabilitySettings, "resolve", (None, 5), "give ResolveSettings(...)"),
+    (AdaptorSettings, "iterations", (0, -1, 2.5, "400", True, None), WHOLE),
+    (AdaptorSettings, "batch_size", (0, -1, 2.5, "32", True, None), WHOLE),
+    (AdaptorSettings, "learning_rate", (0, -1.0, NAN, INF, "0.1", True, None), "give a number above 0"),
     (foldcut.MimicSettings, "iterations", (0, -1, 2.5, "400", True, None), WHOLE),
     (foldcut.MimicSettings, "batch_size", (0, -1, 2.5, "32", True, None), WHOLE),
     (foldcut.MimicSettings, "checks", (0, -1, 2.5, "8", True, None), WHOLE),
