@@ -21,11 +21,11 @@ from typing import Any
 import foldcut
 import numpy as np
 import torch
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.latency_probe import LatencyProbe
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.runtime.backend import resolve_backend
+from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.runtime.measure.backend import resolve_backend
 from foreign_ops import declare_torchvision_ops
 
 NAMES = [

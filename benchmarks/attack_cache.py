@@ -9,12 +9,12 @@ from pathlib import Path
 
 import conftest
 import foldcut
-import foldcut.compiler.analysis_store as analysis_store
+import foldcut.compiler.store.analysis_store as analysis_store
 import test_analysis_store as kept
 import torch
 from attack_registry import attack, needs
-from foldcut.compiler.errors import CompilerError
-from foldcut.runtime.measurement_cache import MeasurementCache
+from foldcut.compiler.support.errors import CompilerError
+from foldcut.runtime.measure.measurement_cache import MeasurementCache
 
 #: The files of a result that hold no times.
 _SAME = ("model.onnx", "model.pt2", "plan.json")

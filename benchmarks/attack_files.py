@@ -17,12 +17,12 @@ import test_archive_check
 import test_onnx_functions as functions
 import torch
 from attack_registry import Succeeded, attack, needs
-from foldcut.compiler.calibration_set import read_calibration
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CompilerError
-from foldcut.compiler.model_source import load_model
-from foldcut.compiler.onnx_file import read_onnx
-from foldcut.compiler.onnx_import import import_onnx
+from foldcut.compiler.data.calibration_set import read_calibration
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.frontend.model_source import load_model
+from foldcut.compiler.onnx.file import read_onnx
+from foldcut.compiler.onnx_import.importer import import_onnx
+from foldcut.compiler.support.errors import CompilerError
 
 
 def _peak_bytes() -> int:

@@ -17,9 +17,9 @@ import foldcut
 import hostile_files as hostile
 import numpy as np
 from attack_registry import Succeeded, attack, needs
-from foldcut.compiler.atomic import write_folder
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CompilerError
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.support.atomic_files import write_folder
+from foldcut.compiler.support.errors import CompilerError
 
 #: Exit codes that the command line promises.
 _PROMISED = {0, 1, 2, 3, 130}

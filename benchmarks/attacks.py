@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from attack_registry import ATTACKS, Attack, Succeeded
-from foldcut.compiler.errors import CompilerError
+from foldcut.compiler.support.errors import CompilerError
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "compiler")]

@@ -26,22 +26,22 @@ from cifar_joint import METHODS, RATIOS
 from cifar_joint import run as run_joint
 from cifar_submodular import KEEPS
 from cifar_submodular import run as run_submodular
-from foldcut.compiler.analysis_store import NOTHING_KEPT
-from foldcut.compiler.calibration_set import CalibrationSet, View
-from foldcut.compiler.capture import capture
-from foldcut.compiler.drop_pipeline import choose
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.latency_probe import LatencyProbe
-from foldcut.compiler.onnx_bypass import onnx_without
-from foldcut.compiler.pipeline_settings import PipelineSettings
-from foldcut.compiler.plan import Goal
-from foldcut.compiler.progress import StageClock
-from foldcut.compiler.regions import find_regions
-from foldcut.compiler.stored_latency import StoredLatency
-from foldcut.passes.drop_blocks import drop_blocks, entry_exit
-from foldcut.passes.mimic import mimic
-from foldcut.passes.resolve_network import resolve_network
-from foldcut.runtime.backend import resolve_backend
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet, View
+from foldcut.compiler.driver.drop_pipeline import choose
+from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.compiler.driver.pipeline_settings import PipelineSettings
+from foldcut.compiler.driver.stored_latency import StoredLatency
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.onnx.bypass import onnx_without
+from foldcut.compiler.plan.plan import Goal
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT
+from foldcut.compiler.support.progress import StageClock
+from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.mimic.training_stage import mimic
+from foldcut.passes.solve.resolve_network import resolve_network
+from foldcut.runtime.measure.backend import resolve_backend
 from practise import finetune
 
 

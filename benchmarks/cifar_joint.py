@@ -25,11 +25,11 @@ from typing import Any
 import foldcut
 import torch
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.latency_probe import LatencyProbe
-from foldcut.runtime.backend import resolve_backend
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.runtime.measure.backend import resolve_backend
 from rows import Row, write_json
 from torch_pruning_peer import prune_whole_with_torch_pruning, prune_with_torch_pruning
 

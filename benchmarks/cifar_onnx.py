@@ -21,8 +21,8 @@ import onnx
 import onnxruntime
 import torch
 from cifar_data import CifarResNet, load_cifar
-from foldcut.compiler.onnx_signature import OnnxSignature
-from foldcut.compiler.plan import DropBlock, PruneChannels
+from foldcut.compiler.onnx.signature import OnnxSignature
+from foldcut.compiler.plan.plan import DropBlock, PruneChannels
 
 GOALS: dict[str, tuple[foldcut.Blocks | foldcut.Channels | foldcut.Macs, tuple[str, ...]]] = {
     "drop 2 blocks": (foldcut.Blocks(2), ("drop_blocks",)),

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 from cifar_data import Cifar, accuracy, load_cifar, load_resnet
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.channel_budget import ChannelLimits, CutModel, allocate
-from foldcut.compiler.channel_pipeline import error_curves
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.compiler.unit_groups import UnitGroup
-from foldcut.passes.calibrate import collect_moments
-from foldcut.passes.mimic import mimic
-from foldcut.passes.mimic_settings import MimicSettings
-from foldcut.passes.prune_channels import Pruned, prune_channels
-from foldcut.passes.resolve_network import ResolveSettings, resolve_network
-from foldcut.passes.select_channels import choose_channels, find_consumers, select_by_norm
-from foldcut.passes.submodular import Selection
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.analysis.unit_groups import UnitGroup
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver.channel_pipeline import error_curves
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.mimic.settings import MimicSettings
+from foldcut.passes.mimic.training_stage import mimic
+from foldcut.passes.prune.channel_budget import ChannelLimits, CutModel, allocate
+from foldcut.passes.prune.prune_channels import Pruned, prune_channels
+from foldcut.passes.prune.select_channels import choose_channels, find_consumers, select_by_norm
+from foldcut.passes.prune.submodular import Selection
+from foldcut.passes.solve.moments import collect_moments
+from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from torch_pruning_peer import prune_with_torch_pruning
 
 KEEPS = (0.75, 0.5, 0.25)

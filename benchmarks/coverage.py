@@ -24,12 +24,12 @@ from typing import Any
 import foldcut
 import numpy as np
 import torch
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import prune_channels
 from foreign_ops import declare_torchvision_ops
 from rows import Record, Row, make_rows
 from torch.utils import _pytree as pytree

@@ -19,17 +19,17 @@ from pathlib import Path
 
 import torch
 from cifar_data import Cifar, CifarResNet, accuracy, load_cifar
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.channel_budget import ChannelLimits
-from foldcut.compiler.channel_pipeline import ChannelSettings, cut_channels
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.plan import Channels, Macs, Ranks
-from foldcut.compiler.program import Program
-from foldcut.compiler.progress import StageClock
-from foldcut.compiler.rank_pipeline import cut_ranks
-from foldcut.passes.resolve_network import ResolveSettings
-from foldcut.passes.select_ranks import RankSettings
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver.channel_pipeline import ChannelSettings, cut_channels
+from foldcut.compiler.driver.rank_pipeline import cut_ranks
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import Channels, Macs, Ranks
+from foldcut.compiler.support.progress import StageClock
+from foldcut.passes.factorize.select_ranks import RankSettings
+from foldcut.passes.prune.channel_budget import ChannelLimits
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from frank_wolfe_train import BLOCKS
 from rows import Row, write_json
 

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CompilerError
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.compiler.regions import find_regions
-from foldcut.compiler.unit_groups import UnitGroup
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.prune_channels import Pruned, prune_channels
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.analysis.unit_groups import UnitGroup
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import CompilerError
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import Pruned, prune_channels
 from hardening_expected import Expected, deletions
 from hardening_networks import Network, Recipe, build
 from hardening_oracle import UnknownError

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.edit import set_tensors
-from foldcut.compiler.plan import FactorizeLayer
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.decompositions import Geometry
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.factorize import factorize_plain
-from foldcut.passes.layers import find_layers
-from foldcut.passes.low_rank import SCHEMES, suitable
-from foldcut.passes.prune_channels import Pruned, prune_channels
-from foldcut.passes.resolve_network import ResolveSettings, resolve_network
-from foldcut.passes.select_channels import choose_channels
+from foldcut.compiler.analysis.provenance import Provenance
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.ir.edit import set_tensors
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import FactorizeLayer
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.factorize.decompositions import Geometry
+from foldcut.passes.factorize.factorize import factorize_plain
+from foldcut.passes.factorize.low_rank import SCHEMES, suitable
+from foldcut.passes.prune.prune_channels import Pruned, prune_channels
+from foldcut.passes.prune.select_channels import choose_channels
+from foldcut.passes.solve.layers import find_layers
+from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from hardening_checks import Case, WrongError, check_program, error_between, leaves, same, tensors_of
 from hardening_expected import deletions
 from hardening_hidden import check_hidden

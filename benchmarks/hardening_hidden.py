@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.compiler.unit_groups import UnitGroup
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.passes.resolve_network import ResolveSettings
-from foldcut.passes.select_channels import choose_channels
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.analysis.unit_groups import UnitGroup
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.prune.select_channels import choose_channels
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from hardening_checks import Case, WrongError, check_program, same
 from torch import nn
 from torch.nn import functional as F

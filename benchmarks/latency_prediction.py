@@ -23,24 +23,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from cifar_data import CifarResNet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.channel_budget import ChannelLimits, free_groups, uniform_counts
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import find_units
-from foldcut.compiler.regions import find_regions
-from foldcut.compiler.unit_groups import surplus_units
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.runtime.backend import Backend, resolve_backend
-from foldcut.runtime.latency_table import LatencyTable
-from foldcut.runtime.loading import loaded
-from foldcut.runtime.measure import measure_pair
-from foldcut.runtime.measurement_cache import MeasurementCache
-from foldcut.runtime.onnxruntime import random_inputs
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.analysis.unit_groups import surplus_units
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.prune.channel_budget import ChannelLimits, free_groups, uniform_counts
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.runtime.measure.backend import Backend, resolve_backend
+from foldcut.runtime.measure.loading import loaded
+from foldcut.runtime.measure.measure import measure_pair
+from foldcut.runtime.measure.measurement_cache import MeasurementCache
+from foldcut.runtime.onnxruntime.backend import random_inputs
+from foldcut.runtime.predict.latency_table import LatencyTable
 from foreign_ops import declare_torchvision_ops
 from rows import Row, write_json
 from torch import nn

@@ -18,21 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.channel_budget import ChannelLimits, free_groups
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.compiler.unit_groups import UnitGroup, surplus_units
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.runtime.backend import resolve_backend
-from foldcut.runtime.lattice import probe_lattice
-from foldcut.runtime.loading import loaded
-from foldcut.runtime.measure import measure_pair
-from foldcut.runtime.onnxruntime import random_inputs
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.analysis.unit_groups import UnitGroup, surplus_units
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.prune.channel_budget import ChannelLimits, free_groups
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.loading import loaded
+from foldcut.runtime.measure.measure import measure_pair
+from foldcut.runtime.onnxruntime.backend import random_inputs
+from foldcut.runtime.predict.lattice import probe_lattice
 from foreign_ops import declare_torchvision_ops
 from rows import write_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from foldcut.compiler.onnx_session import reference_session
+from foldcut.compiler.onnx.session import reference_session
 from onnx import helper, numpy_helper
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import foldcut
 import torch
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
-from foldcut.compiler.export import to_onnx
+from foldcut.compiler.export.exporter import to_onnx
 from rows import Row, write_json
 
 METHODS = (

@@ -25,17 +25,17 @@ from typing import Any
 import foldcut
 import numpy as np
 import torch
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.provenance import find_units
-from foldcut.compiler.unit_groups import surplus_units
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.runtime.backend import Clock, Runner, resolve_backend
-from foldcut.runtime.environment import cpus_available
-from foldcut.runtime.loading import opened
-from foldcut.runtime.measure import measure_pair, measure_single
-from foldcut.runtime.measurement import Measurement
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.analysis.unit_groups import surplus_units
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.runtime.measure.backend import Clock, Runner, resolve_backend
+from foldcut.runtime.measure.environment import cpus_available
+from foldcut.runtime.measure.loading import opened
+from foldcut.runtime.measure.measure import measure_pair, measure_single
+from foldcut.runtime.measure.measurement import Measurement
 from foreign_ops import declare_torchvision_ops
 from rows import write_json
 

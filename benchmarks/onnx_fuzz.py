@@ -169,7 +169,7 @@ def serve(answers: int, seed: int) -> None:
     """The worker: case numbers from standard input, one line of JSON for each to the file descriptor `answers`."""
     import onnxruntime
     import torch
-    from foldcut.compiler.onnx_import import import_onnx
+    from foldcut.compiler.onnx_import.importer import import_onnx
     from fuzz_models import MODELS
 
     warnings.simplefilter("ignore")
@@ -192,8 +192,8 @@ def limit_memory() -> None:
 
 def run_case(seed: int, number: int, path: Path) -> Row:
     """What becomes of one damaged file."""
-    from foldcut.compiler.errors import CompilerError
-    from foldcut.compiler.onnx_import import import_onnx
+    from foldcut.compiler.onnx_import.importer import import_onnx
+    from foldcut.compiler.support.errors import CompilerError
     from fuzz_mutations import make_case
 
     case = make_case(seed, number)
@@ -216,8 +216,8 @@ def verified(program: Any, path: Path) -> Row:
     """The import against ONNX Runtime once more, on inputs that the importer has not seen."""
     import numpy as np
     import onnxruntime
-    from foldcut.compiler.onnx_session import reference_session
-    from foldcut.compiler.verify import compare
+    from foldcut.compiler.ir.compare import compare
+    from foldcut.compiler.onnx.session import reference_session
 
     onnxruntime.set_default_logger_severity(4)
     session, rng, worst = reference_session(str(path)), np.random.default_rng(1), 0.0

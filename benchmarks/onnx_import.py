@@ -128,7 +128,7 @@ def peak_mib() -> float:
 
 
 def read_foldcut(path: Path) -> Any:
-    from foldcut.compiler.onnx_import import import_onnx
+    from foldcut.compiler.onnx_import.importer import import_onnx
 
     return import_onnx(path)
 

@@ -27,9 +27,9 @@ import numpy as np
 import onnx
 import torch
 from coverage import leaves, make, relative
-from foldcut.compiler.export import save_onnx
-from foldcut.compiler.onnx_import import import_onnx
-from foldcut.compiler.onnx_session import reference_session
+from foldcut.compiler.export.exporter import save_onnx
+from foldcut.compiler.onnx.session import reference_session
+from foldcut.compiler.onnx_import.importer import import_onnx
 from foreign_ops import declare_torchvision_ops
 from light_models import image, light_files, with_random_weights
 from rows import Record, Row, make_rows

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from before_after import PARTS, digest
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
-from foldcut.compiler.export import to_onnx
+from foldcut.compiler.export.exporter import to_onnx
 from rows import Row, append_line, read_lines
 
 GOALS: dict[str, dict[str, Any]] = {

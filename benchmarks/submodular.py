@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from foldcut.passes.calibrate import Moments
-from foldcut.passes.submodular import Objective, Selection, select_units
+from foldcut.passes.prune.submodular import Objective, Selection, select_units
+from foldcut.passes.solve.moments import Moments
 from torch.nn import functional as F
 
 CHANNELS, KERNEL, OUTPUTS, KEPT = 64, 3, 64, 48

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 from coverage import captured, prune_half
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.runtime.backend import Array
-from foldcut.runtime.tensorrt import TensorRTBackend, TensorRTEngine
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.program import Program
+from foldcut.runtime.measure.backend import Array
+from foldcut.runtime.tensorrt.backend import TensorRTBackend, TensorRTEngine
 from rows import Record, Row, make_rows
 
 NAMES = (

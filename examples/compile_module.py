@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import foldcut
-from foldcut.compiler.demo import accuracy, load_digits, train_digits
+from foldcut.compiler.cli.demo import accuracy, load_digits, train_digits
 
 images, labels, test_images, test_labels = load_digits()
 net = train_digits(images, labels, seed=0, epochs=4)

@@ -10,9 +10,9 @@ from pathlib import Path
 import foldcut
 import onnx
 import onnxruntime
-from foldcut.compiler.demo import load_digits, train_digits
-from foldcut.compiler.export import to_onnx_model
-from foldcut.compiler.onnx_compare import compare_onnx
+from foldcut.compiler.cli.demo import load_digits, train_digits
+from foldcut.compiler.export.exporter import to_onnx_model
+from foldcut.compiler.onnx.compare_files import compare_onnx
 
 images, labels, test_images, test_labels = load_digits()
 

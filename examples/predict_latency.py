@@ -7,18 +7,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.runtime.backend import resolve_backend
-from foldcut.runtime.latency_table import LatencyTable
-from foldcut.runtime.lattice import probe_lattice
-from foldcut.runtime.loading import loaded
-from foldcut.runtime.measure import measure_pair
-from foldcut.runtime.measurement_cache import MeasurementCache
-from foldcut.runtime.onnxruntime import random_inputs
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.loading import loaded
+from foldcut.runtime.measure.measure import measure_pair
+from foldcut.runtime.measure.measurement_cache import MeasurementCache
+from foldcut.runtime.onnxruntime.backend import random_inputs
+from foldcut.runtime.predict.latency_table import LatencyTable
+from foldcut.runtime.predict.lattice import probe_lattice
 from torch import nn
 from torch.nn import functional as F
 

@@ -1,7 +1,7 @@
 """Channel pruning: which channels go together, half of them removed, and the layers behind re-solved."""
 
 import foldcut
-from foldcut.compiler.demo import load_digits, train_digits
+from foldcut.compiler.cli.demo import load_digits, train_digits
 
 images, labels, test_images, test_labels = load_digits()
 net = train_digits(images, labels, seed=0, epochs=3)

@@ -2,13 +2,13 @@
 in a toolchain."""
 
 import foldcut
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.demo import load_digits, train_digits
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.verify import output_error
-from foldcut.passes.drop_blocks import drop_blocks, entry_exit
-from foldcut.passes.recoverability import Recoverability
-from foldcut.passes.resolve_network import resolve_network
+from foldcut.compiler.cli.demo import load_digits, train_digits
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.compare import output_error
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.drop.recoverability import Recoverability
+from foldcut.passes.solve.resolve_network import resolve_network
 
 images, labels, _, _ = load_digits()
 net = train_digits(images, labels, seed=0, epochs=3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import foldcut
 import torch
-from foldcut.compiler.demo import load_digits, train_digits
+from foldcut.compiler.cli.demo import load_digits, train_digits
 
 images, labels, test_images, test_labels = load_digits()
 net = train_digits(images, labels, seed=0, epochs=3)

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foldcut.compiler import edit, edit_chain, edit_folds
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import set_tensors
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance
-from foldcut.runtime.backend import Array, Availability
+from foldcut.compiler.analysis.provenance import Provenance
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir import edit, edit_chain, edit_folds
+from foldcut.compiler.ir.edit import set_tensors
+from foldcut.compiler.ir.program import Program
+from foldcut.runtime.measure.backend import Array, Availability
 from hypothesis import settings
 from torch import nn
 from torch.nn import functional as F
@@ -400,8 +400,8 @@ def work_backend() -> WorkBackend:
 @pytest.fixture(scope="module")
 def quick_measurement() -> Iterator[None]:
     """No network is warmed up or timed for longer than a moment: for tests that do not look at the figures."""
-    import foldcut.runtime.cache_eviction as cache_eviction
-    import foldcut.runtime.measure as measure
+    import foldcut.runtime.measure.cache_eviction as cache_eviction
+    import foldcut.runtime.measure.measure as measure
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "warm_up", lambda runner, _ms: runner.run())

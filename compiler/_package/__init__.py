@@ -3,26 +3,19 @@
 from .compiler import starting as _starting  # noqa: F401 - first: the rest takes seconds to load
 
 # isort: split
-from .compiler.api import Compiled, compile
-from .compiler.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
-from .compiler.capture import capture
-from .compiler.channel_budget import ChannelLimits
-from .compiler.channel_pipeline import ChannelSettings
-from .compiler.errors import (
-    BackendError,
-    CalibrationError,
-    CaptureError,
-    CompilerError,
-    ExportError,
-    GoalError,
-    OutputError,
-    PlanError,
-    ProgramError,
-    Reject,
-    RewriteError,
-)
-from .compiler.pipeline_settings import PipelineSettings
-from .compiler.plan import (
+from .compiler.analysis.provenance import Provenance, find_units
+from .compiler.analysis.regions import Region, RegionAnalysis, find_regions
+from .compiler.analysis.unit_groups import UnitGroup
+from .compiler.data.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
+from .compiler.driver.api import Compiled, compile
+from .compiler.driver.channel_pipeline import ChannelSettings
+from .compiler.driver.pipeline_settings import PipelineSettings
+from .compiler.driver.replay import Replayed, apply, apply_plan
+from .compiler.driver.saved import Saved, load
+from .compiler.driver.sweep import Sweep, SweepPoint, sweep
+from .compiler.frontend.capture import capture
+from .compiler.ir.program import Program, TensorSpec
+from .compiler.plan.plan import (
     Blocks,
     Channels,
     DropBlock,
@@ -35,16 +28,23 @@ from .compiler.plan import (
     PruneChannels,
     Ranks,
 )
-from .compiler.program import Program, TensorSpec
-from .compiler.provenance import Provenance, find_units
-from .compiler.regions import Region, RegionAnalysis, find_regions
-from .compiler.replay import Replayed, apply, apply_plan
-from .compiler.report import Report
-from .compiler.saved import Saved, load
-from .compiler.sweep import Sweep, SweepPoint, sweep
-from .compiler.unit_groups import UnitGroup
-from .passes.mimic_settings import MimicSettings
-from .passes.select_ranks import RankSettings
+from .compiler.report.report import Report
+from .compiler.support.errors import (
+    BackendError,
+    CalibrationError,
+    CaptureError,
+    CompilerError,
+    ExportError,
+    GoalError,
+    OutputError,
+    PlanError,
+    ProgramError,
+    Reject,
+    RewriteError,
+)
+from .passes.factorize.select_ranks import RankSettings
+from .passes.mimic.settings import MimicSettings
+from .passes.prune.channel_budget import ChannelLimits
 
 __version__ = "0.1.0"
 

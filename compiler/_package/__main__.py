@@ -1,5 +1,5 @@
 """`python -m foldcut`."""
 
-from .compiler.cli import main
+from .compiler.cli.main import main
 
 main()

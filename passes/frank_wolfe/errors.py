@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...compiler.errors import CompilerError
+from ...compiler.support.errors import CompilerError
 
 
 class FrankWolfeError(CompilerError):

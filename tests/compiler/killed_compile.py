@@ -20,14 +20,14 @@ import warnings
 from pathlib import Path
 
 import foldcut
-import foldcut.compiler.checkpoint as checkpoint
-import foldcut.runtime.measure as measure
+import foldcut.compiler.store.checkpoint as checkpoint
+import foldcut.runtime.measure.measure as measure
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import conftest
-from foldcut.compiler.capture import capture
-from foldcut.compiler.export import to_onnx
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
 
 #: What has to be the same whether or not a compile was killed on the way. The report holds times.
 SAME = ("model.onnx", "model.pt2", "plan.json")

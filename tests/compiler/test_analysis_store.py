@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import foldcut.compiler.analysis_store as analysis_store
-import foldcut.compiler.checkpoint as checkpoint
+import foldcut.compiler.store.analysis_store as analysis_store
+import foldcut.compiler.store.checkpoint as checkpoint
 import pytest
 import torch
-from foldcut.compiler.analysis_store import NOTHING_KEPT, AnalysisStore
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.edit import set_tensors
-from foldcut.compiler.program import Program
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.ir.edit import set_tensors
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT, AnalysisStore
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save

@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.program import Program
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.ir.program import Program
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -328,7 +328,7 @@ def test_bad_input_is_a_clear_error_and_leaves_no_file(
 
 
 def test_samples_that_do_not_fit_an_exported_network(residual: Program, nets: SimpleNamespace) -> None:
-    from foldcut.compiler.export import to_exported
+    from foldcut.compiler.export.exporter import to_exported
 
     exported = to_exported(residual)
     with pytest.raises(foldcut.CalibrationError, match="wrong shape for input 'x'"):

@@ -9,9 +9,9 @@ import foldcut
 import onnx
 import pytest
 import torch
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.pipeline import reached
-from foldcut.runtime.measurement import Measurement
+from foldcut.compiler.driver.pipeline import reached
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.runtime.measure.measurement import Measurement
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

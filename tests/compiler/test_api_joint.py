@@ -14,20 +14,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler import joint_pipeline
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.channel_budget import ChannelLimits
-from foldcut.compiler.channel_pipeline import ChannelSettings
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.joint_rewrite import JointSettings, apply_mix, mix_shape
-from foldcut.compiler.plan import FactorizeLayer, PruneChannels
-from foldcut.compiler.program import Program
-from foldcut.compiler.proposals import Item, Mix, Proposal, excluded_pairs
-from foldcut.compiler.regions import find_regions
-from foldcut.compiler.verify import relative_error
-from foldcut.passes.recoverability import RecoverabilitySettings
-from foldcut.passes.resolve_network import ResolveSettings
-from foldcut.passes.select_ranks import RankAnalysis, RankSettings
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver import joint_pipeline
+from foldcut.compiler.driver.channel_pipeline import ChannelSettings
+from foldcut.compiler.driver.joint_rewrite import JointSettings, apply_mix, mix_shape
+from foldcut.compiler.ir.compare import relative_error
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import FactorizeLayer, PruneChannels
+from foldcut.compiler.plan.proposals import Item, Mix, Proposal, excluded_pairs
+from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.drop.recoverability import RecoverabilitySettings
+from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
+from foldcut.passes.prune.channel_budget import ChannelLimits
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -162,8 +162,8 @@ def test_a_plan_that_fails_is_left_out(
 def few_options() -> Iterator[None]:
     """Every option costs an export: two of each kind will do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foldcut.compiler.joint_proposals.KEEPS", (0.75, 0.5))
-        patch.setattr("foldcut.compiler.rank_latency.MOST_OPTIONS", 2)
+        patch.setattr("foldcut.compiler.driver.joint_proposals.KEEPS", (0.75, 0.5))
+        patch.setattr("foldcut.passes.factorize.rank_latency.MOST_OPTIONS", 2)
         yield
 
 

@@ -11,13 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler.allocation import choose_options
-from foldcut.compiler.cost import program_cost
-from foldcut.compiler.progress import StageClock
-from foldcut.compiler.rank_pipeline import cut_ranks
-from foldcut.compiler.rewritten import Rewritten
-from foldcut.compiler.verify import relative_error
-from foldcut.passes.resolve_network import ResolveSettings
+from foldcut.compiler.driver.rank_pipeline import cut_ranks
+from foldcut.compiler.driver.rewritten import Rewritten
+from foldcut.compiler.ir.compare import relative_error
+from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.plan.option_milp import choose_options
+from foldcut.compiler.support.progress import StageClock
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

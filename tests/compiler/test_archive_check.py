@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.calibration_set import read_calibration
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CalibrationError, CaptureError
-from foldcut.compiler.model_source import load_model
+from foldcut.compiler.data.calibration_set import read_calibration
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.frontend.model_source import load_model
+from foldcut.compiler.support.errors import CalibrationError, CaptureError
 from torch import nn
 from torch.nn import functional as F
 

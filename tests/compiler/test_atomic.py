@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from foldcut.compiler import atomic
-from foldcut.compiler.atomic import check_writable, write_folder
-from foldcut.compiler.errors import OutputError
+from foldcut.compiler.support import atomic_files as atomic
+from foldcut.compiler.support.atomic_files import check_writable, write_folder
+from foldcut.compiler.support.errors import OutputError
 
 FILES = {"a.txt": b"first", "b.bin": b"\x00\x01", "c.json": b"{}"}
 

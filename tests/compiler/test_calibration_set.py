@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet, horizontal_flip, read_calibration, view_of
-from foldcut.compiler.errors import CalibrationError
-from foldcut.compiler.program import Program
+from foldcut.compiler.data.calibration_set import CalibrationSet, horizontal_flip, read_calibration, view_of
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import CalibrationError
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -250,7 +250,7 @@ def test_a_limit_takes_every_sample_as_often() -> None:
 
 
 def test_what_fits_is_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldcut.compiler.sample_reading.content_digests", None)
+    monkeypatch.setattr("foldcut.compiler.data.sample_reading.content_digests", None)
     for data in (samples(6, 3), list(samples(6, 3).split(4))):
         assert numbers(CalibrationSet.of(data, limit=6)) == [0, 1, 2, 3, 4, 5]
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.export import to_exported
-from foldcut.compiler.program import Program, is_constant
-from foldcut.passes.layers import find_layers
+from foldcut.compiler.export.exporter import to_exported
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program, is_constant
+from foldcut.compiler.support.errors import CaptureError
+from foldcut.passes.solve.layers import find_layers
 from torch import nn
 from torch.nn import functional as F
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.model_inputs import needed_inputs
-from foldcut.compiler.verify import compare
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.frontend.model_inputs import needed_inputs
+from foldcut.compiler.ir.compare import compare
+from foldcut.compiler.support.errors import CaptureError
 from torch import nn
 
 Pair = collections.namedtuple("Pair", "first second")

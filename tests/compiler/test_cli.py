@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler import cli, demo, progress
-from foldcut.compiler.capture import capture
-from foldcut.compiler.export import to_exported, to_onnx, to_pt2
-from foldcut.compiler.plan import Blocks
+from foldcut.compiler.cli import demo
+from foldcut.compiler.cli import main as cli
+from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.plan.plan import Blocks
+from foldcut.compiler.support import progress
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -167,7 +169,7 @@ def test_inspect_lists_the_unit_groups(folder: Path) -> None:
 
 
 def test_the_table(done: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from foldcut.compiler.report import Report
+    from foldcut.compiler.report.report import Report
 
     data = json.loads((done[1] / "report.json").read_text())
     del data["version"]

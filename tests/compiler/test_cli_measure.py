@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from foldcut.compiler import cli, cli_measure
-from foldcut.compiler.calibration_set import read_calibration
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime.measure import Rounds
+from foldcut.compiler.cli import main as cli
+from foldcut.compiler.cli import measure as cli_measure
+from foldcut.compiler.data.calibration_set import read_calibration
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.measure import Rounds
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
@@ -131,7 +132,7 @@ def test_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
         "backend counting, threads 1, batch 1",
     ]
     assert "no difference that can be claimed" in run("slow.onnx", "slow.onnx").stdout
-    monkeypatch.setattr("foldcut.runtime.measure._CONTENDED_SPREAD", -1.0)
+    monkeypatch.setattr("foldcut.runtime.measure.measure._CONTENDED_SPREAD", -1.0)
     assert "contended: something else used the machine" in run("slow.onnx", "fast.onnx").stdout
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.provenance import find_units
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.passes.resolve_network import ResolveSettings, resolve_network
-from foldcut.passes.select_channels import choose_channels
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.prune.select_channels import choose_channels
+from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.cost import node_macs, program_cost, region_cost
-from foldcut.compiler.program import Program
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import node_macs, program_cost, region_cost
+from foldcut.compiler.ir.program import Program
 from torch import nn
 from torch.nn import functional as F
 

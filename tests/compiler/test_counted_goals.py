@@ -10,10 +10,10 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.cost import counted
-from foldcut.compiler.joint_rewrite import decided_shape
-from foldcut.compiler.recount import recounted
-from foldcut.compiler.regions import find_regions
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.driver.joint_rewrite import decided_shape
+from foldcut.compiler.driver.recount import recounted
+from foldcut.compiler.ir.cost import counted
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import bypass, expose, rebuild, set_tensors
-from foldcut.compiler.edit_folds import fold_batch_norms, unfold_tensors
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.execute import bind, run_until
-from foldcut.compiler.program import Program
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import bypass, expose, rebuild, set_tensors
+from foldcut.compiler.ir.edit_folds import fold_batch_norms, unfold_tensors
+from foldcut.compiler.ir.execute import bind, run_until
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import RewriteError
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import foldcut
 import torch
-from foldcut.compiler.edit_folds import fold_parameters
+from foldcut.compiler.ir.edit_folds import fold_parameters
 from torch import nn
 
 

@@ -1,7 +1,7 @@
 """Errors render what they know."""
 
 import pytest
-from foldcut.compiler.errors import CalibrationError, CompilerError, GoalError, Reject
+from foldcut.compiler.support.errors import CalibrationError, CompilerError, GoalError, Reject
 
 
 def test_an_error_shows_all_that_it_knows() -> None:

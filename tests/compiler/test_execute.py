@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.errors import CompilerError
-from foldcut.compiler.execute import bind, descendants, evaluate, required, run_until
-from foldcut.compiler.program import Program
+from foldcut.compiler.ir.execute import bind, descendants, evaluate, required, run_until
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import CompilerError
 from torch import nn
 
 

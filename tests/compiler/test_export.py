@@ -9,14 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler import export
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import bypass
-from foldcut.compiler.errors import ExportError
-from foldcut.compiler.export import to_exported, to_onnx, to_pt2
-from foldcut.compiler.onnx_bypass import onnx_without
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.export import exporter as export
+from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import bypass
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.onnx.bypass import onnx_without
+from foldcut.compiler.support.errors import ExportError
 from torch import nn
 
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
-from foldcut.compiler.finite import finite, json_file, json_text
+from foldcut.compiler.support.strict_json import finite, json_file, json_text
 
 
 def test_what_is_not_finite_is_none_at_any_depth() -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.channel_budget import CutModel
-from foldcut.compiler.joint_pipeline import _bisected, fastest_within
-from foldcut.compiler.joint_search import Found, Tried
-from foldcut.compiler.pipeline import Outcome, _aimed, reached
-from foldcut.compiler.plan import goal_from_dict
-from foldcut.compiler.program import Program
-from foldcut.compiler.rewritten import Rewritten
-from foldcut.compiler.unit_groups import surplus_units
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.unit_groups import surplus_units
+from foldcut.compiler.driver.joint_pipeline import _bisected, fastest_within
+from foldcut.compiler.driver.pipeline import Outcome, _aimed, reached
+from foldcut.compiler.driver.rewritten import Rewritten
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.joint_search import Found, Tried
+from foldcut.compiler.plan.plan import goal_from_dict
+from foldcut.passes.prune.channel_budget import CutModel
+from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

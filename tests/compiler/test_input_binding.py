@@ -10,12 +10,12 @@ import foldcut
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.errors import CalibrationError
-from foldcut.compiler.export import to_exported, to_onnx
-from foldcut.compiler.input_binding import ForwardInputs
-from foldcut.compiler.model_inputs import needed_inputs
-from foldcut.compiler.sample_reading import read_data
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.input_binding import ForwardInputs
+from foldcut.compiler.data.sample_reading import read_data
+from foldcut.compiler.export.exporter import to_exported, to_onnx
+from foldcut.compiler.frontend.model_inputs import needed_inputs
+from foldcut.compiler.support.errors import CalibrationError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 

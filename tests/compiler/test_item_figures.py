@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from foldcut.compiler.item_figures import error_fit, fitted, saving_fit, unknown
-from foldcut.compiler.proposals import Item, Mix, Proposal, Scale
+from foldcut.compiler.plan.item_regression import error_fit, fitted, saving_fit, unknown
+from foldcut.compiler.plan.proposals import Item, Mix, Proposal, Scale
 
 SCALES = {"factorize": Scale(error=2.0)}
 ITEMS = [

@@ -15,23 +15,23 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler import joint_pipeline
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.channel_budget import ChannelLimits
-from foldcut.compiler.channel_pipeline import ChannelSettings
-from foldcut.compiler.cost import node_macs, program_cost
-from foldcut.compiler.edit_folds import fold_parameters
-from foldcut.compiler.joint_pipeline import cut_jointly
-from foldcut.compiler.joint_rewrite import JointSettings
-from foldcut.compiler.joint_search import Found, MixSearch
-from foldcut.compiler.program import Program
-from foldcut.compiler.progress import StageClock
-from foldcut.compiler.proposals import Mix, excluded_pairs
-from foldcut.compiler.segments import Segment, find_segments
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.recoverability import RecoverabilitySettings
-from foldcut.passes.resolve_network import ResolveSettings
-from foldcut.passes.select_ranks import RankSettings
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver import joint_pipeline
+from foldcut.compiler.driver.channel_pipeline import ChannelSettings
+from foldcut.compiler.driver.joint_pipeline import cut_jointly
+from foldcut.compiler.driver.joint_rewrite import JointSettings
+from foldcut.compiler.ir.cost import node_macs, program_cost
+from foldcut.compiler.ir.edit_folds import fold_parameters
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.ir.segments import Segment, find_segments
+from foldcut.compiler.plan.joint_search import Found, MixSearch
+from foldcut.compiler.plan.proposals import Mix, excluded_pairs
+from foldcut.compiler.support.progress import StageClock
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.drop.recoverability import RecoverabilitySettings
+from foldcut.passes.factorize.select_ranks import RankSettings
+from foldcut.passes.prune.channel_budget import ChannelLimits
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from torch import nn
 from torch.nn import functional as F
 
@@ -161,8 +161,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> Searches:
             return found
 
     monkeypatch.setattr(joint_pipeline, "MixSearch", Kept)
-    monkeypatch.setattr("foldcut.compiler.joint_proposals.KEEPS", (0.75, 0.5))
-    monkeypatch.setattr("foldcut.compiler.rank_latency.MOST_OPTIONS", 2)
+    monkeypatch.setattr("foldcut.compiler.driver.joint_proposals.KEEPS", (0.75, 0.5))
+    monkeypatch.setattr("foldcut.passes.factorize.rank_latency.MOST_OPTIONS", 2)
     return kept
 
 

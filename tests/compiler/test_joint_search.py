@@ -6,11 +6,10 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from foldcut.compiler.errors import GoalError
-from foldcut.compiler.joint_pipeline import tried_plans
-from foldcut.compiler.joint_search import MixSearch
-from foldcut.compiler.nearest import MOST_MEASURED
-from foldcut.compiler.proposals import (
+from foldcut.compiler.driver.joint_pipeline import tried_plans
+from foldcut.compiler.plan.joint_search import MixSearch
+from foldcut.compiler.plan.latency_target import MOST_MEASURED
+from foldcut.compiler.plan.proposals import (
     Item,
     Mix,
     Proposal,
@@ -21,7 +20,8 @@ from foldcut.compiler.proposals import (
     predicted_error,
     predicted_saving,
 )
-from foldcut.compiler.search_time import SearchTime
+from foldcut.compiler.support.errors import GoalError
+from foldcut.compiler.support.search_time import SearchTime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,7 @@
 """Labels and their union-find: classes, locks, free labels, and tensors that hold no more than they have to."""
 
 import torch
-from foldcut.compiler.labels import FIXED, Labels, along, compress, fixed, slim, vector
+from foldcut.compiler.analysis.labels import FIXED, Labels, along, compress, fixed, slim, vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

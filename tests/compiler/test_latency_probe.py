@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foldcut.compiler import latency_probe
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.edit import bypass
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.latency_probe import LatencyProbe, example_inputs
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver import latency_probe
+from foldcut.compiler.driver.latency_probe import LatencyProbe, example_inputs
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.edit import bypass
+from foldcut.compiler.ir.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
 #: seven convolutions and the head

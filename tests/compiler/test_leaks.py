@@ -7,20 +7,20 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler import stored_passes
-from foldcut.compiler.analysis_store import NOTHING_KEPT
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.edit import bypass
-from foldcut.compiler.errors import BackendError, MimicError
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.latency_probe import LatencyProbe
-from foldcut.compiler.pipeline import run_pipeline
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
-from foldcut.passes import mimic_training
-from foldcut.passes.mimic import mimic
-from foldcut.runtime.backend import run_once
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeRunner
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver import stored_passes
+from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.compiler.driver.pipeline import run_pipeline
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.edit import bypass
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT
+from foldcut.compiler.support.errors import BackendError, MimicError
+from foldcut.passes.mimic import training as mimic_training
+from foldcut.passes.mimic.training_stage import mimic
+from foldcut.runtime.measure.backend import run_once
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeRunner
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import foldcut
 import pytest
-from foldcut.compiler.joint_rewrite import JointSettings
-from foldcut.compiler.left_alone import ignored_layers, sorted_ignores
-from foldcut.compiler.program import Program
-from foldcut.passes.recoverability import RecoverabilitySettings
-from foldcut.passes.resolve_network import ResolveSettings
+from foldcut.compiler.driver.ignore_patterns import ignored_layers, sorted_ignores
+from foldcut.compiler.driver.joint_rewrite import JointSettings
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.drop.recoverability import RecoverabilitySettings
+from foldcut.passes.solve.resolve_network import ResolveSettings
 
 BASE = JointSettings(
     resolve=ResolveSettings(),

@@ -7,12 +7,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.export import to_exported, to_onnx, to_pt2
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import CaptureError
+from foldcut.passes.drop.drop_blocks import drop_blocks
 from torch import nn
 from torch.nn import functional as F
 

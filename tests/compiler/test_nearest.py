@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from foldcut.compiler.nearest import MORE, MOST_MEASURED, NEAR, is_near, nearest_from_below, reach
+from foldcut.compiler.plan.latency_target import MORE, MOST_MEASURED, NEAR, is_near, nearest_from_below, reach
 from hypothesis import given
 from hypothesis import strategies as st
 

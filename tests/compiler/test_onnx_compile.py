@@ -12,10 +12,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler import cli
-from foldcut.compiler.export import to_onnx_model
-from foldcut.compiler.onnx_compare import Comparison, compare_onnx, random_samples
-from foldcut.compiler.onnx_signature import OnnxSignature
+from foldcut.compiler.cli import main as cli
+from foldcut.compiler.export.exporter import to_onnx_model
+from foldcut.compiler.onnx.compare_files import Comparison, compare_onnx, random_samples
+from foldcut.compiler.onnx.signature import OnnxSignature
 from onnx import TensorProto, helper
 from torch import nn
 from typer.testing import CliRunner
@@ -119,7 +119,7 @@ def test_channels_are_pruned_from_a_file(tmp_path: Path) -> None:
 
 
 def test_latency_is_compared_with_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foldcut.compiler import latency_probe
+    from foldcut.compiler.driver import latency_probe
 
     path = file(tmp_path)
     built: list[bytes] = []

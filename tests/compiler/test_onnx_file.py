@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.onnx_import import import_onnx
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.onnx_import.importer import import_onnx
+from foldcut.compiler.support.errors import CaptureError
 from onnx import helper, numpy_helper, parser
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'

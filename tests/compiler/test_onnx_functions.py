@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foldcut.compiler import onnx_functions
-from foldcut.compiler.errors import BackendError, CaptureError
-from foldcut.compiler.onnx_file import in_one_piece, read_onnx
-from foldcut.compiler.onnx_import import import_onnx
-from foldcut.runtime.inputs import model_specs
+from foldcut.compiler.onnx import functions as onnx_functions
+from foldcut.compiler.onnx.file import in_one_piece, read_onnx
+from foldcut.compiler.onnx_import.importer import import_onnx
+from foldcut.compiler.support.errors import BackendError, CaptureError
+from foldcut.runtime.measure.inputs import model_specs
 from onnx import helper, numpy_helper
 
 FLOAT = onnx.TensorProto.FLOAT

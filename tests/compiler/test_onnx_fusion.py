@@ -8,7 +8,7 @@ import foldcut
 import onnx
 import pytest
 import torch
-from foldcut.compiler.export import to_onnx, to_onnx_model
+from foldcut.compiler.export.exporter import to_onnx, to_onnx_model
 from torch import nn
 
 

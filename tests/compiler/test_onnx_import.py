@@ -8,12 +8,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.export import save_onnx, to_onnx
-from foldcut.compiler.onnx_import import _agrees, import_onnx
-from foldcut.compiler.onnx_session import reference_session, run_reference
-from foldcut.compiler.program import Program, is_call
-from foldcut.compiler.verify import Difference
+from foldcut.compiler.export.exporter import save_onnx, to_onnx
+from foldcut.compiler.ir.compare import Difference
+from foldcut.compiler.ir.program import Program, is_call
+from foldcut.compiler.onnx.session import reference_session, run_reference
+from foldcut.compiler.onnx_import.importer import _agrees, import_onnx
+from foldcut.compiler.support.errors import CaptureError
 from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.export import to_exported, to_onnx, to_pt2
-from foldcut.compiler.onnx_import import import_onnx
-from foldcut.compiler.onnx_opaque import node_model
-from foldcut.compiler.onnx_session import reference_session, run_reference
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import find_units
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.onnx.opaque_node import node_model
+from foldcut.compiler.onnx.session import reference_session, run_reference
+from foldcut.compiler.onnx_import.importer import import_onnx
+from foldcut.compiler.support.errors import CaptureError
 from onnx import numpy_helper, parser
 
 WEIGHTS = {

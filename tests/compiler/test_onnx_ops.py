@@ -11,12 +11,12 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from foldcut.compiler import onnx_module
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.onnx_call import _SIZES, DTYPES, OnnxCall, Sizes, Unsupported, builder_of, table
-from foldcut.compiler.onnx_file import OLDEST_OPSET, opset, read_onnx
-from foldcut.compiler.onnx_module import OnnxModule
-from foldcut.compiler.onnx_normalise import normalised
+from foldcut.compiler.onnx.call import _SIZES, DTYPES, OnnxCall, Sizes, Unsupported, builder_of, table
+from foldcut.compiler.onnx.file import OLDEST_OPSET, opset, read_onnx
+from foldcut.compiler.onnx.normalise import normalised
+from foldcut.compiler.onnx_import import module as onnx_module
+from foldcut.compiler.onnx_import.module import OnnxModule
+from foldcut.compiler.support.errors import CaptureError
 from onnx import numpy_helper
 
 Array = np.ndarray[Any, Any]

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.onnx_file import opset, read_onnx
-from foldcut.compiler.onnx_module import OnnxModule
-from foldcut.compiler.onnx_normalise import normalised
-from foldcut.compiler.onnx_session import reference_session, run_reference
+from foldcut.compiler.onnx.file import opset, read_onnx
+from foldcut.compiler.onnx.normalise import normalised
+from foldcut.compiler.onnx.session import reference_session, run_reference
+from foldcut.compiler.onnx_import.module import OnnxModule
+from foldcut.compiler.support.errors import CaptureError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper

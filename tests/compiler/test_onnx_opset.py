@@ -7,12 +7,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import ExportError
-from foldcut.compiler.export import to_onnx, to_onnx_model
-from foldcut.compiler.onnx_opset import EXPORTER_OPSET, lower_opset
-from foldcut.compiler.onnx_session import reference_session, run_reference
-from foldcut.compiler.program import Program
+from foldcut.compiler.export.exporter import to_onnx, to_onnx_model
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.onnx.opset import EXPORTER_OPSET, lower_opset
+from foldcut.compiler.onnx.session import reference_session, run_reference
+from foldcut.compiler.support.errors import ExportError
 from torch import nn
 from torch.nn import functional as F
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foldcut.compiler.errors import GoalError, PlanError
-from foldcut.compiler.plan import (
+from foldcut.compiler.plan.plan import (
     Blocks,
     Channels,
     DropBlock,
@@ -19,6 +18,7 @@ from foldcut.compiler.plan import (
     goal_from_dict,
     subject,
 )
+from foldcut.compiler.support.errors import GoalError, PlanError
 from hypothesis import given
 from hypothesis import strategies as st
 

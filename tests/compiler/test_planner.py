@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import pytest
-from foldcut.compiler.cost import Cost
-from foldcut.compiler.plan import DropBlock
-from foldcut.compiler.planner import LEAST_SAVING, Choice, choose_drops
-from foldcut.compiler.regions import Region
+from foldcut.compiler.analysis.regions import Region
+from foldcut.compiler.ir.cost import Cost
+from foldcut.compiler.plan.plan import DropBlock
+from foldcut.passes.drop.choose_drops import LEAST_SAVING, Choice, choose_drops
 from hypothesis import given
 from hypothesis import strategies as st
 

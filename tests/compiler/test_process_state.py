@@ -14,8 +14,8 @@ from pathlib import Path
 import foldcut
 import pytest
 import torch
-from foldcut.compiler import cli
-from foldcut.compiler.alone import alone
+from foldcut.compiler.cli import main as cli
+from foldcut.compiler.support.one_at_a_time import alone
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -155,7 +155,7 @@ def run_interruptible(command: list[str], env: dict[str, str]) -> subprocess.Com
 
 def test_ctrl_c_while_the_command_loads(interrupted_import: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "foldcut"
-    script.write_text("from foldcut.compiler.cli import main\nmain()\n")
+    script.write_text("from foldcut.compiler.cli.main import main\nmain()\n")
     for command in ([sys.executable, "-m", "foldcut", "--help"], [sys.executable, "-P", str(script), "--help"]):
         ended = run_interruptible(command, interrupted_import)
         assert (ended.returncode, ended.stderr) == (130, "interrupted; nothing was written\n")

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import bypass, set_tensors
-from foldcut.compiler.errors import CaptureError
-from foldcut.compiler.program import Program, data_inputs, is_call, is_size, output_nodes
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import bypass, set_tensors
+from foldcut.compiler.ir.program import Program, data_inputs, is_call, is_size, output_nodes
+from foldcut.compiler.support.errors import CaptureError
 from torch import nn
 
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import bypass
-from foldcut.compiler.errors import ProgramError
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import find_units
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import bypass
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import ProgramError
+from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 
 

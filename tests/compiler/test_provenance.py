@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.compiler.unit_groups import UnitGroup
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.analysis.unit_groups import UnitGroup
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import RewriteError
 from torch import nn
 from torch.nn import functional as F
 

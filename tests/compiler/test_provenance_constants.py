@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import replace_calls
-from foldcut.compiler.program import Program, tensor_identity
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import replace_calls
+from foldcut.compiler.ir.program import Program, tensor_identity
+from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from foldcut.compiler.nearest import NEAR
-from foldcut.compiler.rank_choice import Menu, Search, contributions, search_plan
-from foldcut.compiler.rank_pipeline import plan_reaching
-from foldcut.passes.select_ranks import Option
+from foldcut.compiler.driver.rank_pipeline import plan_reaching
+from foldcut.compiler.plan.latency_target import NEAR
+from foldcut.passes.factorize.rank_choice import Menu, Search, contributions, search_plan
+from foldcut.passes.factorize.select_ranks import Option
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,21 +9,21 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.analysis_store import AnalysisStore
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.cli_goals import read_goal, read_goals
-from foldcut.compiler.edit import bypass, set_tensors
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.latency_probe import LatencyProbe
-from foldcut.compiler.plan import DropBlock, FactorizeLayer, Plan, PruneChannels, goal_from_dict
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
-from foldcut.compiler.report import Report
-from foldcut.compiler.report_page import report_page
-from foldcut.compiler.report_words import goal_words
-from foldcut.compiler.rewritten import Rewritten
-from foldcut.compiler.stored_latency import StoredLatency
-from foldcut.compiler.unchanged import require_change
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.cli.goals import read_goal, read_goals
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.compiler.driver.rewritten import Rewritten
+from foldcut.compiler.driver.stored_latency import StoredLatency
+from foldcut.compiler.driver.unchanged import require_change
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.edit import bypass, set_tensors
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import DropBlock, FactorizeLayer, Plan, PruneChannels, goal_from_dict
+from foldcut.compiler.report.page import report_page
+from foldcut.compiler.report.report import Report
+from foldcut.compiler.report.words import goal_words
+from foldcut.compiler.store.analysis_store import AnalysisStore
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.cost import node_macs, program_cost
-from foldcut.compiler.edit import bypass, signature
-from foldcut.compiler.export import to_exported
-from foldcut.compiler.program import Program, data_inputs
-from foldcut.compiler.regions import Region, RegionAnalysis, find_regions, removed_nodes
+from foldcut.compiler.analysis.regions import Region, RegionAnalysis, find_regions, removed_nodes
+from foldcut.compiler.export.exporter import to_exported
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import node_macs, program_cost
+from foldcut.compiler.ir.edit import bypass, signature
+from foldcut.compiler.ir.program import Program, data_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -9,18 +9,18 @@ import foldcut
 import onnx
 import pytest
 import torch
-from foldcut.compiler.block_latency import block_latency, blocks_of_values
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.cost import node_macs, program_cost
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.layer_words import layer_words
-from foldcut.compiler.plan import FactorizeLayer, PruneChannels
-from foldcut.compiler.program import Program
-from foldcut.compiler.report_graph import ENTRY, EXIT, block_of_calls, describe_graph
-from foldcut.compiler.report_words import TIMES
-from foldcut.passes.select_ranks import RankAnalysis, RankSettings
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import node_macs, program_cost
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import FactorizeLayer, PruneChannels
+from foldcut.compiler.report.block_latency import block_latency, blocks_of_values
+from foldcut.compiler.report.graph import ENTRY, EXIT, block_of_calls, describe_graph
+from foldcut.compiler.report.layer_words import layer_words
+from foldcut.compiler.report.words import TIMES
+from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
 from torch import nn
 
 

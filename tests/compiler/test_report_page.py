@@ -18,14 +18,14 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.plan import PruneChannels
-from foldcut.compiler.report_cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards, labelled, shared_path
-from foldcut.compiler.report_graph import describe_graph
-from foldcut.compiler.report_page import page_or_reason, report_page
-from foldcut.compiler.report_pareto import nice_ticks, pareto_plot
-from foldcut.compiler.report_parts import model_name, report_origin
-from foldcut.compiler.report_words import number, scaled, verdict
+from foldcut.compiler.driver.report_parts import model_name, report_origin
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.plan.plan import PruneChannels
+from foldcut.compiler.report.cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards, labelled, shared_path
+from foldcut.compiler.report.graph import describe_graph
+from foldcut.compiler.report.page import page_or_reason, report_page
+from foldcut.compiler.report.pareto import nice_ticks, pareto_plot
+from foldcut.compiler.report.words import number, scaled, verdict
 from PIL import Image
 from torch import nn
 

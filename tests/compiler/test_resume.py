@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import foldcut
-import foldcut.compiler.checkpoint as checkpoint
+import foldcut.compiler.store.checkpoint as checkpoint
 import pytest
 import torch
 from torch import nn

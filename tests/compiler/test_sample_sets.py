@@ -6,13 +6,13 @@ from __future__ import annotations
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.channel_pipeline import ChannelSettings, cut_channels
-from foldcut.compiler.pipeline_settings import PipelineSettings
-from foldcut.compiler.progress import StageClock
-from foldcut.compiler.sample_sets import MOST_JUDGE, MOST_TEST, SampleSets, divided
-from foldcut.compiler.verify import output_error
-from foldcut.passes.resolve_network import ResolveSettings
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.sample_sets import MOST_JUDGE, MOST_TEST, SampleSets, divided
+from foldcut.compiler.driver.channel_pipeline import ChannelSettings, cut_channels
+from foldcut.compiler.driver.pipeline_settings import PipelineSettings
+from foldcut.compiler.ir.compare import output_error
+from foldcut.compiler.support.progress import StageClock
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

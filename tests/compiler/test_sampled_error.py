@@ -9,13 +9,13 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler import pipeline, pipeline_settings
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.edit import set_tensors
-from foldcut.compiler.pipeline_settings import PipelineSettings
-from foldcut.compiler.program import Program
-from foldcut.compiler.sampled_error import SampledError, sampled_error, squares_by_sample
-from foldcut.compiler.verify import output_error
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.sampled_error import SampledError, sampled_error, squares_by_sample
+from foldcut.compiler.driver import pipeline, pipeline_settings
+from foldcut.compiler.driver.pipeline_settings import PipelineSettings
+from foldcut.compiler.ir.compare import output_error
+from foldcut.compiler.ir.edit import set_tensors
+from foldcut.compiler.ir.program import Program
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

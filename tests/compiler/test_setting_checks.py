@@ -9,16 +9,16 @@ import foldcut
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.errors import CompilerError, ExportError
-from foldcut.compiler.export import NEWEST_OPSET, to_onnx
-from foldcut.compiler.finite import json_text
-from foldcut.compiler.onnx_file import OLDEST_OPSET
-from foldcut.compiler.pipeline_settings import MOST_HELD_OUT
-from foldcut.compiler.program import Program
-from foldcut.compiler.setting_checks import check_number, check_texts, check_whole, refuse
-from foldcut.passes.adaptors import AdaptorSettings
-from foldcut.passes.recoverability import RecoverabilitySettings
-from foldcut.passes.resolve_network import ResolveSettings
+from foldcut.compiler.driver.pipeline_settings import MOST_HELD_OUT
+from foldcut.compiler.export.exporter import NEWEST_OPSET, to_onnx
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.onnx.file import OLDEST_OPSET
+from foldcut.compiler.support.errors import CompilerError, ExportError
+from foldcut.compiler.support.setting_checks import check_number, check_texts, check_whole, refuse
+from foldcut.compiler.support.strict_json import json_text
+from foldcut.passes.drop.adaptors import AdaptorSettings
+from foldcut.passes.drop.recoverability import RecoverabilitySettings
+from foldcut.passes.solve.resolve_network import ResolveSettings
 
 WHOLE = "give a whole number from 1 on"
 COUNT = "give a whole number from 0 on"

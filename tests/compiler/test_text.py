@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from foldcut.compiler.capture import capture
-from foldcut.compiler.program import Program
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
 
 RESIDUAL = """\
 input  x: float32[batch, 3, 8, 8]

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from foldcut.compiler import edit
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import ProgramError
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import find_units
-from foldcut.compiler.trial_shapes import TrialShapes, UnknownShapeError
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir import edit
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.ir.trial_shapes import TrialShapes, UnknownShapeError
+from foldcut.compiler.support.errors import ProgramError
+from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.verify import compare, errors_by_output, flatten_outputs, output_error, relative_error
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.compare import compare, errors_by_output, flatten_outputs, output_error, relative_error
 from torch import nn
 
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CalibrationError
-from foldcut.compiler.program import Program
-from foldcut.passes.calibrate import Moments, check_finite, collect_moments
-from foldcut.passes.layers import Layer, find_layers
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import CalibrationError
+from foldcut.passes.solve.layers import Layer, find_layers
+from foldcut.passes.solve.moments import Moments, check_finite, collect_moments
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray

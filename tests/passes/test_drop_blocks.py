@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.plan import DropBlock
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks, entry_exit, standing_for
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import DropBlock
+from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit, standing_for
 from torch import nn
 
 

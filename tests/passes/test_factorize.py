@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.cost import node_macs, program_cost
-from foldcut.compiler.edit_chain import Link, replace_layers
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.plan import FactorizeLayer, Ranks
-from foldcut.compiler.program import Program
-from foldcut.compiler.verify import output_error
-from foldcut.passes.calibrate import collect_moments
-from foldcut.passes.decompositions import PLAIN, Geometry, Metric
-from foldcut.passes.factorize import Factors, decompose, factorize, factorize_for_timing, factorize_plain
-from foldcut.passes.layers import find_layers
-from foldcut.passes.low_rank import SCHEMES
-from foldcut.passes.rank_trials import BROKEN, RankTrials
-from foldcut.passes.select_ranks import RankAnalysis, RankSettings, not_dominated
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.compare import output_error
+from foldcut.compiler.ir.cost import node_macs, program_cost
+from foldcut.compiler.ir.edit_chain import Link, replace_layers
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.plan import FactorizeLayer, Ranks
+from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.factorize.decompositions import PLAIN, Geometry, Metric
+from foldcut.passes.factorize.factorize import Factors, decompose, factorize, factorize_for_timing, factorize_plain
+from foldcut.passes.factorize.low_rank import SCHEMES
+from foldcut.passes.factorize.rank_trials import BROKEN, RankTrials
+from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings, not_dominated
+from foldcut.passes.solve.layers import find_layers
+from foldcut.passes.solve.moments import collect_moments
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -351,7 +351,7 @@ def test_a_layer_that_is_of_low_rank_anyway_is_tried_where_it_loses_something(ne
 def test_the_widest_layers_do_without_data(
     residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import foldcut.passes.select_ranks as module
+    import foldcut.passes.factorize.select_ranks as module
 
     monkeypatch.setattr(module, "WIDEST", 1)
     analysis = RankAnalysis(residual, CalibrationSet.of(nets.images(8)))

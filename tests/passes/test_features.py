@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.program import Program
-from foldcut.passes.features import head_features
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.solve.features import head_features
 from torch import nn
 
 

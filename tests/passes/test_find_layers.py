@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.program import Program
-from foldcut.passes.layers import find_layers
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.solve.layers import find_layers
 from torch import nn
 from torch.nn import functional as F
 

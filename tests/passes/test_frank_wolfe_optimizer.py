@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from foldcut.compiler.errors import CompilerError
+from foldcut.compiler.support.errors import CompilerError
 from foldcut.passes.frank_wolfe import (
     Constraint,
     FrankWolfe,

@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-from foldcut.compiler.capture import capture
-from foldcut.compiler.program import Program
-from foldcut.passes.groups import group_targets, is_join
-from foldcut.passes.layers import find_layers
-from foldcut.passes.targets import trace_target
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.solve.joins import group_targets, is_join
+from foldcut.passes.solve.layers import find_layers
+from foldcut.passes.solve.targets import trace_target
 
 
 def groups(program: Program) -> list[list[str]]:

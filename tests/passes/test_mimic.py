@@ -7,18 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.checkpoint import Standing
-from foldcut.compiler.edit import set_tensors
-from foldcut.compiler.errors import CalibrationError
-from foldcut.compiler.execute import bind, run_until
-from foldcut.compiler.program import Batch, Program, output_nodes
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.mimic import Mimicked, mimic
-from foldcut.passes.mimic_pairs import stage_ends
-from foldcut.passes.mimic_settings import MimicSettings
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import set_tensors
+from foldcut.compiler.ir.execute import bind, run_until
+from foldcut.compiler.ir.program import Batch, Program, output_nodes
+from foldcut.compiler.store.checkpoint import Standing
+from foldcut.compiler.support.errors import CalibrationError
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.mimic.pairs import stage_ends
+from foldcut.passes.mimic.settings import MimicSettings
+from foldcut.passes.mimic.training_stage import Mimicked, mimic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

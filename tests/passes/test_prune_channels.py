@@ -8,15 +8,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.edit import set_tensors
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.execute import bind, run_until
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program, is_tensor
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.edit import set_tensors
+from foldcut.compiler.ir.execute import bind, run_until
+from foldcut.compiler.ir.program import Program, is_tensor
+from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import RewriteError
-from foldcut.compiler.execute import bind, evaluate
-from foldcut.compiler.operator_kinds import kind_of
-from foldcut.compiler.program import Program, output_nodes
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.cuttable import cuttable_groups
-from foldcut.passes.prune_channels import prune_channels
+from foldcut.compiler.analysis.operator_kinds import kind_of
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.execute import bind, evaluate
+from foldcut.compiler.ir.program import Program, output_nodes
+from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.prune.cuttable import cuttable_groups
+from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

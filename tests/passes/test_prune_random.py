@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import Provenance, find_units
-from foldcut.passes.calibrate import Moments, collect_moments
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.passes.resolve import solve_without
-from foldcut.passes.select_channels import Consumer, find_consumers
-from foldcut.passes.submodular import Objective, select_units
+from foldcut.compiler.analysis.provenance import Provenance, find_units
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.prune.select_channels import Consumer, find_consumers
+from foldcut.passes.prune.submodular import Objective, select_units
+from foldcut.passes.solve.closed_form import solve_without
+from foldcut.passes.solve.moments import Moments, collect_moments
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.execute import bind, run_until
-from foldcut.compiler.program import Program
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.recoverability import Recoverability, RecoverabilitySettings
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.execute import bind, run_until
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.drop.recoverability import Recoverability, RecoverabilitySettings
 from torch import nn
 
 MODES = ("plain", "local", "exact")

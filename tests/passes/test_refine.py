@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.program import Program
-from foldcut.passes import refine
-from foldcut.passes.layers import find_layers
-from foldcut.passes.lockstep import Lockstep, plan_steps
-from foldcut.passes.resolve_network import ResolveSettings, step_moments
-from foldcut.passes.targets import trace_target
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.solve import refine
+from foldcut.passes.solve.layers import find_layers
+from foldcut.passes.solve.lockstep import Lockstep, plan_steps
+from foldcut.passes.solve.resolve_network import ResolveSettings, step_moments
+from foldcut.passes.solve.targets import trace_target
 from torch import nn
 
 SAMPLES, TOKENS = 48, 4

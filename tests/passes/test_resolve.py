@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from foldcut.passes.calibrate import Moments
-from foldcut.passes.resolve import Correction, solve
+from foldcut.passes.solve.closed_form import Correction, solve
+from foldcut.passes.solve.moments import Moments
 from hypothesis import given
 from hypothesis import strategies as st
 

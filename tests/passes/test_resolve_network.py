@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.capture import capture
-from foldcut.compiler.errors import CalibrationError
-from foldcut.compiler.program import Batch, Program
-from foldcut.compiler.regions import Region, find_regions
-from foldcut.compiler.verify import relative_error
-from foldcut.passes.drop_blocks import drop_blocks, entry_exit
-from foldcut.passes.resolve_network import Resolved, ResolveSettings, batch_size_for, resolve_network, thinning
+from foldcut.compiler.analysis.regions import Region, find_regions
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.compare import relative_error
+from foldcut.compiler.ir.program import Batch, Program
+from foldcut.compiler.support.errors import CalibrationError
+from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.solve.resolve_network import Resolved, ResolveSettings, batch_size_for, resolve_network, thinning
 from torch import nn
 
 
@@ -297,7 +297,7 @@ def test_fewer_rows_still_mend(residual: Program, nets: SimpleNamespace) -> None
 
 
 def test_the_batch_fits_the_budget(residual: Program) -> None:
-    from foldcut.passes.layers import find_layers
+    from foldcut.passes.solve.layers import find_layers
 
     layers = find_layers(residual)[0].values()
     assert batch_size_for(residual, layers) == 64

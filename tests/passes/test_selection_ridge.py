@@ -6,13 +6,13 @@ from dataclasses import replace
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.calibration_set import CalibrationSet
-from foldcut.compiler.channel_pipeline import error_curves
-from foldcut.passes.calibrate import Moments, split_batch_size
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.passes.resolve import ridge_level, solve_without
-from foldcut.passes.select_channels import choose_channels, select_layerwise
-from foldcut.passes.submodular import Objective, Selection, select_units, submodularity_bound
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.driver.channel_pipeline import error_curves
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.prune.select_channels import choose_channels, select_layerwise
+from foldcut.passes.prune.submodular import Objective, Selection, select_units, submodularity_bound
+from foldcut.passes.solve.closed_form import ridge_level, solve_without
+from foldcut.passes.solve.moments import Moments, split_batch_size
 from torch import nn
 
 RIDGE = 0.05
@@ -172,7 +172,7 @@ class FlattenLinear(nn.Module):
         return self.last(torch.relu(self.middle(x.flatten(1))))
 
 
-def cut(seed: int, samples: int, count: int) -> tuple[FlattenLinear, foldcut.compiler.program.Program, Selection]:
+def cut(seed: int, samples: int, count: int) -> tuple[FlattenLinear, foldcut.compiler.ir.program.Program, Selection]:
     """The second convolution cut to so many channels."""
     torch.manual_seed(seed)
     net, images = FlattenLinear().eval(), torch.randn(samples, 1, 12, 12)
@@ -210,7 +210,7 @@ def test_the_error_is_that_of_unseen_samples(samples: int) -> None:
     assert abs(sum(ratios)) / len(ratios) < math.log(2)
 
 
-def _conv(smaller: foldcut.compiler.program.Program, net: FlattenLinear, images: torch.Tensor) -> torch.Tensor:
+def _conv(smaller: foldcut.compiler.ir.program.Program, net: FlattenLinear, images: torch.Tensor) -> torch.Tensor:
     weight, bias = (smaller.module.get_parameter(f"second.{name}") for name in ("weight", "bias"))
     inner = net.pool(torch.relu(net.first(images)))
     return nn.functional.conv2d(inner, weight, bias, padding=1)

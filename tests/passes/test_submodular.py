@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from foldcut.passes.calibrate import Moments
-from foldcut.passes.resolve import solve, solve_without
-from foldcut.passes.submodular import Objective, select_units, submodularity_bound
+from foldcut.passes.prune.submodular import Objective, select_units, submodularity_bound
+from foldcut.passes.solve.closed_form import solve, solve_without
+from foldcut.passes.solve.moments import Moments
 from torch.nn import functional as F
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.execute import bind, run_until
-from foldcut.compiler.program import Program, data_inputs
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks, entry_exit
-from foldcut.passes.layers import find_layers
-from foldcut.passes.targets import counterparts, residual_at, trace_target
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.execute import bind, run_until
+from foldcut.compiler.ir.program import Program, data_inputs
+from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.solve.layers import find_layers
+from foldcut.passes.solve.targets import counterparts, residual_at, trace_target
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime.backend import (
-    Availability,
-    Backend,
-    Runner,
-    backend_names,
-    check_threads,
-    resolve_backend,
-)
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeRunner
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Availability, Backend, Runner, backend_names, check_threads, resolve_backend
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeRunner
 
 
 class FakeBackend:
@@ -112,7 +105,7 @@ def test_runner_has_the_protocols_methods() -> None:
 
 def test_importing_the_runtime_does_not_import_onnxruntime() -> None:
     code = (
-        "import sys, foldcut.runtime.measure, foldcut.runtime.onnxruntime\n"
+        "import sys, foldcut.runtime.measure.measure, foldcut.runtime.onnxruntime.backend\n"
         "assert not {'onnxruntime', 'onnx'} & set(sys.modules)"  # torch comes with the package itself
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foldcut.runtime.bootstrap import median_interval, ratio_interval, relative_spread
+from foldcut.runtime.measure.bootstrap import median_interval, ratio_interval, relative_spread
 from hypothesis import given
 from hypothesis import strategies as st
 

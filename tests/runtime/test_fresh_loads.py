@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime.backend import Array, Clock
-from foldcut.runtime.bootstrap import loads_interval
-from foldcut.runtime.cache_eviction import CacheEviction, last_level_bytes
-from foldcut.runtime.fresh_loads import Effort, measure_loads
-from foldcut.runtime.measurement import Measurement
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, Clock
+from foldcut.runtime.measure.bootstrap import loads_interval
+from foldcut.runtime.measure.cache_eviction import CacheEviction, last_level_bytes
+from foldcut.runtime.measure.fresh_loads import Effort, measure_loads
+from foldcut.runtime.measure.measurement import Measurement
 
 EFFORT = Effort(loads=5, most_loads=9, rounds=4, warmup_ms=0)
 
@@ -136,7 +136,7 @@ def test_figures_that_make_no_interval(ratios: list[float], controls: list[float
 def test_a_disturbed_machine_widens_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """What disturbs it lasts longer than a load: loads within it are not as many witnesses."""
     quiet = Sessions(0.5, 0.02).measured()
-    monkeypatch.setattr("foldcut.runtime.measure._CONTENDED_SPREAD", -1.0)
+    monkeypatch.setattr("foldcut.runtime.measure.measure._CONTENDED_SPREAD", -1.0)
     disturbed = Sessions(0.5, 0.02).measured()
     assert disturbed.contended and not quiet.contended
     assert disturbed.loads == quiet.loads

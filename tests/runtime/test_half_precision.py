@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime.backend import Array
-from foldcut.runtime.half_precision import _difference, _Rewriter, _TypedModel, half_slots, to_half_precision
-from foldcut.runtime.onnxruntime import create_session
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array
+from foldcut.runtime.onnxruntime.backend import create_session
+from foldcut.runtime.tensorrt.half_precision import _difference, _Rewriter, _TypedModel, half_slots, to_half_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from foldcut.compiler.cost import node_macs
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import find_units
-from foldcut.compiler.regions import find_regions
-from foldcut.passes.drop_blocks import drop_blocks
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.runtime.latency_table import LatencyTable
-from foldcut.runtime.measurement_cache import MeasurementCache
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend
-from foldcut.runtime.reference_network import reference_network
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.analysis.regions import find_regions
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.cost import node_macs
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.runtime.measure.measurement_cache import MeasurementCache
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
+from foldcut.runtime.predict.latency_table import LatencyTable
+from foldcut.runtime.predict.reference_network import reference_network
 
 #: The counting backend shows 1 ms and 10 ms a layer; the reference network has three layers.
 LAYER, REFERENCE = 10.0, 31.0
@@ -114,7 +114,7 @@ def test_times_are_kept_on_disk_for_one_place(counting_backend: Any, residual: P
 
 def test_an_interrupted_measurement_keeps_what_it_had(counting_backend: Any, tmp_path: Path, nets: Any) -> None:
     """More distinct segments than are timed together; Ctrl-C in the second lot."""
-    from foldcut.compiler.capture import capture
+    from foldcut.compiler.frontend.capture import capture
 
     widths = range(2, 14)
     convs = [torch.nn.Conv2d(3 if w == 2 else w - 1, w, 1) for w in widths]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from foldcut.compiler.program import Program
-from foldcut.runtime.backend import Array, Availability
-from foldcut.runtime.lattice import COUNTS, MULTIPLES, Lattice, lattice_step, probe_lattice
-from foldcut.runtime.measurement_cache import MeasurementCache
+from foldcut.compiler.ir.program import Program
+from foldcut.runtime.measure.backend import Array, Availability
+from foldcut.runtime.measure.measurement_cache import MeasurementCache
+from foldcut.runtime.predict.lattice import COUNTS, MULTIPLES, Lattice, lattice_step, probe_lattice
 from hypothesis import given
 from hypothesis import strategies as st
 

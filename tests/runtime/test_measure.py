@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime.backend import Array, Clock, TimedRunner
-from foldcut.runtime.measure import measure_pair, measure_savings, measure_single, self_check
-from foldcut.runtime.measurement import Measurement
-from foldcut.runtime.timing import choose_repeats, time_block
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, Clock, TimedRunner
+from foldcut.runtime.measure.measure import measure_pair, measure_savings, measure_single, self_check
+from foldcut.runtime.measure.measurement import Measurement
+from foldcut.runtime.measure.timing import choose_repeats, time_block
 
 NO_WARMUP: dict[str, Any] = {"min_block_ms": 0, "warmup_ms": 0}
 
@@ -271,11 +271,11 @@ def test_block_reports_the_time_of_one_inference() -> None:
 
 
 def test_clock_that_does_not_move_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldcut.runtime.timing.time.thread_time_ns", lambda: 0)
-    monkeypatch.setattr("foldcut.runtime.timing._MOST_REPEATS", 100)
+    monkeypatch.setattr("foldcut.runtime.measure.timing.time.thread_time_ns", lambda: 0)
+    monkeypatch.setattr("foldcut.runtime.measure.timing._MOST_REPEATS", 100)
     with pytest.raises(BackendError, match="the clock 'thread_cpu' counted 0 ms"):
         choose_repeats(StuckRunner("thread_cpu"), 10)
-    monkeypatch.setattr("foldcut.runtime.timing._MOST_STANDSTILL_MS", 1)
+    monkeypatch.setattr("foldcut.runtime.measure.timing._MOST_STANDSTILL_MS", 1)
     with pytest.raises(BackendError, match="the clock 'thread_cpu' counted 0 ms"):
         time_block(StuckRunner("thread_cpu"), 1)
 
@@ -283,15 +283,15 @@ def test_clock_that_does_not_move_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_clock_that_stands_still_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start and end of a block are read; the third block is the first in which the clock moves."""
     readings = iter([7, 7, 7, 7, 7, 2_000_007])
-    monkeypatch.setattr("foldcut.runtime.timing.time.thread_time_ns", lambda: next(readings))
+    monkeypatch.setattr("foldcut.runtime.measure.timing.time.thread_time_ns", lambda: next(readings))
     assert time_block(StuckRunner("thread_cpu"), 4).per_run_ms == pytest.approx(0.5)
 
 
 def test_waiting_for_a_core_is_flagged_as_contention(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(0, 10**12, 10_000_000))
     wall = iter(range(0, 10**12, 15_000_000))
-    monkeypatch.setattr("foldcut.runtime.timing.time.thread_time_ns", lambda: next(ticks))
-    monkeypatch.setattr("foldcut.runtime.timing.time.perf_counter_ns", lambda: next(wall))
+    monkeypatch.setattr("foldcut.runtime.measure.timing.time.thread_time_ns", lambda: next(ticks))
+    monkeypatch.setattr("foldcut.runtime.measure.timing.time.perf_counter_ns", lambda: next(wall))
     result = measure_pair(StuckRunner("thread_cpu"), StuckRunner("thread_cpu"), **NO_WARMUP)
     assert result.ratio == 1
     assert result.contended

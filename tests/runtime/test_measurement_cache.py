@@ -8,9 +8,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import foldcut.runtime.measurement_cache as measurement_cache
+import foldcut.runtime.measure.measurement_cache as measurement_cache
 import pytest
-from foldcut.runtime.measurement_cache import FORMAT_VERSION, MeasurementCache, default_folder
+from foldcut.runtime.measure.measurement_cache import FORMAT_VERSION, MeasurementCache, default_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ def test_a_newer_value_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
 def test_processes_write_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from foldcut.runtime.measurement_cache import MeasurementCache\n"
+        "from foldcut.runtime.measure.measurement_cache import MeasurementCache\n"
         "cache = MeasurementCache(Path(sys.argv[1]))\n"
         "for i in range(40): cache.put({f'{sys.argv[2]} {i}': i, 'shared': sys.argv[2]})\n"
         "assert cache.path is not None\n"

@@ -11,14 +11,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime import onnxruntime as onnxruntime_module
-from foldcut.runtime import onnxruntime_provider as provider_module
-from foldcut.runtime.backend import Array, Runner, resolve_backend
-from foldcut.runtime.environment import version_tuple
-from foldcut.runtime.inputs import model_specs, session_specs
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, create_session, random_inputs
-from foldcut.runtime.onnxruntime_provider import Provider
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, Runner, resolve_backend
+from foldcut.runtime.measure.environment import version_tuple
+from foldcut.runtime.measure.inputs import model_specs, session_specs
+from foldcut.runtime.onnxruntime import backend as onnxruntime_module
+from foldcut.runtime.onnxruntime import provider as provider_module
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, create_session, random_inputs
+from foldcut.runtime.onnxruntime.provider import Provider
 from onnx import TensorProto, helper, numpy_helper, parser
 
 BACKEND = OnnxRuntimeBackend()

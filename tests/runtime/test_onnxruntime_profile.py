@@ -4,11 +4,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime.backend import ProfilingBackend
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeCudaBackend
-from foldcut.runtime.onnxruntime_profile import _node_times
-from foldcut.runtime.openvino import OpenVinoBackend
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import ProfilingBackend
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeCudaBackend
+from foldcut.runtime.onnxruntime.profile import _node_times
+from foldcut.runtime.openvino.backend import OpenVinoBackend
 
 MODEL = """
 <ir_version: 8, opset_import: ["" : 17]>

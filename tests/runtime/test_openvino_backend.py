@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime import openvino as module
-from foldcut.runtime.backend import Array, Runner, resolve_backend
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, random_inputs
-from foldcut.runtime.openvino import OpenVinoBackend
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, Runner, resolve_backend
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, random_inputs
+from foldcut.runtime.openvino import backend as module
+from foldcut.runtime.openvino.backend import OpenVinoBackend
 from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("openvino")
@@ -343,5 +343,5 @@ def test_environment_names_the_versions() -> None:
 
 
 def test_importing_the_backend_does_not_import_openvino() -> None:
-    code = "import sys, foldcut.runtime.openvino\nassert not {'openvino', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    code = "import sys, foldcut.runtime.openvino.backend\nassert not {'openvino', 'onnx', 'onnxruntime'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from foldcut.runtime.repeated_model import repeated
+from foldcut.runtime.predict.repeated_model import repeated
 from onnx import numpy_helper, parser
 
 

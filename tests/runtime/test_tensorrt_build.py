@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime import tensorrt_build
-from foldcut.runtime.backend import Array, Backend, resolve_backend
-from foldcut.runtime.tensorrt import Profile, TensorRTBackend, TensorRTEngine
-from foldcut.runtime.tensorrt_build import target_names
-from foldcut.runtime.tensorrt_library import RTX, find_library
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, Backend, resolve_backend
+from foldcut.runtime.tensorrt import build as tensorrt_build
+from foldcut.runtime.tensorrt.backend import Profile, TensorRTBackend, TensorRTEngine
+from foldcut.runtime.tensorrt.build import target_names
+from foldcut.runtime.tensorrt.library import RTX, find_library
 from onnx import TensorProto, helper, numpy_helper
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foldcut.compiler.errors import BackendError, OutputError
-from foldcut.runtime.tensorrt_device import Gpu
-from foldcut.runtime.tensorrt_engine import EngineInfo, TensorRTEngine, load_engine, sha256
-from foldcut.runtime.tensorrt_library import FULL, RTX, Library
-from foldcut.runtime.tensorrt_profile import Profile, TensorInfo, choose_profiles
+from foldcut.compiler.support.errors import BackendError, OutputError
+from foldcut.runtime.tensorrt.device import Gpu
+from foldcut.runtime.tensorrt.engine import EngineInfo, TensorRTEngine, load_engine, sha256
+from foldcut.runtime.tensorrt.library import FULL, RTX, Library
+from foldcut.runtime.tensorrt.profile import Profile, TensorInfo, choose_profiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,9 +6,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime import tensorrt_library
-from foldcut.runtime.tensorrt_library import (
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.tensorrt import library as tensorrt_library
+from foldcut.runtime.tensorrt.library import (
     FULL,
     OPTIONAL,
     REQUIRED,

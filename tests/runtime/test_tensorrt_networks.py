@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.capture import capture
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.compiler.provenance import find_units
-from foldcut.passes.prune_channels import prune_channels
-from foldcut.runtime.backend import Array
-from foldcut.runtime.half_precision import to_half_precision
-from foldcut.runtime.tensorrt import TensorRTBackend
+from foldcut.compiler.analysis.provenance import find_units
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.program import Program
+from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.runtime.measure.backend import Array
+from foldcut.runtime.tensorrt.backend import TensorRTBackend
+from foldcut.runtime.tensorrt.half_precision import to_half_precision
 from torch import nn
 
 AVAILABLE = TensorRTBackend().available()

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foldcut.compiler.errors import BackendError
-from foldcut.runtime import tensorrt, tensorrt_device
-from foldcut.runtime.backend import Array, TimedRunner, resolve_backend
-from foldcut.runtime.measure import measure_pair
-from foldcut.runtime.tensorrt import TensorRTBackend
-from foldcut.runtime.tensorrt_device import Gpu, visible_gpu, why_no_device
-from foldcut.runtime.tensorrt_engine import EngineInfo, TensorRTEngine, sha256
-from foldcut.runtime.tensorrt_latency import measure_latency
-from foldcut.runtime.tensorrt_library import FULL, RTX, Library
-from foldcut.runtime.tensorrt_profile import Profile, TensorInfo
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, TimedRunner, resolve_backend
+from foldcut.runtime.measure.measure import measure_pair
+from foldcut.runtime.tensorrt import backend as tensorrt
+from foldcut.runtime.tensorrt import device as tensorrt_device
+from foldcut.runtime.tensorrt.backend import TensorRTBackend
+from foldcut.runtime.tensorrt.device import Gpu, visible_gpu, why_no_device
+from foldcut.runtime.tensorrt.engine import EngineInfo, TensorRTEngine, sha256
+from foldcut.runtime.tensorrt.latency import measure_latency
+from foldcut.runtime.tensorrt.library import FULL, RTX, Library
+from foldcut.runtime.tensorrt.profile import Profile, TensorInfo
 
 GPU = Gpu(name="a card", target="sm89", driver_cuda="13.0")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -330,7 +331,7 @@ def test_available_says_apart_what_can_be_done_made_up(monkeypatch: pytest.Monke
 
 
 def test_full_tensorrt_builds_for_its_own_gpu_only_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foldcut.runtime import tensorrt_build
+    from foldcut.runtime.tensorrt import build as tensorrt_build
 
     monkeypatch.setattr(tensorrt, "find_library", library_of(FULL))
     monkeypatch.setattr(tensorrt_build, "visible_gpu", lambda: None)

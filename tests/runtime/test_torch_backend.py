@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foldcut.compiler.errors import BackendError
-from foldcut.compiler.export import to_onnx
-from foldcut.compiler.program import Program
-from foldcut.runtime.backend import Array, Runner, resolve_backend
-from foldcut.runtime.onnxruntime import OnnxRuntimeBackend, random_inputs
-from foldcut.runtime.torch_eager import TorchBackend, torch_threads
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.program import Program
+from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure.backend import Array, Runner, resolve_backend
+from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, random_inputs
+from foldcut.runtime.torch_eager.backend import TorchBackend, torch_threads
 from onnx import TensorProto, helper, numpy_helper
 
 BACKEND, REFERENCE = TorchBackend(), OnnxRuntimeBackend()

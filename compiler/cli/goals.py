@@ -1,0 +1,151 @@
+"""Goals and settings as the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...passes.factorize.select_ranks import RankSettings
+from ...passes.prune.channel_budget import ChannelLimits
+from ..data.calibration_set import CalibrationSet
+from ..driver.api import REWRITES
+from ..driver.channel_pipeline import ChannelSettings
+from ..driver.ignore_patterns import sorted_ignores
+from ..driver.pipeline_settings import PipelineSettings, default_rewrites, joint_settings, rewrites_for
+from ..driver.sweep import GOALS
+from ..frontend.capture import Model, capture
+from ..ir.edit_folds import fold_parameters
+from ..plan.plan import Blocks, Channels, Goal, Latency, Macs, MaxError, Parameters, Ranks
+from ..support.errors import GoalError
+
+#: Every goal of the command line.
+EXAMPLES = (
+    "--latency 0.7",
+    "--blocks 4",
+    "--keep 0.5",
+    "--macs 0.6",
+    "--parameters 0.5",
+    "--max-error 0.02",
+    "--ranks 0.25",
+)
+
+
+def read_goal(
+    latency: str | None,
+    blocks: int | None,
+    keep: float | None,
+    macs: float | None,
+    parameters: float | None,
+    max_error: float | None,
+    ranks: float | None,
+    regime: str | None = None,
+) -> Goal:
+    """The one goal that was given; `regime` is that of a latency. Raises GoalError."""
+    given: list[Goal] = []
+    if latency is not None:
+        given.append(_latency(latency, regime))
+    elif regime is not None:
+        raise GoalError("--regime says how a latency is measured, and none is asked for", hint="give --latency as well")
+    if blocks is not None:
+        given.append(Blocks(blocks))
+    if keep is not None:
+        given.append(Channels(keep))
+    if macs is not None:
+        given.append(Macs(macs))
+    if parameters is not None:
+        given.append(Parameters(parameters))
+    if max_error is not None:
+        given.append(MaxError(max_error))
+    if ranks is not None:
+        given.append(Ranks(keep=ranks))
+    if len(given) != 1:
+        raise GoalError("give one goal", hint=f"{', '.join(EXAMPLES[:-1])} or {EXAMPLES[-1]}")
+    return given[0]
+
+
+def read_goals(latency: str | None, macs: str | None, regime: str | None = None) -> tuple[Goal, ...]:
+    """The goals of a sweep, as they were given; some latency ratios where none were. `regime` is that of all latencies.
+    Raises GoalError."""
+    goals: list[Goal] = [_latency(text.strip(), regime) for text in (latency or "").split(",") if text.strip()]
+    goals += [Macs(_number("--macs", text)) for text in (macs or "").split(",") if text.strip()]
+    if latency is None and macs is None:
+        return tuple(_in_regime(goal, regime) for goal in GOALS)
+    if not goals:
+        raise GoalError("no goal is named", hint="--latency 0.8,0.6 or --macs 0.8,0.5; without either some ratios")
+    return tuple(goals)
+
+
+def read_rewrites(text: str | None, goals: Sequence[Goal]) -> list[str] | None:
+    """The names that were given; `all` stands for every one that reaches one of the goals."""
+    if text is None:
+        return None
+    if text.strip() == "all":
+        return [name for name in REWRITES if any(name in rewrites_for(goal) for goal in goals)]
+    return [name.strip() for name in text.split(",")]
+
+
+def used_rewrites(goal: Goal, rewrites: Sequence[str] | None) -> list[str]:
+    """The rewrites that a goal will use."""
+    return [r for r in rewrites_for(goal) if r in rewrites] if rewrites else list(default_rewrites(goal))
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise GoalError(f"{option} {text!r} is no number", hint="give ratios such as 0.8,0.6") from None
+
+
+def _in_regime(goal: Goal, regime: str | None) -> Goal:
+    return replace(goal, regime=regime) if regime is not None and isinstance(goal, Latency) else goal  # type: ignore[arg-type]
+
+
+def _latency(text: str, regime: str | None) -> Latency:
+    number, unit = (text[:-2].strip(), "ms") if text.endswith("ms") else (text, "ratio")
+    try:
+        value = float(number)
+    except ValueError:
+        raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
+    wanted: dict[str, Any] = {unit: value, "regime": regime or "hot"}
+    return Latency(**wanted)
+
+
+def read_settings(
+    multiple_of: str | None, ignore: list[str], used: Sequence[str], search_seconds: float | None
+) -> PipelineSettings:
+    """What channel counts and ranks go to, what is left alone by the rewrites `used`, how long a mix is looked for.
+    Raises GoalError."""
+    lattice = multiple_of == "lattice"
+    try:
+        multiple = None if lattice or multiple_of is None else int(multiple_of)
+    except ValueError:
+        raise GoalError(f"--multiple-of {multiple_of!r} is no number", hint="give a whole number, or lattice") from None
+    if multiple is not None and multiple < 1:
+        raise GoalError("--multiple-of starts at 1", hint=f"give a whole number from 1 on, or lattice, not {multiple}")
+    steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
+    names = tuple(ignore)
+    limits = ChannelLimits(**steps, ignore=names if used != ["factorize"] else ())
+    return PipelineSettings(
+        channels=ChannelSettings(limits=limits, on_lattice=lattice),
+        ranks=RankSettings(**steps, ignore=names if "factorize" in used else (), on_lattice=lattice),
+        search_seconds=search_seconds,
+    )
+
+
+def for_every_goal(
+    settings: PipelineSettings, goals: Sequence[Goal], model: Model, samples: CalibrationSet
+) -> PipelineSettings:
+    """The settings for all goals of a sweep.
+
+    Where goals take different rewrites, a layer's name says nothing to one that prunes, nor a group's to one that
+    factorises: each name of --ignore goes to the rewrites that it says something to. Goals that are alike have their
+    names checked where they are compiled. Raises GoalError for a name that matches nothing.
+    """
+    if len({default_rewrites(goal) for goal in goals}) < 2 or not (
+        settings.channels.limits.ignore and settings.ranks.ignore
+    ):
+        return settings
+    program = fold_parameters(capture(model, samples.batch(slice(0, 2))))
+    sorted_out = sorted_ignores(program, joint_settings(settings))
+    return replace(settings, channels=sorted_out.channels, ranks=sorted_out.ranks)

@@ -1,0 +1,328 @@
+"""The calibration set: a few hundred unlabelled inputs, checked once and read in batches by every pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..ir.program import Batch, Program, TensorSpec, dtype_name
+from ..support.errors import CalibrationError, CaptureError
+from .input_binding import ForwardInputs
+from .sample_files import check_limit, check_options, check_readable, read_arrays, read_images
+from .sample_reading import check_counts, content_digests, drawing_keys, read_data
+
+#: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
+CalibrationData = Any
+
+#: A change of a whole batch that the task does not care about, sample by sample, such as `horizontal_flip`.
+View = Callable[[Batch], Batch]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationSet:
+    """All samples, leaf by leaf: `leaves[i]` holds input i of every sample along dim 0, `spec` their structure.
+
+    Only the inputs are kept in memory (500 images of 224 x 224 are 300 MB), never activations. `sources` says which
+    samples are views of one and the same, by a number for each; None where all are samples of their own.
+    """
+
+    leaves: tuple[torch.Tensor, ...]
+    spec: pytree.TreeSpec
+    sources: torch.Tensor | None = None
+    #: The fields that were left out, in words, and whether those that are here were bound to a network's inputs.
+    ignored: tuple[str, ...] = ()
+    bound: bool = False
+
+    def __len__(self) -> int:
+        return int(self.leaves[0].shape[0])
+
+    def take(self, indices: torch.Tensor | slice) -> CalibrationSet:
+        """The samples at the given positions."""
+        sources = None if self.sources is None else self.sources[indices]
+        return replace(self, leaves=tuple(leaf[indices] for leaf in self.leaves), sources=sources)
+
+    def batch(self, indices: torch.Tensor | slice) -> Batch:
+        """Some samples in the structure that the model takes."""
+        result: Batch = pytree.tree_unflatten([leaf[indices] for leaf in self.leaves], self.spec)
+        return result
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, `size` at a time (the last batch may be smaller)."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
+
+    def with_views(self, views: Sequence[View]) -> CalibrationSet:
+        """The samples followed by each view of them: more data wherever the task does not care about the change."""
+        parts = [self, *(view_of(self, view) for view in views)]
+        columns = zip(*(part.leaves for part in parts), strict=True)
+        sources = torch.arange(len(self)) if self.sources is None else self.sources
+        return replace(
+            self,
+            leaves=tuple(torch.cat(column) for column in columns),
+            sources=sources.repeat(len(parts)) if views else self.sources,
+        )
+
+    def views_together(self) -> CalibrationSet:
+        """The same samples, each followed by the views of it: so that a batch held out has no view in another."""
+        return self if self.sources is None else self.take(self.sources.argsort(stable=True))
+
+    @property
+    def most_views(self) -> int:
+        """How many samples at most are views of one, itself included."""
+        return 1 if self.sources is None else int(self.sources.bincount().max())
+
+    def drawn(self, count: int, seed: int) -> CalibrationSet:
+        """A seeded random choice of so many samples, each with the views of it, whatever order they are in; they keep
+        that order. All where there are no more."""
+        sources = torch.arange(len(self), device="cpu") if self.sources is None else self.sources
+        firsts: dict[int, int] = {}
+        for position, source in enumerate(sources.tolist()):
+            firsts.setdefault(source, position)
+        if count >= len(firsts):
+            return self
+        own = torch.tensor(list(firsts.values()), dtype=torch.long, device="cpu")
+        keys = list(drawing_keys([leaf[own] for leaf in self.leaves], seed, Counter()))
+        chosen = own[sorted(range(len(keys)), key=keys.__getitem__)[:count]]
+        return self.take(torch.isin(sources, sources[chosen]).nonzero().flatten())
+
+    def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
+        """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
+        are two. Both are in random order, so that the first so many of either are a fair sample too; the order in which
+        the samples came makes no difference."""
+        count = min(most, len(self) - 1, max(1, round(len(self) * fraction)))
+        if len(self) < 2:
+            return self, self
+        order = self.content_order[
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")
+        ]
+        return self.take(order[count:]), self.take(order[:count])
+
+    @cached_property
+    def digests(self) -> Sequence[bytes]:
+        """A hash of what each sample holds: samples with the same hash are equal."""
+        return content_digests(self.leaves)
+
+    @cached_property
+    def content_order(self) -> torch.Tensor:
+        """The positions of the samples, sorted by a hash of what they hold: the same samples in another order give the
+        same sequence of samples."""
+        return torch.tensor(sorted(range(len(self)), key=self.digests.__getitem__), dtype=torch.long, device="cpu")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all samples."""
+        digest = hashlib.blake2b(digest_size=16)
+        for leaf in self.leaves:
+            digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+            digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def aligned(self, program: Program) -> CalibrationSet:
+        """The same samples with the inputs in the program's own order and structure (keywords may come in any order).
+
+        Raises CalibrationError when the samples do not have the program's inputs.
+        """
+        try:
+            leaves = program.flatten(self.batch(slice(None)))
+        except (CaptureError, KeyError) as cause:
+            raise CalibrationError(
+                "the calibration set does not have the network's inputs",
+                expected=", ".join(map(str, program.inputs)),
+                actual=f"{len(self.leaves)} inputs",
+                hint="pass a tuple (or a dict by input name) with one entry for each input",
+            ) from cause
+        args, kwargs = program.structure(leaves)
+        leaves, spec = pytree.tree_flatten(kwargs if kwargs else args if len(args) != 1 else args[0])
+        return replace(self, leaves=tuple(leaves), spec=spec)
+
+    @classmethod
+    def of(
+        cls,
+        data: CalibrationData,
+        *,
+        inputs: ForwardInputs | int | Sequence[str] | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> CalibrationSet:
+        """Read a calibration set.
+
+        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs; what behaves
+        like a dict, as a tokenizer's output, is one), or an iterable of batches or of single samples (a DataLoader, a
+        generator, a list, a data set). `inputs` says which fields the network takes: `needed_inputs(model)`, which
+        `compile` uses, their number, or their names, ``("input_ids", "attention_mask")``. Other fields, such as labels,
+        are left out and named (`ignored`). Without it the last field of a pair from an iterable counts as the label.
+        `limit` keeps so many samples, a seeded random choice of all. Of what comes one after the other and is more than
+        4 GiB, a random choice of that size is kept, with a warning.
+
+        Raises CalibrationError for what is empty, not numeric, ragged or not finite.
+        """
+        check_limit(limit)
+        known = ForwardInputs.of(inputs)
+        if isinstance(data, CalibrationSet):
+            data = data if limit is None else data.drawn(limit, seed)
+            if known is None or data.bound:
+                return data
+            again = cls.of(data.batch(slice(None)), inputs=known)
+            return replace(again, ignored=(*data.ignored, *again.ignored), sources=data.sources)
+        if isinstance(data, (str, Path)):
+            raise CalibrationError(
+                "a path was given where data is expected",
+                actual=str(data),
+                hint="read it with foldcut.read_calibration(path)",
+            )
+        read = read_data(data, known, limit=limit, seed=seed)
+        _check_values(read.leaves)
+        bound = known is not None and known.named
+        return cls(leaves=read.leaves, spec=read.spec, ignored=read.ignored, bound=bound)
+
+    def check(self, program: Program) -> None:
+        """Raise CalibrationError unless the samples fit the program's inputs (number, shape, dtype)."""
+        if len(self.leaves) != len(program.inputs):
+            raise CalibrationError(
+                "the calibration set has another number of inputs than the network",
+                expected=", ".join(map(str, program.inputs)),
+                actual=f"{len(self.leaves)} inputs",
+                hint="pass a tuple (or dict) with one entry for each input",
+            )
+        for leaf, spec in zip(self.leaves, program.inputs, strict=True):
+            _check_supported(spec)
+            fits = leaf.dim() == len(spec.shape) and all(
+                isinstance(want, str) or i == 0 or want == have
+                for i, (want, have) in enumerate(zip(spec.shape, leaf.shape, strict=True))
+            )
+            if not fits:
+                raise CalibrationError(
+                    f"calibration samples have the wrong shape for input {spec.name!r}",
+                    expected=spec,
+                    actual=f"{dtype_name(leaf.dtype)}{list(leaf.shape)}",
+                    hint="resize the inputs as in deployment, channels where the network has them (N, C, H, W)",
+                )
+            if leaf.dtype != spec.dtype:
+                raise CalibrationError(
+                    f"calibration samples have the wrong dtype for input {spec.name!r}",
+                    expected=dtype_name(spec.dtype),
+                    actual=dtype_name(leaf.dtype),
+                    hint=f"convert them, say with .to(torch.{dtype_name(spec.dtype)}), and normalise as in training",
+                )
+
+
+def horizontal_flip(batch: Batch) -> Batch:
+    """A view: images (N, C, H, W) mirrored left to right; inputs of other ranks stay as they are."""
+
+    def flip(leaf: Any) -> Any:
+        return leaf.flip(-1) if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 else leaf
+
+    result: Batch = pytree.tree_map(flip, batch)
+    return result
+
+
+def random_crop(padding: int, seed: int) -> View:
+    """A view: each image shifted by up to `padding` pixels (edges repeated) and mirrored half of the time, the same
+    way for a seed."""
+
+    def crop(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() != 4 or not leaf.is_floating_point():
+            return leaf
+        generator = torch.Generator().manual_seed(seed)
+        height, width = leaf.shape[2:]
+        padded = torch.nn.functional.pad(leaf, (padding,) * 4, mode="replicate")
+        offsets = torch.randint(0, 2 * padding + 1, (len(leaf), 2), generator=generator).tolist()
+        mirrored = torch.randint(0, 2, (len(leaf),), generator=generator).tolist()
+        shifted = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(offsets)]
+        return torch.stack([image.flip(-1) if flip else image for image, flip in zip(shifted, mirrored, strict=True)])
+
+    def view(batch: Batch) -> Batch:
+        result: Batch = pytree.tree_map(crop, batch)
+        return result
+
+    return view
+
+
+def view_of(samples: CalibrationSet, view: View) -> CalibrationSet:
+    """The samples as the view shows them. Raises CalibrationError when it changes their number, shape or dtype."""
+    leaves, spec = pytree.tree_flatten(view(samples.batch(slice(None))))
+    same = len(leaves) == len(samples.leaves) and all(
+        isinstance(new, torch.Tensor) and new.shape == old.shape and new.dtype == old.dtype
+        for new, old in zip(leaves, samples.leaves, strict=False)
+    )
+    if not same or spec != samples.spec:
+        raise CalibrationError(
+            "a view changed the number, shape or dtype of the inputs",
+            expected=[f"{dtype_name(t.dtype)}{list(t.shape)}" for t in samples.leaves],
+            actual=[f"{dtype_name(t.dtype)}{list(t.shape)}" for t in leaves if isinstance(t, torch.Tensor)],
+            hint="a view maps a batch to a batch of the same form",
+        )
+    _check_values(leaves)
+    return CalibrationSet(leaves=tuple(leaves), spec=spec)
+
+
+def read_calibration(
+    path: str | Path,
+    *,
+    key: str | None = None,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> CalibrationSet:
+    """Read calibration samples from a `.npy`, `.npz` or `.pt` file or from a folder of images.
+
+    Images are sorted by path, converted to RGB, resized to `size` (height, width) where given, scaled to [0, 1] and
+    normalised by `mean` and `std` (0 and 1 where not given); `limit` takes so many samples, a random choice of all that
+    is the same for a `seed`: folders are often sorted by class. `key` names an
+    array of an `.npz` or an entry of a `.pt` file; without it the arrays become the inputs by name (a single one of an
+    `.npz` becomes the input).
+
+    Raises CalibrationError for what cannot be read, and for options that say nothing about a file of that kind. No
+    pickled objects are loaded.
+    """
+    path = Path(path)
+    check_readable(path)
+    check_options(path, key, size, {"mean": mean, "std": std}, limit)
+    if path.is_dir():
+        shift, scale = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
+        return CalibrationSet.of(read_images(path, size, shift, scale, limit, seed))
+    return CalibrationSet.of(read_arrays(path, key), limit=limit, seed=seed)
+
+
+def _check_supported(spec: TensorSpec) -> None:
+    if spec.dtype == torch.bfloat16:
+        raise CalibrationError(
+            f"input {spec.name!r} is bfloat16, which the backends do not take",
+            hint="capture the network with float32 inputs, for example after net.float()",
+        )
+    if not spec.shape or not isinstance(spec.shape[0], str):
+        raise CalibrationError(
+            f"the network fixes the batch size of input {spec.name!r}",
+            expected="a dynamic first dimension",
+            actual=spec,
+            hint="export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), or pass the module; a loop over the "
+            "samples or a view with a constant batch fixes the size",
+        )
+
+
+def _check_values(leaves: Sequence[torch.Tensor]) -> None:
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    if not leaves or counts == {0}:
+        raise CalibrationError(
+            "the calibration set is empty",
+            hint="pass at least a few unlabelled inputs; 50 to 1,000 are usual",
+        )
+    check_counts(leaves)
+    for index, leaf in enumerate(leaves):
+        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            bad = (~leaf.isfinite()).flatten(1).any(1) if leaf.dim() > 1 else ~leaf.isfinite()
+            raise CalibrationError(
+                f"input {index} holds NaN or infinite values",
+                actual=f"{int(bad.sum())} of {leaf.shape[0]} samples, the first at {int(bad.nonzero()[0])}",
+                hint="leave those samples out or mend the preprocessing",
+            )

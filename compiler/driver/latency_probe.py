@@ -1,0 +1,225 @@
+"""What a plan would save, measured on the backend before anything is re-solved (weights do not change latency)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ...passes.drop.drop_blocks import drop_blocks
+from ...runtime.measure.backend import Array, Backend, NodeTime, ProfilingBackend, Regime, Runner
+from ...runtime.measure.fresh_loads import FULL, QUICK, Effort, measure_loads
+from ...runtime.measure.loading import opened
+from ...runtime.measure.measure import measure_savings, measure_single
+from ...runtime.measure.measurement import Measurement
+from ...runtime.measure.measurement_cache import MeasurementCache, default_folder
+from ...runtime.predict.latency_table import LatencyTable
+from ...runtime.predict.lattice import Lattice, probe_lattice
+from ..analysis.regions import Region
+from ..data.calibration_set import CalibrationSet
+from ..export.exporter import target_opset, to_onnx
+from ..ir.program import Program
+from ..onnx.bypass import onnx_without
+from ..support.errors import CompilerError
+from ..support.progress import Progress, silent
+
+#: Rounds that a segment is timed in: what a plan saves is measured as a whole before it counts.
+_TABLE_ROUNDS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiles:
+    """Where the time goes, node by node, in foldcut's export of the original (`model`) and in the finished model."""
+
+    model: bytes = field(repr=False)
+    before: tuple[NodeTime, ...]
+    after: tuple[NodeTime, ...]
+
+
+class LatencyProbe:
+    """The original on a backend, and its variants with regions bypassed, measured against it. `folder` keeps the times
+    of parts; None is the usual place. `opset` is that of the export, so that variants are measured as what will be
+    delivered: None is the program's own. `regime` is what the caches hold when plans are measured, and what the
+    finished model counts by.
+
+    Whole networks are compared over fresh loads of both; plans on the way with less effort than the result
+    (`fresh_loads.QUICK`), so their intervals are wider.
+
+    Raises BackendError when the backend cannot build or run the original.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        model: bytes,
+        backend: Backend,
+        samples: CalibrationSet,
+        *,
+        batch: int,
+        threads: int,
+        seed: int,
+        deployed: bytes | None = None,
+        folder: Path | None = None,
+        opset: int | None = None,
+        regime: Regime = "hot",
+    ) -> None:
+        self.program = program
+        self.model = model
+        #: What runs today, and what latencies are compared with.
+        self.before = model if deployed is None else deployed
+        self.backend = backend
+        self.batch = batch
+        self.threads = threads
+        self.seed = seed
+        self.opset = target_opset(program, opset)
+        self.regime: Regime = regime
+        self._folder = folder
+        self.inputs = example_inputs(program, samples, batch)
+        #: What the original is built to: it is loaded again for each comparison, and building may take minutes.
+        self._engine = self._built(self.before)
+        with ExitStack() as opened_so_far:
+            self.original = opened_so_far.enter_context(closing(self._loaded(self._engine)))
+            self.exported = self.original if deployed is None else self.load(model)
+            opened_so_far.pop_all()
+
+    def load(self, model: bytes) -> Runner:
+        return self._loaded(self._built(model))
+
+    def _built(self, model: bytes) -> object:
+        return self.backend.build(model, self.inputs)
+
+    def _loaded(self, engine: object) -> Runner:
+        return self.backend.load(engine, self.inputs, threads=self.threads)
+
+    def original_ms(self) -> float:
+        """The original's latency in milliseconds, by itself."""
+        return measure_single(self.original, regime=self.regime)
+
+    def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
+        """Share of the original's latency that each region saves.
+
+        Regions of equal operations and shapes save the same, so a class is measured once, with all its members that
+        do not overlap bypassed together: the noise is divided by their number. Variants alternate with the original
+        in one run.
+        """
+        classes: dict[str, list[Region]] = {}
+        for region in regions:
+            classes.setdefault(self._kind(region), []).append(region)
+        dropped = {key: _disjoint(members) for key, members in classes.items()}
+        engines = ((self._built(self._without(members)), self.inputs) for members in dropped.values())
+        with opened(self.backend, engines, threads=self.threads) as variants:
+            measured = measure_savings(
+                self.exported,
+                variants,
+                seed=self.seed,
+                progress=lambda done, total: progress("measure savings", done, total),
+                regime=self.regime,
+            )
+        share = {key: (1 - m.ratio) / len(dropped[key]) for key, m in zip(dropped, measured, strict=True)}
+        return {region.name: share[key] for key, members in classes.items() for region in members}
+
+    def ratio(self, regions: Sequence[Region]) -> Measurement:
+        """Latency with the regions bypassed over that of the original."""
+        return self._against(self._without(regions))
+
+    def against(self, program: Program) -> Measurement:
+        """Latency of a rewritten program over that of the original."""
+        return self._against(to_onnx(program, opset=self.opset))
+
+    def _against(self, model: bytes) -> Measurement:
+        return self._compared(model, QUICK, both=False)[self.regime]
+
+    def _compared(self, model: bytes, effort: Effort, *, both: bool) -> Mapping[Regime, Measurement]:
+        engine = self._built(model)
+        return measure_loads(
+            lambda: self._loaded(self._engine),
+            lambda: self._loaded(engine),
+            regime=self.regime,
+            both=both,
+            effort=effort,
+            seed=self.seed,
+            environment={**self.backend.environment(), "threads": self.threads, "batch": self.batch},
+        )
+
+    def table(self) -> LatencyTable:
+        """Times of single segments on the backend at this batch, kept on disk."""
+        cache = MeasurementCache(self._folder or default_folder())
+        return LatencyTable(
+            self.backend,
+            batch=self.batch,
+            threads=self.threads,
+            cache=cache,
+            rounds=_TABLE_ROUNDS,
+            seed=self.seed,
+            opset=self.opset,
+        )
+
+    def lattice(self, *, progress: Progress = silent) -> Lattice:
+        """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""
+        cache = MeasurementCache(self._folder or default_folder())
+        return probe_lattice(
+            self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed, progress=progress
+        )
+
+    def final(self, model: bytes) -> Measurement:
+        """The finished model against the original in the probe's regime, with the narrowest interval that is worth its
+        time."""
+        return self._compared(model, FULL, both=False)[self.regime]
+
+    def final_regimes(self, model: bytes) -> Mapping[Regime, Measurement]:
+        """`final`, and the same loads in the other regime where the backend can."""
+        return self._compared(model, FULL, both=True)
+
+    def profiles(self, model: bytes) -> Profiles | None:
+        """Times of single nodes before and after, for people; None where the backend does not tell them."""
+        if not isinstance(self.backend, ProfilingBackend):
+            return None
+        try:
+            before, after = (
+                self.backend.profile(content, self.inputs, threads=self.threads) for content in (self.model, model)
+            )
+        except CompilerError:
+            return None
+        return Profiles(model=self.model, before=before, after=after)
+
+    def close(self) -> None:
+        with closing(self.exported):
+            self.original.close()
+
+    def _without(self, regions: Sequence[Region]) -> bytes:
+        model = onnx_without(self.model, [(r.entry, r.exit) for r in regions])
+        return to_onnx(drop_blocks(self.program, regions), opset=self.opset) if model is None else model
+
+    def _kind(self, region: Region) -> str:
+        """Equal for regions of equal operations, shapes and settings."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(region.nodes, key=self.program.order.__getitem__):
+            node = self.program.nodes[name]
+            shapes = [
+                tuple(o.meta["val"].shape) if hasattr(o.meta.get("val"), "shape") else () for o in node.all_input_nodes
+            ]
+            settings = [a for a in node.args if not hasattr(a, "op")]
+            digest.update(f"{node.target}{shapes}{settings}".encode())
+        return digest.hexdigest()
+
+
+def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:
+    """Real samples as the backend's inputs, repeated when the set is smaller than the batch."""
+    count = len(samples)
+    rows = np.arange(batch) % count
+    return {
+        spec.name: np.ascontiguousarray(leaf.numpy()[rows])
+        for spec, leaf in zip(program.inputs, samples.leaves, strict=True)
+    }
+
+
+def _disjoint(regions: Sequence[Region]) -> list[Region]:
+    chosen: list[Region] = []
+    for region in regions:
+        if not any(region.overlaps(other) for other in chosen):
+            chosen.append(region)
+    return chosen

@@ -1,0 +1,140 @@
+"""How each stage of a compile works, and which rewrites reach which goal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from pathlib import Path
+
+from ...passes.drop.recoverability import RecoverabilitySettings
+from ...passes.factorize.select_ranks import RankSettings
+from ...passes.mimic.settings import MimicSettings
+from ...passes.solve.resolve_network import ResolveSettings
+from ..data.calibration_set import CalibrationSet, View
+from ..data.sample_sets import SampleSets, divided, warn_of_shared
+from ..export.exporter import NEWEST_OPSET
+from ..ir.program import Program
+from ..onnx.file import OLDEST_OPSET
+from ..plan.plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
+from ..support.errors import GoalError
+from ..support.progress import Progress
+from ..support.search_time import SearchTime
+from ..support.setting_checks import check_functions, check_kind, check_number, check_whole, refuse, settled
+from .channel_pipeline import ChannelSettings
+from .joint_rewrite import JointSettings
+
+#: The largest share that judges: as many samples test, and some have to be left to fit with.
+MOST_HELD_OUT = 0.45
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples that judge,
+    and of those that test (`divided`); `views` add changed copies of the fitting samples that the task does not care
+    about (a mirrored image); `solve_samples` caps what the re-solve reads, originals first; `search_seconds` what the
+    search for a better mix takes (it is not repeatable then), None as long as it finds better plans."""
+
+    resolve: ResolveSettings = field(default_factory=ResolveSettings)
+    channels: ChannelSettings = field(default_factory=ChannelSettings)
+    ranks: RankSettings = field(default_factory=RankSettings)
+    recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
+    mimic: MimicSettings | None = field(default_factory=MimicSettings)
+    held_out: float = 0.1
+    views: tuple[View, ...] = ()
+    solve_samples: int = 512
+    batch: int = 1
+    threads: int = 1
+    seed: int = 0
+    opset: int | None = None
+    search_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        check_kind("resolve", self.resolve, ResolveSettings)
+        check_kind("channels", self.channels, ChannelSettings)
+        check_kind("ranks", self.ranks, RankSettings)
+        check_kind("recoverability", self.recoverability, RecoverabilitySettings)
+        check_kind("mimic", self.mimic, MimicSettings, none=True)
+        share = f"a share above 0 and at most {MOST_HELD_OUT}: that much judges, as much tests, the rest is fitted with"
+        check_number("held_out", self.held_out, above=0, most=MOST_HELD_OUT, allowed=share)
+        check_functions("views", self.views, "foldcut.horizontal_flip")
+        check_whole("solve_samples", self.solve_samples, 1)
+        check_run(self.batch, self.threads, self.seed)
+        check_whole("opset", self.opset, OLDEST_OPSET, NEWEST_OPSET, none=True)
+        seconds = self.search_seconds  # the range is `SearchTime`'s
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
+            refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
+        settled(self)
+
+    def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
+        """With gradient mimicking as an argument of the API asks for it: True leaves it as it is, False and None leave
+        it out."""
+        if mimic is True:
+            return self
+        return replace(self, mimic=mimic or None)
+
+    def split(self, samples: CalibrationSet, program: Program) -> SampleSets:
+        """The samples to fit with, views of them included, those to judge by, and those for the error that is reported.
+        Warns when they are too few for that. Raises CalibrationError when the samples do not suit the program."""
+        samples = samples.aligned(program)
+        samples.check(program)
+        sets = divided(samples, self.seed, self.held_out)
+        warn_of_shared(sets, len(samples))
+        return sets.with_views(self.views)
+
+
+def check_run(batch: object, threads: object, seed: object) -> None:
+    """Raise CompilerError for what is no batch size, no number of threads or no seed."""
+    for name, value in (("batch", batch), ("threads", threads)):
+        check_whole(name, value, 1, allowed="a whole number: batch and threads start at 1")
+    check_seed(seed)
+
+
+def check_seed(seed: object) -> None:
+    """Raise CompilerError for what is no seed."""
+    # torch takes others, what draws inputs does not
+    check_whole("seed", seed, 0, 2**63 - 1, allowed="a whole number from 0 on, below 2 ** 63")
+
+
+def check_options(
+    mimic: MimicSettings | bool | None,
+    views: Sequence[View],
+    progress: bool | Progress,
+    cache: bool | str | Path,
+    settings: PipelineSettings | None,
+) -> None:
+    """Raise CompilerError for options that are not what `compile` takes."""
+    if mimic is not None and not isinstance(mimic, (bool, MimicSettings)):
+        refuse("mimic", mimic, "True, False, None or a foldcut.MimicSettings")
+    check_functions("views", views, "foldcut.horizontal_flip")
+    if not isinstance(progress, bool) and not callable(progress):
+        refuse("progress", progress, "True, False or a function of (stage, done, total)")
+    if not isinstance(cache, (bool, str, Path)):
+        refuse("cache", cache, "True, False or the path of a folder")
+    check_kind("settings", settings, PipelineSettings, none=True)
+    if settings is not None:
+        SearchTime(settings.search_seconds)
+
+
+def joint_settings(settings: PipelineSettings) -> JointSettings:
+    """The settings of the rewrites."""
+    return JointSettings(
+        resolve=settings.resolve,
+        channels=settings.channels,
+        ranks=settings.ranks,
+        recoverability=settings.recoverability,
+    )
+
+
+def rewrites_for(goal: Goal) -> tuple[str, ...]:
+    """The rewrites that reach a goal. Where there are several, they are mixed."""
+    if isinstance(goal, (Latency, MaxError, CountedGoal)):
+        return ("drop_blocks", "prune_channels", "factorize")
+    if isinstance(goal, Ranks):
+        return ("factorize",)
+    return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
+
+
+def default_rewrites(goal: Goal) -> tuple[str, ...]:
+    """The rewrites that are used for a goal when none are named."""
+    return ("prune_channels",) if isinstance(goal, CountedGoal) else rewrites_for(goal)

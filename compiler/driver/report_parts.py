@@ -1,0 +1,115 @@
+"""The parts of a report that explain a result: the graph, latency per block, plans tried, errors by class of change;
+and the words that say which network it is of and what made it.
+
+A compile never fails over its report: a part that cannot be made is left out, with the reason in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...runtime.measure.fresh_loads import REGIMES
+from ..data.calibration_set import CalibrationSet
+from ..data.sample_sets import divided
+from ..frontend.capture import Model
+from ..ir.compare import output_error
+from ..plan.plan import DropBlock, FactorizeLayer, PruneChannels
+from ..report.block_latency import block_latency
+from ..report.graph import describe_graph
+from ..support.errors import first_line
+from .pipeline import Outcome
+from .replay import decided
+
+Part = dict[str, Any]
+
+
+def report_origin(outcome: Outcome, model: Model, rewrites: Sequence[str]) -> dict[str, Any]:
+    """`model`, `fingerprint`, `made`, `versions`, `rewrites` and `mimicked` of a report; `rewrites` are those that the
+    compile could use."""
+    from .. import __version__  # the package imports this module before it has a version
+
+    return {
+        "model": model_name(model),
+        "fingerprint": outcome.plan.fingerprint,
+        "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "versions": {"foldcut": __version__, "torch": str(torch.__version__)},
+        "rewrites": list(rewrites),
+        "mimicked": "mimicked" in outcome.output_errors,
+    }
+
+
+def model_name(model: Model) -> str:
+    """The name of a model's file, or of its class."""
+    if not isinstance(model, (str, Path)):
+        return type(model).__name__
+    # a file's name may hold bytes that are no text, which nobody could write into a page
+    return Path(model).name.encode(errors="replace").decode()
+
+
+def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
+    """`graph`, `block_latency`, `tried`, `aims`, `changes` and `regimes` of a report; `samples` are all those compiled
+    with."""
+    options = outcome.settings
+    held_out = divided(samples.aligned(outcome.teacher), options.seed, options.held_out).judge
+    return {
+        "graph": _or_reason(lambda: describe_graph(outcome.teacher, outcome.program, outcome.plan.decisions)),
+        "block_latency": _or_reason(lambda: _block_latency(outcome)),
+        "tried": [asdict(plan) for plan in outcome.tried],
+        "aims": list(outcome.aims),
+        "changes": errors_by_class(outcome, held_out),
+        "regimes": _regimes(outcome),
+    }
+
+
+def _or_reason(make: Callable[[], Part]) -> Part:
+    try:
+        return make()
+    except Exception as cause:  # a picture is not worth a compile, whatever is wrong with it
+        return {"missing": first_line(cause)}
+
+
+def _regimes(outcome: Outcome) -> Part:
+    """The latency by regime, the goal's first."""
+    found: Part = {}
+    for name, measured in outcome.regimes.items():
+        found[name] = measured.to_dict(samples=False)
+        del found[name]["environment"]
+    missing = {"missing": "the backend does not empty its device's caches"}
+    return found | {name: missing for name in REGIMES if name not in found}
+
+
+def _block_latency(outcome: Outcome) -> Part:
+    measured, profiles = outcome.measurement, outcome.profiles
+    if profiles is None:
+        return {"missing": "the backend does not time single nodes"}
+    found = block_latency(
+        outcome.teacher,
+        outcome.program,
+        (profiles.model, outcome.onnx),
+        (profiles.before, profiles.after),
+        (measured.before_ms, measured.after_ms),
+    )
+    return found or {"missing": "too few of the backend's nodes are known by name"}
+
+
+def errors_by_class(outcome: Outcome, held_out: CalibrationSet) -> list[Part]:
+    """For each kind of decision their number, and the relative output error that they make by themselves, on held-out
+    samples, before anything is solved again. It says what there was to recover, and does not add up."""
+    found = []
+    for kind in (DropBlock.kind, PruneChannels.kind, FactorizeLayer.kind):
+        decisions = [d for d in outcome.plan.decisions if d.kind == kind]
+        if not decisions:
+            continue
+        part: Part = {"kind": kind, "count": len(decisions)}
+        try:
+            part["error_alone"] = output_error(outcome.teacher, decided(outcome.teacher, decisions), held_out)
+        except Exception as cause:  # decisions of one kind may only fit what those before them have left
+            part["missing"] = first_line(cause)
+        found.append(part)
+    return found

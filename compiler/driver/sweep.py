@@ -1,0 +1,190 @@
+"""Several goals in one go: the compiled networks, and which of them no other beats in latency and error at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...passes.mimic.settings import MimicSettings
+from ...runtime.measure.backend import Backend
+from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..frontend.capture import Model
+from ..frontend.model_inputs import needed_inputs
+from ..plan.plan import Goal, Latency
+from ..store.cache_folder import kept_in
+from ..support.atomic_files import write_folder
+from ..support.errors import GoalError
+from ..support.one_at_a_time import alone
+from ..support.progress import Progress
+from ..support.setting_checks import check_texts, refuse
+from ..support.strict_json import json_file
+from .api import Compiled, check_arguments
+from .api import compile as compile_model
+from .pipeline_settings import PipelineSettings, check_options, rewrites_for
+
+#: The goals of a sweep that names none.
+GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
+#: What a sweep writes beside the folders of its points.
+SWEEP = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepPoint:
+    """One goal: what it came to, or why nothing could be done towards it (`compiled` None)."""
+
+    goal: Goal
+    compiled: Compiled | None
+    met: bool
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name for a folder: ``latency-ratio-0.6``."""
+        return "-".join(str(self.goal).replace("%", "").split())
+
+    @property
+    def cost(self) -> tuple[float, float] | None:
+        """(measured latency ratio, relative output error on the test samples)."""
+        if self.compiled is None:
+            return None
+        return float(self.compiled.report.latency["ratio"]), self.compiled.report.output_error
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"goal": self.goal.to_dict(), "met": self.met, "folder": self.name}
+        if self.compiled is None:
+            return {**data, "folder": None, "reason": self.reason}
+        report = self.compiled.report
+        return {
+            **data,
+            "latency": {key: report.latency[key] for key in ("ratio", "low", "high", "before_ms", "after_ms")},
+            "macs": dict(report.macs),
+            "parameters": dict(report.parameters),
+            "output_error": report.output_error,
+            "test": dict(report.test),
+            "decisions": len(report.decisions),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sweep:
+    """The points in the order of the goals."""
+
+    points: tuple[SweepPoint, ...]
+
+    @property
+    def front(self) -> tuple[SweepPoint, ...]:
+        """The Pareto front, fastest first: points that no other equals or beats in both measured latency ratio and
+        output error."""
+        found: list[SweepPoint] = []
+        for point in sorted((p for p in self.points if p.cost is not None), key=lambda p: p.cost or ()):
+            if not found or (point.cost or (0, 0))[1] < (found[-1].cost or (0, 0))[1]:
+                found.append(point)
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        front = {point.name for point in self.front}
+        return {"version": 1, "points": [{**p.to_dict(), "on_front": p.name in front} for p in self.points]}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every point's files into a folder of its own, then sweep.json. Each appears whole or not at all. Raises
+        OutputError."""
+        for point in self.points:
+            if point.compiled is not None:
+                point.compiled.save(Path(folder) / point.name)
+        return self.save_index(folder)
+
+    def save_index(self, folder: str | Path) -> Path:
+        """Write sweep.json alone, where the points are there already. Raises OutputError."""
+        write_folder(Path(folder), {SWEEP: json_file(self.to_dict())})
+        return Path(folder)
+
+
+def sweep(
+    model: Model,
+    calibration: CalibrationData,
+    *,
+    goals: Sequence[Goal] = GOALS,
+    backend: str | Backend | type[Backend] = "onnxruntime",
+    batch: int = 1,
+    rewrites: Sequence[str] | None = None,
+    mimic: MimicSettings | bool | None = True,
+    views: Sequence[View] = (),
+    seed: int = 0,
+    progress: bool | Progress = True,
+    threads: int = 1,
+    settings: PipelineSettings | None = None,
+    cache: bool | str | Path = True,
+    each: Callable[[SweepPoint], None] | None = None,
+) -> Sweep:
+    """Compile to each of `goals`; what the analyses find out is shared, so a further goal costs its own plan only.
+
+    The other arguments are those of `foldcut.compile`; of the `rewrites` a goal takes those that reach it; `cache`
+    False keeps the analyses for the time of the sweep. A goal that cannot be met is a point with `met` False and the
+    best there is. `each` is called with every point as it is there. Raises GoalError when `goals` is empty or names one
+    twice, and what was wrong with the first goal when nothing could be done towards any: then it was hardly the goal
+    that was wrong. Else what `compile` raises.
+    """
+    _check_goals(goals)
+    check_options(mimic, views, progress, cache, settings)
+    if rewrites is not None:
+        check_texts("rewrites", rewrites)
+    if each is not None and not callable(each):
+        refuse("each", each, "a function of a SweepPoint, or None")
+    allowed = {str(goal): _allowed(goal, goals, rewrites) for goal in goals}
+    for goal in goals:
+        check_arguments(goal, allowed[str(goal)], batch, threads, seed)
+    points: list[SweepPoint] = []
+    refused: list[GoalError] = []
+    samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
+    with alone(), kept_in(cache) as place:
+        for goal in goals:
+            options: dict[str, Any] = {
+                "goal": goal,
+                "backend": backend,
+                "batch": batch,
+                "rewrites": allowed[str(goal)],
+                "mimic": mimic,
+                "views": views,
+                "seed": seed,
+                "progress": progress,
+                "threads": threads,
+                "settings": settings,
+                "cache": place,
+            }
+            try:
+                points.append(SweepPoint(goal=goal, compiled=compile_model(model, samples, **options), met=True))
+            except GoalError as unmet:
+                points.append(_unmet(goal, unmet))
+                refused += [unmet] if points[-1].compiled is None else []
+            if each is not None:
+                each(points[-1])
+    if len(refused) == len(points):
+        raise refused[0]
+    return Sweep(points=tuple(points))
+
+
+def _allowed(goal: Goal, goals: Sequence[Goal], rewrites: Sequence[str] | None) -> Sequence[str] | None:
+    """Those of the rewrites that reach one of several goals. One that reaches none of them, or all of them where none
+    reaches this goal, stay in the list: it is then refused."""
+    if rewrites is None:
+        return None
+    elsewhere = {name for other in goals for name in rewrites_for(other)} - set(rewrites_for(goal))
+    return [name for name in rewrites if name not in elsewhere] or rewrites
+
+
+def _unmet(goal: Goal, unmet: GoalError) -> SweepPoint:
+    best = unmet.best if isinstance(unmet.best, Compiled) else None
+    reason = f"{unmet.message} ({unmet.hint})" if unmet.hint and best is None else unmet.message
+    return SweepPoint(goal=goal, compiled=best, met=False, reason=reason)
+
+
+def _check_goals(goals: Sequence[Goal]) -> None:
+    if isinstance(goals, str) or not isinstance(goals, Collection):  # what can be gone through once only is too little
+        refuse("goals", goals, "a list: goals=[foldcut.Latency(0.8), foldcut.Latency(0.6)]", error=GoalError)
+    if not goals:
+        raise GoalError("a sweep needs a goal", hint="goals=[foldcut.Latency(0.8), foldcut.Latency(0.6)]")
+    names = [str(goal) for goal in goals]
+    if len(set(names)) < len(names):
+        raise GoalError(f"a goal is there twice: {', '.join(names)}", hint="name each goal once")

@@ -1,0 +1,238 @@
+"""Writing a Program: `ExportedProgram`, `.pt2` and ONNX, with the original input and output names and a dynamic
+batch."""
+
+from __future__ import annotations
+
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..ir.program import Program, is_tensor
+from ..onnx.file import OLDEST_OPSET
+from ..onnx.file import opset as written_opset
+from ..support.atomic_files import write_folder
+from ..support.errors import ExportError, named_first_line
+from ..support.quiet_logs import quiet_exporters
+from .direct import as_it_is, direct_translations
+
+if TYPE_CHECKING:
+    import onnx
+
+#: The newest operator set that torch.onnx writes whatever the network: of newer ones it writes some networks only.
+NEWEST_OPSET = 25
+#: Protobuf cannot hold more in one message; larger models need their weights beside the file.
+MAX_PROTOBUF_BYTES = 2_000_000_000
+
+
+def to_exported(program: Program) -> torch.export.ExportedProgram:
+    """The Program as a `torch.export.ExportedProgram` with the same dynamic dimensions.
+
+    Raises ExportError, quoting torch, when the graph does not export again.
+    """
+    args, kwargs, dynamic = _example(program)
+    try:
+        with quiet_exporters(), torch.no_grad():  # as at capture: gradients change kernels, and these the strides
+            exported = torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
+    except Exception as cause:
+        raise ExportError(
+            f"torch.export refused the rewritten network: {named_first_line(cause)}",
+            hint="report the model: every captured program should export again",
+        ) from cause
+    for node in exported.graph.nodes:
+        node.meta.pop("from_node", None)  # holds addresses of this process, which would end up in the file
+    return exported
+
+
+def to_pt2(exported: torch.export.ExportedProgram) -> bytes:
+    """The content of a `.pt2` file, loadable with `torch.export.load`."""
+    buffer = BytesIO()
+    with quiet_exporters():
+        torch.export.save(exported, buffer)
+    return buffer.getvalue()
+
+
+def to_onnx(
+    program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
+) -> bytes:
+    """The Program as an ONNX model (torch.onnx, dynamo), constants folded and batch norm merged into convolutions.
+
+    Input and output names and dynamic dims are the Program's. A Program that came from an ONNX file goes out with the
+    file's opset, metadata, doc strings, fixed dims and names of dynamic dims; opaque nodes go out as they came in.
+    `opset` asks for another one; None takes the file's, or the exporter's default. Values that survive the exporter's
+    optimiser keep their node names. Weights are embedded.
+
+    Raises ExportError, quoting torch.onnx, when an operator has no ONNX form (in that opset), and for models above
+    2 GB: `save_onnx` writes those.
+    """
+    model = to_onnx_model(program, opset=opset, exported=exported)
+    if weight_bytes(program) > MAX_PROTOBUF_BYTES:
+        raise ExportError(
+            "the weights do not fit into one ONNX file",
+            expected="at most 2 GB",
+            actual=f"{weight_bytes(program) / 1e9:.2f} GB",
+            hint="write it with foldcut.compiler.export.exporter.save_onnx, which writes external data",
+        )
+    return bytes(model.SerializeToString())
+
+
+def save_onnx(
+    program: Program, path: str | Path, *, opset: int | None = None, inline_bytes: int = MAX_PROTOBUF_BYTES
+) -> tuple[Path, ...]:
+    """Write the Program as an ONNX file; weights above `inline_bytes` in all go to ``<name>.data`` beside it.
+
+    Both files are written under temporary names and renamed together; other files of the folder stay. Returns the
+    paths, the model first. Raises ExportError and OutputError.
+    """
+    path = Path(path)
+    model = to_onnx_model(program, opset=opset)
+    files: dict[str, bytes] = {}
+    if weight_bytes(program) > inline_bytes:
+        files[f"{path.name}.data"] = _externalise(model, f"{path.name}.data")
+    files[path.name] = bytes(model.SerializeToString())
+    write_folder(path.parent, files)
+    return tuple(path.parent / name for name in reversed(files))
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes of all weights."""
+    return sum(t.numel() * t.element_size() for t in program.module.state_dict().values())
+
+
+def target_opset(program: Program, opset: int | None) -> int | None:
+    """The opset that a program is exported in: the one asked for, else that of its file; None is the exporter's."""
+    if opset is not None:
+        return opset
+    return program.origin.opset if program.origin else None
+
+
+def to_onnx_model(
+    program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
+) -> onnx.ModelProto:
+    """What `to_onnx` gives, as a ModelProto of any size."""
+    from ..onnx.opset import EXPORTER_OPSET, lower_opset
+    from .verbatim import restore_nodes, translations
+
+    target = target_opset(program, opset)
+    exported = exported or to_exported(program)
+    version = None if target is None else max(target, EXPORTER_OPSET)
+    try:
+        with quiet_exporters(), torch.no_grad():
+            try:
+                result = _translated(as_it_is(exported), version, translations() | direct_translations())
+            except Exception:  # an operator that has an ONNX form only once it is decomposed
+                result = _translated(exported, version, translations())
+    except Exception as cause:
+        raise ExportError(
+            f"torch.onnx cannot express the network: {named_first_line(cause)}",
+            hint="an operator without an ONNX form has to be replaced in the model, or another opset given",
+        ) from cause
+    _name_signature(result.model.graph, program)
+    model = result.model_proto
+    _check_opset(model, version)
+    if target is not None and target < EXPORTER_OPSET:
+        lower_opset(model, target)
+    restore_nodes(model)
+    if program.origin is not None:
+        program.origin.write(model, {s.name: s.shape for s in (*program.inputs, *program.outputs)})
+    return model
+
+
+def _check_opset(model: onnx.ModelProto, asked: int | None) -> None:
+    """Raise ExportError when torch.onnx wrote another operator set than it was asked for, by the network's file or by a
+    setting: it says so in its log only, and the model mixes the two."""
+    written = written_opset(model)
+    if asked is not None and written not in {0, asked}:
+        raise ExportError(
+            f"the network cannot be written in opset {asked}: torch.onnx gave opset {written}",
+            hint=f"ask for another one, from {OLDEST_OPSET} to {NEWEST_OPSET}: PipelineSettings(opset={NEWEST_OPSET})",
+        )
+
+
+def _translated(exported: torch.export.ExportedProgram, opset: int | None, table: dict[Any, Any]) -> Any:
+    result = torch.onnx.export(
+        exported,
+        (),
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        optimize=False,
+        custom_translation_table=table,
+    )
+    assert result is not None  # None only with a file path
+    _clear_names(result.model.graph)
+    result.optimize()
+    return result
+
+
+def _externalise(model: onnx.ModelProto, location: str) -> bytes:
+    """Move the large weights out of the model, in place; returns the content of the file that they go to."""
+    import onnx
+
+    content = bytearray()
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < 1024:
+            continue
+        content.extend(bytes(-len(content) % 4096))  # pages: runtimes map the file into memory
+        offset, raw = len(content), tensor.raw_data
+        content.extend(raw)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
+            tensor.external_data.add(key=key, value=str(value))
+    return bytes(content)
+
+
+def _clear_names(graph: Any) -> None:
+    """Rename weights whose names the exporter makes up for values of its own (a file that torch.onnx wrote has them
+    too): its optimiser would take the one for the other."""
+    for name, value in list(graph.initializers.items()):
+        if re.fullmatch(r"val_\d+", name):
+            value.name = f"{name}_weight"
+
+
+def _name_signature(graph: Any, program: Program) -> None:
+    """Give inputs, outputs and dynamic dims the Program's names (torch has its own: s77 for batch).
+
+    An inner value that already has the name of an output gives way: ONNX wants names unique.
+    """
+    import onnx_ir as ir
+
+    if program.origin is not None:  # in a file, an output of an input's name is that input
+        given = {spec.name: value for value, spec in zip(graph.inputs, program.inputs, strict=True)}
+        for index, spec in enumerate(program.outputs):
+            graph.outputs[index] = given.get(spec.name, graph.outputs[index])
+    named = [*zip(graph.inputs, program.inputs, strict=True), *zip(graph.outputs, program.outputs, strict=True)]
+    wanted = {spec.name: value for value, spec in named}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in wanted and wanted[value.name] is not value:
+                value.name = f"{value.name}_inner"
+    for value, spec in named:
+        value.name = spec.name
+        value.shape = ir.Shape([dim if isinstance(dim, int) else str(dim) for dim in spec.shape])
+
+
+def _example(program: Program) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """(args, kwargs, dynamic_shapes) for exporting the Program again; the values are zeros."""
+    leaves: list[Any] = []
+    dims: list[Any] = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if not is_tensor(node):
+            leaves.append(node.meta.get("val"))
+            dims.append(None)
+            continue
+        value = node.meta["val"]
+        leaves.append(torch.zeros(program.shape(node, batch=2), dtype=value.dtype, device=value.device))
+        dims.append({i: torch.export.Dim.DYNAMIC for i, d in enumerate(value.shape) if not isinstance(d, int)} or None)
+    spec = getattr(program.module, "_in_spec", None)
+    if spec is None:
+        return tuple(leaves), {}, tuple(dims)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    arg_dims, kwarg_dims = pytree.tree_unflatten(dims, spec)
+    return args, kwargs, (dict(kwarg_dims) if kwargs else tuple(arg_dims))

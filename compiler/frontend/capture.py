@@ -1,0 +1,380 @@
+"""Capture: an `nn.Module`, an `ExportedProgram`, a `.pt2` or an ONNX file becomes a `Program`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..archives.archive_check import check_exported_file
+from ..ir.compare import compare
+from ..ir.edit import rebuild, take_any_layout
+from ..ir.graph_copy import copied
+from ..ir.program import Batch, Program, TensorSpec, as_arguments, dim_names, dim_text, is_tensor, output_nodes
+from ..onnx import opaque_operator as onnx_operator  # noqa: F401 - registers the operator of opaque nodes, for .pt2 files that hold some
+from ..support.errors import CaptureError, first_line, named_first_line
+from ..support.one_at_a_time import alone
+from ..support.quiet_logs import quiet_exporters
+from .module_state import check_weights, eval_mode, name_keywords, restored, unwrapped
+
+if TYPE_CHECKING:
+    import onnx
+
+Model: TypeAlias = "nn.Module | torch.export.ExportedProgram | onnx.ModelProto | str | Path"
+
+#: Numbers of samples that a captured network is tried with beside the two that it was traced with.
+_OTHER_BATCHES = (1, 5)
+#: A network that bounds its batch above this has no branch on it: sizes end somewhere.
+_LARGEST_BATCH = 2**31
+
+_WAY_OUT = (
+    "keep Python control flow on tensor values out of forward(), or export the model yourself with "
+    "torch.export.export(...) and pass the ExportedProgram (or the .pt2 file saved from it)"
+)
+
+
+def capture(model: Model, example: Batch | None = None) -> Program:
+    """Capture a trained network into a functional ATen graph with a dynamic batch dimension.
+
+    `model` is a module, a `torch.export.ExportedProgram`, the path of a `.pt2` or `.onnx` file, or an
+    `onnx.ModelProto` (both by `import_onnx`). `example` is one batch of inputs (a tensor, a tuple of arguments or a
+    dict of keyword arguments), of which two samples are used (a single one twice); for an exported program it may be
+    omitted, and for an ONNX model whose only dynamic dimensions are batches. A module in training mode is captured as
+    in eval mode, with a warning, and is given back as it came. Weights are copied: training `model` further does not
+    change the Program.
+
+    The batch dimension (dim 0 of every tensor input) is dynamic; where the network fixes it, the batch of the
+    example stays fixed and a warning says so. The captured graph is run against the module on the example and
+    must agree within 1e-4 relative, at other batch sizes too. Calls from several threads wait for each other.
+
+    Raises CaptureError, quoting the cause, when torch.export cannot take the model, when it mutates its own state
+    (for example batch norm in training mode), or when graph and module disagree.
+    """
+    with alone():
+        return _capture(model, example)
+
+
+def _capture(model: Model, example: Batch | None) -> Program:
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
+    if isinstance(model, fx.GraphModule) and any(
+        n.op == "call_module" and n.target == "_guards_fn" for n in model.graph.nodes
+    ):
+        model = copy.deepcopy(model)
+    if isinstance(model, nn.Module):
+        if example is None:
+            raise CaptureError("an example batch is needed to capture a module", hint="pass one batch of inputs")
+        return _capture_module(model, _at_least_two(example))
+    if is_onnx(model):
+        from ..onnx_import.importer import import_onnx
+
+        return import_onnx(model, example)  # type: ignore[arg-type]
+    model = opened(model)
+    if isinstance(model, torch.export.ExportedProgram):
+        return _from_foreign(model)
+    raise CaptureError(
+        f"cannot capture a {type(model).__name__}",
+        expected="a torch.nn.Module, a torch.export.ExportedProgram, or the path of a .pt2 or .onnx file",
+        hint="load the network first; a bare state_dict holds weights but no network",
+    )
+
+
+def opened(model: Model) -> Model:
+    """What a `.pt2` file holds in the place of its path, so that it is looked through and read once; every other model
+    as it is. Raises CaptureError."""
+    return load_exported(Path(model)) if isinstance(model, (str, Path)) and not is_onnx(model) else model
+
+
+def is_onnx(model: object) -> bool:
+    """Whether the model is an ONNX file's path (by its suffix) or an `onnx.ModelProto`."""
+    if isinstance(model, (str, Path)):
+        return Path(model).suffix.lower() == ".onnx"
+    return type(model).__module__.split(".")[0] == "onnx"
+
+
+def _from_foreign(exported: torch.export.ExportedProgram) -> Program:
+    """`from_exported` for what others have made, or changed since."""
+    try:
+        return from_exported(exported)
+    except CaptureError:
+        raise
+    except Exception as cause:  # a graph that does not fit together fails wherever torch first notices
+        raise CaptureError(
+            f"the exported network cannot be traced: {named_first_line(cause)}",
+            hint="export it again with torch.export.export; the file is damaged, or another version of torch wrote it",
+        ) from cause
+
+
+def from_exported(exported: torch.export.ExportedProgram, *, copy_tensors: bool = True) -> Program:
+    """A Program from an `ExportedProgram`: decomposed to functional ATen, guards erased, unused buffers left out. Its
+    tensors are copied, unless nobody else holds them."""
+    with quiet_exporters(), torch.no_grad():
+        _check_structures(exported)
+        decomposed = _with_any_layout(exported).run_decompositions({})
+    # what is written to shows only once the graph is functional
+    signature = decomposed.graph_signature
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if mutated:
+        raise CaptureError(
+            f"the network changes its own state or its inputs when it runs: {', '.join(mutated[:4])}",
+            hint="call model.eval() before exporting; a network that counts or caches has to return its state",
+        )
+    module = decomposed.module(check_guards=False)
+    if not isinstance(module, fx.GraphModule):
+        raise CaptureError(f"torch.export returned a {type(module).__name__}", hint=_WAY_OUT)
+    graph = copied(module.graph)
+    for node in reversed(list(graph.nodes)):
+        if (node.op == "get_attr" and not node.users) or (node.op == "call_module" and node.target == "_guards_fn"):
+            graph.erase_node(node)
+    take_any_layout(graph)
+    module = rebuild(module, graph, copy_tensors=copy_tensors)
+    return Program(module=module, inputs=_input_specs(module), outputs=_output_specs(module), history=())
+
+
+def _check_structures(exported: torch.export.ExportedProgram) -> None:
+    """Raise CaptureError for inputs and outputs that a `.pt2` file cannot hold: at the end it would be too late."""
+    for spec in (exported.call_spec.in_spec, exported.call_spec.out_spec):
+        try:
+            pytree.treespec_dumps(spec)
+        except NotImplementedError as cause:
+            raise CaptureError(
+                f"an input or output has a structure that cannot be saved: {first_line(cause)}",
+                hint="take and return tuples, lists and dicts, or register the type with torch.utils._pytree",
+            ) from cause
+
+
+def _with_any_layout(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A copy that can be traced again whatever strides its kernels give this time."""
+    same = copy.copy(exported)
+    same._graph_module = copied(exported.graph_module)
+    take_any_layout(same.graph_module.graph)
+    return same
+
+
+def _capture_module(model: nn.Module, example: Batch) -> Program:
+    check_weights(model)
+    args, kwargs = as_arguments(example)
+    with eval_mode(model), restored(model), torch.no_grad():
+        name_keywords(model, kwargs)
+        try:
+            reference = model(*args, **kwargs)
+        except Exception as cause:
+            raise CaptureError(
+                f"the model does not run on the example batch: {named_first_line(cause)}",
+                actual=_describe(example),
+                hint="check shape, dtype and number of inputs; a tuple goes in as arguments, a dict as keywords",
+            ) from cause
+        exported = _export(model, args, kwargs)
+        _check_batch_range(exported)
+        program = from_exported(exported)
+        for gradients in (False, True):  # attention kernels differ, and with them the strides of what they return
+            _check(program, (args, kwargs), reference, count=2, gradients=gradients)
+        _check_other_batches(model, program, args, kwargs)
+    return program
+
+
+def _check(program: Program, inputs: Any, reference: Any, *, count: int, gradients: bool = False) -> None:
+    """Raise CaptureError unless the graph runs and computes what the module computed."""
+    args, kwargs = inputs
+    try:
+        with torch.set_grad_enabled(gradients):
+            found = program.module(*args, **kwargs)
+    except Exception as cause:  # an operator raises whatever it raises
+        raise CaptureError(
+            f"the captured graph does not run with {count} samples: {named_first_line(cause)}", hint=_WAY_OUT
+        ) from cause
+    difference = compare(reference, found)
+    if difference.relative > 1e-4 or not difference.same_structure:
+        raise CaptureError(
+            f"the captured graph does not compute what the model computes with {count} samples",
+            expected="relative difference at most 1e-4 on the example batch",
+            actual=difference,
+            hint="a model that draws random numbers, depends on earlier calls or branches on the batch size cannot be "
+            "captured",
+        )
+
+
+def _check_batch_range(exported: torch.export.ExportedProgram) -> None:
+    """Raise CaptureError when the network was traced for some batch sizes only."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        size = value.shape[0]
+        found = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        if found is not None and (found.upper < _LARGEST_BATCH or found.lower > 2):
+            raise CaptureError(
+                "forward() takes another way for other numbers of samples",
+                expected="one graph for any batch size",
+                actual=f"a graph for {found.lower} to {found.upper} samples",
+                hint="keep conditions on the batch size out of forward(); name the mode of operators that choose one "
+                "by size (torch.cdist has compute_mode)",
+            )
+
+
+def _check_other_batches(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`_check` for other numbers of samples, where the batch is dynamic: a branch on it is gone from the graph."""
+    for count in _OTHER_BATCHES if program.batch_symbols else ():
+        inputs = pytree.tree_map(partial(_repeated, count=count), (args, kwargs))
+        try:
+            reference = model(*inputs[0], **inputs[1])
+        except Exception:
+            continue
+        _check(program, inputs, reference, count=count)
+
+
+def _repeated(leaf: Any, count: int) -> Any:
+    """So many samples, those of the example in turns. What is no batch stays."""
+    if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+        return leaf
+    return leaf[torch.arange(count, device=leaf.device) % leaf.shape[0]]
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Dynamic batch first; where the network fixes it, static, with a warning. Non-strict first, then strict."""
+    if args and kwargs:
+        raise CaptureError("a batch is either a tuple of arguments or a dict of keyword arguments, not both")
+    failures: list[Exception] = []
+    for dynamic in (True, False):
+        for strict in (False, True):
+            try:
+                with quiet_exporters():
+                    # a failed attempt leaves marks of dynamic dims on the tensors it was given
+                    fresh_args, fresh_kwargs = pytree.tree_map(_fresh, (args, kwargs))
+                    dims = _batch_dims((fresh_args, fresh_kwargs)) if dynamic else None
+                    exported = torch.export.export(
+                        model,
+                        fresh_args,
+                        fresh_kwargs,
+                        dynamic_shapes=dims,  # type: ignore[arg-type]  # a ShapesCollection is taken too
+                        strict=strict,
+                    )
+            except Exception as cause:  # torch.export raises many unrelated types: all of them end in CaptureError
+                failures.append(cause)
+                continue
+            if not dynamic:
+                warnings.warn(
+                    "the network fixes its batch size; the captured graph runs at the example's batch size only. "
+                    f"The dynamic capture said: {named_first_line(failures[0])}",
+                    stacklevel=5,
+                )
+            return exported
+    refusal = failures[-2]  # the non-strict, static attempt: the most permissive one
+    raise CaptureError(f"torch.export cannot take the model: {named_first_line(refusal)}", hint=_WAY_OUT) from refusal
+
+
+def _fresh(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _batch_dims(inputs: Any) -> torch.export.ShapesCollection:
+    """The first dimension of every tensor, wherever it stands among the arguments."""
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
+    return shapes
+
+
+def load_exported(path: Path) -> torch.export.ExportedProgram:
+    """What a `.pt2` file holds. Raises CaptureError."""
+    if not path.is_file():
+        raise CaptureError(f"no such file: {path}", hint="pass the path of a .pt2 file saved with torch.export.save")
+    if path.suffix != ".pt2":
+        raise CaptureError(
+            f"cannot read {path.name} as a network",
+            expected="a .pt2 or .onnx file",
+            actual=path.suffix or "no suffix",
+            hint="a .pt state_dict holds weights without a network: pass package.module:callable and --weights",
+        )
+    check_exported_file(path)
+    try:
+        with quiet_exporters(), path.open("rb") as file:  # as a file: torch takes no path that is not UTF-8
+            return torch.export.load(file)
+    except Exception as cause:  # a file that was tampered with raises whatever its readers raise
+        raise CaptureError(
+            f"{path} is not a readable .pt2 file: {named_first_line(cause)}",
+            hint="save it again with torch.export.save",
+        ) from cause
+
+
+def _at_least_two(example: Batch) -> Batch:
+    """torch.export takes a batch of one for a constant, so the example has at least two samples; at most two are
+    used."""
+
+    def two(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+            return leaf
+        if leaf.layout != torch.strided:
+            raise CaptureError("an input is not a dense tensor", actual=leaf.layout, hint="give it as x.to_dense()")
+        if leaf.shape[0] == 0:
+            raise CaptureError(
+                "the example batch is empty",
+                actual=f"shape {list(leaf.shape)}",
+                hint="pass at least one sample",
+            )
+        return leaf[:2].clone() if leaf.shape[0] >= 2 else torch.cat([leaf, leaf])
+
+    result: Batch = pytree.tree_map(two, example)
+    return result
+
+
+def _input_specs(module: fx.GraphModule) -> tuple[TensorSpec, ...]:
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    names = dim_names(n.meta["val"].shape for n in nodes)
+    return tuple(_spec(n.name, n, names) for n in nodes)
+
+
+def _output_specs(module: fx.GraphModule) -> tuple[TensorSpec, ...]:
+    placeholders = [
+        n for n in module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
+    names = dim_names(n.meta["val"].shape for n in placeholders)
+    leaves = output_nodes(module.graph)
+    result = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    others = [str(n) for n in pytree.tree_leaves(result) if n is not None and not _is_tensor_node(n)]
+    if others or not leaves:
+        raise CaptureError(
+            "the network returns a number that is no tensor" if others else "the network returns no tensor",
+            node=others[0] if others else None,
+            hint="return tensors; a size can be read off them",
+        )
+    labels = _output_names(module, len(leaves))
+    return tuple(_spec(label, n, names) for label, n in zip(labels, leaves, strict=True))
+
+
+def _is_tensor_node(leaf: Any) -> bool:
+    return isinstance(leaf, fx.Node) and is_tensor(leaf)
+
+
+def _spec(label: str, node: fx.Node, names: dict[str, str]) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(name=label, shape=tuple(dim_text(d, names) for d in value.shape), dtype=value.dtype)
+
+
+def _output_names(module: fx.GraphModule, count: int) -> list[str]:
+    """Dict keys where the model returns a dict, else output or output_0, output_1 ..."""
+    indexed = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+    spec = getattr(module, "_out_spec", None)
+    if spec is None:
+        return indexed
+    paths = [
+        path for path, _ in pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    ]
+    if len(paths) != count or not all(paths):
+        return indexed
+    keys = [".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path in paths]
+    return keys if all(not key[0].isdigit() for key in keys) and len(set(keys)) == count else indexed
+
+
+def _describe(example: Batch) -> str:
+    return ", ".join(
+        f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+        for leaf in pytree.tree_leaves(example)
+    )

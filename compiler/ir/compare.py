@@ -1,0 +1,136 @@
+"""Comparing what two networks compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from ..data.calibration_set import CalibrationSet
+    from .program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far apart two sets of outputs are, the worst output first.
+
+    `absolute` is max |a - b|, `relative` that over max |a| of the same output's finite entries (absolute where these
+    are all zero), `cosine` the least cosine between the finite entries of flattened outputs. `same_structure` is False
+    when number, shapes or dtypes of the outputs differ; the figures are then infinite.
+    """
+
+    absolute: float
+    relative: float
+    cosine: float
+    same_structure: bool = True
+
+    def __str__(self) -> str:
+        if not self.same_structure:
+            return "outputs differ in number, shape or dtype"
+        return f"max abs {self.absolute:.2e}, relative {self.relative:.2e}, cosine {self.cosine:.6f}"
+
+
+def flatten_outputs(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of an output structure, in order; complex ones as pairs of real numbers."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
+
+
+def compare(reference: Any, other: Any) -> Difference:
+    """Compare two output structures in float64."""
+    left, right = flatten_outputs(reference), flatten_outputs(other)
+    if len(left) != len(right) or any(
+        a.shape != b.shape or a.dtype != b.dtype for a, b in zip(left, right, strict=False)
+    ):
+        return Difference(absolute=float("inf"), relative=float("inf"), cosine=-1.0, same_structure=False)
+    absolute, relative, cosine = 0.0, 0.0, 1.0
+    for a, b in zip(left, right, strict=True):
+        if a.numel() == 0:
+            continue
+        x, y = a.detach().double().flatten(), b.detach().double().flatten()
+        worst = _worst(x, y)
+        absolute = max(absolute, worst)
+        relative = max(relative, worst / (_largest(x) or 1.0))
+        told = x.isfinite() & y.isfinite()  # infinities, of masked logits say, have no direction
+        cosine = min(cosine, _cosine(x[told], y[told]))
+    return Difference(absolute=absolute, relative=relative, cosine=cosine)
+
+
+def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
+    """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64."""
+    error = energy = 0.0
+    for batch in samples.batches(batch_size):
+        for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
+            part, norm = squared_distance(t, s)
+            error, energy = error + part, energy + norm
+    return error / energy if energy > 0 else error
+
+
+def no_worse(error: float, before: float) -> bool:
+    """Whether an error is at most the one before; one that is not finite is worse than any that is."""
+    return error <= before or not math.isfinite(before)
+
+
+def errors_by_output(
+    teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32
+) -> dict[str, float]:
+    """The relative mean squared error of each output over the samples, by the output's name."""
+    names = [spec.name for spec in teacher.outputs]
+    sums = [(0.0, 0.0)] * len(names)
+    for batch in samples.batches(batch_size):
+        pairs = zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True)
+        found = [squared_distance(t, s) for t, s in pairs]
+        sums = [(error + part, energy + norm) for (error, energy), (part, norm) in zip(sums, found, strict=True)]
+    return {name: error / energy if energy > 0 else error for name, (error, energy) in zip(names, sums, strict=True)}
+
+
+def squared_distance(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """(sum of (other - reference)^2, sum of reference^2) in float64, of `squares`."""
+    error, energy = squares(reference, other)
+    return float(error.sum()), float(energy.sum())
+
+
+def squares(reference: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """((other - reference)^2, reference^2) entry by entry in float64.
+
+    Entries that are equal, infinities of one sign and NaN included (masked logits), add no error; infinite ones no
+    energy.
+    """
+    t, s = reference.detach().double(), other.detach().double()
+    equal = (t == s) | (t.isnan() & s.isnan())
+    error = torch.where(equal, torch.zeros_like(t), s - t).square()
+    energy = torch.where(t.isfinite(), t, torch.zeros_like(t)).square()
+    return error, energy
+
+
+def relative_error(reference: Any, other: Any) -> float:
+    """Relative mean squared error, sum ||b - a||^2 / sum ||a||^2 over all outputs, in float64."""
+    error = energy = 0.0
+    for a, b in zip(flatten_outputs(reference), flatten_outputs(other), strict=True):
+        part, norm = squared_distance(a, b)
+        error, energy = error + part, energy + norm
+    if energy > 0:
+        return error / energy
+    return 0.0 if error == 0 else float("inf")
+
+
+def _worst(x: torch.Tensor, y: torch.Tensor) -> float:
+    same = (x == y) | (x.isnan() & y.isnan())
+    worst = torch.where(same, torch.zeros_like(x), (x - y).abs())
+    return float("inf") if bool(worst.isnan().any()) else float(worst.max())
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest finite absolute value; 0 where there is none."""
+    return float(torch.where(x.isfinite(), x.abs(), torch.zeros_like(x)).max())
+
+
+def _cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    norms = float(x.norm() * y.norm())
+    if norms == 0 or norms != norms:
+        return 1.0 if torch.equal(x, y) else 0.0
+    return float(x @ y) / norms

@@ -1,0 +1,141 @@
+"""Costs read off the graph: MACs, parameters and bytes, per node and per region."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..plan.plan import CountedGoal, Parameters
+from .program import Program, argument, is_tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """`macs` multiply-accumulates for one sample, `parameters` trained values, `bytes_` weights read plus results
+    written."""
+
+    macs: int = 0
+    parameters: int = 0
+    bytes_: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            macs=self.macs + other.macs,
+            parameters=self.parameters + other.parameters,
+            bytes_=self.bytes_ + other.bytes_,
+        )
+
+
+def node_macs(program: Program, node: fx.Node) -> int:
+    """Multiply-accumulates of one node at batch 1; 0 for everything that is not a contraction."""
+    if node.op != "call_function":
+        return 0
+    rule = _RULES.get(getattr(node.target, "overloadpacket", node.target))
+    return rule(program, node) if rule else 0
+
+
+def region_cost(program: Program, nodes: Iterable[fx.Node]) -> Cost:
+    """Cost of a set of nodes; a parameter that several of them read counts once."""
+    members = list(nodes)
+    constants: dict[int, torch.Tensor] = {}
+    written = 0
+    for node in members:
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr":
+                value = program.constant(operand)
+                if isinstance(value, torch.Tensor):
+                    constants[value.data_ptr() or id(value)] = value
+        if is_tensor(node):
+            written += math.prod(program.shape(node)) * node.meta["val"].element_size()
+    return Cost(
+        macs=sum(node_macs(program, n) for n in members),
+        parameters=sum(c.numel() for c in constants.values() if isinstance(c, torch.nn.Parameter)),
+        bytes_=written + sum(c.numel() * c.element_size() for c in constants.values()),
+    )
+
+
+def program_cost(program: Program) -> Cost:
+    """Cost of the whole network."""
+    return region_cost(program, (n for n in program.graph.nodes if n.op == "call_function"))
+
+
+def counted(program: Program, goal: CountedGoal) -> int:
+    """What a goal bounds of a network: its multiply-accumulates or its trained values."""
+    return program.parameter_count() if isinstance(goal, Parameters) else program_cost(program).macs
+
+
+def counted_whole(original: Program, goal: CountedGoal) -> int:
+    """What a goal's share is of: `counted` of the network as the user has it, where vectors that several layers share
+    count once."""
+    copied = original.copied_parameters if isinstance(goal, Parameters) else 0
+    return counted(original, goal) - copied
+
+
+def _size(program: Program, node: object) -> tuple[int, ...]:
+    return program.shape(node) if isinstance(node, fx.Node) and is_tensor(node) else ()
+
+
+def _convolution(program: Program, node: fx.Node) -> int:
+    weight = _size(program, argument(node, 1, "weight"))
+    return math.prod(_size(program, node)) * math.prod(weight[1:])
+
+
+def _transposed_convolution(program: Program, node: fx.Node) -> int:
+    weight = _size(program, argument(node, 1, "weight"))
+    return math.prod(_size(program, argument(node, 0, "input"))) * math.prod(weight[1:])
+
+
+def _general_convolution(program: Program, node: fx.Node) -> int:
+    transposed = bool(argument(node, 6, "transposed", False))
+    return _transposed_convolution(program, node) if transposed else _convolution(program, node)
+
+
+def _contracts_last_of(index: int, name: str) -> Callable[[Program, fx.Node], int]:
+    """Output elements times the length of the last dim of one operand: linear, mm, bmm, matmul, addmm."""
+
+    def rule(program: Program, node: fx.Node) -> int:
+        operand = _size(program, argument(node, index, name))
+        return math.prod(_size(program, node)) * (operand[-1] if operand else 1)
+
+    return rule
+
+
+def _attention(program: Program, node: fx.Node) -> int:
+    query, key, value = (_size(program, argument(node, i, n)) for i, n in enumerate(("query", "key", "value")))
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _einsum(program: Program, node: fx.Node) -> int:
+    equation = str(argument(node, 0, "equation")).replace(" ", "")
+    operands = argument(node, 1, "tensors")
+    sizes: dict[str, int] = {}
+    for labels, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        if "." in labels:  # an ellipsis: bounded below by the output
+            return math.prod(_size(program, node))
+        sizes.update(zip(labels, _size(program, operand), strict=True))
+    return math.prod(sizes.values())
+
+
+_RULES: dict[object, Callable[[Program, fx.Node], int]] = {
+    aten.conv1d: _convolution,
+    aten.conv2d: _convolution,
+    aten.conv3d: _convolution,
+    aten.convolution: _general_convolution,
+    aten.conv_transpose1d: _transposed_convolution,
+    aten.conv_transpose2d: _transposed_convolution,
+    aten.conv_transpose3d: _transposed_convolution,
+    aten.linear: _contracts_last_of(0, "input"),
+    aten.matmul: _contracts_last_of(0, "self"),
+    aten.mm: _contracts_last_of(0, "self"),
+    aten.bmm: _contracts_last_of(0, "self"),
+    aten.addmm: _contracts_last_of(1, "mat1"),
+    aten.baddbmm: _contracts_last_of(1, "batch1"),
+    aten.scaled_dot_product_attention: _attention,
+    aten.einsum: _einsum,
+}

@@ -1,0 +1,121 @@
+"""Running a Program node by node, in part, or with other weights. Nothing here changes a Program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..support.errors import CompilerError
+from .program import Batch, Program, is_constant, is_size
+
+#: Node name -> value.
+Values = MutableMapping[str, Any]
+#: Parameter or buffer name -> tensor used in place of the program's own.
+Tensors = Mapping[str, torch.Tensor]
+
+
+def bind(program: Program, batch: Batch) -> dict[str, Any]:
+    """The placeholders' values for one batch."""
+    placeholders = [n.name for n in program.graph.nodes if n.op == "placeholder"]
+    return dict(zip(placeholders, program.flatten(batch), strict=True))
+
+
+def evaluate(program: Program, node: fx.Node, values: Mapping[str, Any], tensors: Tensors | None = None) -> Any:
+    """The value of one node from the values of its operands."""
+
+    def lookup(operand: fx.Node) -> Any:
+        if operand.op != "get_attr":
+            return values[operand.name]
+        target = str(operand.target)
+        if tensors is not None and target in tensors:
+            return tensors[target]
+        return program.constant(operand)
+
+    if node.op != "call_function":
+        raise CompilerError(f"cannot evaluate a {node.op} node", node=node.name)
+    args = fx.node.map_arg(node.args, lookup)
+    kwargs = fx.node.map_arg(node.kwargs, lookup)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def run_until(
+    program: Program,
+    wanted: Iterable[str],
+    values: Values,
+    tensors: Tensors | None = None,
+    *,
+    free: bool = True,
+) -> dict[str, Any]:
+    """Evaluate what `wanted` needs, starting from `values`, and return the wanted values.
+
+    Only ancestors of the wanted nodes that are not in `values` yet are run, in topological order. With `free`, a
+    value is dropped from memory as soon as its last reader has run (`values` itself is not changed).
+    """
+    wanted = list(wanted)
+    needed = required(program, wanted, values)
+    local: dict[str, Any] = dict(values)
+    readers = dict.fromkeys([*needed, *values], 0)
+    for name in needed:
+        for operand in program.nodes[name].all_input_nodes:
+            readers[operand.name] = readers.get(operand.name, 0) + 1
+    keep = set(wanted)
+    for name in needed:
+        node = program.nodes[name]
+        local[name] = evaluate(program, node, local, tensors)
+        if not free:
+            continue
+        for operand in node.all_input_nodes:
+            readers[operand.name] -= 1
+            if readers[operand.name] == 0 and operand.name not in keep:
+                local.pop(operand.name, None)
+    return {name: local[name] for name in wanted} if free else local
+
+
+def required(program: Program, wanted: Iterable[str], known: Mapping[str, Any] | set[str]) -> list[str]:
+    """The nodes to run for `wanted`, in topological order, when `known` have values."""
+    stack = [program.nodes[name] for name in wanted if name not in known]
+    seen = {node.name for node in stack}
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand.op != "get_attr" and operand.name not in known and operand.name not in seen:
+                seen.add(operand.name)
+                stack.append(operand)
+    return sorted(seen, key=program.order.__getitem__)
+
+
+class ConcreteValues:
+    """The values of operands that depend on no input (an index made of constants), at batch 1; sizes as numbers. None
+    for what depends on an input."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._known: dict[str, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if is_constant(value):
+            return self.program.constant(value)
+        if is_size(value):
+            return self.program.scalar(value)
+        if value.name not in self._known:
+            self._known[value.name] = None
+            operands = {n.name: self(n) for n in value.all_input_nodes}
+            if value.op == "call_function" and all(v is not None for v in operands.values()):
+                self._known[value.name] = evaluate(self.program, value, operands)
+        return self._known[value.name]
+
+
+def descendants(program: Program, sources: Iterable[str]) -> set[str]:
+    """All nodes that depend on one of the sources, the sources themselves left out unless they depend on one."""
+    stack = [program.nodes[name] for name in sources]
+    seen: set[str] = set()
+    while stack:
+        for user in stack.pop().users:
+            if user.name not in seen:
+                seen.add(user.name)
+                stack.append(user)
+    return seen

@@ -1,0 +1,76 @@
+"""One option for each of many items under a budget: the exact choice, as an integer programme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..ir.cost import program_cost
+from ..ir.program import Program
+from ..support.quiet_logs import without_native_output
+
+#: How far from the best the choice may be, relative; nearer takes long and says nothing about the network.
+GAP = 1e-4
+SECONDS = 20.0
+#: Samples that weigh items against each other, and the multiply-accumulates that this may cost over all items.
+WEIGHING_SAMPLES, LEAST_WEIGHING = 64, 8
+WEIGHING_MACS = 2 * 10**12
+
+
+def choose_options(
+    errors: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[float]],
+    budget: float,
+    conflicts: Sequence[tuple[int, int]] = (),
+    known: Sequence[Sequence[int]] = (),
+) -> list[int] | None:
+    """For each item the index of one of its options: the least sum of errors whose costs add up to at most `budget`.
+
+    `errors` and `costs` hold a row for each item. Of two items in `conflicts` one at least takes its first option, that
+    of leaving it alone. A choice among the `known` ones does not come back. None when no choice stays within the
+    budget. Solved by HiGHS; of choices of equal error any may come back, the same one every time.
+    """
+    from scipy import optimize, sparse  # slow to import, and not everyone who imports foldcut needs it
+
+    if not errors:
+        return [] if budget >= 0 else None
+    sizes = [len(row) for row in errors]
+    items = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(len(items))
+    flat_costs, flat_errors = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (costs, errors))
+    if sum(min(row) for row in costs) > budget:
+        return None
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    one_each = sparse.csr_matrix((np.ones(len(items)), (items, places)), shape=(len(sizes), len(items)))
+    constraints = [optimize.LinearConstraint(one_each, 1, 1)]
+    if conflicts:
+        rows, columns = np.repeat(np.arange(len(conflicts)), 2), starts[np.asarray(conflicts).ravel()]
+        alone = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(conflicts), len(items)))
+        constraints.append(optimize.LinearConstraint(alone, 1, np.inf))
+    if known:
+        rows = np.repeat(np.arange(len(known)), len(sizes))
+        taken = sparse.csr_matrix(
+            (np.ones(len(rows)), (rows, (starts + np.asarray(known)).ravel())), shape=(len(known), len(items))
+        )
+        constraints.append(optimize.LinearConstraint(taken, -np.inf, len(sizes) - 1))
+    cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
+    error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
+    constraints.append(optimize.LinearConstraint(flat_costs[None, :] / cost_scale, -np.inf, budget / cost_scale))
+    with without_native_output():
+        found = optimize.milp(
+            flat_errors / error_scale,
+            integrality=np.ones(len(items), dtype=np.int64),
+            bounds=optimize.Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+    if found.x is None:
+        return None
+    return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
+
+
+def weighing_samples(program: Program, items: int) -> int:
+    """How many samples a trial of each item may read: as many as `WEIGHING_MACS` allow, a few at least."""
+    macs = max(1, program_cost(program).macs)
+    return max(LEAST_WEIGHING, min(WEIGHING_SAMPLES, WEIGHING_MACS // (items * macs)))

@@ -1,0 +1,163 @@
+"""The picture of a compile as plain data: the blocks of the original network, their layers, and what became of each.
+
+Blocks are the network's segments, so that one activation alone passes from each block to the next, whatever the
+architecture; inside a block, layers and joins (additions, products, concatenations) keep the edges between them, and
+everything else is left out. Names are those of the original program: a rewritten program keeps the names of what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..analysis.regions import common_path, removed_nodes
+from ..ir.cost import node_macs
+from ..ir.program import Program, data_inputs, is_size, is_tensor
+from ..ir.segments import Segment, find_segments
+from ..plan.plan import Decision, DropBlock, FactorizeLayer
+from .layer_words import join_sign, layer_width, layer_words
+
+#: The ends of a block, among the names of its edges.
+ENTRY, EXIT = "<in>", "<out>"
+
+
+def describe_graph(before: Program, after: Program, decisions: Sequence[Decision] = ()) -> dict[str, Any]:
+    """The blocks of `before` in topological order, each with its layers, joins and edges, and what `after` has left of
+    them. Multiply-accumulates are those of one sample."""
+    layers = _Layers(before, after, decisions)
+    drops = _drops(before, decisions)
+    blocks = [_block(before, segment, layers, drops) for segment in find_segments(before)]
+    _number(blocks)
+    return {"blocks": blocks}
+
+
+def block_of_calls(before: Program, after: Program) -> dict[str, int]:
+    """The place of the block that each call belongs to; a call that only `after` has belongs where its result goes."""
+    home = {name: place for place, segment in enumerate(find_segments(before)) for name in segment.nodes}
+    for node in reversed(list(after.graph.nodes)):
+        if node.op == "call_function" and node.name not in home and not is_size(node):
+            readers = [home[user.name] for user in node.users if user.name in home]
+            if readers:
+                home[node.name] = min(readers)
+    return home
+
+
+class _Layers:
+    """The contractions of both programs side by side."""
+
+    def __init__(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        self.before, self.after = before, after
+        self.factorised = {d.layer: d for d in decisions if isinstance(d, FactorizeLayer)}
+        self.macs = {name: node_macs(before, node) for name, node in before.nodes.items()}
+        self._factors: dict[str, list[fx.Node]] = {}
+        for node in after.graph.nodes:
+            if node.name not in self.macs and node_macs(after, node):
+                self._factors.setdefault(self._served(node), []).append(node)
+
+    def _served(self, node: fx.Node) -> str:
+        """The layer of the original whose factor a new node is: the first that its value comes to."""
+        while not self.macs.get(node.name):
+            following = next((u for u in node.users if u.op == "call_function" and not is_size(u)), None)
+            if following is None:
+                return ""
+            node = following
+        return node.name
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """One layer as plain data."""
+        node, left = self.before.nodes[name], self.after.nodes.get(name)
+        there = [*self._factors.get(name, []), *([] if left is None else [left])]
+        made: dict[str, Any] = {
+            "name": name,
+            "path": self.before.path(node),
+            "operation": layer_words(self.before, node),
+            "macs": {"before": self.macs[name], "after": sum(node_macs(self.after, n) for n in there)},
+        }
+        width = layer_width(self.before, node)
+        if width is not None:
+            ends = [layer_width(self.after, n) for n in (there[0], there[-1])] if there else [None, None]
+            first, last = ends
+            made["inputs"] = {"kept": first.inputs if first else 0, "total": width.inputs}
+            made["outputs"] = {"kept": last.outputs if last else 0, "total": width.outputs}
+        if name in self.factorised:
+            decision = self.factorised[name]
+            made |= {"scheme": decision.scheme, "ranks": list(decision.ranks), "full": list(decision.full)}
+        return {**made, "change": _change(made, left)}
+
+
+def _change(layer: Mapping[str, Any], left: fx.Node | None) -> str:
+    if left is None:
+        return "dropped"
+    if "ranks" in layer:
+        return "factorised"
+    cut = any(layer[side]["kept"] < layer[side]["total"] for side in ("outputs", "inputs") if side in layer)
+    return "pruned" if cut else "kept"
+
+
+def _block(program: Program, segment: Segment, layers: _Layers, drops: Mapping[str, DropBlock]) -> dict[str, Any]:
+    names, joins, edges = _reduced(program, segment, layers.macs)
+    described = [layers.describe(name) for name in names]
+    found: dict[str, Any] = {
+        "name": common_path(program, names) or next((la["path"] for la in described if la["path"]), segment.exits[-1]),
+        "layers": described,
+        "joins": joins,
+        "edges": edges,
+        "macs": {side: sum(layer["macs"][side] for layer in described) for side in ("before", "after")},
+    }
+    last = program.nodes[segment.exits[-1]]
+    if is_tensor(last):
+        found["shape"] = list(program.shape(last))[1:]
+    dropped = next((drops[name] for name in names if name in drops), None)
+    if dropped is not None:
+        found["drop"] = {"region": dropped.region, "error": dropped.error, "saving": dropped.saving}
+    return found
+
+
+def _drops(program: Program, decisions: Sequence[Decision]) -> dict[str, DropBlock]:
+    """The decision that removed each call."""
+    found: dict[str, DropBlock] = {}
+    for decision in decisions:
+        if isinstance(decision, DropBlock) and {decision.entry, decision.exit} <= set(program.nodes):
+            found |= dict.fromkeys(removed_nodes(program, decision.entry, decision.exit), decision)
+    return found
+
+
+def _number(blocks: Sequence[dict[str, Any]]) -> None:
+    """Tell blocks of one name apart."""
+    seen: dict[str, int] = {}
+    for block in blocks:
+        number = seen[block["name"]] = seen.get(block["name"], 0) + 1
+        if number > 1:
+            block["name"] = f"{block['name']} #{number}"
+
+
+def _reduced(
+    program: Program, segment: Segment, macs: Mapping[str, int]
+) -> tuple[list[str], list[dict[str, str]], list[list[str]]]:
+    """(layers, joins, edges) of a segment: any other call stands for the layers and joins that its value comes from."""
+    sources: dict[str, frozenset[str]] = {}
+    names: list[str] = []
+    joins: list[dict[str, str]] = []
+    edges: list[list[str]] = []
+
+    def connect(reached: frozenset[str], to: str) -> None:
+        edges.extend([source, to] for source in sorted(reached, key=lambda s: program.order.get(s, -1)))
+
+    for name in segment.nodes:
+        node = program.nodes[name]
+        if is_size(node):
+            continue
+        reached = frozenset().union(*(sources.get(o.name, frozenset([ENTRY])) for o in data_inputs(node)))
+        if not macs[name] and len(reached) < 2:
+            sources[name] = reached
+            continue
+        connect(reached, name)
+        sources[name] = frozenset([name])
+        if macs[name]:
+            names.append(name)
+        else:
+            joins.append({"name": name, "operation": join_sign(node)})
+    connect(frozenset().union(*(sources.get(name, frozenset()) for name in segment.exits)), EXIT)
+    return names, joins, edges

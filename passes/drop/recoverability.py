@@ -1,0 +1,270 @@
+"""How well the rest of a network recovers from losing a region: the error left in the features before the head.
+
+Five ways to ask, from cheap to dear:
+- ``plain``: bypass the region and run on. No recovery at all.
+- ``local``: bypass it, re-solve the layer in front of it in closed form (its target becomes the mean of the teacher's
+  stream before and after the
+  region), run on. Nearly as cheap.
+- ``calibrated``: the local error times the share of it that a full re-solve leaves, measured once for each region on
+  its own. The default: local
+  errors alone count early blocks too dear, since more layers behind them help to recover.
+- ``exact``: bypass it and re-solve every layer behind it.
+- ``adaptors``: bypass it and train the paper's 1x1 adaptors (`adaptors`): dear, for comparison.
+The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the
+choice is joint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from ...compiler.analysis.regions import Region
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.edit import bypass
+from ...compiler.ir.execute import bind, descendants, required, run_until
+from ...compiler.ir.program import Program
+from ...compiler.support.setting_checks import check_kind, check_whole, check_word, settled
+from ..solve.closed_form import solve
+from ..solve.features import compared_outputs, head_features
+from ..solve.layers import find_layers, moved
+from ..solve.moments import Moments
+from ..solve.resolve_network import ResolveSettings, batch_moments, batch_size_for, resolve_network
+from ..solve.targets import Target, counterparts, trace_target
+from .adaptors import AdaptorSettings, train_adaptors
+from .drop_blocks import drop_blocks, entry_exit, standing_for
+
+Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
+
+
+#: How the student is re-solved between drops: enough to compare candidates.
+QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverabilitySettings:
+    """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module."""
+
+    mode: Mode = "calibrated"
+    samples: int = 64
+    adaptors: AdaptorSettings = field(default_factory=AdaptorSettings)
+    resolve: ResolveSettings = QUICK_RESOLVE
+
+    def __post_init__(self) -> None:
+        check_word("mode", self.mode, get_args(Mode))
+        check_whole("samples", self.samples, 1)
+        check_kind("adaptors", self.adaptors, AdaptorSettings)
+        check_kind("resolve", self.resolve, ResolveSettings)
+        settled(self)
+
+
+class Recoverability:
+    """Predicted relative feature error for a set of chosen regions and one more. Call it with (chosen, candidates).
+
+    Error = sum ||F_S - F_T||^2 / sum ||F_T||^2 over the judging samples, F the features before the head (the outputs,
+    where one of
+    `regions` lies behind the features or contains them: they would not show its loss). Only a part of
+    the calibration set is read. The student of the regions chosen so far is re-solved once and kept until the choice
+    changes.
+    """
+
+    def __init__(
+        self,
+        teacher: Program,
+        calibration: CalibrationSet,
+        *,
+        regions: Sequence[Region] = (),
+        settings: RecoverabilitySettings | None = None,
+    ) -> None:
+        self.settings = settings or RecoverabilitySettings()
+        self.teacher = teacher
+        self.features = judged_values(teacher, regions)
+        few = calibration.take(slice(0, self.settings.samples))
+        half = max(1, len(few) // 2)
+        self.fit, self.judge = (
+            few.take(slice(0, half)),
+            few.take(slice(half, None)) if len(few) > half else few,
+        )
+        self.batch_size = batch_size_for(teacher, find_layers(teacher)[0].values())
+        #: The samples that are read.
+        self.samples = few
+        #: Of each region the share of its local error that is left when the layers behind it are re-solved too.
+        self.recovery: dict[str, float] = {}
+        self._state: tuple[tuple[str, ...], Program] = ((), teacher)
+
+    def __call__(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
+        """Region name -> error with that region dropped as well. The candidates share two passes over the samples."""
+        if self.settings.mode != "calibrated":
+            return self._errors(chosen, candidates, self.settings.mode)
+        if not self.recovery:
+            self.recovery = self.calibration_of(candidates)
+        base = self._base(chosen)
+        local = self._errors(chosen, candidates, "local")
+        usual = sorted(self.recovery.values())[len(self.recovery) // 2]
+        return {name: base + self.recovery.get(name, usual) * (error - base) for name, error in local.items()}
+
+    def _errors(self, chosen: Sequence[Region], candidates: Sequence[Region], mode: Mode) -> dict[str, float]:
+        student = self._student(chosen)
+        trials = [self._trial(student, chosen, region, mode) for region in candidates]
+        if mode == "local":
+            self._solve_local(student, trials)
+        errors = self._judge(student, trials)
+        return {region.name: error for region, error in zip(candidates, errors, strict=True)}
+
+    def calibration_of(self, candidates: Sequence[Region]) -> dict[str, float]:
+        """How much of each region's local error is left when the layers behind it are re-solved too, with nothing else
+        dropped."""
+        local, exact = (self._errors((), candidates, mode) for mode in ("local", "exact"))
+        return {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}
+
+    def _base(self, chosen: Sequence[Region]) -> float:
+        """Error of the network as it stands."""
+        student = self._student(chosen)
+        features = tuple(standing_for(name, chosen) for name in self.features)
+        calls = {n.name for n in student.graph.nodes if n.op == "call_function"}
+        return self._judge(student, [_Trial(program=student, features=features, changed=calls)])[0] if chosen else 0.0
+
+    def _student(self, chosen: Sequence[Region]) -> Program:
+        """The network as it stands: `chosen` dropped and, but for the plain mode, re-solved on the few samples."""
+        key = tuple(r.name for r in chosen)
+        if key != self._state[0]:
+            student = drop_blocks(self.teacher, chosen)
+            if self.settings.mode != "plain":
+                pairs = entry_exit(chosen)
+                student = resolve_network(
+                    self.teacher, student, self.samples, pairs, settings=self.settings.resolve
+                ).program
+            self._state = (key, student)
+        return self._state[1]
+
+    def _trial(self, student: Program, chosen: Sequence[Region], region: Region, mode: Mode) -> _Trial:
+        """Local and plain trials run on the student's own graph with the exit's value replaced: nothing is rewritten
+        to look."""
+        entry = standing_for(region.entry, chosen)
+        if mode in {"exact", "adaptors"}:
+            return self._rewritten(student, [*chosen, region], entry, mode)
+        features = tuple(standing_for(name, chosen) for name in self.features)
+        target = self._layer_in_front(student, [*chosen, region], entry) if mode == "local" else None
+        moved = {target.layer.node, *descendants(student, [target.layer.node])} if target else set()
+        changed = moved | descendants(student, [region.exit]) | {region.exit}
+        return _Trial(program=student, features=features, changed=changed, bypass=(entry, region.exit), target=target)
+
+    def _rewritten(self, student: Program, regions: Sequence[Region], entry: str, mode: Mode) -> _Trial:
+        program = bypass(student, entry, regions[-1].exit)
+        if mode == "exact":
+            pairs = entry_exit(regions)
+            program = resolve_network(self.teacher, program, self.fit, pairs, settings=self.settings.resolve).program
+        else:
+            settings = self.settings.adaptors
+            program = train_adaptors(self.teacher, program, self.fit, entry=entry, drops=regions, settings=settings)
+        features = tuple(standing_for(name, regions) for name in self.features)
+        calls = {n.name for n in program.graph.nodes if n.op == "call_function"}
+        return _Trial(program=program, features=features, changed=calls)
+
+    def _layer_in_front(self, student: Program, regions: Sequence[Region], entry: str) -> Target | None:
+        """The last layer whose anchor is the value that would play the dropped region's exit."""
+        roles = counterparts(student, self.teacher, entry_exit(regions))
+        layers, _ = find_layers(student)
+        anchors = {entry, *(n.name for n in student.nodes[entry].all_input_nodes)} & roles.keys()
+        for name in sorted(layers, key=student.order.__getitem__, reverse=True):
+            if student.order[name] <= student.order[entry]:
+                target = trace_target(student, layers[name], roles)
+                if target.anchor in anchors:
+                    return target
+        return None
+
+    def _solve_local(self, student: Program, trials: Sequence[_Trial]) -> None:
+        """One pass over the fitting samples for all trials together."""
+        targets = [t.target for t in trials if t.target is not None]
+        ours = {name for t in targets for name in (t.layer.input, t.anchor)}
+        theirs = {name for t in targets for name in t.counterparts}
+        batches, thin = -(-len(self.fit) // self.batch_size), self.settings.resolve.rows_per_column
+        for batch in self.fit.batches(self.batch_size):
+            with torch.no_grad():
+                left = run_until(student, ours, bind(student, batch))
+                right = run_until(self.teacher, theirs, bind(self.teacher, batch))
+            for trial in trials:
+                if trial.target is not None:
+                    part = batch_moments(student, trial.target, left, right, batches, thin)
+                    trial.moments = part if trial.moments is None else trial.moments + part
+        for trial in trials:
+            if trial.target is not None and trial.moments is not None:
+                trial.tensors = self._weights(student, trial.target, trial.moments)
+                trial.moments = None
+
+    def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
+        correction = solve(moments, ridge=self.settings.resolve.ridge_for(len(self.fit)), bias=False)
+        weight = student.module.get_parameter(target.layer.weight).detach()
+        return {target.layer.weight: moved(weight, correction.weight)}
+
+    def _judge(self, student: Program, trials: Sequence[_Trial]) -> list[float]:
+        """Feature errors on the judging samples. What a trial does not change is run once for all of them."""
+        shared = {name for t in trials for name in t.boundary()}
+        error, energy = [0.0] * len(trials), 0.0
+        for batch in self.judge.batches(self.batch_size):
+            with torch.no_grad():
+                wanted = run_until(self.teacher, self.features, bind(self.teacher, batch))
+                start = bind(student, batch)
+                known = {**start, **run_until(student, shared, start)}
+                energy += sum(float(v.square().sum(dtype=torch.float64)) for v in wanted.values())
+                for index, trial in enumerate(trials):
+                    values = trial.run(known)
+                    error[index] += _squared_distance(wanted, self.features, values, trial.features)
+        return [e / energy if energy > 0 else e for e in error]
+
+
+def judged_values(program: Program, regions: Sequence[Region]) -> tuple[str, ...]:
+    """The features before the head when every region's loss reaches them, else the outputs."""
+    features = head_features(program)
+    for region in regions:
+        reached = descendants(program, [region.exit]) | {region.exit}
+        if not reached.issuperset(features):
+            return tuple(node.name for node in compared_outputs(program))
+    return features
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    """One candidate: the program to run, the nodes whose values differ from the student's, and the locally solved
+    weights.
+
+    With `bypass` (entry, exit), the exit takes the entry's value.
+    """
+
+    program: Program
+    features: tuple[str, ...]
+    changed: set[str]
+    bypass: tuple[str, str] | None = None
+    target: Target | None = None
+    moments: Moments | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def boundary(self) -> set[str]:
+        """Unchanged values that the changed part (or the features) read."""
+        unchanged = self.program.nodes.keys() - self.changed
+        wanted = [*self.features]
+        start = unchanged
+        if self.bypass is not None:
+            wanted.append(self.bypass[0])
+            start = unchanged | {self.bypass[1]}
+        nodes = [self.program.nodes[n] for n in required(self.program, wanted, start)]
+        operands = {o.name for n in nodes for o in n.all_input_nodes if o.op == "call_function"}
+        return (operands | set(wanted)) - self.changed
+
+    def run(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The features' values."""
+        usable = {n: value for n, value in known.items() if n in self.program.nodes and n not in self.changed}
+        if self.bypass is not None:
+            entry, exit_ = self.bypass
+            usable[exit_] = run_until(self.program, [entry], usable, self.tensors)[entry]
+        return run_until(self.program, self.features, usable, self.tensors)
+
+
+def _squared_distance(
+    theirs: Mapping[str, Any], names: Sequence[str], ours: Mapping[str, Any], own_names: Sequence[str]
+) -> float:
+    pairs = zip(names, own_names, strict=True)
+    return sum(float((ours[b] - theirs[a]).square().sum(dtype=torch.float64)) for a, b in pairs)

@@ -1,0 +1,327 @@
+"""Which ranks a layer may be cut to, and what each would cost the layer and the network.
+
+The input moments of every layer come from one streamed pass of the original network (several, where they do not fit
+into memory together). From them each scheme gives its error at every rank without touching the data again. Only options
+that are cheaper than the layer and not dominated (cheaper and better at once) by another are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import product
+from typing import Literal, TypeVar, get_args
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.program import Program
+from ...compiler.plan.plan import FactorizeLayer, Ranks
+from ...compiler.support.errors import GoalError, Reject, RewriteError
+from ...compiler.support.progress import Progress, silent
+from ...compiler.support.setting_checks import (
+    check_number,
+    check_switch,
+    check_texts,
+    check_whole,
+    check_word,
+    refuse,
+    settled,
+)
+from ..solve.layer_moments import MEMORY_BYTES, LayerMoments
+from ..solve.layers import Layer, find_layers, layer_names
+from ..solve.moments import Moments
+from ..solve.resolve_network import ResolveSettings
+from ..solve.targets import Target, output_gain, trace_target
+from .decompositions import PLAIN, Geometry, Metric
+from .factorize import Factors, decompose
+from .low_rank import SCHEMES, Scheme, suitable
+
+#: Layers with more columns than this are factorised without data: a Gram matrix would take half a gigabyte and more.
+WIDEST = 8192
+#: Ranks looked at along each axis of a scheme.
+STEPS = 16
+#: Relative errors that count as none: what float32 activations leave in the moments.
+EXACT = 1e-5
+
+T = TypeVar("T")
+Judging = Literal["data", "weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """How ranks are looked for: `schemes` to choose from, ranks in multiples of `multiple_of`, at least `least` times
+    the full rank; `metric` ``data`` or ``weights`` (plain, data-free).
+
+    With `resolve` the factors and the layers behind are solved again on the whole network. `ignore` are patterns of
+    layers that stay whole (node, module path or weight: ``head*``). `on_lattice` takes the multiple from the backend.
+    `rows_per_column` caps the rows of A that a Gram matrix reads, relative to its columns.
+    """
+
+    schemes: tuple[str, ...] = ("channel", "spatial", "tucker")
+    multiple_of: int = 4
+    least: float = 0.0
+    metric: Judging = "data"
+    resolve: bool = True
+    rows_per_column: int | None = 50
+    ignore: tuple[str, ...] = ()
+    on_lattice: bool = False
+
+    def __post_init__(self) -> None:
+        check_texts("schemes", self.schemes, error=GoalError)
+        if not self.schemes or not set(self.schemes) <= SCHEMES.keys():
+            refuse("schemes", self.schemes, f"some of {', '.join(SCHEMES)}", why="is not known", error=GoalError)
+        check_whole("multiple_of", self.multiple_of, 1, error=GoalError)
+        check_number("least", self.least, least=0, most=1, allowed="a share of full rank, 0 to 1", error=GoalError)
+        check_word("metric", self.metric, get_args(Judging), error=GoalError)
+        check_whole("rows_per_column", self.rows_per_column, 1, none=True, error=GoalError)
+        check_texts("ignore", self.ignore, error=GoalError)
+        check_switch("resolve", self.resolve, error=GoalError)
+        check_switch("on_lattice", self.on_lattice, error=GoalError)
+        settled(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way of factorising a layer: its multiply-accumulates for one sample and its relative error."""
+
+    scheme: str
+    ranks: tuple[int, ...]
+    macs: int
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layer with its options, cheapest first, none dominated by another; `size.macs` is what it costs whole.
+
+    `every` has those too that only another scheme dominates.
+    """
+
+    layer: Layer
+    target: Target
+    size: Geometry
+    every: tuple[Option, ...] = ()
+
+    @cached_property
+    def options(self) -> tuple[Option, ...]:
+        return tuple(not_dominated(self.every))
+
+    def parameters(self, option: Option) -> int:
+        """Trained values of the factors of an option; its bias stays and is not counted."""
+        return sum(math.prod(shape) for shape in SCHEMES[option.scheme].shapes(self.size, option.ranks))
+
+    def trial(self) -> Option:
+        """The option nearest to half of the layer's multiply-accumulates, of those that lose something: an exact one
+        says nothing about what errors of this layer do. The cheapest where all are exact."""
+        lossy = [option for option in self.options if option.error > EXACT] or self.options[:1]
+        return min(lossy, key=lambda option: abs(2 * option.macs - self.size.macs))
+
+
+class RankAnalysis:
+    """The layers of a program that low rank can make cheaper, and their factors at any of their ranks.
+
+    `candidates` by node in topological order, `rejects` what was left alone and why; with `only`, of these nodes. With
+    `given`, the options of an earlier analysis of the same, the data is not read before factors are asked for. Never
+    changes the program.
+    Raises GoalError when a pattern of `ignore` matches nothing, CalibrationError when activations are not finite.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        calibration: CalibrationSet,
+        *,
+        settings: RankSettings | None = None,
+        resolve: ResolveSettings | None = None,
+        only: Collection[str] | None = None,
+        given: Mapping[str, tuple[Option, ...]] | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+        progress: Progress = silent,
+    ) -> None:
+        self.program, self.calibration = program, calibration
+        self.settings = settings or RankSettings()
+        self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
+        layers, locked = find_layers(program)
+        self._check_ignored(layers)
+        layers = {name: layer for name, layer in layers.items() if only is None or name in only}
+        self._sizes = {name: Geometry.of(program, layer) for name, layer in layers.items()}
+        self._moments = LayerMoments(
+            program, layers, calibration, rows_per_column=self.settings.rows_per_column, memory_bytes=memory_bytes
+        )
+        found: dict[str, Candidate] = {}
+        self.rejects: list[Reject] = list(locked)
+        for name, layer in layers.items():
+            candidate = self._candidate(layer)
+            if candidate is not None:
+                found[name] = candidate
+        options = self._every(found, progress) if given is None else given
+        self.candidates = {n: replace(c, every=options[n]) for n, c in found.items() if options.get(n)}
+        dear = [name for name in found if name not in self.candidates]
+        self.rejects += [Reject(reason="no rank that is allowed makes it cheaper", node=name) for name in dear]
+
+    def _every(self, found: Mapping[str, Candidate], progress: Progress) -> dict[str, tuple[Option, ...]]:
+        """The options of all candidates, from their moments."""
+        options = {}
+        for index, (name, moments) in enumerate(self._each(list(found))):
+            options[name] = self._options(found[name], moments)
+            progress("decompose layers", index + 1, len(found))
+        return options
+
+    def factors(self, choice: Mapping[str, Option], *, progress: Progress = silent) -> list[Factors]:
+        """The factors of the chosen options, by node. Raises RewriteError for what is no candidate."""
+        candidates = {name: self._known(name) for name in choice}
+        found = {}
+        for index, (name, moments) in enumerate(self._each(list(choice))):
+            candidate, option = candidates[name], choice[name]
+            metric, gain = self._metric(candidate, moments)
+            decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain, option.ranks)
+            found[name] = Factors.of(name, decomposition, option.ranks)
+            progress("factorise", index + 1, len(choice))
+        return [found[name] for name in choice]
+
+    def _known(self, name: str) -> Candidate:
+        if name not in self.candidates:
+            reasons = [reject.reason for reject in self.rejects if reject.node == name]
+            raise RewriteError(f"it cannot be factorised: {(reasons or ['it is no layer'])[0]}", node=name)
+        return self.candidates[name]
+
+    def decision(self, name: str, option: Option) -> FactorizeLayer:
+        """The option as a plan's decision."""
+        candidate = self._known(name)
+        return FactorizeLayer(
+            layer=name,
+            scheme=option.scheme,
+            ranks=option.ranks,
+            full=SCHEMES[option.scheme].full(candidate.size),
+            path=self.program.path(self.program.nodes[name]),
+            error=option.error,
+        )
+
+    def each(self, goal: Ranks) -> dict[str, Option]:
+        """The option of each layer that a goal for single layers asks for: where it bounds the error, the cheapest
+        that keeps the bound; where it bounds the cost, the best that does; where it gives the rank, of the schemes that
+        are cheaper at it the one with the least error. A layer without such an option stays whole."""
+        share = goal.macs
+        if share is not None:
+            fits = {n: [o for o in c.options if o.macs <= share * c.size.macs] for n, c in self.candidates.items()}
+            return {name: options[-1] for name, options in fits.items() if options}
+        if goal.rank is None and goal.keep is None:
+            bound = goal.error if goal.error is not None else 1 - (goal.energy or 0.0)
+            kept = {n: [o for o in c.options if o.error <= bound] for n, c in self.candidates.items()}
+            return {name: options[0] for name, options in kept.items() if options}
+        found = {}
+        for name, moments in self._each(list(self.candidates)):
+            options = self._at(self.candidates[name], goal, moments)
+            if options:
+                found[name] = min(options, key=lambda option: (option.error, option.macs))
+        return {name: found[name] for name in self.candidates if name in found}
+
+    def _at(self, candidate: Candidate, goal: Ranks, moments: Moments | None) -> list[Option]:
+        """One option for each scheme, at the rank that the goal gives, where that is cheaper than the layer."""
+        options = []
+        metric, gain = self._metric(candidate, moments)
+        for scheme in suitable(candidate.size, self._schemes(candidate.size)):
+            full = scheme.full(candidate.size)
+            wanted = [goal.rank or max(1, round((goal.keep or 0) * rank)) for rank in full]
+            ranks = tuple(min(rank, most) for rank, most in zip(wanted, full, strict=True))
+            macs = scheme.macs(candidate.size, ranks)
+            if macs < candidate.size.macs:
+                error = decompose(self.program, candidate.layer, scheme.name, metric, gain).error(ranks)
+                options.append(Option(scheme=scheme.name, ranks=ranks, macs=macs, error=error))
+        return options
+
+    def _candidate(self, layer: Layer) -> Candidate | None:
+        """The layer, unless it is ignored or no scheme is cheaper at its least ranks; rejects say which."""
+        size = self._sizes[layer.node]
+        names = layer_names(self.program, layer)
+        if any(fnmatchcase(name, pattern) for pattern in self.settings.ignore for name in names):
+            self.rejects.append(Reject(reason="ignored", node=layer.node))
+            return None
+        if not any(self._ranks(scheme, size) for scheme in suitable(size, self._schemes(size))):
+            self.rejects.append(Reject(reason="no rank that is allowed makes it cheaper", node=layer.node))
+            return None
+        return Candidate(layer=layer, target=trace_target(self.program, layer, {}), size=size)
+
+    def _check_ignored(self, layers: Mapping[str, Layer]) -> None:
+        known = [name for layer in layers.values() for name in layer_names(self.program, layer)]
+        for pattern in self.settings.ignore:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise GoalError(f"ignore: no layer matches {pattern!r}", hint=f"layers: {', '.join(layers)}")
+
+    def _schemes(self, size: Geometry) -> tuple[str, ...]:
+        """Without data only a decomposition of the outputs' side stays small for a layer that is very wide."""
+        if size.columns <= WIDEST:
+            return self.settings.schemes
+        return tuple(name for name in self.settings.schemes if name == "channel")
+
+    def _ranks(self, scheme: Scheme, size: Geometry) -> list[tuple[tuple[int, ...], int]]:
+        """Ranks of a scheme at which it is cheaper than the layer, with their multiply-accumulates: multiples, about
+        `STEPS` of them along each axis."""
+        axes = [self._multiples(most) for most in scheme.full(size)]
+        if len(axes) > 1:
+            axes = [_spread(axis) for axis in axes]
+        found = [(ranks, scheme.macs(size, ranks)) for ranks in product(*axes)]
+        cheap = [(ranks, macs) for ranks, macs in found if macs < size.macs]
+        return _spread(cheap) if len(axes) == 1 else cheap
+
+    def _multiples(self, most: int) -> list[int]:
+        """The ranks that may be, least first."""
+        step = min(self.settings.multiple_of, most)
+        first = max(1, math.ceil(self.settings.least * most / step))
+        return [number * step for number in range(first, most // step + 1)] or [most]
+
+    def _options(self, candidate: Candidate, moments: Moments | None) -> tuple[Option, ...]:
+        """Every option below the layer's own cost that no other of its scheme dominates."""
+        found: list[Option] = []
+        metric, gain = self._metric(candidate, moments)
+        for scheme in suitable(candidate.size, self._schemes(candidate.size)):
+            cheap = self._ranks(scheme, candidate.size)
+            if cheap:
+                decomposition = decompose(self.program, candidate.layer, scheme.name, metric, gain)
+                found += not_dominated(
+                    [
+                        Option(scheme=scheme.name, ranks=ranks, macs=macs, error=decomposition.error(ranks))
+                        for ranks, macs in cheap
+                    ]
+                )
+        return tuple(found)
+
+    def _metric(self, candidate: Candidate, moments: Moments | None) -> tuple[Metric, torch.Tensor | None]:
+        """What a layer's approximation is judged by, under every scheme: the metric and the gains of the outputs."""
+        metric = PLAIN
+        if moments is not None:
+            metric = Metric.of(moments, ridge=self.ridge, centred=candidate.target.shift is not None)
+        gain = output_gain(self.program, candidate.target) if self.settings.metric == "data" else None
+        return metric, gain
+
+    def _each(self, names: Sequence[str]) -> Iterator[tuple[str, Moments | None]]:
+        """The layers with their moments, those that do without first, with None."""
+        blind = [name for name in names if self.settings.metric != "data" or self._wide(name)]
+        yield from ((name, None) for name in blind)
+        yield from self._moments([name for name in names if name not in blind])
+
+    def _wide(self, name: str) -> bool:
+        return self._sizes[name].columns > WIDEST
+
+
+def _spread(items: list[T]) -> list[T]:
+    """About `STEPS` of the items, evenly, the first and the last among them."""
+    if len(items) <= STEPS:
+        return items
+    return [items[round(place * (len(items) - 1) / (STEPS - 1))] for place in range(STEPS)]
+
+
+def not_dominated(options: Sequence[Option]) -> list[Option]:
+    """The options, cheapest first, that are better than every cheaper one."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.macs, o.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
+
+
+__all__ = ["Candidate", "Option", "RankAnalysis", "RankSettings", "not_dominated"]

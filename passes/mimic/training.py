@@ -1,0 +1,202 @@
+"""One training of `mimic`: the networks, the optimiser, the order of the samples, and its state at any iteration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.compare import squared_distance
+from ...compiler.ir.edit import expose
+from ...compiler.ir.program import Batch, Program, as_arguments
+from ...compiler.support.errors import MimicError, first_line
+from ..solve.targets import Kept, select_kept
+from .pairs import batch_first, compared_pairs, same_as_teacher
+from .settings import MimicSettings
+
+
+class Training:
+    """The two networks, the optimiser and the teacher's cached values of one training."""
+
+    def __init__(
+        self,
+        teacher: Program,
+        trainee: Program,
+        calibration: CalibrationSet,
+        held_out: CalibrationSet,
+        settings: MimicSettings,
+        kept: Mapping[str, Kept],
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.calibration = calibration
+        self.held_out = held_out
+        self.done = 0
+        self.pairs, self.judges = compared_pairs(
+            teacher, trainee, outputs_weight=settings.outputs, hints_weight=settings.hints
+        )
+        self.kept = [kept.get(p.student, ()) for p in self.pairs]
+        self.teacher = expose(teacher, [p.teacher for p in self.pairs])
+        self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
+        self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
+        by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
+        self.cache = self._teacher_values() if settings.augment is None and by_sample else None
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.long)
+        frozen = same_as_teacher(teacher, trainee)
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        if not self.parameters:
+            return
+        self._rates = [settings.learning_rate * max(_rms(p), 1e-3) for p in self.parameters]
+        self._optimiser = torch.optim.Adam([{"params": [p]} for p in self.parameters], betas=(0.9, 0.99))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the student's."""
+        return {name: p.detach().clone() for name, p in self.student.named_parameters()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the iterations to come depend on, but for the number of those `done`."""
+        found = {"generator": self._generator.get_state(), "order": self._order}
+        for index, parameter in enumerate(self.parameters):
+            found[f"{index} weight"] = parameter.detach()
+            found |= {f"{index} {name}": value for name, value in self._optimiser.state[parameter].items()}
+        return {name: value.contiguous() for name, value in found.items()}
+
+    def go_on(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Be as after `done` iterations, from what `state` gave then."""
+        self.done, self._order = done, state["order"]
+        self._generator.set_state(state["generator"])
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in state.items():
+            index, _, what = name.partition(" ")
+            if not index.isdigit():
+                continue
+            parameter = self.parameters[int(index)].detach()
+            if what == "weight":
+                parameter.copy_(value)
+            else:  # moments in the parameter's own memory format, as the optimiser makes them
+                own = value if what == "step" else torch.empty_like(parameter).copy_(value)
+                moments.setdefault(int(index), {})[what] = own
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
+
+    def step(self) -> bool:
+        """One iteration; False when loss or gradients are not finite (the weights are then left as they are)."""
+        self.done += 1
+        indices = self._next()
+        batch = self.calibration.batch(indices)
+        if self.settings.augment is not None:
+            batch = self.settings.augment(batch, self._generator)
+        wanted = self._values(self.teacher, batch) if self.cache is None else [v[indices] for v in self.cache]
+        loss = self._loss(self._values(self.student, batch), wanted)
+        if not loss.requires_grad:
+            return False  # nothing that is trained bears on the features
+        self._optimiser.zero_grad(set_to_none=True)
+        _backward(loss)
+        norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
+        if not bool(norm.isfinite()):
+            return False
+        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._pace(self.done - 1)
+        self._optimiser.step()
+        return True
+
+    def error(self) -> tuple[float, float]:
+        """Held-out relative squared error in full precision: (mean over features and outputs, mean over outputs
+        alone)."""
+        error, energy = [0.0] * self.judges, [0.0] * self.judges
+        with torch.no_grad():
+            for batch in self.held_out.batches(self.settings.batch_size):
+                args, kwargs = as_arguments(batch)
+                ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
+                for index in range(self.judges):
+                    part, norm = squared_distance(theirs[index], ours[index])
+                    error[index] += part
+                    energy[index] += norm
+        relative = [e / w if w > 0 else e for e, w in zip(error, energy, strict=True)]
+        outputs = [r for pair, r in zip(self.pairs, relative, strict=False) if pair.output]
+        return sum(relative) / max(1, len(relative)), sum(outputs) / max(1, len(outputs))
+
+    def _pace(self, iteration: int) -> float:
+        """What the learning rate is multiplied with: up in a straight line, down by a cosine."""
+        warm = max(1, self.settings.iterations // 20)
+        along = min(1.0, iteration / self.settings.iterations)
+        return min(1.0, (iteration + 1) / warm) * 0.5 * (1 + math.cos(math.pi * along))
+
+    def _loss(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(())
+        for pair, s, t in zip(self.pairs, ours, theirs, strict=True):
+            if pair.weight == 0:
+                continue
+            wanted = t.float()
+            total = total + pair.weight * (s.float() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+        return total
+
+    def _next(self) -> torch.Tensor:
+        """The next batch of a seeded shuffle; every sample comes up once before any comes up again."""
+        size = min(self.settings.batch_size, len(self.calibration))
+        if len(self._order) < size:
+            self._order = torch.cat([self._order, torch.randperm(len(self.calibration), generator=self._generator)])
+        indices, self._order = self._order[:size], self._order[size:]
+        return indices
+
+    def _values(self, module: fx.GraphModule, batch: Batch) -> list[torch.Tensor]:
+        args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
+        with (
+            torch.set_grad_enabled(module is self.student),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),
+        ):
+            values = list(module(*args, **kwargs))
+        return values if module is self.student else self._shared(values)
+
+    def _shared(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """The teacher's values in the channels that the student still has."""
+        return [select_kept(value, kept) for value, kept in zip(values, self.kept, strict=True)]
+
+    def _teacher_values(self) -> list[torch.Tensor] | None:
+        """The teacher's values on all samples, or None when they would not fit."""
+        parts: list[list[torch.Tensor]] = []
+        for batch in self.calibration.batches(self.settings.batch_size):
+            parts.append(self._values(self.teacher, batch))
+            if (
+                sum(v.numel() * v.element_size() for v in parts[0]) * len(self.calibration)
+                > self.settings.cache_bytes * self.settings.batch_size
+            ):
+                return None
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """Raise MimicError where an operator has no gradient: that is the network's, and no fault of the training."""
+    try:
+        loss.backward()
+    except RuntimeError as cause:  # torch's own operators raise NotImplementedError, which is one, custom ones this
+        if isinstance(cause, NotImplementedError) or "no autograd formula was registered" in str(cause):
+            raise MimicError(
+                f"an operator has no gradient: {first_line(cause)}",
+                hint="leave mimicking out (mimic=False), or register the operator's gradient",
+            ) from cause
+        raise
+
+
+def _channels_last(leaf: object) -> object:
+    """Images in the layout in which convolutions on CPUs need no reordering."""
+    if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 and leaf.is_floating_point():
+        return leaf.contiguous(memory_format=torch.channels_last)
+    return leaf
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())
+
+
+def _bfloat16_pays() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX), where mixed precision about halves the time."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())

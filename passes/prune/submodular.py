@@ -1,0 +1,355 @@
+"""Data-efficient channel selection: which channels the next layer can best do without.
+
+For a layer with inputs A (rows of patches), target T and kept units S (a unit = its columns of A: kh * kw for a conv
+channel, a head's columns for attention),
+
+    F(S) = ||T||^2 - min_W ||A_S W - T||^2 = tr(C_S^T G_SS^-1 C_S),      G = A^T A,  C = A^T T.
+
+F is monotone and weakly submodular, so greedy selection reaches 1 - exp(-gamma) of the best (El Halabi et al., NeurIPS
+2022, arXiv 2203.04940, eq. 3 and prop. 3.3).
+
+With fewer rows than columns any few units explain everything, and F says nothing. So the objective is the one that
+`resolve.solve_without` minimises, ridge r and pull toward the old weights W0 included:
+
+    J(S) = min_W ||A_S W - T||^2 + r ||W - W0_S||^2,      F(S) = J({}) - J(S).
+
+With the removed units' penalty r ||W0||^2 added, J is least squares on the rows [A; sqrt(r) I] with the targets
+[T; sqrt(r) W0]: so F = f - c with f of the form above (G + r I for G, C + r W0 for C), monotone and weakly submodular,
+and c(S) = r ||W0_S||^2 a sum over units. While no gain is negative, greedy selection then reaches
+(1 - exp(-gamma)) F(best) - r ||W0||^2, gamma the ratio of f, which the ridge raises. With r = 0 that is the paper's.
+
+Everything follows from the streamed moments: a block Cholesky factorisation grows by one unit a step, and the Schur
+complements of all candidates are updated together, so a step costs O(columns * kept columns * unit columns) and nothing
+is refitted. All sums in float64. The gains of a weakly submodular function may grow, so a lazy queue would not be
+exact; all candidates are looked at, in one batched solve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..solve.closed_form import ridge_level
+from ..solve.moments import Moments
+
+#: Directions whose unexplained part is below this share of their own energy count as explained: products of float32
+#: activations leave noise of about 1e-7, which must not be divided by.
+EXPLAINED = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One consumer's part of F: `gram` (groups, columns, columns), `cross` (groups, columns, outputs), `energy` the
+    target's sum of squares, and `units` (units, columns a unit) the columns of each unit, -1 where it has fewer.
+
+    `always` are columns that stay whatever is chosen (the bias, channels of other groups). `old` (as `cross`) are the
+    weights W0 and `penalty` (groups, columns) the ridge of each column; without them there is none. `held` is the part
+    of the rows that predictions of the error are made on, by weights fitted to the others.
+    """
+
+    gram: torch.Tensor = field(repr=False)
+    cross: torch.Tensor = field(repr=False)
+    energy: float
+    units: torch.Tensor
+    always: torch.Tensor
+    old: torch.Tensor | None = field(default=None, repr=False)
+    penalty: torch.Tensor | None = field(default=None, repr=False)
+    held: Objective | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        moments: Moments,
+        weight: torch.Tensor,
+        units: torch.Tensor,
+        *,
+        bias: bool,
+        gain: torch.Tensor | None = None,
+        ridge: float = 0.0,
+    ) -> Objective:
+        """From the moments of the residual R = T - A W^T, the weights (groups, out, columns) and the units' columns.
+
+        T = R + A W^T, so C = A^T R + G W^T. With `bias` the column of ones is always kept. `gain` (groups, out) weighs
+        the outputs' errors: what each is multiplied by behind the layer. `ridge` is that of the solve, relative to the
+        mean diagonal of the Gram matrix.
+        """
+        groups, size, _ = moments.gram.shape
+        full = torch.zeros(groups, size, weight.shape[1], dtype=torch.float64)
+        full[:, :-1] = weight.double().transpose(1, 2)
+        image = moments.gram @ full
+        cross = moments.cross + image
+        energies = moments.energy + 2 * (full * moments.cross).sum(1) + (full * image).sum(1)
+        if gain is not None:
+            cross, full, energies = cross * gain.unsqueeze(1), full * gain.unsqueeze(1), energies * gain.square()
+        columns = torch.arange(size if bias else size - 1)
+        always = columns[~torch.isin(columns, units)]
+        penalty = torch.zeros(groups, size, dtype=torch.float64)
+        penalty[:, :-1] = ridge * ridge_level(moments)
+        return cls(
+            gram=moments.gram,
+            cross=cross,
+            energy=float(energies.sum()),
+            units=units,
+            always=always,
+            old=full,
+            penalty=penalty,
+        )
+
+    def solved_gram(self, spare: int = 0) -> torch.Tensor:
+        """G + r I, the Gram matrix of the solve; with so many empty columns behind it."""
+        groups, size, _ = self.gram.shape
+        whole = self.gram.new_zeros(groups, size + spare, size + spare)
+        whole[:, :size, :size] = self.gram
+        if self.penalty is not None:
+            torch.diagonal(whole, dim1=1, dim2=2)[:, :size] += self.penalty
+        return whole
+
+    @cached_property
+    def solved_cross(self) -> torch.Tensor:
+        """C + r W0, the cross moments of the solve."""
+        if self.penalty is None or self.old is None:
+            return self.cross
+        return self.cross + self.penalty.unsqueeze(2) * self.old
+
+    @cached_property
+    def owed(self) -> torch.Tensor:
+        """(groups, columns): what the removal of each column would pay in penalty, r ||W0_j||^2."""
+        if self.penalty is None or self.old is None:
+            return self.gram.new_zeros(self.gram.shape[:2])
+        return self.penalty * self.old.square().sum(2)
+
+    @cached_property
+    def silent(self) -> torch.Tensor:
+        """(units,): those without a signal beyond what the bias can stand for: dead channels, and constant ones."""
+        energy = torch.diagonal(self.gram, dim1=1, dim2=2)
+        size = self.gram.shape[1]
+        left = energy
+        if bool((self.always == size - 1).any()):
+            constant = self.gram[:, -1]
+            left = energy - constant.square() / constant[:, -1:].clamp(min=torch.finfo(energy.dtype).tiny)
+        quiet = torch.cat([(left <= EXPLAINED * energy).all(0), torch.tensor([True])])
+        return quiet[self.units].all(1)
+
+    @cached_property
+    def unread(self) -> torch.Tensor:
+        """(units,): those that the layer's weights take nothing from."""
+        if self.old is None:
+            return torch.zeros(len(self.units), dtype=torch.bool)
+        idle = torch.cat([(self.old == 0).all(2).all(0), torch.tensor([True])])
+        return idle[self.units].all(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Units in the order chosen, and the relative error left after each: `errors[k]` with the first k units kept.
+
+    `errors[0]` is that of no unit at all. Where rows were held out, the errors are those on them, with weights fitted
+    to the other rows, and may grow with k; elsewhere they are the objective's, J relative to ||T||^2. `ratio_bound` is
+    a lower bound of the submodularity ratio, from the extreme eigenvalues of the normalised Gram matrices, and
+    `guarantee` = 1 - exp(-ratio_bound) the share of the best possible F that greedy selection is sure to reach, less
+    the penalty of all weights where there is a ridge; both None where they were not asked for.
+    """
+
+    order: torch.Tensor
+    errors: torch.Tensor
+    ratio_bound: float | None = None
+
+    @property
+    def guarantee(self) -> float | None:
+        return None if self.ratio_bound is None else -math.expm1(-self.ratio_bound)
+
+
+def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = False) -> Selection:
+    """Choose `count` units greedily for the sum of the consumers' relative objectives.
+
+    Ties go to the unit that comes first. Units that no consumer gets a signal from (dead channels, and those that a
+    bias can stand for) come last and never disturb the factorisation. So do those that no consumer reads, where all
+    others can stay: what goes then goes for nothing.
+    """
+    total = len(objectives[0].units)
+    parts = [o for o in objectives if o.energy > 0]
+    states = [_State(o, count) for o in parts]
+    order: list[int] = []
+    free = torch.ones(total, dtype=torch.bool)
+    silent = torch.stack([o.silent for o in parts]).all(0) if parts else ~free
+    unread = torch.stack([o.unread | o.silent for o in parts]).all(0) if parts else ~free
+    last = unread if int((~unread).sum()) <= count else silent
+    errors = [_mean([s.error for s in states])]
+    for _ in range(count):
+        gains = sum((s.gains() for s in states), torch.zeros(total, dtype=torch.float64)).masked_fill(silent, 0.0)
+        candidates = next(mask for mask in (free & ~last, free & ~silent, free) if bool(mask.any()))
+        best = int(gains.masked_fill(~candidates, -math.inf).argmax())
+        order.append(best)
+        free[best] = False
+        for state in states:
+            state.take(best)
+        errors.append(_mean([s.error for s in states]))
+    chosen = torch.tensor(order, dtype=torch.long)
+    found = torch.tensor(errors, dtype=torch.float64)
+    if parts and all(o.held is not None and o.held.energy > 0 for o in parts):
+        found = torch.stack([predicted_errors(o, chosen) for o in parts]).mean(0)
+    return Selection(
+        order=chosen,
+        errors=found,
+        ratio_bound=min((submodularity_bound(o) for o in objectives), default=1.0) if bound else None,
+    )
+
+
+def predicted_errors(objective: Objective, order: torch.Tensor) -> torch.Tensor:
+    """The relative error on the held-out rows with the first 0, 1, 2 ... units of `order` kept, of the weights that the
+    solve finds on the other rows.
+
+    The columns stand in the order in which they are kept, so one Cholesky factor L of the fit serves every count: with
+    Y = L^-1 C and N = L^-1 H L^-T, the first s columns' weights err by E - 2 tr(Y_s^T Z_s) + tr(Y_s^T N_ss Y_s), where
+    H, Z = L^-1 C' and E are of the held-out rows. That costs a few products of the kept columns' square matrices.
+    """
+    held = objective.held
+    assert held is not None
+    taken = objective.units[order]
+    columns = torch.cat([objective.always, taken[taken >= 0]])
+    ends = len(objective.always) + torch.cat([taken.new_zeros(1), (taken >= 0).sum(1).cumsum(0)])
+    penalty = torch.zeros_like(held.gram[:, 0]) if objective.penalty is None else objective.penalty
+    judged = held.gram[:, columns][:, :, columns]
+    fitted = objective.gram[:, columns][:, :, columns] - judged + torch.diag_embed(penalty[:, columns])
+    wanted = (objective.solved_cross - held.cross)[:, columns]
+    lower = _cholesky(fitted)
+    both = torch.linalg.solve_triangular(lower, torch.cat([wanted, held.cross[:, columns]], 2), upper=False)
+    fit, met = both.chunk(2, 2)
+    half = torch.linalg.solve_triangular(lower, judged, upper=False).transpose(1, 2)
+    whole = torch.linalg.solve_triangular(lower, half, upper=False)
+    square = (whole * (fit @ fit.transpose(1, 2))).sum(0).cumsum(0).cumsum(1).diagonal()
+    linear = (fit * met).sum((0, 2)).cumsum(0)
+    change = torch.cat([square.new_zeros(1), square - 2 * linear])[ends]
+    return (1 + change / held.energy).clamp(min=0)
+
+
+def submodularity_bound(objective: Objective) -> float:
+    """Lower bound of the submodularity ratio: least over largest eigenvalue of the Gram matrix with unit diagonal.
+
+    Directions without energy (dead channels) are left out. Zero when channels are linearly dependent: then the
+    bound says nothing, though the greedy choice is usually far better than it.
+    """
+    whole = objective.solved_gram()
+    diagonal = torch.diagonal(whole, dim1=1, dim2=2)
+    # what the kept columns leave of the others has its eigenvalues within those of all together
+    columns = torch.cat([objective.units[objective.units >= 0], objective.always])
+    least = 1.0
+    for gram, energy in zip(whole, diagonal, strict=True):
+        alive = columns[energy[columns] > 0]
+        if not len(alive):
+            continue
+        scale = energy[alive].rsqrt()
+        values = torch.linalg.eigvalsh(gram[alive][:, alive] * scale * scale.unsqueeze(1))
+        least = min(least, float(values[0].clamp(min=0) / values[-1]))
+    return least
+
+
+class _State:
+    """One consumer while units are taken: Schur complements of all candidates with respect to the taken columns.
+
+    `blocks` (groups, units, b, b) and `cross` (groups, columns, outputs) are what the taken columns leave unexplained;
+    `factor` (groups, columns, taken columns) the rows of the Cholesky factor.
+    """
+
+    def __init__(self, objective: Objective, count: int) -> None:
+        groups, size, _ = objective.gram.shape
+        self.units, self.energy = objective.units, objective.energy
+        self.width = self.units.shape[1]
+        # f and c of F = f - c: what the taken columns explain of the rows and the old weights, and their part of these
+        self.explained = self.paid = 0.0
+        self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
+        # an empty column at the end stands for what a narrower unit lacks
+        gram = objective.solved_gram(spare=1)
+        cross = objective.cross.new_zeros(groups, size + 1, objective.cross.shape[2])
+        cross[:, :size] = objective.solved_cross
+        self.gram, self.cross = gram, _thin(cross)
+        self.columns = torch.where(self.units < 0, torch.full_like(self.units, size), self.units)
+        own = torch.diagonal(gram, dim1=1, dim2=2)
+        self.floor = torch.where(own > 0, own, torch.ones_like(own))
+        self.factor = gram.new_zeros(groups, size + 1, len(objective.always) + count * self.width)
+        self.taken = 0
+        rows = self.columns
+        self.blocks = gram[:, rows.unsqueeze(2), rows.unsqueeze(1)].clone()
+        if len(objective.always):
+            self._take(objective.always)
+
+    @property
+    def error(self) -> float:
+        return max(0.0, 1 - (self.explained - self.paid) / self.energy)
+
+    def gains(self) -> torch.Tensor:
+        """By how much each unit would lower J, relative to the target's energy."""
+        whitener = _whitener(self.blocks, self.floor[:, self.columns])
+        rest = whitener.transpose(2, 3) @ self.cross[:, self.columns]
+        return (rest.square().sum((0, 2, 3)) - self.owed[self.columns].sum(1)) / self.energy
+
+    def take(self, unit: int) -> None:
+        self._take(self.columns[unit])
+
+    def _take(self, columns: torch.Tensor) -> None:
+        done = self.factor[:, :, : self.taken]
+        fresh = self.gram[:, :, columns] - done @ done[:, columns].transpose(1, 2)
+        whitener = _whitener(fresh[:, columns], self.floor[:, columns])
+        rows, weights = fresh @ whitener, whitener.transpose(1, 2) @ self.cross[:, columns]
+        self.explained += float(weights.square().sum())
+        self.paid += float(self.owed[columns].sum())
+        self.factor[:, :, self.taken : self.taken + len(columns)] = rows
+        self.taken += len(columns)
+        self.cross -= rows @ weights
+        parts = rows[:, self.columns]
+        self.blocks -= parts @ parts.transpose(2, 3)
+
+
+def _whitener(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """M with M^T B M = 1 for each block B, and zero columns for directions that are explained already.
+
+    By Cholesky where all directions of a block have enough left (M = L^-T), by eigendecomposition of the others.
+    """
+    factor, info = torch.linalg.cholesky_ex(blocks)
+    pivots = torch.diagonal(factor, dim1=-2, dim2=-1).square()
+    sound = (info == 0) & (pivots > EXPLAINED * energy).all(-1)
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+    safe = torch.where(sound[..., None, None], factor, identity)
+    whitener = torch.linalg.solve_triangular(safe, identity.expand_as(safe), upper=False).transpose(-1, -2)
+    if bool(sound.all()):
+        return whitener
+    whitener = whitener.clone()
+    whitener[~sound] = _truncated(blocks[~sound], energy[~sound])
+    return whitener
+
+
+def _truncated(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """The whiteners of blocks with explained directions, in units of each column's own energy."""
+    scale = energy.rsqrt()
+    values, vectors = torch.linalg.eigh(blocks * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    inverse = torch.where(values > EXPLAINED, values.clamp(min=EXPLAINED).rsqrt(), torch.zeros_like(values))
+    return scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)
+
+
+def _thin(cross: torch.Tensor) -> torch.Tensor:
+    """The same C C^T with at most as many outputs as columns: gains depend on nothing else."""
+    if cross.shape[2] <= cross.shape[1]:
+        return cross.clone()
+    _, upper = torch.linalg.qr(cross.transpose(1, 2), mode="r")
+    return upper.transpose(1, 2).contiguous()
+
+
+def _cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """The factor of a Gram matrix, its diagonal raised by as little as makes it definite where the ridge does not: what
+    float32 products resolve of each column, or a power of ten of that."""
+    own = torch.diagonal(gram, dim1=1, dim2=2)
+    lift = EXPLAINED * torch.where(own > 0, own, torch.ones_like(own))
+    factor, info = torch.linalg.cholesky_ex(gram)
+    for power in range(7):
+        if not bool(info.any()):
+            break
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(10.0**power * lift))
+    return factor
+
+
+def _mean(errors: Sequence[float]) -> float:
+    return sum(errors) / len(errors) if errors else 0.0

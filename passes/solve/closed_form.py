@@ -1,0 +1,116 @@
+"""The closed form: re-solve layers so that a rewritten network reproduces the original.
+
+For a layer with inputs A (a last column of ones stands for the bias), weights W0 and residual R = T - A W0^T,
+
+    D* = argmin_D  ||A D - R||_F^2 + ridge * sum_j d_j ||D_j||^2,      W' = W0 + D*^T,
+    (G + ridge * diag(d)) D* = A^T R,        G = A^T A,  d_j = mean diagonal of G
+
+so the ridge pulls toward the old weights, and a network without residual keeps them exactly. The source of the
+idea is the reweighting step of El Halabi et al., NeurIPS 2022 (arXiv 2203.04940, section 3), here with
+the asymmetric target and a correction instead of a refit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .moments import Moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What a solve changes: `weight` as (groups, out/groups, columns), `bias` as (out,) or None, errors before and
+    after (sums of squares)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    before: float
+    after: float
+
+
+def ridge_level(moments: Moments) -> torch.Tensor:
+    """(groups, 1): the mean diagonal of the Gram matrix, which a ridge is relative to; the column of ones aside."""
+    return torch.diagonal(moments.gram, dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True)
+
+
+def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | None = None) -> Correction:
+    """Solve for the change of one layer's weights, in float64.
+
+    `ridge` is relative to `level`, that of `ridge_level`; columns that are zero throughout get no change. With
+    `bias` the column of ones takes part, unpenalised. Rank-deficient Grams (few samples, dead channels) are handled:
+    the ridge makes the system definite, and with ridge 0 the least-norm solution is taken. An output whose error
+    would not fall keeps its weights, so `after` never exceeds `before`.
+    """
+    size = moments.gram.shape[1] - (0 if bias else 1)
+    gram, cross = moments.gram[:, :size, :size], moments.cross[:, :size]
+    delta = torch.zeros_like(moments.cross)
+    level = ridge_level(moments) if level is None else level
+    delta[:, :size] = _ridge_solve(gram, cross, ridge, level, penalised=moments.gram.shape[1] - 1)
+    after = moments.error_after(delta)
+    better = (after < moments.energy) & after.isfinite()
+    delta = torch.where(better.unsqueeze(1), delta, torch.zeros_like(delta))
+    after = torch.where(better, after.clamp(min=0), moments.energy)
+    return Correction(
+        weight=delta[:, :-1].transpose(1, 2),
+        bias=delta[:, -1].reshape(-1) if bias else None,
+        before=float(moments.energy.sum()),
+        after=float(after.sum()),
+    )
+
+
+def solve_without(
+    moments: Moments, weight: torch.Tensor, gone: torch.Tensor, *, ridge: float, bias: bool
+) -> Correction:
+    """Solve with some columns removed: their weights become zero and the others take over what they can.
+
+    `weight` (groups, out/groups, columns) as it stands, `gone` a mask over columns. The change of the removed columns
+    is fixed at -W, so the others solve (G_kk + ridge) X = C_k + G_kr W_r. The ridge is relative to the mean diagonal of
+    all columns, so that it is the same whatever goes, as in `submodular`. `before` is the error of plain slicing, which
+    `after` never exceeds. With no column gone this is `solve`.
+    """
+    columns = moments.gram.shape[1]
+    lost = torch.cat([gone, gone.new_zeros(columns - len(gone))])
+    stay, out = (~lost).nonzero().reshape(-1), lost.nonzero().reshape(-1)
+    old = weight.double().transpose(1, 2)[:, out]
+    gram, cross = moments.gram, moments.cross
+    energy = moments.energy + 2 * (old * cross[:, out]).sum(1) + (old * (gram[:, out][:, :, out] @ old)).sum(1)
+    rest = Moments(
+        gram=gram[:, stay][:, :, stay],
+        cross=cross[:, stay] + gram[:, stay][:, :, out] @ old,
+        energy=energy,
+        rows=moments.rows,
+    )
+    found = solve(rest, ridge=ridge, bias=bias, level=ridge_level(moments))
+    change = torch.zeros(weight.shape, dtype=torch.float64)
+    change[:, :, stay[:-1]] = found.weight
+    change[:, :, out] = -old.transpose(1, 2)
+    return Correction(weight=change, bias=found.bias, before=found.before, after=found.after)
+
+
+def _ridge_solve(
+    gram: torch.Tensor, cross: torch.Tensor, ridge: float, level: torch.Tensor, *, penalised: int
+) -> torch.Tensor:
+    """(G + ridge * level * I) X = C per group, `level` (groups, 1); the columns from `penalised` on carry no ridge."""
+    diagonal = torch.diagonal(gram, dim1=1, dim2=2)
+    weight = torch.zeros_like(diagonal)
+    weight[:, :penalised] = ridge * level
+    # a column that is zero on all data has no say: the unit diagonal keeps the system definite and its change at zero
+    weight = torch.where(diagonal == 0, torch.ones_like(weight), weight)
+    system = gram + torch.diag_embed(weight)
+    if ridge > 0:
+        factor, info = torch.linalg.cholesky_ex(system)
+        if not bool(info.any()):
+            return torch.cholesky_solve(cross, factor)
+    return _least_norm(system, cross)
+
+
+def _least_norm(system: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """Pseudo-inverse solution by eigendecomposition: directions below the noise of float64 sums are left alone."""
+    values, vectors = torch.linalg.eigh(system)
+    floor = values[:, -1:].clamp(min=0) * system.shape[1] * 1e-12
+    inverse = torch.where(
+        values > floor, 1 / values.clamp(min=torch.finfo(values.dtype).tiny), torch.zeros_like(values)
+    )
+    return vectors @ (inverse.unsqueeze(2) * (vectors.transpose(1, 2) @ cross))

@@ -1,0 +1,210 @@
+"""Teacher and student side by side, node by node, over the whole calibration set.
+
+A sequential re-solve needs, layer after layer, the student's input to the layer (with everything before it already
+solved) and the teacher's value to reach. Running both networks from the start for each layer would cost the square of
+the depth. Here each batch keeps just the values that are still needed (its frontier), and each node of either network
+runs once for the whole sweep; only the nodes of the branch being solved run again, from the frontier in front of it.
+Frontiers live in memory up to a budget and in temporary files beyond it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.execute import Tensors, bind, evaluate, required
+from ...compiler.ir.program import Program
+from .targets import Target
+
+Frontier = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one group of layers needs: nodes to run in either network, in order, and what stays afterwards.
+
+    `targets` are solved in order from one frontier in front of the first. `shared` are student values taken over from
+    the teacher, whose computation the rewrite did not touch; `scratch` runs from the frontier through the group and
+    is dropped, since the solves change it.
+    """
+
+    targets: tuple[Target, ...]
+    teacher_runs: tuple[str, ...]
+    student_runs: tuple[str, ...]
+    shared: tuple[str, ...]
+    scratch: tuple[str, ...]
+    scratch_shared: tuple[str, ...]
+    teacher_keeps: frozenset[str]
+    student_keeps: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One batch at a group: student values up to the frontier, and the teacher's."""
+
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+def plan_steps(teacher: Program, student: Program, groups: Sequence[Sequence[Target]], changed: set[str]) -> list[Step]:
+    """Lay out the sweep. `groups` in topological order; `changed` are the student nodes whose value is not the
+    teacher's."""
+    drafts = _student_side(student, groups, changed)
+    known = {n.name for n in teacher.graph.nodes if n.op == "placeholder"}
+    fetched = [
+        {*d["shared"], *d["scratch_shared"], *(name for t in d["targets"] for name in t.counterparts)} for d in drafts
+    ]
+    steps = []
+    for index, draft in enumerate(drafts):
+        runs = required(teacher, fetched[index], known)
+        known |= set(runs)
+        keeps = _still_read(teacher, set().union(*fetched[index + 1 :]), known)
+        known &= keeps
+        steps.append(Step(**draft, teacher_runs=tuple(runs), teacher_keeps=frozenset(keeps)))
+    return steps
+
+
+def _student_side(student: Program, groups: Sequence[Sequence[Target]], changed: set[str]) -> list[dict[str, Any]]:
+    known: set[str] = {n.name for n in student.graph.nodes if n.op == "placeholder"}
+    fronts = [_live_at(student, student.order[group[0].layer.node]) for group in groups] + [set()]
+    drafts = []
+    for index, group in enumerate(groups):
+        runs, shared = _split(student, fronts[index], known, changed)
+        known |= set(runs) | set(shared)
+        wanted = {name for target in group for name in (target.layer.input, target.anchor)}
+        scratch, scratch_shared = _split(student, wanted, known, changed)
+        keeps = _still_read(student, fronts[index + 1], known)
+        known &= keeps
+        drafts.append(
+            {
+                "targets": tuple(group),
+                "student_runs": tuple(runs),
+                "shared": tuple(shared),
+                "scratch": tuple(scratch),
+                "scratch_shared": tuple(scratch_shared),
+                "student_keeps": frozenset(keeps),
+            }
+        )
+    return drafts
+
+
+def _still_read(program: Program, wanted: set[str], known: set[str]) -> set[str]:
+    """Those of the known values that are wanted themselves or that computing the wanted ones reads."""
+    pending = required(program, wanted, known)
+    return (wanted & known) | {o.name for n in pending for o in program.nodes[n].all_input_nodes if o.name in known}
+
+
+def _live_at(program: Program, position: int) -> set[str]:
+    """Values computed before `position` that something at or after it reads."""
+    return {
+        name
+        for name, node in program.nodes.items()
+        if node.op in {"call_function", "placeholder"}
+        and program.order[name] < position
+        and any(program.order[user.name] >= position for user in node.users)
+    }
+
+
+def _split(student: Program, wanted: set[str], known: set[str], changed: set[str]) -> tuple[list[str], list[str]]:
+    """(nodes to run in the student, values to take from the teacher) to have `wanted`."""
+    untouched = {n for n in student.nodes if n not in changed}
+    runs = [n for n in required(student, wanted, known | untouched) if n not in untouched]
+    operands = {o.name for n in runs for o in student.nodes[n].all_input_nodes if o.op != "get_attr"}
+    return runs, sorted((wanted | operands) & untouched - known, key=student.order.__getitem__)
+
+
+class Lockstep:
+    """Runs the steps of a sweep. Use as a context manager: temporary files are removed on leaving, also after
+    Ctrl-C."""
+
+    def __init__(
+        self,
+        teacher: Program,
+        student: Program,
+        calibration: CalibrationSet,
+        *,
+        batch_size: int,
+        ram_bytes: int = 2 << 30,
+    ) -> None:
+        self.teacher = teacher
+        self.student = student
+        self._frontiers: list[Frontier | Path] = [
+            (bind(teacher, batch), bind(student, batch)) for batch in calibration.batches(batch_size)
+        ]
+        self._ram_bytes = ram_bytes
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Lockstep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __len__(self) -> int:
+        return len(self._frontiers)
+
+    def advance(self, step: Step, tensors: Tensors) -> None:
+        """Move every frontier up to the group's first layer, with the weights as they are by now."""
+        for index in range(len(self._frontiers)):
+            teacher, student = self._load(index)
+            _run(self.teacher, step.teacher_runs, teacher, None)
+            student.update({name: teacher[name] for name in step.shared})
+            _run(self.student, step.student_runs, student, tensors)
+            self._store(index, (teacher, student))
+
+    def views(self, step: Step) -> Iterator[View]:
+        """For each batch, the values that the group's nodes start from."""
+        for index in range(len(self._frontiers)):
+            teacher, student = self._load(index)
+            yield View(student={**student, **{name: teacher[name] for name in step.scratch_shared}}, teacher=teacher)
+
+    def finish(self, step: Step) -> None:
+        """Forget what no later step reads."""
+        for index in range(len(self._frontiers)):
+            teacher, student = self._load(index)
+            kept = (
+                {k: v for k, v in teacher.items() if k in step.teacher_keeps},
+                {k: v for k, v in student.items() if k in step.student_keeps},
+            )
+            self._store(index, kept)
+
+    def _load(self, index: int) -> Frontier:
+        frontier = self._frontiers[index]
+        if isinstance(frontier, Path):
+            loaded: Frontier = torch.load(frontier, weights_only=True, mmap=True)
+            return loaded
+        return frontier
+
+    def _store(self, index: int, frontier: Frontier) -> None:
+        if _bytes(frontier) * len(self._frontiers) <= self._ram_bytes:
+            self._frontiers[index] = frontier
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="foldcut-")
+        # a mapped file is never overwritten in place: the new one takes its name
+        path = Path(self._folder.name) / f"{index}.pt"
+        fresh = path.with_suffix(".new")
+        torch.save(frontier, fresh)
+        fresh.replace(path)
+        self._frontiers[index] = path
+
+
+def _run(program: Program, names: Iterable[str], values: dict[str, Any], tensors: Tensors | None) -> None:
+    with torch.no_grad():
+        for name in names:
+            values[name] = evaluate(program, program.nodes[name], values, tensors)
+
+
+def _bytes(frontier: Frontier) -> int:
+    tensors = {id(v): v for values in frontier for v in values.values() if isinstance(v, torch.Tensor)}
+    return sum(v.numel() * v.element_size() for v in tensors.values())

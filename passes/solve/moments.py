@@ -1,0 +1,205 @@
+"""Streamed second moments of the layers' inputs: all that the closed forms need, in memory that does not grow with
+the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.execute import bind, run_until
+from ...compiler.ir.program import Program
+from ...compiler.support.errors import CalibrationError
+from .layers import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Second moments of one layer, in float64.
+
+    With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct,
+    per group: `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups);
+    `energy` = sum of R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add
+    up: ``a + b``.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: torch.Tensor
+    rows: int
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            gram=self.gram + other.gram,
+            cross=self.cross + other.cross,
+            energy=self.energy + other.energy,
+            rows=self.rows + other.rows,
+        )
+
+    def without_residual(self) -> Moments:
+        """With the layer's own output as the target: nothing is left over before a cut."""
+        return replace(self, cross=torch.zeros_like(self.cross), energy=torch.zeros_like(self.energy))
+
+    def error(self) -> float:
+        """Sum of squared residuals before any correction."""
+        return float(self.energy.sum())
+
+    def error_after(self, delta: torch.Tensor) -> torch.Tensor:
+        """Sum of squared residuals per output when the weights change by `delta` (groups, columns + 1, out/groups)."""
+        return self.energy - 2 * (delta * self.cross).sum(1) + (delta * (self.gram @ delta)).sum(1)
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, residual: torch.Tensor) -> Moments:
+        """Moments of one batch from A as (groups, columns, rows) and R as (groups, out/groups, rows).
+
+        Products in float32 (float64 inputs stay float64), sums in float64.
+        """
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        a, r = rows.to(dtype), residual.to(dtype)
+        ones = a.new_ones(1, 1, a.shape[2])
+        groups, columns, count = a.shape
+        gram = a.new_zeros(groups, columns + 1, columns + 1, dtype=torch.float64)
+        gram[:, :columns, :columns] = torch.bmm(a, a.transpose(1, 2))
+        sums = torch.bmm(a, ones.expand(groups, 1, count).transpose(1, 2))
+        gram[:, :columns, columns:] = sums
+        gram[:, columns:, :columns] = sums.transpose(1, 2)
+        gram[:, columns, columns] = count
+        cross = torch.cat([torch.bmm(a, r.transpose(1, 2)), r.sum(2).unsqueeze(1)], dim=1)
+        return cls(gram=gram, cross=cross.double(), energy=r.square().sum(2).double(), rows=count)
+
+
+#: Of so many batches the last is held out of what predicts errors.
+HOLD_OUT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitMoments:
+    """Moments of all batches, and of the held-out ones among them, which judge what is fitted to the others; None where
+    there are too few."""
+
+    whole: Moments
+    held: Moments | None = None
+
+    @classmethod
+    def of(cls, parts: Iterable[Moments]) -> SplitMoments:
+        """From the moments of each batch, of which there is at least one."""
+        total: SplitMoments | None = None
+        for index, part in enumerate(parts):
+            total = cls.added(total, index, part)
+        assert total is not None
+        return total
+
+    @classmethod
+    def added(cls, total: SplitMoments | None, batch: int, part: Moments) -> SplitMoments:
+        """With the moments of one more batch."""
+        if total is None:
+            return cls(whole=part)
+        held = total.held
+        if batch % HOLD_OUT == HOLD_OUT - 1:
+            held = part if held is None else held + part
+        return cls(whole=total.whole + part, held=held)
+
+    def without_residual(self) -> SplitMoments:
+        """With the layer's own output as the target."""
+        held = None if self.held is None else self.held.without_residual()
+        return SplitMoments(whole=self.whole.without_residual(), held=held)
+
+
+def split_batch_size(calibration: CalibrationSet, most: int) -> int:
+    """Samples per batch, about so many at most, such that batches are held out wherever there are samples for that and
+    the views of a sample share its batch."""
+    size = max(1, min(most, -(-len(calibration) // HOLD_OUT)))
+    views = calibration.most_views
+    return max(views, size // views * views)
+
+
+def collect_moments(
+    program: Program,
+    layers: Mapping[str, Layer],
+    calibration: CalibrationSet,
+    *,
+    batch_size: int = 32,
+    names: Iterable[str] | None = None,
+    rows_per_column: int | None = None,
+) -> dict[str, Moments]:
+    """One streamed pass over the calibration set: the input moments of a set of layers.
+
+    `cross` and `energy` are those of the layer's own output without bias (R = A W^T), so that `gram` and `cross`
+    describe the layer as it is. `rows_per_column` caps the rows that are read, relative to a layer's columns (None:
+    all). Memory: one batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
+    """
+    totals: dict[str, Moments] = {}
+    chosen = {name: layers[name] for name in names or layers}
+    for _, name, part in _batch_parts(program, chosen, calibration, batch_size, rows_per_column):
+        totals[name] = totals[name] + part if name in totals else part
+    for name, moments in totals.items():
+        check_finite(moments, program, name)
+    return totals
+
+
+def collect_split_moments(
+    program: Program,
+    layers: Mapping[str, Layer],
+    calibration: CalibrationSet,
+    *,
+    batch_size: int,
+    rows_per_column: int | None = None,
+) -> dict[str, SplitMoments]:
+    """`collect_moments`, those of the held-out batches beside those of all."""
+    totals: dict[str, SplitMoments] = {}
+    for index, name, part in _batch_parts(program, layers, calibration, batch_size, rows_per_column):
+        totals[name] = SplitMoments.added(totals.get(name), index, part)
+    for name, moments in totals.items():
+        check_finite(moments.whole, program, name)
+    return totals
+
+
+def _batch_parts(
+    program: Program,
+    layers: Mapping[str, Layer],
+    calibration: CalibrationSet,
+    batch_size: int,
+    rows_per_column: int | None,
+) -> Iterator[tuple[int, str, Moments]]:
+    """(batch, layer, moments) for each batch of the calibration set and each layer."""
+    if not layers:
+        return
+    batches = -(-len(calibration) // batch_size)
+    inputs = sorted({layer.input for layer in layers.values()}, key=program.order.__getitem__)
+    for index, batch in enumerate(calibration.batches(batch_size)):
+        with torch.no_grad():
+            values = run_until(program, inputs, bind(program, batch))
+            for name, layer in layers.items():
+                columns, count = layer.extent(program, values[layer.input])
+                every = thinning(count * batches, columns, rows_per_column)
+                rows = layer.rows(program, values[layer.input], every)
+                weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
+                yield index, name, Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
+
+
+def gram_bytes(program: Program, layer: Layer) -> int:
+    """What the moments of a layer take."""
+    weight = program.module.get_parameter(layer.weight)
+    columns = weight[0].numel()
+    return 8 * layer.groups * columns * (columns + weight.shape[0] // layer.groups)
+
+
+def thinning(rows: int, columns: int, rows_per_column: int | None) -> int:
+    """Take every so-many-th row to keep about `rows_per_column` rows per column; odd, so that it does not run along
+    an image's columns."""
+    if rows_per_column is None:
+        return 1
+    return max(1, rows // (rows_per_column * columns)) // 2 * 2 + 1 if rows > 2 * rows_per_column * columns else 1
+
+
+def check_finite(moments: Moments, program: Program, node: str) -> None:
+    """Raise CalibrationError when the activations of a layer overflowed or hold NaN."""
+    if not bool(moments.gram.isfinite().all()) or not bool(moments.cross.isfinite().all()):
+        raise CalibrationError(
+            "activations are not finite",
+            node=node,
+            excerpt=program.excerpt(program.nodes[node]),
+            hint="the network overflows on the calibration set: check its normalisation, or run the network in float32",
+        )

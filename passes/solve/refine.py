@@ -1,0 +1,139 @@
+"""Refining the inner layers of a branch for the error that its end is left with.
+
+The inner layers were solved toward the teacher's own values, but after a drop those are no longer what the branch
+should compute. With e the residual at the branch's end, J the derivative of the end by an inner layer's output, A its
+input rows and u = J^T v for random signs v,
+
+    D = A^T (J^T e),     dW = (G + l I)^-1 D (Q + m I)^-1,     G = A^T A,  Q = sum u u^T,
+
+is a Gauss-Newton step for ||e||^2 with the Hessian in Kronecker form (Martens and Grosse, ICML 2015, arXiv
+1503.05671), taken for all inner layers at once with one line search along it. G, D and Q are means over the layer's
+rows, each over those that it was collected from: G may come from fewer, and layers differ in their number of rows, yet
+all their steps have one length. The layers at the end are then re-solved in closed form; the caller undoes a step that
+did not lower the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...compiler.ir.execute import evaluate
+from ...compiler.ir.program import Program
+from .layers import current_parameter, moved
+from .lockstep import Lockstep, Step, View
+from .moments import Moments
+from .targets import Target, residual_at
+
+#: Ridge of the input side and of the output side, relative to the mean diagonals.
+INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 0.2
+#: The line search differentiates along the step numerically, with this change relative to the layers' outputs.
+PROBE = 0.03
+
+
+def propose_step(
+    lockstep: Lockstep, step: Step, tensors: dict[str, torch.Tensor], moments: Mapping[str, Moments], *, seed: int
+) -> dict[str, torch.Tensor]:
+    """New weights for the inner layers of a group, by tensor name; empty when there is nothing to gain.
+
+    `moments` holds those of each inner layer from its solve, whose Gram matrix conditions the step; a slightly old one
+    does no harm, since the line search measures the step's effect.
+    """
+    end = step.targets[-1]
+    inner = [t for t in step.targets if t.anchor != end.anchor]
+    if not inner:
+        return {}
+    gradients, sides = _collect(lockstep, step, inner, tensors, seed)
+    if not gradients:
+        return {}
+    changes = []
+    for target, gradient, side in zip(inner, gradients, sides, strict=True):
+        seen = moments[target.layer.node]
+        gram = seen.gram[:, :-1, :-1] / seen.rows
+        left = torch.linalg.solve(_damped(gram, INPUT_RIDGE), gradient.transpose(1, 2))
+        changes.append(torch.linalg.solve(_damped(side, OUTPUT_RIDGE), left.transpose(1, 2)))
+    if not all(bool(c.isfinite().all()) and bool(c.any()) for c in changes):
+        return {}
+    length = _line_search(lockstep, step, inner, changes, tensors)
+    return {
+        target.layer.weight: moved(current_parameter(lockstep.student, target.layer.weight, tensors), change, length)
+        for target, change in zip(inner, changes, strict=True)
+    }
+
+
+def _collect(
+    lockstep: Lockstep, step: Step, inner: Sequence[Target], tensors: dict[str, torch.Tensor], seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64."""
+    student, end = lockstep.student, step.targets[-1]
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.zeros((), dtype=torch.float64)] * len(inner)
+    sides = list(gradients)
+    rows = [0] * len(inner)
+    for view in lockstep.views(step):
+        weights = {
+            t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
+        }
+        with torch.enable_grad():
+            values = _forward(student, step, view, {**tensors, **weights})
+        result = values[end.anchor]
+        if not result.requires_grad:
+            return [], []
+        residual = residual_at(end.teacher_value(view.teacher), result.detach(), end.zone)
+        signs = torch.randint(0, 2, result.shape, generator=generator).to(result.dtype) * 2 - 1
+        outputs = [values[t.layer.node] for t in inner]
+        toward = _gradients(result, list(weights.values()), residual)
+        probes = _gradients(result, outputs, signs)
+        for index, target in enumerate(inner):
+            side = target.layer.outputs(probes[index])
+            gradients[index] = gradients[index] + target.layer.matrix(toward[index]).double()
+            sides[index] = sides[index] + torch.bmm(side, side.transpose(1, 2)).double()
+            rows[index] += side.shape[2]
+    means = [[total / count for total, count in zip(totals, rows, strict=True)] for totals in (gradients, sides)]
+    return means[0], means[1]
+
+
+def _gradients(result: torch.Tensor, inputs: list[torch.Tensor], along: torch.Tensor) -> list[torch.Tensor]:
+    """Vector-Jacobian products; zero where an operation without a derivative lies between."""
+    found = torch.autograd.grad(result, inputs, along, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _line_search(
+    lockstep: Lockstep,
+    step: Step,
+    inner: Sequence[Target],
+    changes: Sequence[torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+) -> float:
+    """argmin over t of ||e - t dz||^2 with dz the end's derivative along the step, by a finite difference."""
+    student, end = lockstep.student, step.targets[-1]
+    weights = [current_parameter(student, t.layer.weight, tensors) for t in inner]
+    small = min(PROBE * float(w.norm() / c.norm().clamp(min=1e-30)) for w, c in zip(weights, changes, strict=True))
+    ahead = dict(tensors)
+    for target, weight, change in zip(inner, weights, changes, strict=True):
+        ahead[target.layer.weight] = moved(weight, change, small)
+    along = square = 0.0
+    for view in lockstep.views(step):
+        with torch.no_grad():
+            here = _forward(student, step, view, tensors)[end.anchor]
+            there = _forward(student, step, view, ahead)[end.anchor]
+        derivative = (there - here) / small
+        residual = residual_at(end.teacher_value(view.teacher), here, end.zone)
+        along += float((residual * derivative).sum(dtype=torch.float64))
+        square += float(derivative.square().sum(dtype=torch.float64))
+    return along / square if square > 0 else 0.0
+
+
+def _forward(student: Program, step: Step, view: View, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The group's values, from the frontier to the end."""
+    values = dict(view.student)
+    for name in step.scratch:
+        values[name] = evaluate(student, student.nodes[name], values, tensors)
+    return values
+
+
+def _damped(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    level = torch.diagonal(matrix, dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    return matrix + torch.diag_embed((ridge * level).unsqueeze(1).expand(-1, matrix.shape[1]))

@@ -1,0 +1,267 @@
+"""The sequential re-solve of a whole student: each layer in order, on what the layers before it now deliver."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.compare import output_error
+from ...compiler.ir.edit import set_tensors
+from ...compiler.ir.execute import descendants, run_until
+from ...compiler.ir.program import Program, is_tensor
+from ...compiler.support.errors import Reject
+from ...compiler.support.progress import Progress, silent
+from ...compiler.support.setting_checks import check_number, check_whole, settled
+from .closed_form import Correction, solve
+from .joins import group_targets
+from .layers import Layer, current_parameter, find_layers, moved
+from .lockstep import Lockstep, Step, plan_steps
+from .moments import Moments, SplitMoments, check_finite, thinning
+from .refine import propose_step
+from .targets import Kept, Target, counterparts, residual_at, trace_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolveSettings:
+    """How layers are re-solved.
+
+    `ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour from
+    50 to 500 samples); `refine` is the number of rounds in which the inner layers of a branch are corrected for the
+    error left at its end. `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all):
+    neighbouring patches say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept
+    in memory.
+    """
+
+    ridge: float | None = None
+    refine: int = 2
+    rows_per_column: int | None = 200
+    batch_size: int | None = None
+    guard_samples: int = 128
+    ram_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        check_number("ridge", self.ridge, least=0, none=True)
+        check_whole("rows_per_column", self.rows_per_column, 1, none=True)
+        check_whole("batch_size", self.batch_size, 1, none=True)
+        for name in ("refine", "guard_samples", "ram_bytes"):
+            check_whole(name, getattr(self, name), 0)
+        settled(self)
+
+    def ridge_for(self, samples: int) -> float:
+        return min(0.1, 5 / samples) if self.ridge is None else self.ridge
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """Squared error of one layer at its anchor over the calibration set, per row, before and after its solve."""
+
+    node: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The re-solved program, the layers' errors in the order solved, and the contractions that were locked."""
+
+    program: Program
+    layers: tuple[LayerError, ...]
+    locked: tuple[Reject, ...]
+
+
+def resolve_network(
+    teacher: Program,
+    student: Program,
+    calibration: CalibrationSet,
+    dropped: Iterable[tuple[str, str]],
+    *,
+    kept: Mapping[str, Kept] | None = None,
+    replaced: Iterable[str] = (),
+    settings: ResolveSettings | None = None,
+    progress: Progress = silent,
+) -> Resolved:
+    """Re-solve every layer of `student` that a rewrite touches, in topological order, in one streamed sweep.
+
+    `dropped` lists (entry, exit) of the bypassed regions in teacher names, `kept` the channels left of each node that
+    lost some, `replaced` the layers that stand where another one of that name stood (factorised ones). A layer takes
+    part when its input or its anchor differs from the teacher's. Layers that the teacher does not have (a first factor)
+    have nothing to be solved toward: they are refined for the error behind the layer that they feed.
+
+    Solves in float64 from float32 products; the graph does not change, only weights, biases and batch-norm biases. When
+    nothing differs, every weight stays as it is, bit for bit. Each layer's error at its own anchor never grows, and
+    when the output error on the first `guard_samples` samples did, the student comes back as it was.
+    """
+    settings = settings or ResolveSettings()
+    settings = replace(settings, ridge=settings.ridge_for(len(calibration)))
+    layers, locked = find_layers(student)
+    roles = counterparts(student, teacher, dropped)
+    own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in teacher.nodes}
+    targets, changed = _touched(student, layers, roles, kept or {}, {*replaced, *own})
+    targets = [t if t.anchor in teacher.nodes else replace(t, counterparts=()) for t in targets]
+    steps = plan_steps(teacher, student, group_targets(student, targets), changed)
+    tensors: dict[str, torch.Tensor] = {}
+    errors: list[LayerError] = []
+    batch_size = settings.batch_size or batch_size_for(student, layers.values())
+    with Lockstep(teacher, student, calibration, batch_size=batch_size, ram_bytes=settings.ram_bytes) as lockstep:
+        for index, step in enumerate(steps):
+            lockstep.advance(step, tensors)
+            errors += _solve_group(lockstep, step, tensors, settings)
+            lockstep.finish(step)
+            progress("re-solve", index + 1, len(steps))
+    program = set_tensors(student, tensors, note=f"re-solve {len(targets)} layers") if tensors else student
+    if tensors and not _improves(teacher, student, program, calibration.take(slice(0, settings.guard_samples))):
+        return Resolved(program=student, layers=(), locked=tuple(locked))
+    return Resolved(program=program, layers=tuple(errors), locked=tuple(locked))
+
+
+def _improves(teacher: Program, before: Program, after: Program, samples: CalibrationSet) -> bool:
+    """Layers that each improve could still add up to a worse output: then the student keeps its weights."""
+    return not len(samples) or output_error(teacher, after, samples) <= output_error(teacher, before, samples)
+
+
+def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int = 256 << 20) -> int:
+    """Samples per batch such that the largest patch matrix of a layer stays within the budget, at most 64."""
+    largest = 1
+    for layer in layers:
+        weight = program.module.get_parameter(layer.weight)
+        positions = math.prod(program.shape(program.nodes[layer.node])) // weight.shape[0]
+        largest = max(largest, 4 * positions * layer.groups * weight[0].numel())
+    for node in program.graph.nodes:
+        if is_tensor(node) and node.op == "call_function":
+            largest = max(largest, 4 * math.prod(program.shape(node)))
+    return max(1, min(64, budget_bytes // largest))
+
+
+def _touched(
+    student: Program, layers: dict[str, Layer], roles: dict[str, str], kept: Mapping[str, Kept], other: set[str]
+) -> tuple[list[Target], set[str]]:
+    """Targets of the layers to solve, in order, and all student nodes whose value will differ from the teacher's."""
+    smaller = {name for name in kept if name in student.nodes} | other
+    changed = descendants(student, {*roles, *smaller}) | smaller
+    targets = []
+    for name, layer in layers.items():
+        target = trace_target(student, layer, roles, kept)
+        if layer.input in changed or layer.input in roles or target.anchor in changed or target.anchor in roles:
+            targets.append(target)
+            changed |= {name} | descendants(student, [name])
+    return targets, changed
+
+
+def _solve_group(
+    lockstep: Lockstep, step: Step, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> list[LayerError]:
+    """Solve the layers of a group in order, then refine its inner layers for what its end is left with."""
+    errors: dict[str, LayerError] = {}
+    seen: dict[str, Moments] = {}
+    for target in step.targets:
+        moments = step_moments(lockstep, step, target, tensors, settings)
+        check_finite(moments, lockstep.student, target.layer.node)
+        seen[target.layer.node] = moments
+        if not target.counterparts:
+            continue
+        errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
+    for turn in range(settings.refine):
+        if not _refine(lockstep, step, tensors, settings, seen, errors, turn):
+            break
+    return list(errors.values())
+
+
+def _refine(
+    lockstep: Lockstep,
+    step: Step,
+    tensors: dict[str, torch.Tensor],
+    settings: ResolveSettings,
+    seen: Mapping[str, Moments],
+    errors: dict[str, LayerError],
+    turn: int,
+) -> bool:
+    """One step of the inner layers, then the end layers again; undone when it did not lower the error at the end."""
+    proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
+    if not proposed:
+        return False
+    old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
+    tensors.update(proposed)
+    for index, target in enumerate(t for t in step.targets if t.anchor == step.targets[-1].anchor):
+        moments = step_moments(lockstep, step, target, tensors, settings)
+        before = errors[target.layer.node]
+        if index == 0 and not moments.error() / moments.rows < before.after:
+            tensors.update(old)
+            return False
+        now = _apply(lockstep.student, target, moments, tensors, settings)
+        errors[target.layer.node] = replace(before, after=now.after)
+    return True
+
+
+def step_moments(
+    lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> Moments:
+    """Moments of one layer of a group over the whole calibration set, with the weights as they stand."""
+    return functools.reduce(operator.add, _parts(lockstep, step, target, tensors, settings))
+
+
+def split_step_moments(
+    lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> SplitMoments:
+    """`step_moments`, those of the held-out batches beside those of all."""
+    return SplitMoments.of(_parts(lockstep, step, target, tensors, settings))
+
+
+def _parts(
+    lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> Iterator[Moments]:
+    """The moments of each batch."""
+    student = lockstep.student
+    wanted = [target.layer.input, target.anchor]
+    for view in lockstep.views(step):
+        with torch.no_grad():
+            ours = run_until(student, wanted, view.student, tensors)
+        yield batch_moments(student, target, ours, view.teacher, len(lockstep), settings.rows_per_column)
+
+
+def batch_moments(
+    student: Program,
+    target: Target,
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    batches: int,
+    rows_per_column: int | None,
+) -> Moments:
+    """Moments of one batch out of `batches` equal ones, from the student's and the teacher's values at the target."""
+    value = ours[target.anchor]
+    residual = (
+        residual_at(target.teacher_value(theirs), value, target.zone)
+        if target.counterparts
+        else torch.zeros_like(value)
+    )
+    layer, value = target.layer, ours[target.layer.input]
+    columns, count = layer.extent(student, value)
+    every = thinning(count * batches, columns, rows_per_column)
+    return Moments.of(layer.rows(student, value, every), layer.outputs(target.pull_back(residual), every))
+
+
+def _apply(
+    student: Program, target: Target, moments: Moments, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+) -> LayerError:
+    """Solve, and put the new weight and shift into `tensors`."""
+    correction = solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
+    return write_correction(student, target, correction, moments.rows, tensors)
+
+
+def write_correction(
+    student: Program, target: Target, correction: Correction, rows: int, tensors: dict[str, torch.Tensor]
+) -> LayerError:
+    """Put what a solve found into `tensors`: the new weight, and the shift where the layer can take one."""
+    layer = target.layer
+    weight = current_parameter(student, layer.weight, tensors)
+    tensors[layer.weight] = moved(weight, correction.weight)
+    if target.shift is not None and correction.bias is not None:
+        change = correction.bias if target.shift_scale is None else correction.bias * target.shift_scale
+        shift = current_parameter(student, target.shift, tensors)
+        tensors[target.shift] = moved(shift, change)
+    return LayerError(node=layer.node, before=correction.before / rows, after=correction.after / rows)

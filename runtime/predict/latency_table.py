@@ -1,0 +1,288 @@
+"""Predicted latency of a program on a backend: the sum of its segments' times, each measured once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...compiler.export.exporter import to_onnx_model
+from ...compiler.ir.edit_extract import extract_segments
+from ...compiler.ir.program import Program
+from ...compiler.ir.segments import Segment, find_segments, segment_key
+from ...compiler.support.progress import Progress, silent
+from ..measure.backend import Array, Backend
+from ..measure.bootstrap import median_interval
+from ..measure.environment import lasting
+from ..measure.inputs import draw_inputs, model_specs
+from ..measure.loading import loaded
+from ..measure.measure import measure_savings
+from ..measure.measurement import Measurement
+from ..measure.measurement_cache import MeasurementCache
+from .reference_network import reference_network
+from .repeated_model import repeated
+
+if TYPE_CHECKING:
+    import onnx
+
+#: A segment's time is that of this many copies less that of one, divided by one less.
+COPIES = 4
+#: Weights, in bytes, above which a segment is timed with two copies: all of them are in memory at once.
+_HEAVY_BYTES = 100_000_000
+#: Segments timed in one go, and how many rounds they get.
+_TOGETHER, _ROUNDS = 8, 24
+#: Segments that are timed again with each batch.
+_ANCHORS = 4
+#: Of what is kept for a segment: another protocol gets another number.
+_FORMAT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentTime:
+    """What one segment takes, in units of the reference network's latency, with the half width of its 95 % interval."""
+
+    name: str
+    units: float
+    half_width: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted latency of a program in units of the reference network's latency.
+
+    It is the sum of the segments and of what one call costs (`call`), times the table's scale. `half_width` is what the
+    segments' own intervals add up to if they err apart from each other; that a network is not quite the sum of its
+    segments is not in it. `measured` counts the segments that were not known before.
+    """
+
+    units: float
+    half_width: float
+    call: float
+    segments: tuple[SegmentTime, ...]
+    measured: int
+
+    def ratio_to(self, before: Prediction) -> float:
+        """This latency over another's."""
+        return self.units / before.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Anchor:
+    """A segment whose time is known, to be timed again."""
+
+    model: onnx.ModelProto
+    units: float
+
+
+class LatencyTable:
+    """Times of segments on one backend at one batch size and number of threads.
+
+    Each is kept under operations, settings, shapes, dtypes, batch, threads, backend, versions, device and the `opset`
+    that is asked for (an operator may be one node or several), so that a
+    table on disk serves every network, and a program that shares segments with one seen before costs only the rest.
+    Nothing of the whole network is built. Drops, narrower groups and factorised layers are predicted alike,
+    by the segments of the rewritten Program (`drop_blocks`, `prune_channels` and so on make it without solving
+    anything).
+
+    A segment is exported on its own at a fixed batch, and timed as several copies less one (`repeated`), against the
+    reference network in the same rounds. A few segments timed before (the longest) are timed again with every batch of
+    new ones, and the new times scaled by what became of theirs: what disturbs the machine does not slow every kind of
+    layer alike, so the reference alone does not make times of different minutes comparable.
+
+    Biased: weights of one segment may lie in a cache that the whole network would have emptied, and a runtime may fuse
+    across a cut. `fit` takes out what whole networks show of that.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        batch: int = 1,
+        threads: int = 1,
+        cache: MeasurementCache | None = None,
+        rounds: int = _ROUNDS,
+        seed: int = 0,
+        opset: int | None = None,
+    ) -> None:
+        self.backend = backend
+        self.batch = batch
+        self.threads = threads
+        self.rounds = rounds
+        self.seed = seed
+        self.opset = opset
+        self.cache = cache if cache is not None else MeasurementCache(None)
+        self.scale = 1.0
+        self._anchors: list[_Anchor] = []
+        self._where = lasting(backend.environment())
+
+    def predict(self, program: Program, *, progress: Progress = silent) -> Prediction:
+        """Predict the latency of a program, measuring those of its segments that are not known yet.
+
+        Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
+        """
+        segments = find_segments(program)
+        keys, known, measured = self._looked_up(program, segments, progress)
+        times = _times(segments, keys, known)
+        shared: dict[str, float] = {}  # equal segments err together
+        for key, time in zip(keys, times, strict=True):
+            shared[key] = shared.get(key, 0.0) + time.half_width
+        call = float(np.median([known[key]["call"] for key in keys]))
+        return Prediction(
+            units=max(self.scale * (sum(time.units for time in times) + call), np.finfo(float).tiny),
+            half_width=self.scale * float(np.sqrt(sum(width**2 for width in shared.values()))),
+            call=self.scale * call,
+            segments=times,
+            measured=measured,
+        )
+
+    def time_segments(
+        self, program: Program, segments: Sequence[Segment], *, progress: Progress = silent
+    ) -> tuple[SegmentTime, ...]:
+        """What segments take, any parts of a program with one place to go in and out, measuring those that are not
+        known yet. `scale` is not applied.
+
+        Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
+        """
+        keys, known, _ = self._looked_up(program, segments, progress)
+        return _times(segments, keys, known)
+
+    def _looked_up(
+        self, program: Program, segments: Sequence[Segment], progress: Progress
+    ) -> tuple[list[str], dict[str, Any], int]:
+        """Keys of the segments, what is known under them by now, and how many had to be measured."""
+        keys = [self._key(segment_key(program, segment, self.batch)) for segment in segments]
+        known = self.cache.get(keys)
+        missing = {key: segment for key, segment in zip(keys, segments, strict=True) if key not in known}
+        if missing and not self._anchors:
+            there = {key: segment for key, segment in zip(keys, segments, strict=True) if key in known}
+            if there:
+                self._take_anchors(program, there, known)
+        return keys, known | self._measure(program, missing, progress), len(missing)
+
+    def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
+        """Set and return `scale` from whole networks, pairs of a program and what `measure_network` gave for it: the
+        median of measured over predicted latency. The original alone will do.
+
+        It takes out what all segments have in common that the reference network has not: weights that stay in a cache
+        between the copies, a machine that was slowed in another way while they were timed.
+        """
+        self.scale = 1.0
+        self.scale = float(np.median([units / self.predict(program).units for program, units in measured]))
+        return self.scale
+
+    def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
+        """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
+        given. Raises BackendError."""
+        given = inputs if inputs is not None else self._drawn(model)
+        with loaded(self.backend, [self._reference, (model, given)], threads=self.threads) as (reference, runner):
+            return measure_savings(reference, [runner], pairs=self.rounds, seed=self.seed)[0].ratio
+
+    def _key(self, segment: str) -> str:
+        key = f"segment {_FORMAT} {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
+        return key if self.opset is None else f"{key} | opset {self.opset}"
+
+    def _measure(self, program: Program, missing: Mapping[str, Segment], progress: Progress) -> dict[str, Any]:
+        if not missing:
+            return {}
+        found: dict[str, Any] = {}
+        models = _segment_models(program, list(missing.values()), self.batch, self.opset)
+        keys = list(missing)
+        for start in range(0, len(keys), _TOGETHER):
+            stop = min(start + _TOGETHER, len(keys))
+
+            def show(done: int, total: int, start: int = start, stop: int = stop) -> None:
+                progress("time segments", start * total + done * (stop - start), len(keys) * total)
+
+            timed = self._time([*models[start:stop], *(anchor.model for anchor in self._anchors)], show)
+            fresh = dict(zip(keys[start:stop], self._aligned(timed, stop - start), strict=True))
+            self.cache.put(fresh)  # at once: Ctrl-C loses the batch under way, no more
+            found |= fresh
+            if not self._anchors:
+                self._choose_anchors(list(zip(models[start:stop], fresh.values(), strict=True)))
+        return found
+
+    def _take_anchors(self, program: Program, known: Mapping[str, Segment], times: Mapping[str, Any]) -> None:
+        """Anchors from segments of the program that were timed in another session."""
+        longest = sorted(known, key=lambda key: times[key]["units"], reverse=True)[:_ANCHORS]
+        models = _segment_models(program, [known[key] for key in longest], self.batch, self.opset)
+        self._choose_anchors([(model, times[key]) for model, key in zip(models, longest, strict=True)])
+
+    def _choose_anchors(self, timed: Sequence[tuple[onnx.ModelProto, Mapping[str, float]]]) -> None:
+        """The longest of the segments timed: their own noise is least."""
+        found = [_Anchor(model=m, units=t["units"]) for m, t in timed if t["units"] > 0]
+        light = [anchor for anchor in found if _weight_bytes(anchor.model) <= _HEAVY_BYTES]
+        self._anchors = sorted(light, key=lambda anchor: anchor.units, reverse=True)[:_ANCHORS]
+
+    def _aligned(self, timed: Sequence[dict[str, float]], count: int) -> list[dict[str, float]]:
+        """The first `count` times in the units of the anchors' own session: the rest are the anchors, timed again."""
+        known, now = sum(a.units for a in self._anchors), sum(t["units"] for t in timed[count:])
+        drift = known / now if known > 0 and now > 0 else 1.0
+        return [{name: value * drift for name, value in time.items()} for time in timed[:count]]
+
+    def _time(self, models: Sequence[onnx.ModelProto], show: Callable[[int, int], None]) -> list[dict[str, float]]:
+        """Units and half width of each segment."""
+        copies = [2 if _weight_bytes(model) > _HEAVY_BYTES else COPIES for model in models]
+        timed = [self._reference]
+        for model, count in zip(models, copies, strict=True):
+            one, many = (bytes(repeated(model, n).SerializeToString()) for n in (1, count))
+            inputs = self._drawn(one)
+            timed += [(one, inputs), (many, inputs)]
+        with loaded(self.backend, timed, threads=self.threads) as (reference, *runners):
+            measured = measure_savings(
+                reference, runners, pairs=self.rounds, seed=self.seed, environment={}, progress=show
+            )
+        return [
+            _difference(one, many, count - 1)
+            for one, many, count in zip(measured[::2], measured[1::2], copies, strict=True)
+        ]
+
+    @cached_property
+    def _reference(self) -> tuple[bytes, Mapping[str, Array]]:
+        model = reference_network()
+        return model, self._drawn(model)
+
+    def _drawn(self, model: bytes) -> dict[str, Array]:
+        """Made-up inputs at the table's batch; what a model fixes stays."""
+        return draw_inputs(model_specs(model), self.batch, self.seed)
+
+
+def _times(segments: Sequence[Segment], keys: Sequence[str], known: Mapping[str, Any]) -> tuple[SegmentTime, ...]:
+    return tuple(
+        SegmentTime(name=segment.name, units=known[key]["units"], half_width=known[key]["half_width"])
+        for key, segment in zip(keys, segments, strict=True)
+    )
+
+
+def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, float]:
+    """In units: time of a copy, the median over rounds of (many - one) / copies / reference; its interval's half width;
+    and the rest of the time of one, which is what a call costs. None is below zero."""
+    single = np.array([after / reference for reference, after in one.samples])
+    several = np.array([after / reference for reference, after in many.samples])
+    interval = median_interval((several - single) / copies)
+    units = max(0.0, interval.estimate)
+    return {
+        "units": units,
+        "half_width": (interval.high - interval.low) / 2,
+        "call": max(0.0, float(np.median(single)) - units),
+    }
+
+
+def _segment_models(
+    program: Program, segments: Sequence[Segment], batch: int, opset: int | None
+) -> list[onnx.ModelProto]:
+    """The segments as ONNX models. They are exported together: most of an export's time is spent whatever its size."""
+    import onnx
+
+    together = to_onnx_model(extract_segments(program, segments, batch=batch), opset=opset)
+    extractor = onnx.utils.Extractor(together)
+    return [
+        extractor.extract_model([f"s{i}_{n}" for n in segment.entries], [f"s{i}_{n}" for n in segment.exits])
+        for i, segment in enumerate(segments)
+    ]
+
+
+def _weight_bytes(model: onnx.ModelProto) -> int:
+    return sum(tensor.ByteSize() for tensor in model.graph.initializer)

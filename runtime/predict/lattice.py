@@ -1,0 +1,177 @@
+"""The channel lattice of a backend: the multiples at which its latency steps, found by measuring small networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...compiler.ir.cost import node_macs
+from ...compiler.ir.program import Program, is_constant
+from ...compiler.support.progress import Progress, silent
+from ..measure.backend import Backend
+from ..measure.bootstrap import ratio_interval
+from ..measure.environment import lasting
+from ..measure.inputs import draw_inputs, model_specs
+from ..measure.loading import loaded
+from ..measure.measure import measure_savings
+from ..measure.measurement_cache import MeasurementCache
+from .layered_model import Layer, layered_model
+
+if TYPE_CHECKING:
+    import onnx
+
+MULTIPLES = (2, 4, 8, 16, 32)
+#: Raising channels is next to free when it costs at most this share of what time in proportion to them would.
+COST = 0.25
+#: Counts between two multiples of 32: odd ones, even ones, and near either end.
+COUNTS = (33, 35, 38, 44, 49, 51, 54, 60)
+_OUTER = 64  # channels at both ends of a probe
+_ROUNDS = 16
+_DEVIATION = 0.05  # of the probes' weights
+_SHARE = 0.05  # of a network's MACs, for a kind of layer to have a say
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lattice:
+    """`steps` gives for each kind of layer (``conv``, ``depthwise``, ``linear``) the largest multiple to which channel
+    counts can be raised at next to no cost; 1 where every channel counts. `times` are the probes' latencies by kind and
+    channel count, over that of `_OUTER` channels."""
+
+    steps: Mapping[str, int]
+    times: Mapping[str, Mapping[int, float]]
+
+    def multiple_for(self, program: Program) -> int:
+        """The multiple for a network: the largest step of a kind of layer that does at least 5 % of its
+        multiply-accumulates; 1 for a network without such layers."""
+        macs = dict.fromkeys(self.steps, 0)
+        for node in program.graph.nodes:
+            count = node_macs(program, node)
+            kind = _kind(program, node) if count else None
+            if kind in macs:
+                macs[kind] += count
+        total = sum(macs.values())
+        return max([1, *(self.steps[kind] for kind, count in macs.items() if count and count >= _SHARE * total)])
+
+
+def probe_lattice(
+    backend: Backend,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    cache: MeasurementCache | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Lattice:
+    """Find the lattice of a backend; kept in `cache` under its environment (versions, device), batch and threads.
+
+    Two layers of each kind with 33 to 64 channels between them are timed side by side; `lattice_step` reads the step
+    off the times. Takes some seconds the first time. Raises BackendError.
+    """
+    cache = cache if cache is not None else MeasurementCache(None)
+    key = f"lattice {_FORMAT} | batch {batch} | threads {threads} | {lasting(backend.environment())}"
+    known = cache.get([key])
+    if key not in known:
+        steps, times = {}, {}
+        for place, (kind, make) in enumerate(_PROBES.items()):
+
+            def show(done: int, total: int, place: int = place) -> None:
+                progress("probe the channel lattice", place * total + done, len(_PROBES) * total)
+
+            samples = _timed(backend, make, batch, threads, seed, show)
+            steps[kind] = lattice_step(samples)
+            full = float(np.median(samples[_OUTER]))
+            times[kind] = {count: round(float(np.median(s)) / full, 4) for count, s in samples.items()}
+        cache.put({key: {"steps": steps, "times": times}})
+        known = cache.get([key])
+    found = known[key]
+    return Lattice(
+        steps={kind: int(step) for kind, step in found["steps"].items()},
+        times={kind: {int(c): float(t) for c, t in times.items()} for kind, times in found["times"].items()},
+    )
+
+
+def lattice_step(samples: Mapping[int, Sequence[float]]) -> int:
+    """The largest of `MULTIPLES` to which channel counts can be raised at next to no cost; 1 where there is none.
+
+    `samples` holds each channel count's times, paired by position. Raising the counts that lie on the step found so
+    far to a multiple of m has cost sum log(t(raised) / t(count)); time that grew with the channels would have cost
+    sum log(raised / count). m is a step when the first is at most a quarter of the second.
+    """
+    step = 1
+    for multiple in MULTIPLES:
+        between = [c for c in samples if c % step == 0 and c % multiple and _raised(c, multiple) in samples]
+        cost = sum(math.log(ratio_interval(samples[c], samples[_raised(c, multiple)]).estimate) for c in between)
+        growth = sum(math.log(_raised(c, multiple) / c) for c in between)
+        if between and cost <= COST * growth:
+            step = multiple
+    return step
+
+
+def _raised(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _timed(
+    backend: Backend,
+    make: Callable[[int, int], onnx.ModelProto],
+    batch: int,
+    threads: int,
+    seed: int,
+    show: Callable[[int, int], None],
+) -> dict[int, list[float]]:
+    """Times of the probe of each channel count, in ms, paired by rounds."""
+    counts = sorted({_OUTER, *COUNTS, *(_raised(c, m) for c in COUNTS for m in MULTIPLES)}, reverse=True)
+    models = [make(count, batch).SerializeToString() for count in counts]
+    inputs = draw_inputs(model_specs(models[0]), batch, seed)
+    with loaded(backend, [(model, inputs) for model in models], threads=threads) as runners:
+        measured = measure_savings(
+            runners[0], runners[1:], pairs=_ROUNDS, seed=seed, min_block_ms=5.0, environment={}, progress=show
+        )
+    times = {counts[0]: [before for before, _ in measured[0].samples]}
+    return times | {c: [after for _, after in m.samples] for c, m in zip(counts[1:], measured, strict=True)}
+
+
+def _kind(program: Program, node: Any) -> str | None:
+    weights = [program.constant(n) for n in node.all_input_nodes if is_constant(n)]
+    weight = next((w for w in weights if w.dim() > 1), None)
+    if weight is None:
+        return None
+    if weight.dim() == 2:
+        return "linear"
+    return "depthwise" if weight.shape[1] == 1 and weight.shape[0] > 1 else "conv"
+
+
+def _conv(channels: int, batch: int) -> onnx.ModelProto:
+    return _probe([_OUTER, channels, _OUTER], 3, batch)
+
+
+def _depthwise(channels: int, batch: int) -> onnx.ModelProto:
+    return _probe([_OUTER, channels, channels, _OUTER], 1, batch, grouped=1)
+
+
+def _linear(channels: int, batch: int) -> onnx.ModelProto:
+    rows = [batch, 196, _OUTER]
+    layers: list[Layer] = [([_OUTER, channels], {}), ([channels, _OUTER], {})]
+    return layered_model("MatMul", layers, rows, deviation=_DEVIATION, last_relu=False)
+
+
+def _probe(widths: list[int], kernel: int, batch: int, grouped: int = -1) -> onnx.ModelProto:
+    """Convolutions on 14x14 values; the one at position `grouped` is depthwise, 3x3."""
+    layers: list[Layer] = []
+    for place, (before, after) in enumerate(pairwise(widths)):
+        groups, size = (before, 3) if place == grouped else (1, kernel)
+        layers.append(([after, before // groups, size, size], {"pads": [size // 2] * 4, "group": groups}))
+    return layered_model("Conv", layers, [batch, widths[0], 14, 14], deviation=_DEVIATION, last_relu=False)
+
+
+_PROBES: dict[str, Callable[[int, int], onnx.ModelProto]] = {
+    "conv": _conv,
+    "depthwise": _depthwise,
+    "linear": _linear,
+}
