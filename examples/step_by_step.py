@@ -3,8 +3,8 @@ in a toolchain."""
 
 import foldcut
 from foldcut.compiler.cli.demo import load_digits, train_digits
+from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.export.exporter import to_onnx
-from foldcut.compiler.ir.compare import output_error
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
 from foldcut.passes.drop.recoverability import Recoverability

@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 import torch
 
-from ...passes.factorize.rank_trials import BROKEN, bounded
 from ...passes.prune.channel_budget import ChannelLimits, free_groups, uniform_counts
 from ...passes.prune.cuttable import cut_again, cuttable_groups
 from ...passes.prune.prune_channels import Pruned, prune_channels
@@ -20,7 +19,7 @@ from ...passes.solve.resolve_network import Resolved, ResolveSettings
 from ..analysis.provenance import Provenance, find_units
 from ..analysis.unit_groups import UnitGroup
 from ..data.calibration_set import CalibrationSet
-from ..ir.compare import no_worse, output_error
+from ..data.output_error import BROKEN, bounded, no_worse, output_error
 from ..ir.program import Program
 from ..plan.option_milp import weighing_samples
 from ..plan.plan import Channels, PruneChannels

@@ -14,7 +14,7 @@ from ...passes.prune.channel_latency import touched_layers
 from ...passes.prune.cuttable import cuttable_groups
 from ..analysis.provenance import Provenance, find_units
 from ..analysis.unit_groups import UnitGroup
-from ..ir.cost import counted, counted_whole
+from ..plan.counting import counted, counted_whole
 from ..plan.joint_search import Adjust
 from ..plan.mix_steps import Added, brought_within
 from ..plan.plan import CountedGoal, Parameters

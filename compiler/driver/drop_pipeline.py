@@ -11,9 +11,9 @@ from ...passes.drop.recoverability import Recoverability, RecoverabilitySettings
 from ...passes.solve.resolve_network import ResolveSettings
 from ..analysis.regions import Region, RegionAnalysis
 from ..data.calibration_set import CalibrationSet
-from ..ir.compare import no_worse, output_error
-from ..ir.cost import counted, counted_whole
+from ..data.output_error import no_worse, output_error
 from ..ir.program import Program
+from ..plan.counting import counted, counted_whole
 from ..plan.plan import Blocks, CountedGoal, DropGoal, Latency, Parameters
 from ..store.analysis_store import NOTHING_KEPT, AnalysisStore
 from ..support.errors import GoalError

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...passes.drop.recoverability import QUICK_RESOLVE
-from ...passes.factorize.rank_trials import BROKEN, bounded
 from ...passes.solve.layers import find_layers
 from ..data.calibration_set import CalibrationSet
+from ..data.output_error import BROKEN, bounded, output_error
 from ..data.sampled_error import sampled_error
-from ..ir.compare import output_error
 from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..plan.joint_search import MOST_TRIALS, Found, MixSearch, Tried

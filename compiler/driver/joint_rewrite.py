@@ -22,7 +22,7 @@ from ...passes.solve.targets import Kept
 from ..analysis.provenance import Provenance, find_units
 from ..analysis.unit_groups import UnitGroup, surplus_units
 from ..data.calibration_set import CalibrationSet
-from ..ir.compare import no_worse, output_error
+from ..data.output_error import no_worse, output_error
 from ..ir.program import Program
 from ..plan.plan import Decision, DropBlock, FactorizeLayer, PruneChannels
 from ..plan.proposals import Mix

@@ -16,7 +16,7 @@ from ...runtime.measure.fresh_loads import FULL, QUICK, Effort, measure_loads
 from ...runtime.measure.loading import opened
 from ...runtime.measure.measure import measure_savings, measure_single
 from ...runtime.measure.measurement import Measurement
-from ...runtime.measure.measurement_cache import MeasurementCache, default_folder
+from ...runtime.measure.measurement_cache import MeasurementCache
 from ...runtime.predict.latency_table import LatencyTable
 from ...runtime.predict.lattice import Lattice, probe_lattice
 from ..analysis.regions import Region
@@ -24,6 +24,7 @@ from ..data.calibration_set import CalibrationSet
 from ..export.exporter import target_opset, to_onnx
 from ..ir.program import Program
 from ..onnx.bypass import onnx_without
+from ..store.cache_folder import default_folder
 from ..support.errors import CompilerError
 from ..support.progress import Progress, silent
 

@@ -18,9 +18,10 @@ from ...runtime.measure.measurement import Measurement
 from ..analysis.provenance import Provenance
 from ..analysis.regions import RegionAnalysis, find_regions
 from ..data.calibration_set import CalibrationSet
+from ..data.output_error import errors_by_output
 from ..data.sampled_error import SampledError, sampled_error
 from ..export.exporter import to_exported, to_onnx, to_pt2
-from ..ir.compare import compare, errors_by_output
+from ..ir.compare import compare
 from ..ir.cost import program_cost
 from ..ir.program import Batch, Program
 from ..plan.plan import Channels, CountedGoal, Decision, DropBlock, DropGoal, Goal, Latency, MaxError, Plan, RankGoal

@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 from ...passes.factorize.factorize import factorize, factorize_for_timing
 from ...passes.factorize.rank_choice import Menu, Search, search_plan, weights_alone
 from ...passes.factorize.rank_latency import OptionLatencies, option_latencies, thinned
-from ...passes.factorize.rank_trials import RankTrials
+from ...passes.factorize.rank_trials import RankTrials, Trials
 from ...passes.factorize.select_ranks import Option, RankAnalysis, RankSettings
 from ...passes.solve.resolve_network import Resolved, ResolveSettings
 from ..data.calibration_set import CalibrationSet
-from ..ir.compare import no_worse, output_error
-from ..ir.cost import counted, counted_whole
+from ..data.output_error import no_worse, output_error
 from ..ir.program import Program
+from ..plan.counting import counted, counted_whole
 from ..plan.latency_target import nearest_from_below, reach
 from ..plan.option_milp import weighing_samples
 from ..plan.plan import CountedGoal, Parameters, RankGoal, Ranks
@@ -25,7 +25,7 @@ from ..support.progress import Progress, StageClock, silent
 from .latency_probe import LatencyProbe
 from .rewritten import Rewritten
 from .stored_latency import StoredLatency
-from .stored_passes import StoredTrials, Trials, stored_factors, stored_rank_analysis, stored_resolve
+from .stored_passes import StoredTrials, stored_factors, stored_rank_analysis, stored_resolve
 
 
 def ranks_on_lattice(settings: RankSettings, probe: LatencyProbe, progress: Progress = silent) -> RankSettings:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..ir.cost import counted, counted_whole, program_cost
+from ..ir.cost import program_cost
 from ..ir.program import Program
+from ..plan.counting import counted, counted_whole
 from ..plan.plan import Blocks, Channels, CountedGoal, Decision, DropBlock, Goal, Ranks
 from .joint_rewrite import decided_shape
 

@@ -17,11 +17,11 @@ from ...passes.mimic.settings import MimicSettings
 from ...passes.prune.prune_channels import prune_channels
 from ..analysis.provenance import find_units
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..data.output_error import output_error
 from ..data.sampled_error import SampledError, sampled_error
 from ..export.exporter import to_exported, to_onnx, to_pt2
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
-from ..ir.compare import output_error
 from ..ir.edit import set_tensors
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program

@@ -16,9 +16,9 @@ import torch
 
 from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
+from ..data.output_error import output_error
 from ..data.sample_sets import divided
 from ..frontend.capture import Model
-from ..ir.compare import output_error
 from ..plan.plan import DropBlock, FactorizeLayer, PruneChannels
 from ..report.block_latency import block_latency
 from ..report.graph import describe_graph

@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ...passes.drop.recoverability import Recoverability
 from ...passes.factorize.factorize import Factors
-from ...passes.factorize.rank_trials import RankTrials, bounded
+from ...passes.factorize.rank_trials import RankTrials
 from ...passes.factorize.select_ranks import Option, RankAnalysis, RankSettings
 from ...passes.mimic.settings import MimicSettings
 from ...passes.mimic.training_stage import mimic
@@ -26,6 +26,7 @@ from ...passes.solve.targets import Kept
 from ..analysis.provenance import Provenance
 from ..analysis.regions import Region
 from ..data.calibration_set import CalibrationSet
+from ..data.output_error import bounded
 from ..ir.edit import set_tensors
 from ..ir.program import Program
 from ..plan.plan import FactorizeLayer
@@ -206,16 +207,6 @@ def stored_factors(
         )
         for name, count in rows
     ]
-
-
-class Trials(Protocol):
-    """Errors of plans of ranks: what `RankTrials` measures."""
-
-    def alone(self, choice: Mapping[str, Option]) -> dict[str, float]: ...
-
-    def error(self, choice: Mapping[str, Option]) -> float: ...
-
-    def without(self, choice: Mapping[str, Option]) -> dict[str, float]: ...
 
 
 class StoredTrials:

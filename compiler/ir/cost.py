@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..plan.plan import CountedGoal, Parameters
 from .program import Program, argument, is_tensor
 
 aten = torch.ops.aten
@@ -63,18 +62,6 @@ def region_cost(program: Program, nodes: Iterable[fx.Node]) -> Cost:
 def program_cost(program: Program) -> Cost:
     """Cost of the whole network."""
     return region_cost(program, (n for n in program.graph.nodes if n.op == "call_function"))
-
-
-def counted(program: Program, goal: CountedGoal) -> int:
-    """What a goal bounds of a network: its multiply-accumulates or its trained values."""
-    return program.parameter_count() if isinstance(goal, Parameters) else program_cost(program).macs
-
-
-def counted_whole(original: Program, goal: CountedGoal) -> int:
-    """What a goal's share is of: `counted` of the network as the user has it, where vectors that several layers share
-    count once."""
-    copied = original.copied_parameters if isinstance(goal, Parameters) else 0
-    return counted(original, goal) - copied
 
 
 def _size(program: Program, node: object) -> tuple[int, ...]:

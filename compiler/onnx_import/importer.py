@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.fx.traceback import preserve_node_meta
 
-from ..frontend.capture import from_exported
 from ..ir.compare import Difference, compare, flatten_outputs
+from ..ir.exported_program import from_exported
 from ..ir.program import Batch, Program, as_arguments, dtype_name, is_tensor
 from ..onnx.call import BORROWED, DTYPES, ELEMENT_TYPES
 from ..onnx.file import read_onnx

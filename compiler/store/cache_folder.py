@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...runtime.measure.measurement_cache import default_folder
+
+def default_folder() -> Path:
+    """Where measurements are kept: ``$FOLDCUT_CACHE``, else ``foldcut`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Without
+    a home, as some containers have none, a folder of this user's among the temporary files."""
+    own, general = os.environ.get("FOLDCUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(general).expanduser() if general else Path.home() / ".cache") / "foldcut"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"foldcut-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ...compiler.driver.stored_passes import Trials
 from ...compiler.plan.option_milp import choose_options
+from .rank_trials import Trials
 from .select_ranks import Option, RankAnalysis
 
 Choice = dict[str, Option]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.output_error import bounded
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.execute import Tensors, bind, descendants, run_until
 from ...compiler.ir.program import is_tensor, output_nodes
@@ -15,10 +17,18 @@ from ...compiler.support.progress import Progress, silent
 from .factorize import shift_tensors
 from .select_ranks import Option, RankAnalysis
 
-#: What a network whose outputs are no longer finite counts as.
-BROKEN = 1e6
 #: Values of a batch that are held while layers are exchanged one by one, in bytes.
 HELD_BYTES = 512 << 20
+
+
+class Trials(Protocol):
+    """Errors of plans of ranks: what `RankTrials` measures."""
+
+    def alone(self, choice: Mapping[str, Option]) -> dict[str, float]: ...
+
+    def error(self, choice: Mapping[str, Option]) -> float: ...
+
+    def without(self, choice: Mapping[str, Option]) -> dict[str, float]: ...
 
 
 class RankTrials:
@@ -101,8 +111,3 @@ def _distance(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
 
 def _relative(error: float, energy: float) -> float:
     return bounded(error / energy if energy > 0 else error)
-
-
-def bounded(error: float) -> float:
-    """An error that a search can reckon with: `BROKEN` at most, and where it is not finite."""
-    return min(error, BROKEN) if math.isfinite(error) else BROKEN

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
-from ...compiler.ir.compare import output_error
+from ...compiler.data.output_error import output_error
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import descendants, run_until
 from ...compiler.ir.program import Program, is_tensor

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -25,18 +23,6 @@ _PASSING = frozenset(
 )
 _warned: list[Path] = []
 _MOST_VARIABLES = 500  # SQLite limits how many one statement may have
-
-
-def default_folder() -> Path:
-    """Where measurements are kept: ``$FOLDCUT_CACHE``, else ``foldcut`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Without
-    a home, as some containers have none, a folder of this user's among the temporary files."""
-    own, general = os.environ.get("FOLDCUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        if own:
-            return Path(own).expanduser()
-        return (Path(general).expanduser() if general else Path.home() / ".cache") / "foldcut"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"foldcut-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 class MeasurementCache:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...compiler.export.exporter import to_onnx_model
-from ...compiler.ir.edit_extract import extract_segments
 from ...compiler.ir.program import Program
 from ...compiler.ir.segments import Segment, find_segments, segment_key
 from ...compiler.support.progress import Progress, silent
@@ -22,6 +21,7 @@ from ..measure.loading import loaded
 from ..measure.measure import measure_savings
 from ..measure.measurement import Measurement
 from ..measure.measurement_cache import MeasurementCache
+from .edit_extract import extract_segments
 from .reference_network import reference_network
 from .repeated_model import repeated
 

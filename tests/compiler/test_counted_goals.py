@@ -13,7 +13,7 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.driver.joint_rewrite import decided_shape
 from foldcut.compiler.driver.recount import recounted
-from foldcut.compiler.ir.cost import counted
+from foldcut.compiler.plan.counting import counted
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

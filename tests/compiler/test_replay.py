@@ -15,10 +15,10 @@ import torch
 from foldcut.compiler.cli import main as cli
 from foldcut.compiler.cli.goals import for_every_goal, read_settings
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.driver import sweep as sweep_module
 from foldcut.compiler.driver.sweep import Sweep, SweepPoint
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
-from foldcut.compiler.ir.compare import output_error
 from foldcut.compiler.ir.edit_folds import fold_parameters
 from torch import nn
 from typer.testing import CliRunner

@@ -7,10 +7,10 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.data.sample_sets import MOST_JUDGE, MOST_TEST, SampleSets, divided
 from foldcut.compiler.driver.channel_pipeline import ChannelSettings, cut_channels
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
-from foldcut.compiler.ir.compare import output_error
 from foldcut.compiler.support.progress import StageClock
 from foldcut.passes.solve.resolve_network import ResolveSettings
 from hypothesis import given

@@ -10,10 +10,10 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.data.sampled_error import SampledError, sampled_error, squares_by_sample
 from foldcut.compiler.driver import pipeline, pipeline_settings
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
-from foldcut.compiler.ir.compare import output_error
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
 from torch import nn

@@ -10,9 +10,9 @@ from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.compare import flatten_outputs
 from foldcut.compiler.ir.cost import program_cost
-from foldcut.compiler.ir.edit_extract import extract_segments
 from foldcut.compiler.ir.program import Program, is_size, output_nodes
 from foldcut.compiler.ir.segments import Segment, find_segments, segment_key
+from foldcut.runtime.predict.edit_extract import extract_segments
 from torch import nn
 from torch.nn import functional as F
 

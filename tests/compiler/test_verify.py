@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.output_error import errors_by_output, output_error
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.ir.compare import compare, errors_by_output, flatten_outputs, output_error, relative_error
+from foldcut.compiler.ir.compare import compare, flatten_outputs, relative_error
 from torch import nn
 
 

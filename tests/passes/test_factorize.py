@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.output_error import BROKEN, output_error
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.ir.compare import output_error
 from foldcut.compiler.ir.cost import node_macs, program_cost
 from foldcut.compiler.ir.edit_chain import Link, replace_layers
 from foldcut.compiler.ir.program import Program
@@ -19,7 +19,7 @@ from foldcut.compiler.support.errors import RewriteError
 from foldcut.passes.factorize.decompositions import PLAIN, Geometry, Metric
 from foldcut.passes.factorize.factorize import Factors, decompose, factorize, factorize_for_timing, factorize_plain
 from foldcut.passes.factorize.low_rank import SCHEMES
-from foldcut.passes.factorize.rank_trials import BROKEN, RankTrials
+from foldcut.passes.factorize.rank_trials import RankTrials
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings, not_dominated
 from foldcut.passes.solve.layers import find_layers
 from foldcut.passes.solve.moments import collect_moments

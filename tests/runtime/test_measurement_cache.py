@@ -10,7 +10,8 @@ from pathlib import Path
 
 import foldcut.runtime.measure.measurement_cache as measurement_cache
 import pytest
-from foldcut.runtime.measure.measurement_cache import FORMAT_VERSION, MeasurementCache, default_folder
+from foldcut.compiler.store.cache_folder import default_folder
+from foldcut.runtime.measure.measurement_cache import FORMAT_VERSION, MeasurementCache
 from hypothesis import given
 from hypothesis import strategies as st
 

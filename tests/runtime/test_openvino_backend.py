@@ -343,5 +343,8 @@ def test_environment_names_the_versions() -> None:
 
 
 def test_importing_the_backend_does_not_import_openvino() -> None:
-    code = "import sys, foldcut.runtime.openvino.backend\nassert not {'openvino', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    code = (
+        "import sys, foldcut.runtime.openvino.backend\n"
+        "assert not {'openvino', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

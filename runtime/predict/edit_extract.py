@@ -9,9 +9,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .edit import rebuild
-from .program import Program, TensorSpec, is_size
-from .segments import Segment
+from ...compiler.ir.edit import rebuild
+from ...compiler.ir.program import Program, TensorSpec, is_size
+from ...compiler.ir.segments import Segment
 
 
 def extract_segments(program: Program, segments: Sequence[Segment], *, batch: int) -> Program:

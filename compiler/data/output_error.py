@@ -1,0 +1,45 @@
+"""How far the outputs of two networks are apart on a set of samples."""
+
+from __future__ import annotations
+
+import math
+
+from ..ir.compare import flatten_outputs, squared_distance
+from ..ir.program import Program
+from .calibration_set import CalibrationSet
+
+#: What a network whose outputs are no longer finite counts as.
+BROKEN = 1e6
+
+
+def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
+    """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64."""
+    error = energy = 0.0
+    for batch in samples.batches(batch_size):
+        for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
+            part, norm = squared_distance(t, s)
+            error, energy = error + part, energy + norm
+    return error / energy if energy > 0 else error
+
+
+def no_worse(error: float, before: float) -> bool:
+    """Whether an error is at most the one before; one that is not finite is worse than any that is."""
+    return error <= before or not math.isfinite(before)
+
+
+def errors_by_output(
+    teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32
+) -> dict[str, float]:
+    """The relative mean squared error of each output over the samples, by the output's name."""
+    names = [spec.name for spec in teacher.outputs]
+    sums = [(0.0, 0.0)] * len(names)
+    for batch in samples.batches(batch_size):
+        pairs = zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True)
+        found = [squared_distance(t, s) for t, s in pairs]
+        sums = [(error + part, energy + norm) for (error, energy), (part, norm) in zip(sums, found, strict=True)]
+    return {name: error / energy if energy > 0 else error for name, (error, energy) in zip(names, sums, strict=True)}
+
+
+def bounded(error: float) -> float:
+    """An error that a search can reckon with: `BROKEN` at most, and where it is not finite."""
+    return min(error, BROKEN) if math.isfinite(error) else BROKEN
