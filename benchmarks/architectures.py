@@ -21,7 +21,7 @@ from typing import Any
 import foldcut
 import numpy as np
 import torch
-from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.passes.drop.drop_blocks import drop_blocks

@@ -29,13 +29,13 @@ from cifar_submodular import run as run_submodular
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet, View
 from foldcut.compiler.driver.drop_pipeline import choose
-from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
-from foldcut.compiler.driver.stored_latency import StoredLatency
+from foldcut.runtime.probe.stored_latency import StoredLatency
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.onnx.bypass import onnx_without
-from foldcut.compiler.plan.plan import Goal
+from foldcut.compiler.plan.goal import Goal
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.compiler.support.progress import StageClock
 from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit

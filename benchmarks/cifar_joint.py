@@ -26,7 +26,7 @@ import foldcut
 import torch
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.runtime.measure.backend import resolve_backend
@@ -94,7 +94,7 @@ def _compiled(
         "macs": report.macs["after"] / report.macs["before"],
         "accuracy": onnx_accuracy(made.onnx, data),
         "output_errors": dict(report.output_errors),
-        "decisions": [kinds.count(kind) for kind in ("drop_block", "prune_channels", "factorize_layer")],
+        "decisions": [kinds.count(kind) for kind in ("drop_blocks", "prune_channels", "factorize")],
         "seconds": report.seconds,
         "cpu_s": time.process_time() - started,
     }

@@ -22,7 +22,8 @@ import onnxruntime
 import torch
 from cifar_data import CifarResNet, load_cifar
 from foldcut.compiler.onnx.signature import OnnxSignature
-from foldcut.compiler.plan.plan import DropBlock, PruneChannels
+from foldcut.passes.drop.decision import DropBlock
+from foldcut.passes.prune.decision import PruneChannels
 
 GOALS: dict[str, tuple[foldcut.Blocks | foldcut.Channels | foldcut.Macs, tuple[str, ...]]] = {
     "drop 2 blocks": (foldcut.Blocks(2), ("drop_blocks",)),
@@ -78,7 +79,7 @@ def row(name: str, ours: foldcut.Compiled, theirs: foldcut.Compiled, file: Path,
 
 def decisions(compiled: foldcut.Compiled) -> list[Any]:
     """What was cut, in terms that both graphs share: positions of dropped regions, counts of kept channels."""
-    teacher = compiled.outcome.teacher
+    teacher = compiled.outcome.ctx.teacher
     convolutions = [n for n in teacher.nodes if n.startswith("conv2d")]
     order = teacher.order
     found: list[Any] = []

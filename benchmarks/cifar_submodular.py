@@ -14,7 +14,7 @@ from cifar_data import Cifar, accuracy, load_cifar, load_resnet
 from foldcut.compiler.analysis.provenance import Provenance, find_units
 from foldcut.compiler.analysis.unit_groups import UnitGroup
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.channel_pipeline import error_curves
+from foldcut.passes.prune.error_curves import error_curves
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.program import Program

@@ -23,12 +23,14 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.driver.channel_pipeline import ChannelSettings, cut_channels
 from foldcut.compiler.driver.rank_pipeline import cut_ranks
 from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.goals.counted import Macs
 from foldcut.compiler.ir.edit_folds import fold_parameters
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import Channels, Macs, Ranks
 from foldcut.compiler.support.progress import StageClock
+from foldcut.passes.factorize.decision import Ranks
 from foldcut.passes.factorize.select_ranks import RankSettings
 from foldcut.passes.prune.channel_budget import ChannelLimits
+from foldcut.passes.prune.decision import Channels
 from foldcut.passes.solve.resolve_network import ResolveSettings
 from frank_wolfe_train import BLOCKS
 from rows import Row, write_json

@@ -11,7 +11,7 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.cli.demo import DigitNet, load_digits
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.plan.plan import Ranks
+from foldcut.passes.factorize.decision import Ranks
 from foldcut.passes.factorize.factorize import factorize
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
 from foldcut.passes.frank_wolfe import FrankWolfe, SpectralKSupport, parameter_groups

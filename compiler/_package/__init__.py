@@ -8,27 +8,20 @@ from .compiler.analysis.regions import Region, RegionAnalysis, find_regions
 from .compiler.analysis.unit_groups import UnitGroup
 from .compiler.data.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
 from .compiler.driver.api import Compiled, compile
-from .compiler.driver.channel_pipeline import ChannelSettings
 from .compiler.driver.pipeline_settings import PipelineSettings
 from .compiler.driver.replay import Replayed, apply, apply_plan
 from .compiler.driver.saved import Saved, load
 from .compiler.driver.sweep import Sweep, SweepPoint, sweep
 from .compiler.frontend.capture import capture
+from .compiler.goals.counted import Macs, Parameters
+from .compiler.goals.latency import Latency
+from .compiler.goals.max_error import MaxError
 from .compiler.ir.program import Program, TensorSpec
-from .compiler.plan.plan import (
-    Blocks,
-    Channels,
-    DropBlock,
-    FactorizeLayer,
-    Latency,
-    Macs,
-    MaxError,
-    Parameters,
-    Plan,
-    PruneChannels,
-    Ranks,
-)
+from .compiler.plan.decision import Decision
+from .compiler.plan.goal import Goal
+from .compiler.plan.plan import Plan
 from .compiler.report.report import Report
+from .compiler.rewrite.rewrite import Applied, Offer, Rewrite
 from .compiler.support.errors import (
     BackendError,
     CalibrationError,
@@ -42,13 +35,20 @@ from .compiler.support.errors import (
     Reject,
     RewriteError,
 )
+from .compiler.support.version import __version__ as __version__
+from .passes.drop.decision import Blocks, DropBlock
+from .passes.drop.rewrite import Drop
+from .passes.factorize.decision import FactorizeLayer, Ranks
+from .passes.factorize.rewrite import Factorize
 from .passes.factorize.select_ranks import RankSettings
 from .passes.mimic.settings import MimicSettings
 from .passes.prune.channel_budget import ChannelLimits
-
-__version__ = "0.1.0"
+from .passes.prune.decision import Channels, PruneChannels
+from .passes.prune.rewrite import Prune
+from .passes.prune.settings import ChannelSettings
 
 __all__ = [
+    "Applied",
     "BackendError",
     "Blocks",
     "CalibrationError",
@@ -59,14 +59,19 @@ __all__ = [
     "Channels",
     "Compiled",
     "CompilerError",
+    "Decision",
+    "Drop",
     "DropBlock",
     "ExportError",
+    "Factorize",
     "FactorizeLayer",
+    "Goal",
     "GoalError",
     "Latency",
     "Macs",
     "MaxError",
     "MimicSettings",
+    "Offer",
     "OutputError",
     "Parameters",
     "PipelineSettings",
@@ -75,6 +80,7 @@ __all__ = [
     "Program",
     "ProgramError",
     "Provenance",
+    "Prune",
     "PruneChannels",
     "RankSettings",
     "Ranks",
@@ -83,6 +89,7 @@ __all__ = [
     "Reject",
     "Replayed",
     "Report",
+    "Rewrite",
     "RewriteError",
     "Saved",
     "Sweep",

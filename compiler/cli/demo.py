@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...passes.mimic.settings import MimicSettings
 from ..driver.api import Compiled
 from ..driver.api import compile as compile_model
-from ..plan.plan import Goal
+from ..plan.goal import Goal
 from ..support.errors import CompilerError, GoalError
 from .tables import show_line
 

@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...passes.drop.decision import Blocks
+from ...passes.factorize.decision import Ranks
 from ...passes.factorize.select_ranks import RankSettings
 from ...passes.prune.channel_budget import ChannelLimits
+from ...passes.prune.decision import Channels
+from ...passes.prune.settings import ChannelSettings
 from ..data.calibration_set import CalibrationSet
-from ..driver.api import REWRITES
-from ..driver.channel_pipeline import ChannelSettings
+from ..driver.builtin import built_in, chosen_rewrites
 from ..driver.ignore_patterns import sorted_ignores
-from ..driver.pipeline_settings import PipelineSettings, default_rewrites, joint_settings, rewrites_for
+from ..driver.pipeline_settings import PipelineSettings
 from ..driver.sweep import GOALS
 from ..frontend.capture import Model, capture
+from ..goals.counted import Macs, Parameters
+from ..goals.latency import Latency
+from ..goals.max_error import MaxError
 from ..ir.edit_folds import fold_parameters
-from ..plan.plan import Blocks, Channels, Goal, Latency, Macs, MaxError, Parameters, Ranks
+from ..plan.goal import Goal
 from ..support.errors import GoalError
 
 #: Every goal of the command line.
@@ -81,13 +87,8 @@ def read_rewrites(text: str | None, goals: Sequence[Goal]) -> list[str] | None:
     if text is None:
         return None
     if text.strip() == "all":
-        return [name for name in REWRITES if any(name in rewrites_for(goal) for goal in goals)]
+        return [r.name for r in built_in(PipelineSettings()) if any(r.serves(goal) for goal in goals)]
     return [name.strip() for name in text.split(",")]
-
-
-def used_rewrites(goal: Goal, rewrites: Sequence[str] | None) -> list[str]:
-    """The rewrites that a goal will use."""
-    return [r for r in rewrites_for(goal) if r in rewrites] if rewrites else list(default_rewrites(goal))
 
 
 def _number(option: str, text: str) -> float:
@@ -111,10 +112,8 @@ def _latency(text: str, regime: str | None) -> Latency:
     return Latency(**wanted)
 
 
-def read_settings(
-    multiple_of: str | None, ignore: list[str], used: Sequence[str], search_seconds: float | None
-) -> PipelineSettings:
-    """What channel counts and ranks go to, what is left alone by the rewrites `used`, how long a mix is looked for.
+def read_settings(multiple_of: str | None, ignore: list[str], search_seconds: float | None) -> PipelineSettings:
+    """What channel counts and ranks go to, what is left alone, how long a mix is looked for.
     Raises GoalError."""
     lattice = multiple_of == "lattice"
     try:
@@ -125,10 +124,10 @@ def read_settings(
         raise GoalError("--multiple-of starts at 1", hint=f"give a whole number from 1 on, or lattice, not {multiple}")
     steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
     names = tuple(ignore)
-    limits = ChannelLimits(**steps, ignore=names if used != ["factorize"] else ())
+    limits = ChannelLimits(**steps, ignore=names)
     return PipelineSettings(
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
-        ranks=RankSettings(**steps, ignore=names if "factorize" in used else (), on_lattice=lattice),
+        ranks=RankSettings(**steps, ignore=names, on_lattice=lattice),
         search_seconds=search_seconds,
     )
 
@@ -142,10 +141,14 @@ def for_every_goal(
     factorises: each name of --ignore goes to the rewrites that it says something to. Goals that are alike have their
     names checked where they are compiled. Raises GoalError for a name that matches nothing.
     """
-    if len({default_rewrites(goal) for goal in goals}) < 2 or not (
-        settings.channels.limits.ignore and settings.ranks.ignore
-    ):
+    used = [frozenset(r.name for r in chosen_rewrites(goal, None, settings)) for goal in goals]
+    if len(set(used)) < 2 or not settings.ranks.ignore:
         return settings
     program = fold_parameters(capture(model, samples.batch(slice(0, 2))))
-    sorted_out = sorted_ignores(program, joint_settings(settings))
-    return replace(settings, channels=sorted_out.channels, ranks=sorted_out.ranks)
+    _, prune, factorize = sorted_ignores(program, built_in(settings))
+    limits = replace(settings.channels.limits, ignore=prune.ignore)
+    return replace(
+        settings,
+        channels=replace(settings.channels, limits=limits),
+        ranks=replace(settings.ranks, ignore=factorize.ignore),
+    )

@@ -21,15 +21,15 @@ from ..driver.api import compile as compile_model
 from ..driver.saved import PAGE
 from ..frontend.capture import Model, capture
 from ..frontend.model_source import load_model
+from ..goals.latency import Latency
 from ..ir.edit_folds import fold_parameters
 from ..onnx.compare_files import compare_onnx, random_samples
-from ..plan.plan import Latency
 from ..starting import started
 from ..support.atomic_files import check_writable
 from ..support.errors import CaptureError, GoalError
 from ..support.progress import rich_progress, silent
 from ..support.strict_json import json_text
-from .goals import read_goal, read_rewrites, read_settings, used_rewrites
+from .goals import read_goal, read_rewrites, read_settings
 from .measure import MeasureWish, measure_files, read_sizes, show_measured
 from .options import (
     BackendOption,
@@ -149,7 +149,7 @@ def compile_command(
             views=(horizontal_flip,) if flip else (),
             seed=seed,
             rewrites=allowed,
-            settings=read_settings(multiple_of, ignore or [], used_rewrites(goal, allowed), search_seconds),
+            settings=read_settings(multiple_of, ignore or [], search_seconds),
             progress=not (as_json or quiet),
             cache=read_cache(cache, fresh),
         )

@@ -18,7 +18,7 @@ from ..support.atomic_files import check_writable
 from ..support.errors import CaptureError
 from ..support.progress import rich_progress, silent
 from ..support.strict_json import json_text
-from .goals import for_every_goal, read_goals, read_rewrites, read_settings, used_rewrites
+from .goals import for_every_goal, read_goals, read_rewrites, read_settings
 from .options import (
     BackendOption,
     BatchOption,
@@ -100,8 +100,7 @@ def sweep_command(
         check_writable(output)
         samples = read_samples(calib, key=key, size=size, mean=mean, std=std, limit=limit)
         loaded = load_model(model, weights)
-        used = list(dict.fromkeys(name for goal in goals for name in used_rewrites(goal, allowed)))
-        settings = read_settings(multiple_of, ignore or [], used, search_seconds)
+        settings = read_settings(multiple_of, ignore or [], search_seconds)
         found = sweep(
             loaded,
             samples,

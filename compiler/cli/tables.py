@@ -10,14 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ...passes.factorize.decision import FactorizeLayer
 from ...passes.prune.channel_budget import group_shares
+from ...passes.prune.decision import PruneChannels
+from ...passes.prune.unit_report import unit_groups
 from ..analysis.provenance import find_units
 from ..analysis.regions import find_regions
 from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..onnx.compare_files import Comparison
-from ..plan.plan import FactorizeLayer, PruneChannels
-from ..report.report import Report, unit_groups
+from ..report.report import Report
 
 #: Columns of names, which are never shortened.
 NAMES = frozenset({"region", "path", "kind", "block", "group", "locked"})

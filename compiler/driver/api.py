@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,31 +13,33 @@ from typing import Any
 from torch import fx
 
 from ...passes.mimic.settings import MimicSettings
-from ...passes.prune.channel_budget import ChannelLimits
 from ...runtime.measure.backend import Backend, resolve_backend
+from ...runtime.probe.latency_probe import LatencyProbe
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..export.exporter import to_onnx
 from ..frontend.capture import Model, capture, is_onnx, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
 from ..onnx.file import in_one_piece
-from ..plan.plan import Blocks, CountedGoal, DropBlock, FactorizeLayer, Goal, MaxError, Parameters, Plan, PruneChannels
+from ..plan.goal import Goal
+from ..plan.plan import Plan
 from ..report.page import page_or_reason
-from ..report.report import Report, unit_groups
+from ..report.report import Report
+from ..rewrite.context import Context
+from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.atomic_files import write_folder
 from ..support.errors import CompilerError, GoalError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, rich_progress, silent
-from ..support.setting_checks import check_texts
 from ..support.strict_json import json_file
+from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
-from .pipeline_settings import PipelineSettings, check_options, check_run, default_rewrites, rewrites_for
+from .pipeline_settings import PipelineSettings, check_options, check_run
 from .report_parts import report_origin, report_parts
 from .saved import ONNX, PAGE, PT2, REPORT, with_plan
-
-REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +91,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     goal: Goal,
     backend: str | Backend | type[Backend] = "onnxruntime",
     batch: int = 1,
-    rewrites: Sequence[str] | None = None,
+    rewrites: Sequence[str | Rewrite] | None = None,
     mimic: MimicSettings | bool | None = True,
     views: Sequence[View] = (),
     seed: int = 0,
@@ -124,8 +126,12 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     Raises CompilerError: CaptureError, CalibrationError, BackendError, ExportError, or GoalError. When a goal cannot
     be met, the GoalError carries the best result in `.best`.
     """
-    check_arguments(goal, rewrites, batch, threads, seed)
+    check_goal(goal)
+    check_run(batch, threads, seed)
     check_options(mimic, views, progress, cache, settings)
+    options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
+    options = options.with_mimic(mimic)
+    used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
     with alone(), kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
@@ -134,30 +140,38 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
             teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
             _check_fixed_batch(teacher, batch)
-        options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
-        options = options.with_mimic(mimic)
-        allowed = default_rewrites(goal) if rewrites is None else _usable(goal, rewrites)
-        outcome = run_pipeline(
-            teacher,
-            samples,
-            goal,
-            resolved_backend,
-            settings=options,
-            rewrites=allowed,
-            deployed=in_one_piece(model) if is_onnx(model) else None,  # type: ignore[arg-type]
-            clock=clock,
-            progress=show,
-            store=AnalysisStore(folder),
-        )
-    origin = report_origin(outcome, model, allowed)
+        ctx = options.context(teacher, samples, goal, AnalysisStore(folder), clock, show)
+        deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
+        with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
+            outcome = run_pipeline(ctx, used, probe, options)
+    origin = report_origin(outcome, model)
     result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages, origin))
     if not outcome.met:
         raise GoalError(
-            _unmet(goal, outcome),
+            goal.unmet(result),
             best=result,
             hint="the best result is in the error's .best; ask for less, or allow other rewrites",
         )
     return result
+
+
+def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: bytes | None) -> LatencyProbe:
+    """The original on the backend."""
+    with ctx.clock.stage("export"):
+        original = to_onnx(ctx.teacher, opset=options.opset)
+    return LatencyProbe(
+        ctx.teacher,
+        original,
+        backend,
+        ctx.judge,
+        batch=options.batch,
+        threads=options.threads,
+        seed=options.seed,
+        deployed=deployed,
+        folder=ctx.store.root,
+        opset=options.opset,
+        regime=ctx.goal.regime,
+    )
 
 
 @contextmanager
@@ -176,38 +190,14 @@ def _collected_warnings() -> Iterator[list[str]]:
             warnings.warn(message, stacklevel=4)
 
 
-def check_arguments(goal: Goal, rewrites: Sequence[str] | None, batch: int, threads: int, seed: int = 0) -> None:
-    """Raise GoalError for what is no goal or cannot be reached by the rewrites, CompilerError for the rest."""
+def check_goal(goal: object) -> None:
+    """Raise GoalError for what is no goal."""
     if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
             hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio), "
             "MaxError(error) or Ranks(keep=...)",
         )
-    check_run(batch, threads, seed)
-    if rewrites is None:
-        return
-    check_texts("rewrites", rewrites)
-    unknown = [r for r in rewrites if r not in REWRITES]
-    if unknown or not rewrites:
-        raise CompilerError(f"unknown rewrites {list(rewrites)}", expected=f"some of {list(REWRITES)}")
-    if not set(rewrites_for(goal)).intersection(rewrites):
-        needed = " or ".join(rewrites_for(goal))
-        raise GoalError(
-            f"the goal {goal} is reached by {needed}, which rewrites={list(rewrites)} leaves out",
-            hint=f"add {needed} to rewrites, or leave rewrites out",
-        )
-    ignored = [r for r in rewrites if r not in rewrites_for(goal)]
-    if ignored:
-        raise GoalError(
-            f"{' and '.join(ignored)} cannot be used towards {goal}",
-            hint=f"leave it out of rewrites: this goal is reached by {' or '.join(rewrites_for(goal))}",
-        )
-
-
-def _usable(goal: Goal, rewrites: Sequence[str]) -> tuple[str, ...]:
-    """Those of the rewrites that reach the goal."""
-    return tuple(r for r in rewrites_for(goal) if r in rewrites)
 
 
 def _check_fixed_batch(program: Program, batch: int) -> None:
@@ -227,25 +217,6 @@ def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
     return nullcontext(silent if progress is False else progress)
 
 
-def _unmet(goal: Goal, outcome: Outcome) -> str:
-    dropped = len(outcome.plan.decisions)
-    if isinstance(goal, Blocks):
-        return f"only {dropped} of {goal.count} blocks can be dropped"
-    if isinstance(goal, CountedGoal):
-        macs, parameters = cost_report(outcome)
-        cost = parameters if isinstance(goal, Parameters) else macs
-        ratio = cost["after"] / max(1, cost["before"])
-        return f"{goal} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
-    if isinstance(goal, MaxError):
-        return f"{goal} is not met: the least that was found is {outcome.tested}"
-    m = outcome.measurement
-    reached = f"{m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
-    kinds = ((DropBlock, "regions dropped"), (PruneChannels, "groups pruned"), (FactorizeLayer, "layers factorised"))
-    counts = [(sum(isinstance(d, kind) for d in outcome.plan.decisions), text) for kind, text in kinds]
-    done = " and ".join(f"{count} {text}" for count, text in counts if count) or "nothing done"
-    return f"{goal} is not met: with {done}, the ratio is {reached}"
-
-
 def _report(
     outcome: Outcome,
     samples: CalibrationSet,
@@ -259,8 +230,8 @@ def _report(
     macs, parameters = cost_report(outcome)
     latency = outcome.measurement.to_dict(samples=False)
     environment = latency.pop("environment", {})
-    with outcome.clock.stage("report"):
-        parts = report_parts(outcome, samples)
+    with outcome.ctx.clock.stage("report"):
+        parts = report_parts(outcome)
     return Report(
         goal=goal.to_dict(),
         met=outcome.met,
@@ -273,9 +244,7 @@ def _report(
         test=outcome.tested.to_dict(),
         output_errors=outcome.output_errors,
         decisions=[d.to_dict() for d in outcome.plan.decisions],
-        rejects=[str(r) for r in outcome.rejects],
-        groups=_groups(outcome),
-        multiple_of=None if outcome.provenance is None else _multiple(goal, options.channels.limits),
+        rejects=[str(r) for r in outcome.applied.rejects],
         onnx_difference=outcome.onnx_difference,
         calibration={
             "samples": len(samples),
@@ -284,7 +253,7 @@ def _report(
             "ignored": list(samples.ignored),
             "fingerprint": samples.fingerprint,
         },
-        seconds=outcome.clock.to_dict(),
+        seconds=outcome.ctx.clock.to_dict(),
         environment=dict(environment) if isinstance(environment, dict) else {},
         seed=options.seed,
         warnings=tuple(messages),
@@ -292,21 +261,3 @@ def _report(
         **origin,
         **parts,
     )
-
-
-def _multiple(goal: Goal, limits: ChannelLimits) -> int:
-    """What channel counts went to multiples of: goals that are counted go unit by unit where no multiple is given."""
-    return 1 if isinstance(goal, CountedGoal) and limits.multiple_of is None else limits.multiple
-
-
-def _groups(outcome: Outcome) -> list[dict[str, Any]]:
-    """The unit groups, with the error curve of each selection and what the greedy choice is sure to reach."""
-    if outcome.provenance is None:
-        return []
-    groups = unit_groups(outcome.provenance, outcome.plan.decisions)
-    for group in groups:
-        selection = outcome.selections.get(group["group"])
-        if selection is not None:
-            group["errors"] = [round(float(e), 6) for e in selection.errors]
-            group["submodularity_ratio"], group["guarantee"] = selection.ratio_bound, selection.guarantee
-    return groups

@@ -1,54 +1,30 @@
-"""What the user wants left alone, when several rewrites are mixed: names of layers, unit groups and outputs."""
+"""What the user wants left alone: each name goes to the rewrites that it says something to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from ...passes.solve.layers import find_layers, layer_names
-from ..analysis.provenance import find_units
 from ..ir.program import Program
+from ..rewrite.rewrite import Rewrite
 from ..support.errors import GoalError
-from .joint_rewrite import JointSettings
 
 
-def sorted_ignores(
-    program: Program, settings: JointSettings, rewrites: Sequence[str] = ("drop_blocks", "prune_channels", "factorize")
-) -> JointSettings:
-    """The settings with every `ignore` pattern, of channels or ranks, given to the kinds of rewrite that it says
-    something to, of those that are used; channels alone go by their own. Raises GoalError when one matches no layer, no
-    unit group and no output."""
-    pruning = set(rewrites) == {"prune_channels"}
-    for_all = () if pruning else settings.ranks.ignore
-    patterns = tuple(dict.fromkeys([*settings.channels.limits.ignore, *for_all]))
+def sorted_ignores(program: Program, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
+    """The rewrites with every `ignore` pattern of any of them given to those that have something of that name. Raises
+    GoalError when one matches nothing."""
+    patterns = tuple(dict.fromkeys(pattern for rewrite in rewrites for pattern in rewrite.ignore))
     if not patterns:
-        return settings
-    groups = [*(group.name for group in find_units(program).groups), *(spec.name for spec in program.outputs)]
-    layers = [name for layer in find_layers(program)[0].values() for name in layer_names(program, layer)]
-    layers = [] if pruning else layers
-    for_channels = tuple(p for p in patterns if _matches(p, groups))
-    for_ranks = tuple(p for p in patterns if _matches(p, layers))
+        return list(rewrites)
+    names = {rewrite.name: rewrite.named(program) for rewrite in rewrites}
     for pattern in patterns:
-        if pattern not in for_channels and pattern not in for_ranks:
+        if not any(_matches(pattern, known) for known in names.values()):
+            what = ", ".join(dict.fromkeys(rewrite.ignores for rewrite in rewrites))
             raise GoalError(
-                f"ignore: no {'unit group' if pruning else 'layer, unit group or output'} matches {pattern!r}",
+                f"ignore: no {what} matches {pattern!r}",
                 hint="`foldcut inspect` lists them; patterns are those of a shell: head*",
             )
-    limits = replace(settings.channels.limits, ignore=for_channels)
-    return replace(
-        settings,
-        channels=replace(settings.channels, limits=limits),
-        ranks=replace(settings.ranks, ignore=for_ranks),
-    )
-
-
-def ignored_layers(program: Program, patterns: Sequence[str]) -> frozenset[str]:
-    """The nodes of the layers that the patterns name."""
-    layers = find_layers(program)[0]
-    return frozenset(
-        name for name, layer in layers.items() if any(_matches(p, layer_names(program, layer)) for p in patterns)
-    )
+    return [r.ignoring(tuple(p for p in patterns if _matches(p, names[r.name]))) for r in rewrites]
 
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:

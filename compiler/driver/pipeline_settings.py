@@ -1,4 +1,4 @@
-"""How each stage of a compile works, and which rewrites reach which goal."""
+"""How each stage of a compile works."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 from ...passes.drop.recoverability import RecoverabilitySettings
 from ...passes.factorize.select_ranks import RankSettings
 from ...passes.mimic.settings import MimicSettings
+from ...passes.prune.settings import ChannelSettings
 from ...passes.solve.resolve_network import ResolveSettings
 from ..data.calibration_set import CalibrationSet, View
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
 from ..ir.program import Program
 from ..onnx.file import OLDEST_OPSET
-from ..plan.plan import Blocks, CountedGoal, Goal, Latency, MaxError, Ranks
+from ..plan.goal import Goal
+from ..plan.search_time import SearchTime
+from ..rewrite.context import Context
+from ..store.analysis_store import AnalysisStore
 from ..support.errors import GoalError
-from ..support.progress import Progress
-from ..support.search_time import SearchTime
+from ..support.progress import Progress, StageClock
 from ..support.setting_checks import check_functions, check_kind, check_number, check_whole, refuse, settled
-from .channel_pipeline import ChannelSettings
-from .joint_rewrite import JointSettings
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
 MOST_HELD_OUT = 0.45
@@ -82,6 +83,30 @@ class PipelineSettings:
         warn_of_shared(sets, len(samples))
         return sets.with_views(self.views)
 
+    def context(
+        self,
+        program: Program,
+        samples: CalibrationSet,
+        goal: Goal,
+        store: AnalysisStore,
+        clock: StageClock,
+        progress: Progress,
+    ) -> Context:
+        """What rewrites work with. Raises CalibrationError when the samples do not suit the program."""
+        return Context(
+            teacher=program,
+            goal=goal,
+            sets=self.split(samples, program),
+            latency=None,
+            store=store,
+            clock=clock,
+            progress=progress,
+            time=SearchTime(self.search_seconds),
+            resolve=self.resolve,
+            solve_samples=self.solve_samples,
+            seed=self.seed,
+        )
+
 
 def check_run(batch: object, threads: object, seed: object) -> None:
     """Raise CompilerError for what is no batch size, no number of threads or no seed."""
@@ -114,27 +139,3 @@ def check_options(
     check_kind("settings", settings, PipelineSettings, none=True)
     if settings is not None:
         SearchTime(settings.search_seconds)
-
-
-def joint_settings(settings: PipelineSettings) -> JointSettings:
-    """The settings of the rewrites."""
-    return JointSettings(
-        resolve=settings.resolve,
-        channels=settings.channels,
-        ranks=settings.ranks,
-        recoverability=settings.recoverability,
-    )
-
-
-def rewrites_for(goal: Goal) -> tuple[str, ...]:
-    """The rewrites that reach a goal. Where there are several, they are mixed."""
-    if isinstance(goal, (Latency, MaxError, CountedGoal)):
-        return ("drop_blocks", "prune_channels", "factorize")
-    if isinstance(goal, Ranks):
-        return ("factorize",)
-    return ("drop_blocks",) if isinstance(goal, Blocks) else ("prune_channels",)
-
-
-def default_rewrites(goal: Goal) -> tuple[str, ...]:
-    """The rewrites that are used for a goal when none are named."""
-    return ("prune_channels",) if isinstance(goal, CountedGoal) else rewrites_for(goal)

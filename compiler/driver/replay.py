@@ -11,13 +11,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from ...passes.drop.drop_blocks import drop_blocks
-from ...passes.factorize.factorize import factorize_for_timing, factorize_plain
 from ...passes.mimic.settings import MimicSettings
-from ...passes.prune.prune_channels import prune_channels
-from ..analysis.provenance import find_units
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
-from ..data.output_error import output_error
 from ..data.sampled_error import SampledError, sampled_error
 from ..export.exporter import to_exported, to_onnx, to_pt2
 from ..frontend.capture import Model, capture, opened
@@ -25,19 +20,22 @@ from ..frontend.model_inputs import needed_inputs
 from ..ir.edit import set_tensors
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program
-from ..plan.plan import Decision, DropBlock, FactorizeLayer, Plan, PruneChannels
+from ..plan.decision import Decision
+from ..plan.plan import Plan
+from ..rewrite.context import Context
+from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.atomic_files import write_folder
 from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
-from ..support.progress import Progress, silent
+from ..support.progress import Progress, StageClock, silent
 from ..support.setting_checks import refuse
-from .channel_pipeline import removed_units
-from .joint_rewrite import judged, replay, solved_at_the_end
-from .pipeline_settings import PipelineSettings, check_options, check_seed, joint_settings
+from .apply_decisions import applied_plain, by_phase, each_applied, made, require_rewrites, solved_at_the_end
+from .builtin import built_in
+from .pipeline import mimicking
+from .pipeline_settings import PipelineSettings, check_options, check_seed
 from .saved import ONNX, PAGE, PT2, REPORT, check_file, check_plan, digest, with_plan
-from .stored_passes import mimicked
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,6 +83,7 @@ def apply(
     weights: Model | None = None,
     calibration: CalibrationData | None = None,
     example: Batch | None = None,
+    rewrites: Sequence[Rewrite] = (),
     mimic: MimicSettings | bool | None = True,
     views: Sequence[View] = (),
     seed: int = 0,
@@ -98,9 +97,9 @@ def apply(
     network of that shape; without `calibration` the model.pt2 beside the plan) the result is the network of the first
     time, and no data is needed. With `calibration` alone the layers are solved again, and mimicked unless `mimic` is
     False, as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own, and `settings` say
-    how they are solved. With both the
-    weights are taken as they are, and the calibration set only says what the inputs look like, as `example`, a batch of
-    inputs, does for a module without one. `cache` as in `compile`: what an interrupted call had solved is kept.
+    how they are solved. With both the weights are taken as they are, and the calibration set only says what the inputs
+    look like, as `example`, a batch of inputs, does for a module without one. `rewrites` are those of the plan's
+    decisions that foldcut does not bring. `cache` as in `compile`: what an interrupted call had solved is kept.
 
     Raises PlanError when the plan was made for another network or other weights, when the weights do not fit, or when
     there are neither weights nor data; OutputError when the model.pt2 beside the plan is not the one that was saved
@@ -110,11 +109,11 @@ def apply(
     check_seed(seed)
     if isinstance(progress, bool):
         refuse("progress", progress, "a function of (stage, done, total)")
-    made = plan if isinstance(plan, Plan) else Plan.load(plan)
+    read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
-        weights = _beside(Path(plan), made)
+        weights = _beside(Path(plan), read)
     elif isinstance(weights, (str, Path)):
-        _warn_of_others(Path(weights), made)
+        _warn_of_others(Path(weights), read)
     if weights is None and calibration is None:
         raise PlanError(
             "a plan says what to cut, not the weights that are left",
@@ -125,24 +124,38 @@ def apply(
         samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
         inputs = example if samples is None else samples.batch(slice(0, 2))
         teacher = fold_parameters(capture(network, inputs))
-        made.check(teacher.fingerprint)
+        read.check(teacher.fingerprint)
         opset = settings.opset if settings is not None else None
         if weights is not None:
-            program = with_weights(apply_plan(teacher, made), capture(weights, inputs))
-            return Replayed(program=program, plan=made, output_errors={}, opset=opset)
+            program = with_weights(apply_plan(teacher, read, rewrites), capture(weights, inputs))
+            return Replayed(program=program, plan=read, output_errors={}, opset=opset)
         assert samples is not None
-        _check_ranks(teacher, made.decisions)
         options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
+        using = plan_rewrites(read, rewrites, options)
+        _check_decisions(teacher, read.decisions, using)
         with kept_in(cache) as folder:
-            return _solved(teacher, made, samples, options, progress, AnalysisStore(folder))
+            ctx = options.context(teacher, samples, read.goal, AnalysisStore(folder), StageClock(), progress)
+            return _solved(ctx, read, using, options)
 
 
-def _check_ranks(teacher: Program, decisions: Sequence[Decision]) -> None:
-    """Raise RewriteError for a layer, a scheme or ranks that are not there, as without data: before anything is solved.
-    A plan may have been edited."""
-    ranks = [d for d in decisions if isinstance(d, FactorizeLayer)]
-    if ranks:
-        factorize_for_timing(_without_factors(teacher, decisions), ranks)
+def plan_rewrites(plan: Plan, rewrites: Sequence[Rewrite], settings: PipelineSettings | None = None) -> list[Rewrite]:
+    """The rewrites that a plan's decisions are of. Raises PlanError when one is not there."""
+    known = {rewrite.name: rewrite for rewrite in (*built_in(settings or PipelineSettings()), *rewrites)}
+    require_rewrites(list(known.values()), plan.decisions)
+    kinds = {decision.kind for decision in plan.decisions}
+    return [rewrite for name, rewrite in known.items() if name in kinds]
+
+
+def _check_decisions(teacher: Program, decisions: Sequence[Decision], rewrites: Sequence[Rewrite]) -> None:
+    """Raise RewriteError or PlanError for what is not there, as without data: before anything is solved. A plan may
+    have been edited."""
+
+    def checked(rewrite: Rewrite, program: Program, mine: list[Decision]) -> Program:
+        rewrite.requires(program, mine)
+        return rewrite.plain(program, mine) if rewrite is not last else program
+
+    last = by_phase(rewrites)[-1] if rewrites else None
+    each_applied(rewrites, teacher, decisions, checked)
 
 
 def _beside(path: Path, plan: Plan) -> Path | None:
@@ -162,34 +175,25 @@ def _warn_of_others(weights: Path, plan: Plan) -> None:
         warnings.warn(f"{weights} is not the {PT2} that was saved with the plan: its weights are taken", stacklevel=3)
 
 
-def apply_plan(program: Program, plan: Plan) -> Program:
+def apply_plan(program: Program, plan: Plan, rewrites: Sequence[Rewrite] = ()) -> Program:
     """`decided` with a plan's decisions, on the network that it was made for. Raises PlanError when the plan was made
     for another network or other weights."""
     with alone():
         if program.fingerprint != plan.fingerprint:
             program = fold_parameters(program)  # as compile does before it plans
         plan.check(program.fingerprint)
-        return decided(program, plan.decisions)
+        return decided(program, plan.decisions, rewrites)
 
 
-def decided(program: Program, decisions: Sequence[Decision]) -> Program:
-    """Bypass regions, remove channels, factorise layers. The weights stay those of `program`, and factors are the best
-    approximation of these: re-solve them with a calibration set, or load trained ones.
+def decided(program: Program, decisions: Sequence[Decision], rewrites: Sequence[Rewrite] = ()) -> Program:
+    """The decisions in effect: regions bypassed, channels removed, layers factorised. The weights stay those of
+    `program`, and factors are the best approximation of these: re-solve them with a calibration set, or load trained
+    ones. `rewrites` are those beside the built-in ones.
 
     Raises PlanError and RewriteError when a decision is about what the program does not have.
     """
-    program = _without_factors(program, decisions)
-    return factorize_plain(program, [d for d in decisions if isinstance(d, FactorizeLayer)])
-
-
-def _without_factors(program: Program, decisions: Sequence[Decision]) -> Program:
-    """The program with its regions bypassed and its channels removed."""
-    program = drop_blocks(program, [d for d in decisions if isinstance(d, DropBlock)])
-    cuts = [d for d in decisions if isinstance(d, PruneChannels)]
-    if cuts:
-        provenance = find_units(program)
-        program = prune_channels(provenance, removed_units(provenance, cuts)).program
-    return program
+    known = {rewrite.name: rewrite for rewrite in (*built_in(PipelineSettings()), *rewrites)}
+    return applied_plain(list(known.values()), program, decisions)
 
 
 def with_weights(program: Program, trained: Program) -> Program:
@@ -208,35 +212,11 @@ def with_weights(program: Program, trained: Program) -> Program:
     return set_tensors(program, changed, note="weights of the plan")
 
 
-def _solved(
-    teacher: Program,
-    plan: Plan,
-    samples: CalibrationSet,
-    options: PipelineSettings,
-    progress: Progress,
-    store: AnalysisStore,
-) -> Replayed:
-    kinds = {DropBlock: "drop_blocks", PruneChannels: "prune_channels", FactorizeLayer: "factorize"}
-    solved_at_the_end(joint_settings(options), {kinds[type(d)] for d in plan.decisions})
-    sets = options.split(samples, teacher)
-    fit, held_out = sets.fit, sets.judge
-    solve = fit.take(slice(0, options.solve_samples))
-    done = replay(teacher, plan.decisions, solve, joint_settings(options), progress=progress, store=store)
-    program, errors = judged(teacher, done, held_out)
-    if options.mimic is not None:
-        program = mimicked(
-            store,
-            teacher,
-            program,
-            fit,
-            held_out,
-            kept=done.kept,
-            settings=options.mimic,
-            seed=options.seed,
-            progress=progress,
-        )
-        errors["mimicked"] = output_error(teacher, program, held_out)
-    tested = sampled_error(teacher, program, sets.test, seed=options.seed)
+def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: PipelineSettings) -> Replayed:
+    solved_at_the_end(rewrites)
+    done = made(ctx, rewrites, plan.decisions, exactly=True)
+    program, errors = mimicking(ctx, done, options)
+    tested = sampled_error(ctx.teacher, program, ctx.sets.test, seed=ctx.seed)
     return Replayed(program=program, plan=plan, output_errors=errors, tested=tested, opset=options.opset)
 
 

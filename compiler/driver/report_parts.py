@@ -6,7 +6,7 @@ A compile never fails over its report: a part that cannot be made is left out, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,29 +17,25 @@ import torch
 from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error
-from ..data.sample_sets import divided
 from ..frontend.capture import Model
-from ..plan.plan import DropBlock, FactorizeLayer, PruneChannels
 from ..report.block_latency import block_latency
 from ..report.graph import describe_graph
 from ..support.errors import first_line
+from ..support.version import __version__
+from .apply_decisions import applied_plain
 from .pipeline import Outcome
-from .replay import decided
 
 Part = dict[str, Any]
 
 
-def report_origin(outcome: Outcome, model: Model, rewrites: Sequence[str]) -> dict[str, Any]:
-    """`model`, `fingerprint`, `made`, `versions`, `rewrites` and `mimicked` of a report; `rewrites` are those that the
-    compile could use."""
-    from .. import __version__  # the package imports this module before it has a version
-
+def report_origin(outcome: Outcome, model: Model) -> dict[str, Any]:
+    """`model`, `fingerprint`, `made`, `versions`, `rewrites` and `mimicked` of a report."""
     return {
         "model": model_name(model),
         "fingerprint": outcome.plan.fingerprint,
         "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "versions": {"foldcut": __version__, "torch": str(torch.__version__)},
-        "rewrites": list(rewrites),
+        "rewrites": [rewrite.name for rewrite in outcome.rewrites],
         "mimicked": "mimicked" in outcome.output_errors,
     }
 
@@ -52,19 +48,26 @@ def model_name(model: Model) -> str:
     return Path(model).name.encode(errors="replace").decode()
 
 
-def report_parts(outcome: Outcome, samples: CalibrationSet) -> dict[str, Any]:
-    """`graph`, `block_latency`, `tried`, `aims`, `changes` and `regimes` of a report; `samples` are all those compiled
-    with."""
-    options = outcome.settings
-    held_out = divided(samples.aligned(outcome.teacher), options.seed, options.held_out).judge
+def report_parts(outcome: Outcome) -> dict[str, Any]:
+    """`graph`, `block_latency`, `tried`, `aims`, `changes` and `regimes` of a report, and what the rewrites
+    add."""
     return {
-        "graph": _or_reason(lambda: describe_graph(outcome.teacher, outcome.program, outcome.plan.decisions)),
+        "graph": _or_reason(lambda: describe_graph(outcome.ctx.teacher, outcome.program, outcome.plan.decisions)),
         "block_latency": _or_reason(lambda: _block_latency(outcome)),
-        "tried": [asdict(plan) for plan in outcome.tried],
+        "tried": [asdict(plan) for plan in outcome.applied.tried],
         "aims": list(outcome.aims),
-        "changes": errors_by_class(outcome, held_out),
+        "changes": errors_by_class(outcome, outcome.ctx.judge),
         "regimes": _regimes(outcome),
+        **_of_rewrites(outcome),
     }
+
+
+def _of_rewrites(outcome: Outcome) -> dict[str, Any]:
+    """What the rewrites say beside their decisions."""
+    found: dict[str, Any] = {}
+    for rewrite in outcome.rewrites:
+        found |= rewrite.report(outcome.ctx, outcome.applied)
+    return found
 
 
 def _or_reason(make: Callable[[], Part]) -> Part:
@@ -89,7 +92,7 @@ def _block_latency(outcome: Outcome) -> Part:
     if profiles is None:
         return {"missing": "the backend does not time single nodes"}
     found = block_latency(
-        outcome.teacher,
+        outcome.ctx.teacher,
         outcome.program,
         (profiles.model, outcome.onnx),
         (profiles.before, profiles.after),
@@ -102,13 +105,13 @@ def errors_by_class(outcome: Outcome, held_out: CalibrationSet) -> list[Part]:
     """For each kind of decision their number, and the relative output error that they make by themselves, on held-out
     samples, before anything is solved again. It says what there was to recover, and does not add up."""
     found = []
-    for kind in (DropBlock.kind, PruneChannels.kind, FactorizeLayer.kind):
+    for kind in dict.fromkeys(decision.kind for decision in outcome.plan.decisions):
         decisions = [d for d in outcome.plan.decisions if d.kind == kind]
-        if not decisions:
-            continue
         part: Part = {"kind": kind, "count": len(decisions)}
         try:
-            part["error_alone"] = output_error(outcome.teacher, decided(outcome.teacher, decisions), held_out)
+            part["error_alone"] = output_error(
+                outcome.ctx.teacher, applied_plain(outcome.rewrites, outcome.ctx.teacher, decisions), held_out
+            )
         except Exception as cause:  # decisions of one kind may only fit what those before them have left
             part["missing"] = first_line(cause)
         found.append(part)

@@ -12,17 +12,20 @@ from ...runtime.measure.backend import Backend
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..frontend.capture import Model
 from ..frontend.model_inputs import needed_inputs
-from ..plan.plan import Goal, Latency
+from ..goals.latency import Latency
+from ..plan.goal import Goal
+from ..rewrite.rewrite import Rewrite
 from ..store.cache_folder import kept_in
 from ..support.atomic_files import write_folder
 from ..support.errors import GoalError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress
-from ..support.setting_checks import check_texts, refuse
+from ..support.setting_checks import refuse
 from ..support.strict_json import json_file
-from .api import Compiled, check_arguments
+from .api import Compiled, check_goal
 from .api import compile as compile_model
-from .pipeline_settings import PipelineSettings, check_options, rewrites_for
+from .builtin import BUILT_IN, check_rewrites, chosen_rewrites
+from .pipeline_settings import PipelineSettings, check_options, check_run
 
 #: The goals of a sweep that names none.
 GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
@@ -108,7 +111,7 @@ def sweep(
     goals: Sequence[Goal] = GOALS,
     backend: str | Backend | type[Backend] = "onnxruntime",
     batch: int = 1,
-    rewrites: Sequence[str] | None = None,
+    rewrites: Sequence[str | Rewrite] | None = None,
     mimic: MimicSettings | bool | None = True,
     views: Sequence[View] = (),
     seed: int = 0,
@@ -128,13 +131,15 @@ def sweep(
     """
     _check_goals(goals)
     check_options(mimic, views, progress, cache, settings)
+    check_run(batch, threads, seed)
     if rewrites is not None:
-        check_texts("rewrites", rewrites)
+        check_rewrites(rewrites)
     if each is not None and not callable(each):
         refuse("each", each, "a function of a SweepPoint, or None")
     allowed = {str(goal): _allowed(goal, goals, rewrites) for goal in goals}
     for goal in goals:
-        check_arguments(goal, allowed[str(goal)], batch, threads, seed)
+        check_goal(goal)
+        chosen_rewrites(goal, allowed[str(goal)], settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
@@ -165,13 +170,18 @@ def sweep(
     return Sweep(points=tuple(points))
 
 
-def _allowed(goal: Goal, goals: Sequence[Goal], rewrites: Sequence[str] | None) -> Sequence[str] | None:
+def _allowed(
+    goal: Goal, goals: Sequence[Goal], rewrites: Sequence[str | Rewrite] | None
+) -> Sequence[str | Rewrite] | None:
     """Those of the rewrites that reach one of several goals. One that reaches none of them, or all of them where none
     reaches this goal, stay in the list: it is then refused."""
     if rewrites is None:
         return None
-    elsewhere = {name for other in goals for name in rewrites_for(other)} - set(rewrites_for(goal))
-    return [name for name in rewrites if name not in elsewhere] or rewrites
+    own = {rewrite.name: rewrite() for rewrite in BUILT_IN}
+    found = [own[item] if isinstance(item, str) else item for item in rewrites]
+    here = [r for r, rewrite in zip(rewrites, found, strict=True) if rewrite.serves(goal)]
+    nowhere = [r for r, rewrite in zip(rewrites, found, strict=True) if not any(map(rewrite.serves, goals))]
+    return [*here, *nowhere] or rewrites
 
 
 def _unmet(goal: Goal, unmet: GoalError) -> SweepPoint:

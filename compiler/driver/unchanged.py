@@ -8,26 +8,22 @@ import torch
 from torch import fx
 
 from ..ir.program import Program
-from ..plan.plan import Decision, Goal, Latency, PruneChannels
+from ..plan.goal import Goal
+from ..rewrite.rewrite import Applied
 from ..support.errors import GoalError
-from .rewritten import Rewritten
 
 #: So many reasons are named; the report has all.
 _MOST_REASONS = 5
 
 
-def require_change(before: Program, rewritten: Rewritten, goal: Goal) -> None:
+def require_change(before: Program, done: Applied, goal: Goal) -> None:
     """Raise GoalError when a latency goal led to no change: no decision that takes something away, or a network that
     computes the same operations on the same shapes. What such a network gains is the noise of its measurement."""
-    if not isinstance(goal, Latency):
+    if not goal.needs_change:
         return
-    if any(map(_takes_away, rewritten.decisions)) and _work(before) != _work(rewritten.program):
+    if done.decisions and _work(before) != _work(done.program):
         return
-    raise GoalError(f"nothing can be done towards {goal}: the network is as it was", hint=_reasons(rewritten))
-
-
-def _takes_away(decision: Decision) -> bool:
-    return not isinstance(decision, PruneChannels) or len(decision.kept) < decision.total
+    raise GoalError(f"nothing can be done towards {goal}: the network is as it was", hint=_reasons(done))
 
 
 def _work(program: Program) -> list[tuple[str, str]]:
@@ -42,10 +38,8 @@ def _shapes(node: fx.Node) -> Any:
     return [[str(size) for size in v.shape] for v in values if isinstance(v, torch.Tensor)]
 
 
-def _reasons(rewritten: Rewritten) -> str:
+def _reasons(done: Applied) -> str:
     """Why things were left alone: what was refused, and what locks the groups of channels."""
-    groups = () if rewritten.provenance is None else rewritten.provenance.groups
-    found = [f"{group.name}: {group.reason}" for group in groups if group.reason]
-    found = list(dict.fromkeys([*(str(reject) for reject in rewritten.rejects), *found]))
+    found = list(dict.fromkeys(str(reject) for reject in done.rejects))
     more = [f"{len(found) - _MOST_REASONS} more, see foldcut inspect"] if len(found) > _MOST_REASONS else []
     return "; ".join([*found[:_MOST_REASONS], *more]) or "no rewrite saves latency on this backend"

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from ..support.errors import CaptureError
 if TYPE_CHECKING:
     from ..onnx.signature import OnnxSignature
 
+T = TypeVar("T")
 Dim = int | str
 #: One batch in the form that the model takes it: a tensor, a tuple of arguments or a dict of keyword arguments.
 Batch = torch.Tensor | tuple[Any, ...] | dict[str, Any]
@@ -59,6 +60,13 @@ class Program:
         args, kwargs = as_arguments(batch)
         with torch.no_grad():
             return self.module(*args, **kwargs)
+
+    def derived(self, analysis: Callable[[Program], T]) -> T:
+        """What an analysis says of this program, made once and kept as long as the program is."""
+        known: dict[Any, Any] = self.__dict__.setdefault("_derived", {})
+        if analysis not in known:
+            known[analysis] = analysis(self)
+        return cast(T, known[analysis])
 
     @property
     def graph(self) -> fx.Graph:

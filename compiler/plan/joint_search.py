@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..support.search_time import SearchTime
 from .item_regression import LEAST_SHARE, error_fit, saving_fit
 from .latency_target import nearest_from_below, reach, saved_share
 from .proposals import (
@@ -30,6 +30,7 @@ from .proposals import (
     predicted_saving,
     with_least_errors,
 )
+from .search_time import SearchTime
 
 #: How many plans of all kinds together are tried.
 MOST_MIXES = 4
@@ -71,6 +72,19 @@ class Tried:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedPlan:
+    """A plan that was tried on the way: the share that it leaves of what is bounded, its relative output error after a
+    quick re-solve, how many decisions it has of each rewrite, by name, how many plans were measured until one like it
+    was found to save enough, and whether it was chosen."""
+
+    ratio: float
+    error: float
+    counts: Mapping[str, int]
+    rounds: int = 1
+    chosen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """The best plan, whether it reaches the goal, everything that was tried, and the scales at the end."""
 
@@ -78,6 +92,19 @@ class Found:
     met: bool
     tried: tuple[Tried, ...]
     scales: Mapping[str, Scale]
+
+    def plans(self) -> tuple[TriedPlan, ...]:
+        """What was tried, as plain figures."""
+        return tuple(
+            TriedPlan(
+                ratio=plan.ratio,
+                error=plan.error,
+                counts=dict(Counter(item.kind for item in plan.mix)),
+                rounds=plan.rounds,
+                chosen=plan is self.best,
+            )
+            for plan in self.tried
+        )
 
 
 class MixSearch:

@@ -6,16 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..ir.cost import program_cost
-from ..ir.program import Program
 from ..support.quiet_logs import without_native_output
 
 #: How far from the best the choice may be, relative; nearer takes long and says nothing about the network.
 GAP = 1e-4
 SECONDS = 20.0
-#: Samples that weigh items against each other, and the multiply-accumulates that this may cost over all items.
-WEIGHING_SAMPLES, LEAST_WEIGHING = 64, 8
-WEIGHING_MACS = 2 * 10**12
 
 
 def choose_options(
@@ -68,9 +63,3 @@ def choose_options(
     if found.x is None:
         return None
     return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
-
-
-def weighing_samples(program: Program, items: int) -> int:
-    """How many samples a trial of each item may read: as many as `WEIGHING_MACS` allow, a few at least."""
-    macs = max(1, program_cost(program).macs)
-    return max(LEAST_WEIGHING, min(WEIGHING_SAMPLES, WEIGHING_MACS // (items * macs)))

@@ -1,4 +1,4 @@
-"""What a plan may do to a network, kind by kind, and the exact choice among it under a latency goal. No tensors."""
+"""What a plan may do to a network, rewrite by rewrite, and the exact choice among it under a budget. No tensors."""
 
 from __future__ import annotations
 
@@ -6,34 +6,56 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
 
+from .decision import Decision
 from .option_milp import choose_options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """One change: the relative output error that it is predicted to add and the share of the latency that it saves.
-    `change` is what the rewrite of its kind takes."""
+    """One change: the relative output error that it is predicted to add and the share of the budget's whole (latency,
+    multiply-accumulates) that it saves. `decision` is what the rewrite carries out."""
 
     error: float
     saving: float
-    change: Any = field(repr=False)
+    decision: Decision = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """What a change does to nodes of the program, by name; of two changes that clash a plan takes only one.
+
+    `removes` are nodes that are gone afterwards, `replaces` those that something else stands for, `resizes` those whose
+    weights change shape along a dimension of their own, `needs` those of which at least one has to be there. Two
+    changes clash where both remove or both replace a node, where one replaces what the other resizes, and where one
+    removes all that the other needs.
+    """
+
+    removes: frozenset[str] = frozenset()
+    replaces: frozenset[str] = frozenset()
+    resizes: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+
+    def clashes(self, other: Claims) -> bool:
+        """Whether a plan may take only one of two changes."""
+        return bool(
+            self.removes & other.removes
+            or self.replaces & (other.replaces | other.resizes)
+            or self.resizes & other.replaces
+            or (self.needs and self.needs <= other.removes)
+            or (other.needs and other.needs <= self.removes)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer.
-
-    `kind` names the rewrite, `nodes` the calls of the program that the change concerns, `producers` those without which
-    nothing is left to change, where that is not all of them: the layers that make the units of a group.
-    """
+    """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer. `kind`
+    names the rewrite."""
 
     kind: str
     name: str
-    nodes: frozenset[str] = field(repr=False)
+    claims: Claims = field(repr=False)
     proposals: tuple[Proposal, ...] = field(repr=False)
-    producers: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 #: No change is predicted to lose less than this share of what those of its kind do, at the median.
@@ -81,24 +103,9 @@ def predicted_saving(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) 
 
 
 def excluded_pairs(items: Sequence[Item]) -> list[tuple[int, int]]:
-    """Pairs of items of which a plan may change only one.
-
-    Regions that share a node; a region and what lies wholly inside it, or a group whose units are made inside it; a
-    unit group and a layer that makes or consumes its units, since both change that layer's weight.
-    """
-    found = []
-    for (i, one), (j, other) in combinations(enumerate(items), 2):
-        kinds = {one.kind, other.kind}
-        if kinds == {"drop_blocks"} or kinds == {"prune_channels", "factorize"}:
-            clash = bool(one.nodes & other.nodes)
-        elif "drop_blocks" in kinds:
-            region, inside = (one, other) if one.kind == "drop_blocks" else (other, one)
-            clash = (inside.producers or inside.nodes) <= region.nodes
-        else:
-            clash = False
-        if clash:
-            found.append((i, j))
-    return found
+    """Pairs of items of which a plan may change only one: those whose claims clash."""
+    pairs = combinations(enumerate(items), 2)
+    return [(i, j) for (i, one), (j, other) in pairs if one.claims.clashes(other.claims)]
 
 
 def choose_mix(

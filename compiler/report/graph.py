@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import fx
 
+from ...passes.drop.decision import DropBlock
+from ...passes.factorize.decision import FactorizeLayer
 from ..analysis.regions import common_path, removed_nodes
 from ..ir.cost import node_macs
 from ..ir.program import Program, data_inputs, is_size, is_tensor
 from ..ir.segments import Segment, find_segments
-from ..plan.plan import Decision, DropBlock, FactorizeLayer
+from ..plan.decision import Decision
 from .layer_words import join_sign, layer_width, layer_words
 
 #: The ends of a block, among the names of its edges.

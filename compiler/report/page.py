@@ -45,8 +45,6 @@ TEMPLATE = "report.html.j2"
 MOST_BARS = 40
 #: With more of them the bars stand beside the plot and the errors, else beside the plot alone.
 TALL = 32
-#: What a kind of decision is called where plans are counted.
-_REWRITES = {"drop_block": "drop_blocks", "prune_channels": "prune_channels", "factorize_layer": "factorize"}
 
 
 def report_page(report: Mapping[str, Any]) -> str:
@@ -222,8 +220,8 @@ def _changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each class of change: how many, what it costs by itself, and the best plan of this class alone that was tried."""
     made = {change["kind"]: change for change in report.get("changes", ())}
     rows = []
-    for kind, rewrite in _REWRITES.items():
-        plans = [t for t in report.get("tried", ()) if [k for k, n in t["counts"].items() if n] == [rewrite]]
+    for kind in KINDS:
+        plans = [t for t in report.get("tried", ()) if [k for k, n in t["counts"].items() if n] == [kind]]
         if kind not in made and not plans:
             continue
         words, colour = KINDS[kind]

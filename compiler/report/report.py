@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..analysis.provenance import Provenance
 from ..data.sampled_error import interval_words
-from ..plan.plan import Decision, PruneChannels
 from ..support.strict_json import finite
 
 
@@ -136,20 +134,3 @@ class Report:
 def _latency_row(label: str, latency: Mapping[str, Any]) -> tuple[str, str, str, str]:
     spread = f"x{latency['ratio']:.3f} (95 %: {latency['low']:.3f} to {latency['high']:.3f})"
     return label, f"{latency['before_ms']:.3f} ms", f"{latency['after_ms']:.3f} ms", spread
-
-
-def unit_groups(provenance: Provenance, decisions: Sequence[Decision] = ()) -> list[dict[str, Any]]:
-    """The unit groups of a program as plain data: sizes, what makes and consumes them, kept and total, why locked."""
-    kept = {d.group: len(d.kept) for d in decisions if isinstance(d, PruneChannels)}
-    return [
-        {
-            "group": g.name,
-            "kept": kept.get(g.name, len(g)),
-            "total": len(g),
-            "widths": list(g.widths),
-            "producers": [name for name, _ in g.producers],
-            "consumers": [name for name, _ in g.consumers],
-            "locked": g.reason,
-        }
-        for g in provenance.groups
-    ]

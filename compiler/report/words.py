@@ -22,10 +22,8 @@ _CLOCKS = {"thread_cpu": "CPU time of the thread", "wall": "elapsed time", "cuda
 _REGIMES = {"hot": "hot: runs follow each other", "cold": "cold: caches are emptied before each run"}
 #: What a kind of decision, or of rewrite in a plan that was tried, is called, and the class that gives it its colour.
 KINDS = {
-    "drop_block": ("blocks dropped", "drops"),
-    "prune_channels": ("channels pruned", "channels"),
-    "factorize_layer": ("layers factorised", "ranks"),
     "drop_blocks": ("blocks dropped", "drops"),
+    "prune_channels": ("channels pruned", "channels"),
     "factorize": ("layers factorised", "ranks"),
 }
 _STAGES = {
@@ -174,13 +172,13 @@ def decision_words(decision: Mapping[str, Any]) -> tuple[str, str, str]:
     """(class, what, how) of a decision."""
     kind = str(decision["kind"])
     colour = KINDS.get(kind, (kind, "kept"))[1]
-    if kind == "drop_block":
+    if kind == "drop_blocks":
         saving = decision.get("saving")
         how = "dropped" if saving is None else f"dropped, predicted to save {percent(saving)} of the latency"
         return colour, str(decision.get("path") or decision["region"]), how
     if kind == "prune_channels":
         return colour, str(decision["group"]), f"{len(decision['kept'])} of {decision['total']} units kept"
-    if kind == "factorize_layer":
+    if kind == "factorize":
         how = f"{decision['scheme']}, {rank_words(decision)}"
         return colour, str(decision.get("path") or decision["layer"]), how
     return colour, kind, ""

@@ -8,13 +8,11 @@ score, with the joint error in place of single drops); without, the one with the
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...compiler.analysis.regions import Region, RegionAnalysis
-from ...compiler.plan.plan import Blocks, DropBlock, Goal
-from ...compiler.support.errors import GoalError
+from ...compiler.analysis.regions import Region
+from .decision import DropBlock
 
 #: Regions that save less than this share of the latency are not worth any error; it also keeps the score finite.
 LEAST_SAVING = 0.002
@@ -99,22 +97,3 @@ def _score(added: float, region: Region, savings: Mapping[str, float] | None) ->
     # an error that falls counts most where it saves most: dividing a negative number by the saving would turn that
     # round
     return added / savings[region.name] if added > 0 else added * savings[region.name]
-
-
-def require_regions(analysis: RegionAnalysis, goal: Goal) -> None:
-    """Raise GoalError, with the reasons, when nothing can be removed; warn when there is less than asked for."""
-    if analysis.regions:
-        if isinstance(goal, Blocks) and goal.count > len(analysis.regions):
-            warnings.warn(
-                f"the network has {len(analysis.regions)} removable regions, fewer than {goal.count}",
-                stacklevel=3,
-            )
-        return
-    looked = (
-        "; ".join(str(r) for r in analysis.rejects[:3])
-        or "no two points of the graph have one shape with a layer in between"
-    )
-    raise GoalError(
-        f"the network has no removable region: {looked}",
-        hint="dropping blocks needs parts whose input and output have one shape",
-    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ...compiler.analysis.regions import Region
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.program import Program
-from ...compiler.plan.plan import DropBlock
+from .decision import DropBlock
 
 
 def drop_blocks(program: Program, drops: Iterable[Region | DropBlock]) -> Program:

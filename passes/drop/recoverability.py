@@ -32,16 +32,12 @@ from ..solve.closed_form import solve
 from ..solve.features import compared_outputs, head_features
 from ..solve.layers import find_layers, moved
 from ..solve.moments import Moments
-from ..solve.resolve_network import ResolveSettings, batch_moments, batch_size_for, resolve_network
+from ..solve.resolve_network import QUICK_RESOLVE, ResolveSettings, batch_moments, batch_size_for, resolve_network
 from ..solve.targets import Target, counterparts, trace_target
 from .adaptors import AdaptorSettings, train_adaptors
 from .drop_blocks import drop_blocks, entry_exit, standing_for
 
 Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
-
-
-#: How the student is re-solved between drops: enough to compare candidates.
-QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,11 @@ class Geometry:
     source: int
     dims: int
 
+    @property
+    def weights(self) -> int:
+        """Values of the layer's weight."""
+        return self.groups * self.outputs * self.inputs * self.kernel[0] * self.kernel[1]
+
     @classmethod
     def of(cls, program: Program, layer: Layer) -> Geometry:
         weight = program.module.get_parameter(layer.weight)

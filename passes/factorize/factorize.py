@@ -12,10 +12,10 @@ from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.edit_chain import Link, replace_layers
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
-from ...compiler.plan.plan import FactorizeLayer
 from ...compiler.support.errors import RewriteError
 from ..solve.layers import Layer, find_layers, moved
 from ..solve.targets import Target, trace_target
+from .decision import FactorizeLayer
 from .decompositions import PLAIN, Decomposition, Geometry, Matrices, Metric, Ranks
 from .low_rank import SCHEMES
 
@@ -141,6 +141,13 @@ def within_full(program: Program, decisions: Sequence[FactorizeLayer]) -> list[F
         if ranks == decision.ranks or SCHEMES[decision.scheme].macs(size, ranks) < size.macs:
             fitting.append(replace(decision, ranks=ranks))
     return fitting
+
+
+def check_decisions(program: Program, decisions: Sequence[FactorizeLayer]) -> None:
+    """Raise RewriteError unless each decision names a layer, a scheme and ranks that the program has."""
+    layers = find_layers(program)[0] if decisions else {}
+    for decision in decisions:
+        check_ranks(Geometry.of(program, _layer(layers, decision.layer)), decision)
 
 
 def check_ranks(size: Geometry, decision: FactorizeLayer) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...compiler.driver.latency_probe import LatencyProbe
 from ...compiler.ir.segments import Segment
 from ...compiler.support.progress import Progress, silent
+from ...runtime.probe.latency_probe import LatencyProbe
 from .factorize import chain_nodes, factorize_for_timing
 from .select_ranks import Candidate, Option, RankAnalysis
 

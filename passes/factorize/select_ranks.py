@@ -19,7 +19,6 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.program import Program
-from ...compiler.plan.plan import FactorizeLayer, Ranks
 from ...compiler.support.errors import GoalError, Reject, RewriteError
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import (
@@ -36,6 +35,7 @@ from ..solve.layers import Layer, find_layers, layer_names
 from ..solve.moments import Moments
 from ..solve.resolve_network import ResolveSettings
 from ..solve.targets import Target, output_gain, trace_target
+from .decision import FactorizeLayer, Ranks
 from .decompositions import PLAIN, Geometry, Metric
 from .factorize import Factors, decompose
 from .low_rank import SCHEMES, Scheme, suitable
@@ -113,6 +113,14 @@ class Candidate:
     def parameters(self, option: Option) -> int:
         """Trained values of the factors of an option; its bias stays and is not counted."""
         return sum(math.prod(shape) for shape in SCHEMES[option.scheme].shapes(self.size, option.ranks))
+
+    def whole(self, unit: str) -> int:
+        """What the layer has whole, of ``macs`` or ``parameters``."""
+        return self.size.macs if unit == "macs" else self.size.weights
+
+    def cost(self, unit: str, option: Option) -> int:
+        """What it has left under an option, of ``macs`` or ``parameters``."""
+        return option.macs if unit == "macs" else self.parameters(option)
 
     def trial(self) -> Option:
         """The option nearest to half of the layer's multiply-accumulates, of those that lose something: an exact one

@@ -129,6 +129,12 @@ class CutModel:
         self.factors = torch.stack(factors) if factors else torch.zeros(0, len(groups), dtype=torch.float64)
 
     @classmethod
+    def of(cls, unit: str, provenance: Provenance, groups: Sequence[UnitGroup]) -> CutModel:
+        """What is counted by the name of `Cost`: ``macs`` or ``parameters``."""
+        models = {"macs": cls.of_macs, "parameters": cls.of_parameters}
+        return models[unit](provenance, groups)
+
+    @classmethod
     def of_macs(cls, provenance: Provenance, groups: Sequence[UnitGroup]) -> CutModel:
         """MACs: each contraction's shrink by the share of its consumed, made and carried channels that stay."""
         program = provenance.program

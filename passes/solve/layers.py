@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -112,6 +113,21 @@ def _as_image(value: torch.Tensor) -> torch.Tensor:
 def layer_names(program: Program, layer: Layer) -> tuple[str, ...]:
     """What a layer may be called in an `ignore` pattern: its node, its module path, its weight."""
     return layer.node, program.path(program.nodes[layer.node]), layer.weight
+
+
+def all_layer_names(program: Program) -> list[str]:
+    """Every name of every layer."""
+    return [name for layer in find_layers(program)[0].values() for name in layer_names(program, layer)]
+
+
+def matching_layers(program: Program, patterns: Sequence[str]) -> frozenset[str]:
+    """The nodes of the layers that the patterns name."""
+    layers = find_layers(program)[0] if patterns else {}
+    return frozenset(
+        node
+        for node, layer in layers.items()
+        if any(fnmatchcase(name, pattern) for name in layer_names(program, layer) for pattern in patterns)
+    )
 
 
 def find_layers(program: Program) -> tuple[dict[str, Layer], list[Reject]]:

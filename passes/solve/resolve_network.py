@@ -57,6 +57,10 @@ class ResolveSettings:
         return min(0.1, 5 / samples) if self.ridge is None else self.ridge
 
 
+#: How networks are re-solved while they are compared: enough to tell which is better.
+QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
     """Squared error of one layer at its anchor over the calibration set, per row, before and after its solve."""

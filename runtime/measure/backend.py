@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from ...compiler.plan.latency_goal import Regime as Regime
 from ...compiler.support.errors import BackendError, first_line
+from .regime import Regime as Regime
 
 Array = npt.NDArray[Any]
 
@@ -127,12 +127,12 @@ class ProfilingBackend(Backend, Protocol):
 
 #: Name -> (module of this package, class): naming a backend does not import the others.
 _BUILTIN: dict[str, tuple[str, str]] = {
-    "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),
-    "onnxruntime-cuda": (".onnxruntime", "OnnxRuntimeCudaBackend"),
-    "onnxruntime-tensorrt": (".onnxruntime", "OnnxRuntimeTensorRTBackend"),
-    "openvino": (".openvino", "OpenVinoBackend"),
-    "tensorrt": (".tensorrt", "TensorRTBackend"),
-    "torch": (".torch_eager", "TorchBackend"),
+    "onnxruntime": ("..onnxruntime.backend", "OnnxRuntimeBackend"),
+    "onnxruntime-cuda": ("..onnxruntime.backend", "OnnxRuntimeCudaBackend"),
+    "onnxruntime-tensorrt": ("..onnxruntime.backend", "OnnxRuntimeTensorRTBackend"),
+    "openvino": ("..openvino.backend", "OpenVinoBackend"),
+    "tensorrt": ("..tensorrt.backend", "TensorRTBackend"),
+    "torch": ("..torch_eager.backend", "TorchBackend"),
 }
 
 

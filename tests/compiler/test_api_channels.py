@@ -96,7 +96,7 @@ def test_the_variants_of_the_paper(
 
 def test_a_macs_goal_is_reached(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
     made = run(residual_net, nets.images(40), counting_backend, foldcut.Macs(0.6))
-    before = program_cost(made.outcome.teacher).macs
+    before = program_cost(made.outcome.ctx.teacher).macs
     assert 0.3 * before < program_cost(made.program).macs <= 0.6 * before
 
 
@@ -113,7 +113,7 @@ def test_keeping_all_changes_nothing(residual_net: nn.Module, counting_backend: 
     made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(1.0))
     x = nets.images(3, seed=4)
     assert not made.plan.decisions
-    assert torch.equal(made.module(x), made.outcome.teacher(x))
+    assert torch.equal(made.module(x), made.outcome.ctx.teacher(x))
 
 
 def test_the_same_seed_gives_the_same_weights(

@@ -17,16 +17,17 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.driver import joint_pipeline
-from foldcut.compiler.driver.channel_pipeline import ChannelSettings
+from foldcut.passes.prune.settings import ChannelSettings
 from foldcut.compiler.driver.joint_rewrite import JointSettings, apply_mix, mix_shape
 from foldcut.compiler.ir.compare import relative_error
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import FactorizeLayer, PruneChannels
 from foldcut.compiler.plan.proposals import Item, Mix, Proposal, excluded_pairs
 from foldcut.compiler.support.errors import RewriteError
 from foldcut.passes.drop.recoverability import RecoverabilitySettings
+from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
 from foldcut.passes.prune.channel_budget import ChannelLimits
+from foldcut.passes.prune.decision import PruneChannels
 from foldcut.passes.solve.resolve_network import ResolveSettings
 from torch import nn
 
@@ -162,7 +163,7 @@ def test_a_plan_that_fails_is_left_out(
 def few_options() -> Iterator[None]:
     """Every option costs an export: two of each kind will do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foldcut.compiler.driver.joint_proposals.KEEPS", (0.75, 0.5))
+        patch.setattr("foldcut.passes.prune.offers.KEEPS", (0.75, 0.5))
         patch.setattr("foldcut.passes.factorize.rank_latency.MOST_OPTIONS", 2)
         yield
 
@@ -207,7 +208,7 @@ def test_the_report_has_the_plans_that_were_tried(mixed: foldcut.Compiled) -> No
     (chosen,) = (plan for plan in tried if plan["chosen"])
     assert 1 <= chosen["rounds"] <= 4
     made = Counter(decision.kind for decision in mixed.plan.decisions)
-    named = {"drop_blocks": "drop_block", "prune_channels": "prune_channels", "factorize": "factorize_layer"}
+    named = {"drop_blocks": "drop_blocks", "prune_channels": "prune_channels", "factorize": "factorize"}
     assert {named[kind]: count for kind, count in chosen["counts"].items()} == made
     reaching = [plan["error"] for plan in tried if plan["ratio"] <= 0.45]
     assert chosen["error"] == min(reaching)

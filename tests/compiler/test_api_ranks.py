@@ -37,7 +37,7 @@ def halved(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace
 
 
 def test_half_of_the_macs_are_gone(halved: foldcut.Compiled) -> None:
-    before, after = (program_cost(p).macs for p in (halved.outcome.teacher, halved.program))
+    before, after = (program_cost(p).macs for p in (halved.outcome.ctx.teacher, halved.program))
     assert 0.35 * before < after <= 0.5 * before
     assert halved.report.macs == {"before": before, "after": after}
     assert all(isinstance(d, foldcut.FactorizeLayer) for d in halved.plan.decisions)
@@ -64,7 +64,7 @@ def test_the_plan_goes_round_and_applies(
     applied = foldcut.apply_plan(foldcut.capture(residual_net, nets.images(2)), plan)
     assert applied.parameter_count() == halved.program.parameter_count()
     x = nets.images(16, seed=3)
-    wanted = halved.outcome.teacher(x)
+    wanted = halved.outcome.ctx.teacher(x)
     assert relative_error(wanted, applied(x)) > relative_error(wanted, halved.program(x))
 
 
@@ -98,7 +98,7 @@ def test_keeping_all_the_energy_changes_nothing(
         made = run(residual_net, nets.images(40), counting_backend, foldcut.Ranks(energy=1.0))
     x = nets.images(3, seed=4)
     assert not made.plan.decisions
-    assert torch.equal(made.module(x), made.outcome.teacher(x))
+    assert torch.equal(made.module(x), made.outcome.ctx.teacher(x))
 
 
 def test_mimicking_follows_where_asked(residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:

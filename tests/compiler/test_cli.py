@@ -12,8 +12,8 @@ from foldcut.compiler.cli import demo
 from foldcut.compiler.cli import main as cli
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.plan.plan import Blocks
 from foldcut.compiler.support import progress
+from foldcut.passes.drop.decision import Blocks
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -149,7 +149,7 @@ def test_low_rank_on_the_command_line(folder: Path, tmp_path: Path, goal: tuple[
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["decisions"]
-    assert {d["kind"] for d in report["decisions"]} == {"factorize_layer"}
+    assert {d["kind"] for d in report["decisions"]} == {"factorize"}
     assert "3" not in {d["path"] for d in report["decisions"]}
     first = report["decisions"][0]
     assert f"factorised {first['path']} (channel) to rank {first['ranks'][0]} of {first['full'][0]}" in " ".join(

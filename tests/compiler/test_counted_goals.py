@@ -52,7 +52,7 @@ def mixed(fire: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> fold
 
 
 def left(made: foldcut.Compiled, goal: Any) -> float:
-    return counted(made.program, goal) / counted(made.outcome.teacher, goal)
+    return counted(made.program, goal) / counted(made.outcome.ctx.teacher, goal)
 
 
 def test_groups_of_one_reader_are_both_cut(fire: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> None:
@@ -69,7 +69,7 @@ def test_no_unit_could_be_given_back(fire: nn.Module, counting_backend: Any, net
     made = run(fire, nets.images(50), counting_backend, goal)
     ratio = left(made, goal)
     assert ratio <= goal.ratio
-    teacher, decisions = made.outcome.teacher, list(made.plan.decisions)
+    teacher, decisions = made.outcome.ctx.teacher, list(made.plan.decisions)
     for place, decision in enumerate(decisions):
         more = replace(decision, kept=tuple(range(len(decision.kept) + 1)))
         whole = len(more.kept) == more.total

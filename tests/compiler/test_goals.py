@@ -15,8 +15,8 @@ from foldcut.compiler.driver.joint_pipeline import _bisected, fastest_within
 from foldcut.compiler.driver.pipeline import Outcome, _aimed, reached
 from foldcut.compiler.driver.rewritten import Rewritten
 from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.goal import goal_from_dict
 from foldcut.compiler.plan.joint_search import Found, Tried
-from foldcut.compiler.plan.plan import goal_from_dict
 from foldcut.passes.prune.channel_budget import CutModel
 from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
@@ -44,7 +44,7 @@ def run(net: nn.Module, nets: SimpleNamespace, goal: Any, **options: Any) -> fol
 @pytest.mark.parametrize("rewrites", [None, ("factorize",)], ids=str)
 def test_a_goal_in_parameters_is_reached(net: nn.Module, nets: SimpleNamespace, rewrites: Any) -> None:
     made = run(net, nets, foldcut.Parameters(0.6), rewrites=rewrites)
-    after, before = made.program.parameter_count(), made.outcome.teacher.parameter_count()
+    after, before = made.program.parameter_count(), made.outcome.ctx.teacher.parameter_count()
     assert 0.4 * before < after <= 0.6 * before
     assert made.report.goal == {"kind": "parameters", "ratio": 0.6}
 

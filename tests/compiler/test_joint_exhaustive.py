@@ -17,7 +17,7 @@ import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.driver import joint_pipeline
-from foldcut.compiler.driver.channel_pipeline import ChannelSettings
+from foldcut.passes.prune.settings import ChannelSettings
 from foldcut.compiler.driver.joint_pipeline import cut_jointly
 from foldcut.compiler.driver.joint_rewrite import JointSettings
 from foldcut.compiler.ir.cost import node_macs, program_cost
@@ -161,7 +161,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> Searches:
             return found
 
     monkeypatch.setattr(joint_pipeline, "MixSearch", Kept)
-    monkeypatch.setattr("foldcut.compiler.driver.joint_proposals.KEEPS", (0.75, 0.5))
+    monkeypatch.setattr("foldcut.passes.prune.offers.KEEPS", (0.75, 0.5))
     monkeypatch.setattr("foldcut.passes.factorize.rank_latency.MOST_OPTIONS", 2)
     return kept
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import latency_probe
-from foldcut.compiler.driver.latency_probe import LatencyProbe, example_inputs
+from foldcut.runtime.probe import latency_probe
+from foldcut.runtime.probe.latency_probe import LatencyProbe, example_inputs
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit import bypass
 from foldcut.compiler.ir.program import Program

@@ -9,8 +9,8 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import stored_passes
-from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.passes.mimic.stored import mimicked
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.driver.pipeline import run_pipeline
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit import bypass
@@ -169,7 +169,7 @@ def mimicked(residual: Program, nets: SimpleNamespace) -> Program:
     samples = CalibrationSet.of(nets.images(8))
     student = bypass(residual, "relu", "relu_2")
     settings = foldcut.MimicSettings(iterations=2)
-    return stored_passes.mimicked(NOTHING_KEPT, residual, student, samples, samples, kept={}, settings=settings, seed=0)
+    return mimicked(NOTHING_KEPT, residual, student, samples, samples, kept={}, settings=settings, seed=0)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("shapes do not fit"), torch.OutOfMemoryError("full"), KeyError("x")])

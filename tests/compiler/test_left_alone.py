@@ -69,7 +69,7 @@ def test_blocks_with_such_a_layer_are_not_dropped(
         cache=False,
     )
     assert names <= made.program.nodes.keys()
-    before, after = made.outcome.teacher, made.program
+    before, after = made.outcome.ctx.teacher, made.program
     for name in names:
         weight = str(after.nodes[name].args[1].target)  # type: ignore[union-attr]
         assert after.tensor(weight).shape == before.tensor(weight).shape

@@ -89,7 +89,7 @@ def test_the_file_and_the_module_give_the_same_plan_and_network(tmp_path: Path) 
     assert [str(d) for d in from_file.plan.decisions] != []
     positions = []
     for result in (from_file, from_module):
-        order = result.outcome.teacher.order
+        order = result.outcome.ctx.teacher.order
         linears = [n for n in order if n.startswith("linear")]
         drop = result.plan.decisions[0]
         assert isinstance(drop, foldcut.DropBlock)
@@ -119,7 +119,7 @@ def test_channels_are_pruned_from_a_file(tmp_path: Path) -> None:
 
 
 def test_latency_is_compared_with_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foldcut.compiler.driver import latency_probe
+    from foldcut.runtime.probe import latency_probe
 
     path = file(tmp_path)
     built: list[bytes] = []

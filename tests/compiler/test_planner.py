@@ -7,8 +7,8 @@ from itertools import combinations
 import pytest
 from foldcut.compiler.analysis.regions import Region
 from foldcut.compiler.ir.cost import Cost
-from foldcut.compiler.plan.plan import DropBlock
 from foldcut.passes.drop.choose_drops import LEAST_SAVING, Choice, choose_drops
+from foldcut.passes.drop.decision import DropBlock
 from hypothesis import given
 from hypothesis import strategies as st
 

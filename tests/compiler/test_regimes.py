@@ -12,18 +12,22 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.cli.goals import read_goal, read_goals
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.latency_probe import LatencyProbe
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.driver.rewritten import Rewritten
-from foldcut.compiler.driver.stored_latency import StoredLatency
+from foldcut.runtime.probe.stored_latency import StoredLatency
 from foldcut.compiler.driver.unchanged import require_change
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit import bypass, set_tensors
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import DropBlock, FactorizeLayer, Plan, PruneChannels, goal_from_dict
+from foldcut.compiler.plan.goal import goal_from_dict
+from foldcut.compiler.plan.plan import Plan
 from foldcut.compiler.report.page import report_page
 from foldcut.compiler.report.report import Report
 from foldcut.compiler.report.words import goal_words
 from foldcut.compiler.store.analysis_store import AnalysisStore
+from foldcut.passes.drop.decision import DropBlock
+from foldcut.passes.factorize.decision import FactorizeLayer
+from foldcut.passes.prune.decision import PruneChannels
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

@@ -14,12 +14,13 @@ from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.cost import node_macs, program_cost
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import FactorizeLayer, PruneChannels
 from foldcut.compiler.report.block_latency import block_latency, blocks_of_values
 from foldcut.compiler.report.graph import ENTRY, EXIT, block_of_calls, describe_graph
 from foldcut.compiler.report.layer_words import layer_words
 from foldcut.compiler.report.words import TIMES
+from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
+from foldcut.passes.prune.decision import PruneChannels
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
 from torch import nn
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 from foldcut.compiler.driver.report_parts import model_name, report_origin
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.plan.plan import PruneChannels
 from foldcut.compiler.report.cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards, labelled, shared_path
 from foldcut.compiler.report.graph import describe_graph
 from foldcut.compiler.report.page import page_or_reason, report_page
 from foldcut.compiler.report.pareto import nice_ticks, pareto_plot
 from foldcut.compiler.report.words import number, scaled, verdict
+from foldcut.passes.prune.decision import PruneChannels
 from PIL import Image
 from torch import nn
 
@@ -217,7 +217,7 @@ def not_finite(report: foldcut.Report) -> foldcut.Report:
         output_errors={"dropped": 0.5, "re-solved": math.nan, "mimicked": math.inf},
         errors_by_output={"far": math.inf, "near": 0.125},
         onnx_difference=math.nan,
-        changes=[{"kind": "drop_block", "count": 1, "error_alone": math.inf}],
+        changes=[{"kind": "drop_blocks", "count": 1, "error_alone": math.inf}],
         tried=[
             {"ratio": 0.8, "error": math.inf, "counts": {"drop_blocks": 1}, "chosen": True},
             {"ratio": math.nan, "error": 0.1, "counts": {"factorize": 1}, "chosen": False},

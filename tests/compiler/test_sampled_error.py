@@ -105,11 +105,11 @@ def test_the_report_has_the_error_of_the_test_samples(residual_net: nn.Module, n
     labelled = DataLoader(TensorDataset(data, torch.zeros(60)), batch_size=16)
     made = compiled(residual_net, labelled, foldcut.Blocks(2))
     report = made.report.to_dict()
-    sets = PipelineSettings().split(CalibrationSet.of(data), made.outcome.teacher)
-    wanted = sampled_error(made.outcome.teacher, made.program, sets.test)
+    sets = PipelineSettings().split(CalibrationSet.of(data), made.outcome.ctx.teacher)
+    wanted = sampled_error(made.outcome.ctx.teacher, made.program, sets.test)
     assert report["test"] == wanted.to_dict() and report["output_error"] == wanted.error
     assert wanted.low is not None and wanted.low < wanted.error
-    judged = output_error(made.outcome.teacher, made.program, sets.judge)
+    judged = output_error(made.outcome.ctx.teacher, made.program, sets.judge)
     assert list(report["output_errors"].values())[-1] == pytest.approx(judged)
     assert {key: report["calibration"][key] for key in ("samples", "fit", "judge", "test", "shared")} == {
         "samples": 60, "fit": 48, "judge": 6, "test": 6, "shared": False,

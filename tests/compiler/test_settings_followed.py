@@ -12,17 +12,20 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.driver import channel_pipeline, drop_pipeline
-from foldcut.compiler.driver.channel_pipeline import ChannelSettings, error_curves
+from foldcut.passes.prune.error_curves import error_curves
+from foldcut.passes.prune.settings import ChannelSettings
 from foldcut.compiler.driver.drop_pipeline import cut_blocks
 from foldcut.compiler.driver.joint_rewrite import JointSettings, apply_changes, judged, replay
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import Decision, FactorizeLayer, PruneChannels
+from foldcut.compiler.plan.decision import Decision
 from foldcut.compiler.support.progress import StageClock
 from foldcut.passes.drop.recoverability import RecoverabilitySettings
+from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
 from foldcut.passes.prune.channel_budget import ChannelLimits, CutModel, allocate
+from foldcut.passes.prune.decision import PruneChannels
 from foldcut.passes.prune.select_channels import select_by_norm
 from foldcut.passes.solve.resolve_network import Resolved, ResolveSettings
 

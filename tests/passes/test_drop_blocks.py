@@ -7,8 +7,8 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import DropBlock
 from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.drop.decision import DropBlock
 from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit, standing_for
 from torch import nn
 

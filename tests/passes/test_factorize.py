@@ -14,8 +14,8 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.cost import node_macs, program_cost
 from foldcut.compiler.ir.edit_chain import Link, replace_layers
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.plan import FactorizeLayer, Ranks
 from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.factorize.decision import FactorizeLayer, Ranks
 from foldcut.passes.factorize.decompositions import PLAIN, Geometry, Metric
 from foldcut.passes.factorize.factorize import Factors, decompose, factorize, factorize_for_timing, factorize_plain
 from foldcut.passes.factorize.low_rank import SCHEMES

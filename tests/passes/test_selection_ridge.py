@@ -7,7 +7,7 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.channel_pipeline import error_curves
+from foldcut.passes.prune.error_curves import error_curves
 from foldcut.passes.prune.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import choose_channels, select_layerwise
 from foldcut.passes.prune.submodular import Objective, Selection, select_units, submodularity_bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from .errors import GoalError
+from ..support.errors import GoalError
 
 
 class SearchTime:

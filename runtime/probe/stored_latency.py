@@ -7,11 +7,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...runtime.measure.environment import lasting
-from ..analysis.regions import Region
-from ..ir.program import Program
-from ..store.analysis_store import AnalysisStore
-from ..support.progress import Progress, silent
+from ...compiler.ir.program import Program
+from ...compiler.store.analysis_store import AnalysisStore
+from ..measure.environment import lasting
 from .latency_probe import LatencyProbe
 
 #: Seconds after which a measurement is taken again: machines change in ways that their description does not show.
@@ -32,11 +30,6 @@ class StoredLatency:
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""
         return self.kept("original", [], self.probe.original_ms)
-
-    def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
-        """Share of the original's latency that each region saves."""
-        names = [region.name for region in regions]
-        return self.kept("savings", [names], lambda: self.probe.savings(regions, progress=progress))
 
     def ratio(self, name: str, inputs: Sequence[Any], rewritten: Callable[[], Program]) -> float:
         """Latency of a rewritten program over that of the original: the upper end of its interval."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from ...runtime.measure.measurement import Measurement
+from ...runtime.measure.regime import Regime
+from ..plan.decision import counted_words
+from ..plan.goal import Delivered, Goal
+from ..rewrite.budget import Shape
+from ..rewrite.context import Context
+from ..rewrite.rewrite import Applied
+from ..rewrite.search import PlanSearch
 from ..support.errors import GoalError
-
-Regime = Literal["hot", "cold"]
-"""What an inference finds in the caches: itself, as in a loop without pauses, or nothing of itself, as in a server
-whose requests come with pauses and whose core does other work in between."""
+from .latency_budget import LatencyBudget
 
 
 @dataclass(frozen=True)
-class Latency:
+class Latency(Goal):
     """Reach a measured latency of at most `ratio` times the original's, or of at most `ms` milliseconds for one
     inference at the batch measured. Give one of them.
 
@@ -24,6 +29,11 @@ class Latency:
     ratio: float | None = None
     ms: float | None = None
     regime: Regime = "hot"
+
+    kind = "latency"
+    mixes = True
+    measured = True
+    needs_change = True
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in (("ratio", self.ratio), ("ms", self.ms)) if value is not None}
@@ -57,11 +67,37 @@ class Latency:
                 f"the original takes {before_ms:.3f} ms here, which is within {self}",
                 hint="ask for less, or measure at the batch size and on the machine that count",
             )
-        return self.aimed(self.ms / before_ms)
+        return self.at(self.ms / before_ms)
 
-    def aimed(self, ratio: float) -> Latency:
+    def at(self, share: float) -> Latency:
         """The same goal at another ratio."""
-        return replace(self, ratio=ratio, ms=None)
+        return replace(self, ratio=share, ms=None)
+
+    def settled(self, ctx: Context) -> Latency:
+        assert ctx.latency is not None
+        return self if self.ms is None else self.relative(ctx.latency.original_ms())
+
+    def budget(self, ctx: Context, shape: Shape) -> LatencyBudget:
+        assert ctx.latency is not None
+        return LatencyBudget(self.share, ctx.latency, shape)
+
+    def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
+        search.offer(self.share)
+        found = search.searched(self.share)
+        return search.made(found), found.met
+
+    def recounted(self, delivered: Delivered) -> bool:
+        return delivered.planned
+
+    def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
+        """A plan that was found to reach the goal has been measured with its whole interval below it, so of the second
+        measurement the ratio has to be; of any other network the whole interval."""
+        return (measurement.ratio if recounted else measurement.high) <= self.share
+
+    def unmet(self, result: Any) -> str:
+        m = result.outcome.measurement
+        done = " and ".join(counted_words(result.plan.decisions)) or "nothing done"
+        return f"{self} is not met: with {done}, the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
 
     def to_dict(self) -> dict[str, Any]:
         wanted = {"ms": float(self.ms)} if self.ms is not None else {"ratio": float(self.share)}

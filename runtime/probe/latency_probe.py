@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ...passes.drop.drop_blocks import drop_blocks
-from ...runtime.measure.backend import Array, Backend, NodeTime, ProfilingBackend, Regime, Runner
-from ...runtime.measure.fresh_loads import FULL, QUICK, Effort, measure_loads
-from ...runtime.measure.loading import opened
-from ...runtime.measure.measure import measure_savings, measure_single
-from ...runtime.measure.measurement import Measurement
-from ...runtime.measure.measurement_cache import MeasurementCache
-from ...runtime.predict.latency_table import LatencyTable
-from ...runtime.predict.lattice import Lattice, probe_lattice
-from ..analysis.regions import Region
-from ..data.calibration_set import CalibrationSet
-from ..export.exporter import target_opset, to_onnx
-from ..ir.program import Program
-from ..onnx.bypass import onnx_without
-from ..store.cache_folder import default_folder
-from ..support.errors import CompilerError
-from ..support.progress import Progress, silent
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.export.exporter import target_opset, to_onnx
+from ...compiler.ir.program import Program
+from ...compiler.store.cache_folder import default_folder
+from ...compiler.support.errors import CompilerError
+from ...compiler.support.progress import Progress, silent
+from ..measure.backend import Array, Backend, NodeTime, ProfilingBackend, Regime, Runner
+from ..measure.fresh_loads import FULL, QUICK, Effort, measure_loads
+from ..measure.loading import opened
+from ..measure.measure import measure_savings, measure_single
+from ..measure.measurement import Measurement
+from ..measure.measurement_cache import MeasurementCache
+from ..predict.latency_table import LatencyTable
+from ..predict.lattice import Lattice, probe_lattice
 
 #: Rounds that a segment is timed in: what a plan saves is measured as a whole before it counts.
 _TABLE_ROUNDS = 12
@@ -42,7 +38,7 @@ class Profiles:
 
 
 class LatencyProbe:
-    """The original on a backend, and its variants with regions bypassed, measured against it. `folder` keeps the times
+    """The original on a backend, and variants of it, measured against it. `folder` keeps the times
     of parts; None is the usual place. `opset` is that of the export, so that variants are measured as what will be
     delivered: None is the program's own. `regime` is what the caches hold when plans are measured, and what the
     finished model counts by.
@@ -100,18 +96,10 @@ class LatencyProbe:
         """The original's latency in milliseconds, by itself."""
         return measure_single(self.original, regime=self.regime)
 
-    def savings(self, regions: Sequence[Region], *, progress: Progress = silent) -> dict[str, float]:
-        """Share of the original's latency that each region saves.
-
-        Regions of equal operations and shapes save the same, so a class is measured once, with all its members that
-        do not overlap bypassed together: the noise is divided by their number. Variants alternate with the original
-        in one run.
-        """
-        classes: dict[str, list[Region]] = {}
-        for region in regions:
-            classes.setdefault(self._kind(region), []).append(region)
-        dropped = {key: _disjoint(members) for key, members in classes.items()}
-        engines = ((self._built(self._without(members)), self.inputs) for members in dropped.values())
+    def savings(self, models: Iterable[bytes], *, progress: Progress = silent) -> list[float]:
+        """Share of the original's latency that each of some variants of its export saves: they alternate with it in one
+        run."""
+        engines = ((self._built(model), self.inputs) for model in models)
         with opened(self.backend, engines, threads=self.threads) as variants:
             measured = measure_savings(
                 self.exported,
@@ -120,12 +108,7 @@ class LatencyProbe:
                 progress=lambda done, total: progress("measure savings", done, total),
                 regime=self.regime,
             )
-        share = {key: (1 - m.ratio) / len(dropped[key]) for key, m in zip(dropped, measured, strict=True)}
-        return {region.name: share[key] for key, members in classes.items() for region in members}
-
-    def ratio(self, regions: Sequence[Region]) -> Measurement:
-        """Latency with the regions bypassed over that of the original."""
-        return self._against(self._without(regions))
+        return [1 - found.ratio for found in measured]
 
     def against(self, program: Program) -> Measurement:
         """Latency of a rewritten program over that of the original."""
@@ -191,22 +174,6 @@ class LatencyProbe:
         with closing(self.exported):
             self.original.close()
 
-    def _without(self, regions: Sequence[Region]) -> bytes:
-        model = onnx_without(self.model, [(r.entry, r.exit) for r in regions])
-        return to_onnx(drop_blocks(self.program, regions), opset=self.opset) if model is None else model
-
-    def _kind(self, region: Region) -> str:
-        """Equal for regions of equal operations, shapes and settings."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(region.nodes, key=self.program.order.__getitem__):
-            node = self.program.nodes[name]
-            shapes = [
-                tuple(o.meta["val"].shape) if hasattr(o.meta.get("val"), "shape") else () for o in node.all_input_nodes
-            ]
-            settings = [a for a in node.args if not hasattr(a, "op")]
-            digest.update(f"{node.target}{shapes}{settings}".encode())
-        return digest.hexdigest()
-
 
 def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:
     """Real samples as the backend's inputs, repeated when the set is smaller than the batch."""
@@ -216,11 +183,3 @@ def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Map
         spec.name: np.ascontiguousarray(leaf.numpy()[rows])
         for spec, leaf in zip(program.inputs, samples.leaves, strict=True)
     }
-
-
-def _disjoint(regions: Sequence[Region]) -> list[Region]:
-    chosen: list[Region] = []
-    for region in regions:
-        if not any(region.overlaps(other) for other in chosen):
-            chosen.append(region)
-    return chosen

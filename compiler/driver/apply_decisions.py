@@ -1,0 +1,167 @@
+"""Decisions put into effect: rewrite by rewrite, then all solved once more, and the better of both kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
+from ...passes.solve.stored_resolve import stored_resolve
+from ..data.output_error import no_worse, output_error
+from ..ir.edit import check_outputs
+from ..ir.program import Program
+from ..plan.decision import Decision
+from ..rewrite.context import Context
+from ..rewrite.rewrite import Applied, Rewrite
+from ..support.errors import CompilerError, PlanError
+
+
+def by_phase(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
+    """In the order of application."""
+    return sorted(rewrites, key=lambda rewrite: rewrite.phase)
+
+
+def each_applied(
+    rewrites: Sequence[Rewrite],
+    program: Program,
+    decisions: Sequence[Decision],
+    change: Callable[[Rewrite, Program, list[Decision]], Program],
+) -> Program:
+    """A program with decisions in effect as one of the methods of their rewrites does it. Raises PlanError when one is
+    of a rewrite that is not there."""
+    require_rewrites(rewrites, decisions)
+    for rewrite in by_phase(rewrites):
+        mine = [decision for decision in decisions if decision.kind == rewrite.name]
+        if mine:
+            program = change(rewrite, program, mine)
+    return program
+
+
+def shaped(rewrites: Sequence[Rewrite], program: Program, decisions: Sequence[Decision]) -> Program:
+    """The network that decisions lead to, with weights that are good for timing and counting only."""
+    return each_applied(rewrites, program, decisions, lambda rewrite, now, mine: rewrite.shape(now, mine))
+
+
+def applied_plain(rewrites: Sequence[Rewrite], program: Program, decisions: Sequence[Decision]) -> Program:
+    """The decisions in effect without data."""
+    return each_applied(rewrites, program, decisions, lambda rewrite, now, mine: rewrite.plain(now, mine))
+
+
+def require_rewrites(rewrites: Sequence[Rewrite], decisions: Sequence[Decision]) -> None:
+    """Raise PlanError when a decision is of a rewrite that is not among these."""
+    names = {rewrite.name for rewrite in rewrites}
+    missing = dict.fromkeys(decision.kind for decision in decisions if decision.kind not in names)
+    if missing:
+        raise PlanError(
+            f"the plan has decisions of {', '.join(missing)}, which is not there",
+            hint="pass that rewrite: rewrites=[...]; a plan of a newer version of foldcut needs that version",
+        )
+
+
+def solved_at_the_end(rewrites: Sequence[Rewrite]) -> bool:
+    """Whether all that the rewrites touch is solved once more after them, as their settings ask for.
+
+    One solve serves all of them. Raises CompilerError when a setting of one forbids it and another needs it.
+    """
+    forbidden = [name for rewrite in rewrites for name in rewrite.unsolved_by()]
+    solving = [rewrite.name for rewrite in rewrites if not rewrite.unsolved_by()]
+    if forbidden and solving:
+        raise CompilerError(
+            f"{' and '.join(forbidden)} cannot be followed where {' and '.join(solving)} takes part: the mix is solved "
+            "as a whole",
+            hint="leave the setting at True, or use that rewrite alone",
+        )
+    return not forbidden
+
+
+def applied(
+    ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision], *, exactly: bool = False
+) -> Applied:
+    """The decisions in effect, each rewrite's on what those before it leave; where a rewrite asks for it, what it
+    leaves is solved quickly before the next looks at it. Nothing is solved at the end.
+
+    Decisions of a search that no longer save anything then are left out; with `exactly`, those of a plan, all are
+    carried out, or none. Each rewrite's `requires` and `ensures` are checked around its step."""
+    require_rewrites(rewrites, decisions)
+    using = [(r, [d for d in decisions if d.kind == r.name]) for r in by_phase(rewrites)]
+    using = [(rewrite, mine) for rewrite, mine in using if mine]
+    done = Applied(program=ctx.teacher)
+    unsolved = False
+    for rewrite, mine in using:
+        if unsolved:
+            done = replace(done, program=_solved(ctx, done, QUICK_RESOLVE).program)
+        mine = mine if exactly else list(rewrite.still(done.program, mine))
+        rewrite.requires(done.program, mine)
+        step = rewrite.apply(done.program, mine, ctx)
+        check_outputs(done.program, step.program)
+        rewrite.ensures(done.program, step.program, mine)
+        done = _joined(done, step)
+        unsolved = rewrite.solves_before_next
+    return done
+
+
+def _joined(done: Applied, step: Applied) -> Applied:
+    """One rewrite's step behind the others. Before any weight was solved there was another network only where a single
+    rewrite changed it."""
+    return Applied(
+        program=step.program,
+        decisions=(*done.decisions, *step.decisions),
+        plain=step.plain if not done.decisions else None,
+        dropped=(*done.dropped, *step.dropped),
+        kept={**done.kept, **step.kept},
+        replaced=(*done.replaced, *step.replaced),
+        layers=(*done.layers, *step.layers),
+        rejects=(*done.rejects, *step.rejects),
+        report={**done.report, **step.report},
+    )
+
+
+def solved(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) -> Applied:
+    """The network solved as a whole toward the original, where the rewrites that were used allow it."""
+    kinds = {decision.kind for decision in done.decisions}
+    if not done.decisions or not solved_at_the_end([rewrite for rewrite in rewrites if rewrite.name in kinds]):
+        return done
+    return _solved(ctx, done, ctx.resolve)
+
+
+def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
+    found = stored_resolve(
+        ctx.store,
+        ctx.teacher,
+        done.program,
+        ctx.solve,
+        done.dropped,
+        kept=done.kept,
+        replaced=done.replaced,
+        settings=settings,
+        progress=ctx.progress,
+    )
+    return replace(done, program=found.program, layers=found.layers, rejects=(*done.rejects, *found.locked))
+
+
+def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision], *, exactly: bool = False) -> Applied:
+    """The network of a plan: rewritten, solved, and at each stage the better of before and after, judged on samples
+    that nothing was solved with. `errors` say what it loses after each stage."""
+    done = applied(ctx, rewrites, decisions, exactly=exactly)
+    stages: list[tuple[str, Program]] = [] if done.plain is None else [("unsolved", done.plain)]
+    stages.append(("rewritten", done.program))
+    with_solve = solved(ctx, rewrites, done)
+    if with_solve is not done:
+        stages.append(("re-solved", with_solve.program))
+    program, errors = best_of(ctx, stages)
+    return replace(with_solve, program=program, errors=errors)
+
+
+def best_of(ctx: Context, stages: Sequence[tuple[str, Program]]) -> tuple[Program, Mapping[str, float]]:
+    """The last of several networks that is no worse than the one that stood before it, and what stands after each
+    stage: its relative output error on the judging samples."""
+    best: Program | None = None
+    errors: dict[str, float] = {}
+    before = float("inf")
+    for name, program in stages:
+        error = output_error(ctx.teacher, program, ctx.judge)
+        if best is None or no_worse(error, before):
+            best, before = program, error
+        errors[name] = before
+    assert best is not None
+    return best, errors

@@ -1,0 +1,75 @@
+"""What a goal bounds, and what changes save of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from ...runtime.probe.stored_latency import StoredLatency
+from ..ir.program import Program
+from ..plan.joint_search import Adjust
+from ..plan.proposals import Item, Mix, Proposal
+
+#: Makes the network that a plan leads to, with any weights.
+Shape = Callable[[Mix], Program]
+
+
+class Budget(Protocol):
+    """What plans save of the latency, the multiply-accumulates or the parameters of a network.
+
+    `unit` is ``latency``, ``macs`` or ``parameters``; `target` the share of the original's that a plan is to leave;
+    `whole` how much the original has, where that is counted. Where latency is bounded, `latency` measures it.
+    """
+
+    unit: str
+    target: float
+    whole: float
+    latency: StoredLatency | None
+
+    def share(self, changes: Any, program: Callable[[], Program]) -> float:
+        """What a network leaves of the original's. `changes` is what tells it from others, as plain data: what is known
+        of it is not found out again."""
+
+    def savings(self, variants: Mapping[str, Callable[[], Program]]) -> dict[str, float]:
+        """Share of the original's that each of some variants of it saves, about: for a rewrite that cannot price its
+        changes more cheaply itself."""
+
+
+class Savings(Protocol):
+    """How what the items of one rewrite save adds up, where that is not one by one."""
+
+    def saved(self, mix: Mix) -> float:
+        """The share that the items of a plan save together."""
+
+    def added(self, mix: Mix) -> Callable[[Item, Proposal | None], float]:
+        """About what another proposal of an item, or none, adds to the share that a plan leaves: exact to first
+        order."""
+
+    def finer(self, item: Item, taken: Proposal) -> tuple[Item, Proposal]:
+        """The item with every step from the proposal that was taken on, and that proposal among them."""
+
+
+class PlanBudget(Budget, Protocol):
+    """A budget that a search for plans goes by. `models` say how savings add up, by the name of the rewrite whose items
+    they are of, where that is not one by one."""
+
+    models: dict[str, Savings]
+
+    def ratio(self, mix: Mix) -> float:
+        """The share that a plan leaves."""
+
+    def adjuster(self, target: float) -> Adjust | None:
+        """What brings plans within a target where single steps are known exactly; None where they are not."""
+
+    def finest(self, mix: Mix, target: float) -> Mix:
+        """The plan as near to a target as steps bring it."""
+
+
+def keyed(mix: Mix) -> list[Any]:
+    """What becomes of the network by a plan, as plain data."""
+    return sorted(([item.kind, proposal.decision.change] for item, proposal in mix.items()), key=repr)
+
+
+def changes_of(decisions: Sequence[Any]) -> list[Any]:
+    """What becomes of the network by decisions, as plain data."""
+    return [[decision.kind, decision.change] for decision in decisions]

@@ -1,0 +1,193 @@
+"""The rewrite that factorises layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from ...compiler.ir.program import Program
+from ...compiler.plan.decision import Decision
+from ...compiler.plan.goal import Goal
+from ...compiler.plan.proposals import Claims, Item, Mix, Proposal
+from ...compiler.rewrite.budget import Budget
+from ...compiler.rewrite.context import Context
+from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
+from ...compiler.support.errors import GoalError
+from ..solve.layers import all_layer_names
+from ..solve.resolve_network import QUICK_RESOLVE
+from ..solve.weighing import weighing_samples
+from .decision import FactorizeLayer, Ranks
+from .factorize import Factors, check_decisions, factorize, factorize_for_timing, factorize_plain, within_full
+from .low_rank import SCHEMES
+from .rank_choice import Menu, search_plan, weights_alone
+from .rank_latency import OptionLatencies, option_latencies, thinned
+from .rank_trials import RankTrials
+from .select_ranks import Option, RankAnalysis, RankSettings
+from .stored import StoredTrials, stored_factors, stored_rank_analysis
+
+#: Options that save less of the latency than this are left out: they cannot be told from none.
+LEAST_SAVING = 0.0005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorize(RankSettings, Rewrite):
+    """Replace layers by chains of thinner ones, from what the layers see; the fields are those of `RankSettings`."""
+
+    name = "factorize"
+    verb = "factorise layers"
+    decides = FactorizeLayer
+    phase = 30
+
+    def serves(self, goal: Goal) -> bool:
+        return goal.mixes or isinstance(goal, Ranks)
+
+    def by_default(self, goal: Goal) -> bool:
+        return goal.measured or isinstance(goal, Ranks)
+
+    def prepared(self, ctx: Context) -> Factorize:
+        if not self.on_lattice or ctx.latency is None:
+            return self
+        return replace(self, multiple_of=ctx.latency.probe.lattice(progress=ctx.progress).multiple_for(ctx.teacher))
+
+    def named(self, program: Program) -> Sequence[str]:
+        return all_layer_names(program)
+
+    def unsolved_by(self) -> tuple[str, ...]:
+        return () if self.resolve else ("RankSettings.resolve=False",)
+
+    def offer(self, ctx: Context, budget: Budget) -> Offer:
+        """Every layer at its options. Layers alone reach what can be counted by the plan that `search_plan` finds: a
+        search starts from it."""
+        with ctx.clock.stage("offer ranks"):
+            analysis = self._analysis(ctx)
+            rejects = tuple(analysis.rejects)
+            if not analysis.candidates:
+                return Offer(rejects=rejects)
+            few = ctx.solve.take(slice(0, weighing_samples(ctx.teacher, len(analysis.candidates))))
+            trials = StoredTrials(ctx.store, RankTrials(analysis, few, progress=ctx.progress))
+            menu, whole = _counted(analysis, budget) if budget.latency is None else _timed(analysis, ctx, budget)
+            found = search_plan(menu, trials, weights_alone(analysis, trials))
+            items = _items(analysis, menu, found.weights, whole)
+            start = _start(items, {n: analysis.decision(n, option).change for n, option in found.choice.items()})
+            starts = (start,) if budget.latency is None and found.possible and start else ()
+            return Offer(items=items, rejects=rejects, starts=starts)
+
+    def own_plan(self, ctx: Context) -> OwnPlan:
+        assert isinstance(ctx.goal, Ranks)
+        with ctx.clock.stage("analyse"):
+            analysis = self._analysis(ctx)
+        if not analysis.candidates:
+            reasons = "; ".join(dict.fromkeys(r.reason for r in analysis.rejects)) or "it has no layer"
+            raise GoalError(f"nothing can be factorised: {reasons}", hint="allow lower ranks or other schemes")
+        with ctx.clock.stage("choose"):
+            choice = analysis.each(ctx.goal)
+        if not choice:
+            warnings.warn(f"nothing was factorised: no layer gets cheaper under {ctx.goal}", stacklevel=2)
+        decisions = tuple(analysis.decision(name, option) for name, option in choice.items())
+        return OwnPlan(decisions=decisions, rejects=tuple(analysis.rejects))
+
+    def still(self, program: Program, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """A layer that an earlier rewrite has narrowed below its ranks stays whole."""
+        return within_full(program, _ranks(decisions))
+
+    def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
+        check_decisions(program, _ranks(decisions))
+
+    def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        return factorize_for_timing(program, within_full(program, _ranks(decisions)))
+
+    def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        return factorize_plain(program, _ranks(decisions))
+
+    def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
+        """Factors cut out of what the layers now see."""
+        ranks = _ranks(decisions)
+        smaller = factorize(program, self._factors(program, ranks, ctx))
+        return Applied(program=smaller, decisions=tuple(ranks), replaced=tuple(d.layer for d in ranks))
+
+    def _analysis(self, ctx: Context) -> RankAnalysis:
+        return stored_rank_analysis(
+            ctx.store, ctx.teacher, ctx.solve, settings=self, resolve=ctx.resolve, progress=ctx.progress
+        )
+
+    def _factors(self, program: Program, ranks: Sequence[FactorizeLayer], ctx: Context) -> list[Factors]:
+        chosen = {d.layer: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for d in ranks}
+        # the plan has chosen: what may be chosen does not matter any more
+        rows = QUICK_RESOLVE.rows_per_column if ctx.trial else self.rows_per_column
+        free = replace(self, schemes=tuple(SCHEMES), multiple_of=1, least=0.0, ignore=(), rows_per_column=rows)
+
+        def compute() -> list[Factors]:
+            # options are not looked for: they are given
+            given = {name: (option,) for name, option in chosen.items()}
+            analysis = RankAnalysis(program, ctx.solve, settings=free, resolve=ctx.resolve, only=chosen, given=given)
+            return analysis.factors(chosen, progress=ctx.progress)
+
+        return stored_factors(ctx.store, program, ctx.solve, ranks, compute, settings=free, resolve=ctx.resolve)
+
+
+def _ranks(decisions: Sequence[Decision]) -> list[FactorizeLayer]:
+    return [decision for decision in decisions if isinstance(decision, FactorizeLayer)]
+
+
+def _items(analysis: RankAnalysis, menu: Menu, weights: Mapping[str, float], whole: float) -> tuple[Item, ...]:
+    """The options of a menu with their costs over that of the network in the same unit."""
+    items = []
+    for name, options in menu.options.items():
+        proposals = [
+            Proposal(
+                error=weights[name] * option.error,
+                saving=(menu.whole[name] - cost) / whole,
+                decision=analysis.decision(name, option),
+            )
+            for option, cost in zip(options, menu.costs[name], strict=True)
+        ]
+        kept = tuple(p for p in proposals if p.saving >= LEAST_SAVING)
+        if kept:
+            claims = Claims(replaces=frozenset([name]), needs=frozenset([name]))
+            items.append(Item(kind=FactorizeLayer.kind, name=name, claims=claims, proposals=kept))
+    return tuple(items)
+
+
+def _start(items: Sequence[Item], changes: Mapping[str, object]) -> Mix:
+    """The plan of these changes."""
+    found = {i: [p for p in i.proposals if p.decision.change == changes.get(i.name)] for i in items}
+    return {item: proposals[0] for item, proposals in found.items() if proposals}
+
+
+def _counted(analysis: RankAnalysis, budget: Budget) -> tuple[Menu, float]:
+    """Every option at its multiply-accumulates or trained values; the budget is what the target leaves to the layers on
+    the menu. And what the whole network has of it."""
+    candidates = analysis.candidates
+    options = {name: candidate.every for name, candidate in candidates.items()}
+    whole = {name: float(candidate.whole(budget.unit)) for name, candidate in candidates.items()}
+    costs = {name: [float(candidates[name].cost(budget.unit, o)) for o in row] for name, row in options.items()}
+    now = budget.share([], lambda: analysis.program) * budget.whole
+    others = now - sum(whole.values())
+    return Menu(options=options, costs=costs, whole=whole, budget=budget.target * budget.whole - others), budget.whole
+
+
+def _timed(analysis: RankAnalysis, ctx: Context, budget: Budget) -> tuple[Menu, float]:
+    """Options that were timed and found faster than their layer, at their latencies; the budget is what the target
+    leaves to them. And the latency of the network in the same unit."""
+    latency = budget.latency
+    assert latency is not None
+    options = {name: thinned(candidate) for name, candidate in analysis.candidates.items()}
+    with ctx.clock.stage("time options"):
+        timed = OptionLatencies(
+            **latency.kept(
+                "options",
+                [list(options.items())],
+                lambda: asdict(option_latencies(analysis, options, latency.probe, progress=ctx.progress)),
+            )
+        )
+    faster = {n: [i for i, cost in enumerate(timed.options[n]) if cost < timed.whole[n]] for n in options}
+    faster = {name: places for name, places in faster.items() if places}
+    whole = {name: timed.whole[name] for name in faster}
+    menu = Menu(
+        options={name: [options[name][i] for i in places] for name, places in faster.items()},
+        costs={name: [timed.options[name][i] for i in places] for name, places in faster.items()},
+        whole=whole,
+        budget=sum(whole.values()) - (1 - budget.target) * timed.network,
+    )
+    return menu, timed.network

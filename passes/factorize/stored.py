@@ -1,0 +1,102 @@
+"""Ranks, trials of ranks and factors with their results kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.program import Program
+from ...compiler.store.analysis_store import AnalysisStore, Tensors
+from ...compiler.support.progress import Progress, silent
+from ..solve.resolve_network import ResolveSettings
+from .decision import FactorizeLayer
+from .factorize import Factors
+from .rank_trials import RankTrials
+from .select_ranks import Option, RankAnalysis, RankSettings
+
+
+def stored_rank_analysis(
+    store: AnalysisStore,
+    program: Program,
+    calibration: CalibrationSet,
+    *,
+    settings: RankSettings,
+    resolve: ResolveSettings,
+    progress: Progress = silent,
+) -> RankAnalysis:
+    """A `RankAnalysis` whose options are those found before, where they were; its moments are then collected only when
+    factors are asked for."""
+    fresh: list[RankAnalysis] = []
+
+    def compute() -> dict[str, list[list[Any]]]:
+        fresh.append(RankAnalysis(program, calibration, settings=settings, resolve=resolve, progress=progress))
+        return {
+            name: [[o.scheme, list(o.ranks), o.macs, o.error] for o in candidate.every]
+            for name, candidate in fresh[0].candidates.items()
+        }
+
+    rows = store.value("ranks", [program, calibration, settings, resolve], compute)
+    if fresh:
+        return fresh[0]
+    options = {name: tuple(_option(*row) for row in found) for name, found in rows.items()}
+    return RankAnalysis(program, calibration, settings=settings, resolve=resolve, given=options)
+
+
+def stored_factors(
+    store: AnalysisStore,
+    program: Program,
+    calibration: CalibrationSet,
+    decisions: Sequence[FactorizeLayer],
+    compute: Callable[[], Sequence[Factors]],
+    *,
+    settings: RankSettings,
+    resolve: ResolveSettings,
+) -> list[Factors]:
+    """The factors of a plan's layers, in its order."""
+
+    def computed() -> tuple[list[list[Any]], Tensors]:
+        found = compute()
+        tensors: Tensors = {}
+        for item in found:
+            tensors |= {f"{item.layer} {i}": matrix for i, matrix in enumerate(item.matrices)}
+            tensors[f"{item.layer} dense"] = item.dense
+            if item.shift is not None:
+                tensors[f"{item.layer} shift"] = item.shift
+        return [[item.layer, len(item.matrices)] for item in found], tensors
+
+    rows, tensors = store.result("factors", [program, calibration, settings, resolve, decisions], computed)
+    return [
+        Factors(
+            layer=name,
+            matrices=tuple(tensors[f"{name} {i}"] for i in range(count)),
+            dense=tensors[f"{name} dense"],
+            shift=tensors.get(f"{name} shift"),
+        )
+        for name, count in rows
+    ]
+
+
+class StoredTrials:
+    """`RankTrials` whose results are kept."""
+
+    def __init__(self, store: AnalysisStore, trials: RankTrials) -> None:
+        self._store, self._trials = store, trials
+        analysis = trials.analysis
+        self._inputs = [analysis.program, analysis.calibration, trials.samples, analysis.settings, analysis.ridge]
+
+    def alone(self, choice: Mapping[str, Option]) -> dict[str, float]:
+        return self._kept("alone", choice, self._trials.alone)
+
+    def error(self, choice: Mapping[str, Option]) -> float:
+        return self._kept("error", choice, self._trials.error)
+
+    def without(self, choice: Mapping[str, Option]) -> dict[str, float]:
+        return self._kept("without", choice, self._trials.without)
+
+    def _kept(self, name: str, choice: Mapping[str, Option], measure: Callable[[Mapping[str, Option]], Any]) -> Any:
+        return self._store.value(f"rank trial {name}", [*self._inputs, choice], lambda: measure(choice))
+
+
+def _option(scheme: str, ranks: Sequence[int], macs: int, error: float) -> Option:
+    return Option(scheme=scheme, ranks=tuple(ranks), macs=macs, error=error)

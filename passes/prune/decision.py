@@ -1,0 +1,92 @@
+"""The decision to remove channels, and the goal in channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...compiler.plan.decision import Decision, predicted, whole_numbers
+from ...compiler.plan.goal import Goal
+from ...compiler.support.errors import GoalError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneChannels(Decision):
+    """Keep these units of one unit group (positions within the group, ascending) and remove the others.
+
+    `error` is the relative error of the layers that consume the group, as predicted when the units were chosen.
+    """
+
+    group: str
+    kept: tuple[int, ...]
+    total: int
+    error: float | None = None
+
+    kind = "prune_channels"
+    nouns = ("group pruned", "groups pruned")
+
+    @property
+    def subject(self) -> str:
+        return self.group
+
+    @property
+    def count(self) -> int:
+        """How many units stay."""
+        return len(self.kept)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruneChannels:
+        (total,) = whole_numbers([data["total"]], 1)
+        kept = whole_numbers(data["kept"], 0, total)
+        if list(kept) != sorted(set(kept)):
+            raise ValueError(f"the units kept of {data['group']!r} do not ascend")
+        return cls(group=str(data["group"]), kept=kept, total=total, error=predicted(data["error"]))
+
+    def __str__(self) -> str:
+        return f"keep {len(self.kept)} of {self.total} units of {self.group}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCount(Decision):
+    """Keep so many units of a group, whichever the layers that read them need most: what a plan says before the units
+    are chosen. It never stands in a finished plan."""
+
+    group: str
+    count: int
+    total: int
+    error: float | None = None
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # one of its own would be read from plans
+        return PruneChannels.kind
+
+    @property
+    def subject(self) -> str:
+        return self.group
+
+    @property
+    def change(self) -> list[Any]:
+        return [self.group, self.count]
+
+
+@dataclass(frozen=True)
+class Channels(Goal):
+    """Keep a share `keep` of the units of every prunable group, as near as the channel lattice allows."""
+
+    keep: float
+
+    kind = "channels"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, (int, float)) or isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+            raise GoalError(
+                f"Channels({self.keep!r}) is not a goal",
+                hint="give the share of channels to keep, above 0 and at most 1: Channels(0.5) keeps half",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "keep": float(self.keep)}
+
+    def __str__(self) -> str:
+        return f"{self.keep:g} of the channels kept"

@@ -1,0 +1,209 @@
+"""The rewrite that removes channels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...compiler.analysis.provenance import Provenance
+from ...compiler.analysis.unit_groups import UnitGroup, surplus_units
+from ...compiler.goals.counted import CountedGoal
+from ...compiler.ir.program import Program
+from ...compiler.plan.decision import Decision
+from ...compiler.plan.goal import Goal
+from ...compiler.rewrite.budget import Budget
+from ...compiler.rewrite.context import Context
+from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
+from ...compiler.support.errors import GoalError, Reject
+from .channel_budget import free_groups, uniform_counts
+from .cuttable import cut_again, cuttable_groups
+from .decision import Channels, PruneChannels, UnitCount
+from .offers import counted_offer, measured_offer
+from .prune_channels import Pruned, prune_channels
+from .select_channels import ChannelChoice, select_by_norm
+from .settings import ChannelSettings
+from .stored import stored_channels
+from .submodular import Selection
+from .unit_report import groups_report
+from .units import channel_decision, group_rejects, removed_units, units_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(ChannelSettings, Rewrite):
+    """Remove channels that the layers behind can do without, and re-solve these (El Halabi et al., arXiv 2203.04940).
+
+    The fields are those of `ChannelSettings`; what is left alone is named in its `limits`.
+    """
+
+    name = "prune_channels"
+    verb = "prune channels"
+    decides = PruneChannels
+    phase = 20
+    ignores = "unit group or output"
+
+    @property
+    def ignore(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.limits.ignore
+
+    def serves(self, goal: Goal) -> bool:
+        return goal.mixes or isinstance(goal, Channels)
+
+    def prepared(self, ctx: Context) -> Prune:
+        if not self.on_lattice or ctx.latency is None:
+            return self
+        multiple = ctx.latency.probe.lattice(progress=ctx.progress).multiple_for(ctx.teacher)
+        return replace(self, limits=replace(self.limits, multiple_of=multiple))
+
+    def named(self, program: Program) -> Sequence[str]:
+        return [*(group.name for group in units_of(program).groups), *(spec.name for spec in program.outputs)]
+
+    def ignoring(self, patterns: tuple[str, ...]) -> Prune:
+        return replace(self, limits=replace(self.limits, ignore=patterns))
+
+    def unsolved_by(self) -> tuple[str, ...]:
+        return tuple(f"ChannelSettings.{name}=False" for name in ("resolve", "polish") if not getattr(self, name))
+
+    def offer(self, ctx: Context, budget: Budget) -> Offer:
+        with ctx.clock.stage("offer channels"):
+            units = units_of(ctx.teacher)
+            try:
+                groups, rejects = self._groups(units)
+            except GoalError as cause:
+                return Offer(rejects=(Reject(reason=cause.message, node=""),))
+            made = counted_offer if budget.latency is None else measured_offer
+            return replace(made(ctx, budget, units, groups, self.limits), rejects=rejects)
+
+    def own_plan(self, ctx: Context) -> OwnPlan:
+        assert isinstance(ctx.goal, Channels)
+        with ctx.clock.stage("analyse"):
+            units = units_of(ctx.teacher)
+            groups, rejects = self._groups(units)
+        if not groups:
+            raise GoalError(f"nothing can be pruned: {rejects[-1].reason}", hint="`foldcut inspect` lists the groups")
+        counts = uniform_counts(groups, ctx.goal.keep, self.limits)
+        cut = [g for g in groups if counts[g.name] < len(g)]
+        if not cut and ctx.goal != Channels(1.0):
+            warnings.warn(
+                f"nothing was cut: no group can keep fewer units for {ctx.goal} in steps of "
+                f"{self.limits.multiple} channels with its minimum",
+                stacklevel=2,
+            )
+        decisions = tuple(UnitCount(group=g.name, count=counts[g.name], total=len(g)) for g in cut)
+        return OwnPlan(decisions=decisions, rejects=rejects)
+
+    def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
+        removed_units(units_of(program), _given(decisions))  # says which group is not the one planned for
+
+    def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        counts = _counts(decisions)
+        units = units_of(program)
+        groups = _cut_groups(units, counts)
+        if not groups:
+            return program
+        smaller, _, _ = cut_again(units, groups, lambda left: _without_surplus(units, left, counts))
+        return smaller
+
+    def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        units = units_of(program)
+        return prune_channels(units, removed_units(units, _given(decisions))).program
+
+    def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
+        """Choose the units that go, unless the decisions name those that stay, remove them, and re-solve what reads
+        them. Where a cut is refused, the group that refuses stays whole and the choice is made again; a plan that names
+        units is carried out as it stands, or not at all."""
+        units, given = units_of(program), _given(decisions)
+        counts = _counts(decisions)
+        groups = _cut_groups(units, counts)
+        if not groups:
+            return Applied(program=program, decisions=tuple(given))
+
+        def attempt(groups: list[UnitGroup]) -> tuple[ChannelChoice, Pruned]:
+            choice = self._chosen(units, {g.name: counts[g.name] for g in groups}, given, ctx)
+            return choice, prune_channels(units, choice.removed, choice.tensors)
+
+        refused: list[Reject] = []
+        if given:
+            choice, pruned = attempt(groups)
+        else:
+            (choice, pruned), groups, refused = cut_again(units, groups, attempt)
+        made = given or [channel_decision(group, choice.selections[group.name]) for group in groups]
+        return Applied(
+            program=pruned.program,
+            decisions=tuple(made),
+            plain=prune_channels(units, choice.removed).program if choice.tensors and not ctx.trial else None,
+            kept=pruned.kept,
+            layers=choice.layers,
+            rejects=tuple(refused),
+            report={"selections": choice.selections},
+        )
+
+    def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
+        # goals that are counted go unit by unit where no multiple is given
+        by_unit = isinstance(ctx.goal, CountedGoal) and self.limits.multiple_of is None
+        return groups_report(units_of(ctx.teacher), applied, 1 if by_unit else self.limits.multiple)
+
+    def _groups(self, units: Provenance) -> tuple[list[UnitGroup], tuple[Reject, ...]]:
+        """The groups that may and can be cut, and why others stay whole. Raises GoalError where none may."""
+        groups, stuck = cuttable_groups(units, free_groups(units, self.limits))
+        found = (Reject(reason=str(cause.message), node=group.name) for group, cause in stuck)
+        return groups, (*group_rejects(units), *found)
+
+    def _chosen(
+        self, units: Provenance, counts: Mapping[str, int], given: Sequence[PruneChannels], ctx: Context
+    ) -> ChannelChoice:
+        """The units to remove, those of a plan or the ones that the score asks for, and, where consumers are re-solved,
+        their weights."""
+        selections = {cut.group: _selection(cut) for cut in given if cut.group in counts} or self._by_norm(
+            units, counts
+        )
+        if selections is not None and not self.resolve:
+            gone = [g.without(selections[g.name].order) for g in units.prunable if g.name in selections]
+            removed = torch.cat(gone) if gone else torch.zeros(0, dtype=torch.long)
+            return ChannelChoice(removed=removed, tensors={}, selections=selections)
+        choice = stored_channels(
+            ctx.store,
+            units,
+            ctx.solve,
+            counts,
+            variant=self.variant,
+            stream_target=self.stream_target,
+            given=selections,
+            settings=ctx.resolve,
+            progress=ctx.progress,
+        )
+        return choice if self.resolve else replace(choice, tensors={}, layers=())
+
+    def _by_norm(self, units: Provenance, counts: Mapping[str, int]) -> dict[str, Selection] | None:
+        """Selections by the norm of the filters; None where the score looks at data."""
+        if self.score == "submodular":
+            return None
+        power = {"l1": 1, "l2": 2}[self.score]
+        return {g.name: select_by_norm(units, g, counts[g.name], power) for g in _cut_groups(units, counts)}
+
+
+def _given(decisions: Sequence[Decision]) -> list[PruneChannels]:
+    return [decision for decision in decisions if isinstance(decision, PruneChannels)]
+
+
+def _counts(decisions: Sequence[Decision]) -> dict[str, int]:
+    """How many units of each group stay."""
+    return {d.group: d.count for d in decisions if isinstance(d, (PruneChannels, UnitCount))}
+
+
+def _selection(cut: PruneChannels) -> Selection:
+    """The units of a plan. Of their errors a plan knows the last one only."""
+    errors = torch.full((len(cut.kept) + 1,), float("nan") if cut.error is None else cut.error, dtype=torch.float64)
+    return Selection(order=torch.tensor(cut.kept, dtype=torch.long), errors=errors)
+
+
+def _cut_groups(units: Provenance, counts: Mapping[str, int]) -> list[UnitGroup]:
+    """The groups to be cut: those that earlier rewrites have left as they were."""
+    return [g for g in units.prunable if counts.get(g.name, len(g)) < len(g)]
+
+
+def _without_surplus(units: Provenance, groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> Program:
+    return prune_channels(units, surplus_units(groups, counts)).program if groups else units.program
