@@ -21,11 +21,11 @@ from typing import Any
 import foldcut
 import numpy as np
 import torch
-from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foreign_ops import declare_torchvision_ops
 
 NAMES = [

@@ -29,9 +29,7 @@ from cifar_submodular import run as run_submodular
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet, View
 from foldcut.compiler.driver.drop_pipeline import choose
-from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
-from foldcut.runtime.probe.stored_latency import StoredLatency
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.onnx.bypass import onnx_without
@@ -42,6 +40,8 @@ from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.passes.solve.resolve_network import resolve_network
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.probe.latency_probe import LatencyProbe
+from foldcut.runtime.probe.stored_latency import StoredLatency
 from practise import finetune
 
 

@@ -26,10 +26,10 @@ import foldcut
 import torch
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.probe.latency_probe import LatencyProbe
 from rows import Row, write_json
 from torch_pruning_peer import prune_whole_with_torch_pruning, prune_with_torch_pruning
 

@@ -15,10 +15,17 @@ import onnx
 import pytest
 import torch
 from foldcut.compiler.analysis.provenance import Provenance
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.sample_sets import SampleSets
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir import edit, edit_chain, edit_folds
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
+from foldcut.compiler.plan.search_time import SearchTime
+from foldcut.compiler.rewrite.context import Context
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT
+from foldcut.compiler.support.progress import StageClock, silent
+from foldcut.passes.solve.resolve_network import ResolveSettings
 from foldcut.runtime.measure.backend import Array, Availability
 from hypothesis import settings
 from torch import nn
@@ -266,6 +273,28 @@ def check_rewrites() -> Iterator[None]:
                 if name.startswith("foldcut.") and getattr(module, rewrite.__name__, None) is rewrite:
                     patch.setattr(module, rewrite.__name__, checked(rewrite))
         yield
+
+
+def context(program: Program, samples: CalibrationSet, judge: CalibrationSet | None = None, **options: Any) -> Context:
+    """What rewrites work with: the same samples to fit, to judge and to test with, unless told otherwise."""
+    judge = samples if judge is None else judge
+    usual: dict[str, Any] = {
+        "goal": None,
+        "latency": None,
+        "store": NOTHING_KEPT,
+        "clock": StageClock(),
+        "progress": silent,
+        "time": SearchTime(),
+        "resolve": ResolveSettings(),
+        "solve_samples": 512,
+    }
+    sets = SampleSets(fit=samples, judge=judge, test=judge)
+    return Context(teacher=program, sets=sets, **(usual | options))
+
+
+@pytest.fixture(scope="session")
+def contexts() -> Callable[..., Context]:
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ...passes.factorize.decision import FactorizeLayer
 from ...passes.prune.channel_budget import group_shares
-from ...passes.prune.decision import PruneChannels
 from ...passes.prune.unit_report import unit_groups
 from ..analysis.provenance import find_units
 from ..analysis.regions import find_regions
@@ -131,18 +128,7 @@ def show_report(report: Report, out: Console) -> None:
     for row in report.rows():
         table.add_row(*row)
     out.print(table)
-    for decision in report.decisions:
-        show_line(_told(decision), out)
-
-
-def _told(decision: Mapping[str, Any]) -> str:
-    """One line for people about a decision as plain data."""
-    error = f"{decision['error'] or 0.0:.4f}"
-    if decision["kind"] == PruneChannels.kind:
-        return f"kept {len(decision['kept'])} of {decision['total']} units of {decision['group']} (error there {error})"
-    if decision["kind"] == FactorizeLayer.kind:
-        ranks, full = (" x ".join(map(str, decision[key])) for key in ("ranks", "full"))
-        name = decision["path"] or decision["layer"]
-        return f"factorised {name} ({decision['scheme']}) to rank {ranks} of {full} (error there {error})"
-    saving = "" if decision["saving"] is None else f", saves {decision['saving']:.1%}"
-    return f"dropped {decision['path'] or decision['region']} (predicted feature error {error}{saving})"
+    for decision, words in zip(report.decisions, report.words, strict=True):
+        error = decision.get("error")
+        predicted = "" if error is None else f" (predicted error {error:.4f})"
+        show_line(f"{words['what']}: {words['how']}{predicted}", out)

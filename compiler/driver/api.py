@@ -234,6 +234,7 @@ def _report(
         parts = report_parts(outcome)
     return Report(
         goal=goal.to_dict(),
+        goal_words=goal.words(),
         met=outcome.met,
         backend=backend.name,
         batch=options.batch,

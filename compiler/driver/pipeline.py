@@ -23,6 +23,7 @@ from ..goals.max_error import MaxError
 from ..ir.compare import compare
 from ..ir.cost import program_cost
 from ..ir.program import Batch, Program
+from ..plan.decision import Decision
 from ..plan.goal import Delivered, Goal
 from ..plan.plan import Plan
 from ..rewrite.context import Context
@@ -93,7 +94,7 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
                 program=outcome.program,
                 decisions=len(done.decisions),
                 planned=planned,
-                in_effect=lambda: _in_effect(ctx, rewrites, outcome),
+                in_effect=lambda: in_effect(ctx.teacher, outcome.program, done.decisions, rewrites),
             )
         )
         return replace(outcome, met=goal.reached(outcome.measurement, counted))
@@ -122,11 +123,11 @@ def planned_network(ctx: Context, rewrites: Sequence[Rewrite]) -> tuple[Applied,
     return replace(done, rejects=(*own.rejects, *done.rejects)), met
 
 
-def _in_effect(ctx: Context, rewrites: Sequence[Rewrite], outcome: Outcome) -> bool:
-    """Whether the network costs what the decisions leave of the original."""
-    wanted = shaped(rewrites, ctx.teacher, outcome.applied.decisions)
-    same_macs = program_cost(outcome.program).macs == program_cost(wanted).macs
-    return same_macs and outcome.program.parameter_count() == wanted.parameter_count()
+def in_effect(teacher: Program, program: Program, decisions: Sequence[Decision], rewrites: Sequence[Rewrite]) -> bool:
+    """Whether a network costs what the decisions leave of the original."""
+    wanted = shaped(rewrites, teacher, decisions)
+    same_macs = program_cost(program).macs == program_cost(wanted).macs
+    return same_macs and program.parameter_count() == wanted.parameter_count()
 
 
 def tested(outcome: Outcome, goal: Goal, test: CalibrationSet) -> Outcome:

@@ -20,6 +20,7 @@ from ..data.output_error import output_error
 from ..frontend.capture import Model
 from ..report.block_latency import block_latency
 from ..report.graph import describe_graph
+from ..rewrite.rewrite import Rewrite
 from ..support.errors import first_line
 from ..support.version import __version__
 from .apply_decisions import applied_plain
@@ -29,15 +30,23 @@ Part = dict[str, Any]
 
 
 def report_origin(outcome: Outcome, model: Model) -> dict[str, Any]:
-    """`model`, `fingerprint`, `made`, `versions`, `rewrites` and `mimicked` of a report."""
+    """`model`, `fingerprint`, `made`, `versions`, `rewrites`, `kinds`, `words` and `mimicked` of a report."""
     return {
         "model": model_name(model),
         "fingerprint": outcome.plan.fingerprint,
         "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "versions": {"foldcut": __version__, "torch": str(torch.__version__)},
         "rewrites": [rewrite.name for rewrite in outcome.rewrites],
+        "kinds": {rewrite.name: _kind(rewrite) for rewrite in outcome.rewrites},
+        "words": [{"what": decision.what, "how": decision.how} for decision in outcome.plan.decisions],
         "mimicked": "mimicked" in outcome.output_errors,
     }
+
+
+def _kind(rewrite: Rewrite) -> Part:
+    """What a rewrite is called, and how it is drawn."""
+    one, many = rewrite.decides.nouns
+    return {"verb": rewrite.verb, "one": one, "many": many, "mark": rewrite.mark}
 
 
 def model_name(model: Model) -> str:

@@ -26,9 +26,10 @@ class CountedGoal(Goal):
     ratio: float
 
     mixes = True
-    #: What is counted, as `Cost` calls it, and in words.
+    #: What is counted, as `Cost` calls it, in short, and in words.
     unit: ClassVar[str]
-    words: ClassVar[str]
+    short: ClassVar[str]
+    what: ClassVar[str]
     _example: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -62,11 +63,14 @@ class CountedGoal(Goal):
         ratio = self.counted(result.program) / self.whole(result.outcome.ctx.teacher)
         return f"{self} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
 
+    def words(self) -> str:
+        return f"at most {self.ratio:g} of the original's {self.what}"
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "ratio": float(self.ratio)}
 
     def __str__(self) -> str:
-        return f"{self.words} ratio {self.ratio:g}"
+        return f"{self.short} ratio {self.ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Macs(CountedGoal):
 
     kind = "macs"
     unit = "macs"
-    words = "MACs"
+    short = "MACs"
+    what = "multiply-accumulates"
     _example = "Macs(0.6) asks for 40 % fewer multiply-accumulates"
 
     def counted(self, program: Program) -> int:
@@ -89,7 +94,7 @@ class Parameters(CountedGoal):
 
     kind = "parameters"
     unit = "parameters"
-    words = "parameters"
+    short = what = "parameters"
     _example = "Parameters(0.5) asks for half of the parameters"
 
     def counted(self, program: Program) -> int:

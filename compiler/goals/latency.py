@@ -99,6 +99,12 @@ class Latency(Goal):
         done = " and ".join(counted_words(result.plan.decisions)) or "nothing done"
         return f"{self} is not met: with {done}, the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
 
+    def words(self) -> str:
+        where = " with cold caches" if self.regime == "cold" else ""
+        if self.ms is not None:
+            return f"at most {self.ms:g} ms for one inference{where}"
+        return f"at most {self.share:g} of the original's latency{where}"
+
     def to_dict(self) -> dict[str, Any]:
         wanted = {"ms": float(self.ms)} if self.ms is not None else {"ratio": float(self.share)}
         # plans of earlier versions name no regime

@@ -84,6 +84,9 @@ class MaxError(Goal):
     def unmet(self, result: Any) -> str:
         return f"{self} is not met: the least that was found is {result.outcome.tested}"
 
+    def words(self) -> str:
+        return f"as fast as a relative output error of {self.error:g} allows"
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "error": float(self.error)}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from ..ir.program import Program
 from ..support.errors import PlanError
 
 #: Fields of a decision that say what it was predicted to do, not what it does.
@@ -37,6 +38,26 @@ class Decision:
     def subject(self) -> str:
         """The name of what it is about: a plan has one decision of a kind about each."""
         raise NotImplementedError
+
+    @property
+    def what(self) -> str:
+        """What it is about, for people."""
+        return self.subject
+
+    @property
+    def how(self) -> str:
+        """What was done to that, for people: ``8 of 16 units kept``."""
+        return str(self)
+
+    def marks(self, program: Program) -> dict[str, dict[str, Any]]:
+        """What a picture of the original shows beside its nodes, by name: plain data, such as the ranks of a layer."""
+        del program
+        return {}
+
+    @property
+    def takes_away(self) -> bool:
+        """Whether anything changes by it at all."""
+        return True
 
     @property
     def change(self) -> Any:

@@ -66,6 +66,10 @@ class Goal:
         """The goal that `to_dict` wrote. Raises GoalError, KeyError or TypeError for anything else."""
         return cls(**{name: value for name, value in data.items() if name != "kind"})
 
+    def words(self) -> str:
+        """The goal as a report says it."""
+        return str(self)
+
     def settled(self, ctx: Context) -> Goal:
         """The goal once the original has been measured."""
         del ctx

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from ...passes.drop.decision import DropBlock
-from ...passes.factorize.decision import FactorizeLayer
-from ..analysis.regions import common_path, removed_nodes
+from ..analysis.regions import common_path
 from ..ir.cost import node_macs
 from ..ir.program import Program, data_inputs, is_size, is_tensor
 from ..ir.segments import Segment, find_segments
@@ -29,8 +27,7 @@ def describe_graph(before: Program, after: Program, decisions: Sequence[Decision
     """The blocks of `before` in topological order, each with its layers, joins and edges, and what `after` has left of
     them. Multiply-accumulates are those of one sample."""
     layers = _Layers(before, after, decisions)
-    drops = _drops(before, decisions)
-    blocks = [_block(before, segment, layers, drops) for segment in find_segments(before)]
+    blocks = [_block(before, segment, layers) for segment in find_segments(before)]
     _number(blocks)
     return {"blocks": blocks}
 
@@ -51,7 +48,10 @@ class _Layers:
 
     def __init__(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
         self.before, self.after = before, after
-        self.factorised = {d.layer: d for d in decisions if isinstance(d, FactorizeLayer)}
+        self.marks: dict[str, dict[str, Any]] = {}
+        for decision in decisions:
+            for name, mark in decision.marks(before).items():
+                self.marks.setdefault(name, {}).update(mark)
         self.macs = {name: node_macs(before, node) for name, node in before.nodes.items()}
         self._factors: dict[str, list[fx.Node]] = {}
         for node in after.graph.nodes:
@@ -83,9 +83,7 @@ class _Layers:
             first, last = ends
             made["inputs"] = {"kept": first.inputs if first else 0, "total": width.inputs}
             made["outputs"] = {"kept": last.outputs if last else 0, "total": width.outputs}
-        if name in self.factorised:
-            decision = self.factorised[name]
-            made |= {"scheme": decision.scheme, "ranks": list(decision.ranks), "full": list(decision.full)}
+        made |= {key: value for key, value in self.marks.get(name, {}).items() if key != "drop"}
         return {**made, "change": _change(made, left)}
 
 
@@ -98,7 +96,7 @@ def _change(layer: Mapping[str, Any], left: fx.Node | None) -> str:
     return "pruned" if cut else "kept"
 
 
-def _block(program: Program, segment: Segment, layers: _Layers, drops: Mapping[str, DropBlock]) -> dict[str, Any]:
+def _block(program: Program, segment: Segment, layers: _Layers) -> dict[str, Any]:
     names, joins, edges = _reduced(program, segment, layers.macs)
     described = [layers.describe(name) for name in names]
     found: dict[str, Any] = {
@@ -111,18 +109,9 @@ def _block(program: Program, segment: Segment, layers: _Layers, drops: Mapping[s
     last = program.nodes[segment.exits[-1]]
     if is_tensor(last):
         found["shape"] = list(program.shape(last))[1:]
-    dropped = next((drops[name] for name in names if name in drops), None)
+    dropped = next((mark["drop"] for name in names if "drop" in (mark := layers.marks.get(name, {}))), None)
     if dropped is not None:
-        found["drop"] = {"region": dropped.region, "error": dropped.error, "saving": dropped.saving}
-    return found
-
-
-def _drops(program: Program, decisions: Sequence[Decision]) -> dict[str, DropBlock]:
-    """The decision that removed each call."""
-    found: dict[str, DropBlock] = {}
-    for decision in decisions:
-        if isinstance(decision, DropBlock) and {decision.entry, decision.exit} <= set(program.nodes):
-            found |= dict.fromkeys(removed_nodes(program, decision.entry, decision.exit), decision)
+        found["drop"] = dropped
     return found
 
 

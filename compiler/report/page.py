@@ -19,14 +19,14 @@ from .cards import block_cards, labelled, run_name, runs_of_blocks, shared_path
 from .pareto import pareto_plot
 from .words import (
     ARROW,
-    KINDS,
     backend_words,
     clock_words,
-    decision_words,
+    decision_rows,
     error_note,
     error_words,
     goal_ratio,
     goal_words,
+    kind_words,
     lines,
     milliseconds,
     number,
@@ -96,7 +96,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "report": report,
         "model": report.get("model") or "Unnamed network",
         "shared": shared_path(graph.get("blocks", ())).rstrip("./"),
-        "goal": goal_words(report["goal"]),
+        "goal": goal_words(report),
         "verdict": verdict(report["latency"]),
         "backend": backend_words(str(report["backend"])),
         "clock": clock_words(str(report["latency"]["clock"])),
@@ -104,6 +104,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "ruler": _ruler(report),
         "tiles": _tiles(report),
         "plot": pareto_plot(report),
+        "legend": _legend(report),
         "bars": bars,
         "bar_unit": "ms" if bars and bars[0]["in_ms"] else "\u00b5s",
         "tall": len(bars) > TALL,
@@ -114,7 +115,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "cards": block_cards(graph, times) if graph.get("blocks") else [],
         "shown": {layer["change"] for block in graph.get("blocks", ()) for layer in block["layers"]},
         "no_graph": graph.get("missing", "not recorded"),
-        "decisions": [(*decision_words(d), d.get("error")) for d in report["decisions"]],
+        "decisions": decision_rows(report),
         "groups": [g for g in report.get("groups", ()) if g["kept"] < g["total"] or not g.get("locked")],
         "locked": [g for g in report.get("groups", ()) if g.get("locked")],
         "facts": _facts(report),
@@ -220,11 +221,11 @@ def _changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each class of change: how many, what it costs by itself, and the best plan of this class alone that was tried."""
     made = {change["kind"]: change for change in report.get("changes", ())}
     rows = []
-    for kind in KINDS:
+    for kind in dict.fromkeys((*report.get("kinds", ()), *made)):
         plans = [t for t in report.get("tried", ()) if [k for k, n in t["counts"].items() if n] == [kind]]
         if kind not in made and not plans:
             continue
-        words, colour = KINDS[kind]
+        _, words, colour = kind_words(report, kind)
         change = made.get(kind, {"count": 0})
         alone = number(change["error_alone"]) if "error_alone" in change else ""
         rows.append(
@@ -237,6 +238,11 @@ def _changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _legend(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(mark, words) of the kinds of plans that may be in the plot."""
+    return [*((kind["mark"], kind["many"]) for kind in report.get("kinds", {}).values()), ("mix", "a mix")]
 
 
 def _divided(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -304,7 +310,7 @@ def _origin(report: Mapping[str, Any]) -> dict[str, str]:
         "network": report["model"],
         "network fingerprint": report["fingerprint"],
         "made": time_words(report["made"]),
-        "rewrites allowed": rewrite_words(report["rewrites"]),
+        "rewrites allowed": rewrite_words(report),
         "mimicked": "yes" if report["mimicked"] else "no",
         **report["versions"],
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .words import TIMES, error_words, goal_ratio, lines, number, plan_class, plan_words
+from .words import TIMES, error_words, goal_ratio, lines, number, plan_mark, plan_words
 
 WIDTH, HEIGHT = 480.0, 360.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 16.0, 30.0, 46.0
@@ -50,7 +50,7 @@ def pareto_plot(report: Mapping[str, Any]) -> dict[str, Any]:
         "y_ticks": y_ticks,
         "broken": broken,
         "goal": None if goal is None else _goal(x(goal), f"goal {TIMES}{number(goal)}"),
-        "points": [_point(t, x, y) for t in tried],
+        "points": [_point(report, t, x, y) for t in tried],
         "front": _front(tried, x, y),
         "original": {"x": x(1.0), "y": y(0.0), "tip": "Original\nlatency ratio 1, error 0"},
         "result": result,
@@ -80,16 +80,18 @@ def _label(result: Mapping[str, Any], marks: Sequence[tuple[float, float]], goal
     return min(places)[2]
 
 
-def _point(plan: Mapping[str, Any], x: Callable[[float], float], y: Callable[[float], float]) -> dict[str, Any]:
+def _point(
+    report: Mapping[str, Any], plan: Mapping[str, Any], x: Callable[[float], float], y: Callable[[float], float]
+) -> dict[str, Any]:
     return {
         "x": x(plan["ratio"]),
         "y": y(plan["error"]),
-        "kind": plan_class(plan["counts"]),
+        "kind": plan_mark(report, plan["counts"]),
         "chosen": bool(plan["chosen"]),
         "tip": lines(
             [
                 "Chosen plan, as tried" if plan["chosen"] else "Plan that was tried",
-                plan_words(plan["counts"]),
+                plan_words(report, plan["counts"]),
                 f"latency ratio {plan['ratio']:.3f} (upper end of its interval)",
                 f"relative output error {number(plan['error'])} after a quick re-solve",
             ]

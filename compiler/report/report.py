@@ -15,7 +15,8 @@ class Report:
     """Everything measured about one compile. `to_dict()` is report.json.
 
     `model` is the name of the network's file or class and `fingerprint` what its plan knows it by; `made` when the
-    report was made (UTC), `versions` of what made it; `rewrites` those that were allowed, and `mimicked` whether the
+    report was made (UTC), `versions` of what made it; `rewrites` those that were allowed, `kinds` what they are called
+    and how they are drawn, `words` the decisions in words (`what`, `how`), in their order, and `mimicked` whether the
     result has been trained to mimic the original.
 
     `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms, and the regime that the goal
@@ -64,6 +65,9 @@ class Report:
     made: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     rewrites: Sequence[str] = ()
+    goal_words: str = ""
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    words: Sequence[Mapping[str, str]] = ()
     mimicked: bool = False
     test: Mapping[str, Any] = field(default_factory=dict)
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -77,8 +81,11 @@ class Report:
             "made": self.made,
             "versions": dict(self.versions),
             "rewrites": list(self.rewrites),
+            "kinds": {name: dict(kind) for name, kind in self.kinds.items()},
+            "words": [dict(words) for words in self.words],
             "mimicked": self.mimicked,
             "goal": dict(self.goal),
+            "goal_words": self.goal_words,
             "met": self.met,
             "backend": self.backend,
             "batch": self.batch,

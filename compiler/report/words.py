@@ -20,24 +20,13 @@ _BACKENDS = {
 }
 _CLOCKS = {"thread_cpu": "CPU time of the thread", "wall": "elapsed time", "cuda": "time on the device"}
 _REGIMES = {"hot": "hot: runs follow each other", "cold": "cold: caches are emptied before each run"}
-#: What a kind of decision, or of rewrite in a plan that was tried, is called, and the class that gives it its colour.
-KINDS = {
-    "drop_blocks": ("blocks dropped", "drops"),
-    "prune_channels": ("channels pruned", "channels"),
-    "factorize": ("layers factorised", "ranks"),
-}
 _STAGES = {
-    "dropped": "blocks dropped",
-    "pruned": "channels removed",
-    "factorised": "layers factorised",
-    "rewritten": "all rewrites, each with its own solve",
+    "unsolved": "rewritten, nothing solved yet",
+    "rewritten": "rewritten, each rewrite with its own solve",
     "re-solved": "re-solved",
-    "polished": "solved once more",
     "mimicked": "mimicked",
     "test": "in the end, on the test samples",
 }
-#: What a rewrite that was allowed does.
-_ALLOWED = {"drop_blocks": "drop blocks", "prune_channels": "prune channels", "factorize": "factorise layers"}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -77,26 +66,10 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
-def goal_words(goal: Mapping[str, Any]) -> str:
-    """The goal as a sentence."""
-    kind = goal.get("kind")
-    if kind == "latency":
-        where = " with cold caches" if goal.get("regime") == "cold" else ""
-        if goal.get("ms") is not None:
-            return f"at most {number(goal['ms'])} ms for one inference{where}"
-        return f"at most {goal['ratio']:g} of the original's latency{where}"
-    if kind == "blocks":
-        return f"{plural(goal['count'], 'block')} dropped"
-    if kind == "channels":
-        return f"{percent(goal['keep'])} of the channels kept in every group"
-    if kind == "macs":
-        return f"at most {goal['ratio']:g} of the original's multiply-accumulates"
-    if kind == "parameters":
-        return f"at most {goal['ratio']:g} of the original's parameters"
-    if kind == "max_error":
-        return f"as fast as a relative output error of {number(goal['error'])} allows"
-    values = ", ".join(f"{key} {value:g}" for key, value in goal.items() if key != "kind")
-    return f"layers factorised to {values}"
+def goal_words(report: Mapping[str, Any]) -> str:
+    """The goal as a sentence; earlier versions had its figures only."""
+    figures = ", ".join(f"{key} {value}" for key, value in report["goal"].items() if key != "kind")
+    return str(report.get("goal_words") or f"{report['goal'].get('kind')} {figures}")
 
 
 def goal_ratio(report: Mapping[str, Any]) -> float | None:
@@ -148,9 +121,10 @@ def stage_words(stage: str) -> str:
     return _STAGES.get(stage, stage)
 
 
-def rewrite_words(rewrites: Sequence[str]) -> str:
+def rewrite_words(report: Mapping[str, Any]) -> str:
     """The rewrites that were allowed."""
-    return ", ".join(_ALLOWED.get(rewrite, rewrite) for rewrite in rewrites)
+    kinds = report.get("kinds", {})
+    return ", ".join(kinds[name]["verb"] if name in kinds else name for name in report["rewrites"])
 
 
 def time_words(made: str) -> str:
@@ -168,20 +142,20 @@ def verdict(latency: Mapping[str, Any]) -> str:
     return "no difference in latency that can be claimed"
 
 
-def decision_words(decision: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(class, what, how) of a decision."""
-    kind = str(decision["kind"])
-    colour = KINDS.get(kind, (kind, "kept"))[1]
-    if kind == "drop_blocks":
-        saving = decision.get("saving")
-        how = "dropped" if saving is None else f"dropped, predicted to save {percent(saving)} of the latency"
-        return colour, str(decision.get("path") or decision["region"]), how
-    if kind == "prune_channels":
-        return colour, str(decision["group"]), f"{len(decision['kept'])} of {decision['total']} units kept"
-    if kind == "factorize":
-        how = f"{decision['scheme']}, {rank_words(decision)}"
-        return colour, str(decision.get("path") or decision["layer"]), how
-    return colour, kind, ""
+def kind_words(report: Mapping[str, Any], kind: str) -> tuple[str, str, str]:
+    """(one, several, mark) of a kind of decision; earlier versions only had its name."""
+    known = report.get("kinds", {}).get(kind, {})
+    name = kind.replace("_", " ")
+    return known.get("one", name), known.get("many", name), known.get("mark", "mix")
+
+
+def decision_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, float | None]]:
+    """(mark, what, how, predicted error) of each decision."""
+    words = report.get("words") or [{"what": d["kind"], "how": ""} for d in report["decisions"]]
+    return [
+        (kind_words(report, decision["kind"])[2], said["what"], said["how"], decision.get("error"))
+        for decision, said in zip(report["decisions"], words, strict=True)
+    ]
 
 
 def rank_words(layer: Mapping[str, Any]) -> str:
@@ -190,18 +164,16 @@ def rank_words(layer: Mapping[str, Any]) -> str:
     return f"rank {ranks} of {full}"
 
 
-def plan_words(counts: Mapping[str, int]) -> str:
+def plan_words(report: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     """What a plan does: ``2 blocks dropped, 5 layers factorised``."""
-    names = {"drop_blocks": "block", "prune_channels": "group", "factorize": "layer"}
-    done = {"drop_blocks": "dropped", "prune_channels": "pruned", "factorize": "factorised"}
-    parts = [f"{plural(count, names.get(kind, kind))} {done.get(kind, '')}" for kind, count in counts.items() if count]
-    return ", ".join(part.strip() for part in parts) or "nothing changed"
+    parts = [plural(count, *kind_words(report, kind)[:2]) for kind, count in counts.items() if count]
+    return ", ".join(parts) or "nothing changed"
 
 
-def plan_class(counts: Mapping[str, int]) -> str:
-    """``drops``, ``channels``, ``ranks``, or ``mix``."""
+def plan_mark(report: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """How a plan is drawn: by its only kind, or as a mix."""
     used = [kind for kind, count in counts.items() if count]
-    return KINDS.get(used[0], (used[0], "mix"))[1] if len(used) == 1 else "mix"
+    return kind_words(report, used[0])[2] if len(used) == 1 else "mix"
 
 
 def lines(parts: Sequence[str]) -> str:

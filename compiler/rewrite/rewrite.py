@@ -81,6 +81,8 @@ class Rewrite:
     name: ClassVar[str]
     #: What it does, as a report says it: ``drop blocks``.
     verb: ClassVar[str]
+    #: How a report draws it: ``drops``, ``channels``, ``ranks`` (a triangle, a square, a diamond), or ``mix``.
+    mark: ClassVar[str] = "mix"
     #: Its class of decisions.
     decides: ClassVar[type[Decision]]
     phase: ClassVar[int] = 50

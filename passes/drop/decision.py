@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...compiler.analysis.regions import removed_nodes
+from ...compiler.ir.program import Program
 from ...compiler.plan.decision import Decision, predicted
 from ...compiler.plan.goal import Delivered, Goal
 from ...compiler.support.errors import GoalError
@@ -36,6 +38,20 @@ class DropBlock(Decision):
     @property
     def subject(self) -> str:
         return self.region
+
+    @property
+    def what(self) -> str:
+        return self.path or self.region
+
+    @property
+    def how(self) -> str:
+        return "dropped" if self.saving is None else f"dropped, predicted to save {self.saving:.1%} of the latency"
+
+    def marks(self, program: Program) -> dict[str, dict[str, Any]]:
+        if not {self.entry, self.exit} <= set(program.nodes):
+            return {}
+        drop = {"region": self.region, "error": self.error, "saving": self.saving}
+        return {name: {"drop": drop} for name in removed_nodes(program, self.entry, self.exit)}
 
     @property
     def change(self) -> list[str]:

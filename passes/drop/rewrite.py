@@ -39,6 +39,7 @@ class Drop(RecoverabilitySettings, Rewrite):
 
     name = "drop_blocks"
     verb = "drop blocks"
+    mark = "drops"
     decides = DropBlock
     phase = 10
     solves_before_next = True

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...compiler.ir.program import Program
 from ...compiler.plan.decision import Decision, predicted, whole_numbers
 from ...compiler.plan.goal import Goal
 from ...compiler.support.errors import GoalError
@@ -34,6 +35,18 @@ class FactorizeLayer(Decision):
         return self.layer
 
     @property
+    def what(self) -> str:
+        return self.path or self.layer
+
+    @property
+    def how(self) -> str:
+        return f"{self.scheme}, {self._rank_words()}"
+
+    def marks(self, program: Program) -> dict[str, dict[str, Any]]:
+        del program
+        return {self.layer: {"scheme": self.scheme, "ranks": list(self.ranks), "full": list(self.full)}}
+
+    @property
     def change(self) -> list[Any]:
         return [self.layer, self.scheme, list(self.ranks)]
 
@@ -46,8 +59,11 @@ class FactorizeLayer(Decision):
         return cls(**names, ranks=ranks, full=full, error=predicted(data["error"]))
 
     def __str__(self) -> str:
+        return f"factorise {self.what} ({self.scheme}) to {self._rank_words()}"
+
+    def _rank_words(self) -> str:
         ranks, full = (" x ".join(map(str, numbers)) for numbers in (self.ranks, self.full))
-        return f"factorise {self.path or self.layer} ({self.scheme}) to rank {ranks} of {full}"
+        return f"rank {ranks} of {full}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,9 @@ class Ranks(Goal):
     def _values(self) -> dict[str, Any]:
         """What was given."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def words(self) -> str:
+        return f"layers factorised to {self}"
 
     def __str__(self) -> str:
         ((key, value),) = self._values().items()

@@ -36,6 +36,7 @@ class Factorize(RankSettings, Rewrite):
 
     name = "factorize"
     verb = "factorise layers"
+    mark = "ranks"
     decides = FactorizeLayer
     phase = 30
 

@@ -31,9 +31,17 @@ class PruneChannels(Decision):
         return self.group
 
     @property
+    def how(self) -> str:
+        return f"{len(self.kept)} of {self.total} units kept"
+
+    @property
     def count(self) -> int:
         """How many units stay."""
         return len(self.kept)
+
+    @property
+    def takes_away(self) -> bool:
+        return len(self.kept) < self.total
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruneChannels:
@@ -84,6 +92,9 @@ class Channels(Goal):
                 f"Channels({self.keep!r}) is not a goal",
                 hint="give the share of channels to keep, above 0 and at most 1: Channels(0.5) keeps half",
             )
+
+    def words(self) -> str:
+        return f"{100 * self.keep:g} % of the channels kept in every group"
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "keep": float(self.keep)}

@@ -41,6 +41,7 @@ class Prune(ChannelSettings, Rewrite):
 
     name = "prune_channels"
     verb = "prune channels"
+    mark = "channels"
     decides = PruneChannels
     phase = 20
     ignores = "unit group or output"

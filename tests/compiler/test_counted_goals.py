@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,9 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
-from foldcut.compiler.driver.joint_rewrite import decided_shape
-from foldcut.compiler.driver.recount import recounted
-from foldcut.compiler.plan.counting import counted
+from foldcut.compiler.driver.apply_decisions import shaped
+from foldcut.compiler.driver.pipeline import in_effect
+from foldcut.compiler.plan.goal import Delivered
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -51,6 +52,25 @@ def mixed(fire: nn.Module, counting_backend: Any, nets: SimpleNamespace) -> fold
     return run(fire, nets.images(50), counting_backend, foldcut.Macs(0.5), rewrites=BOTH)
 
 
+REWRITES = (foldcut.Drop(), foldcut.Prune(), foldcut.Factorize())
+
+
+def counted(program: Any, goal: Any) -> int:
+    return goal.counted(program)
+
+
+def shape(program: Any, decisions: Any) -> Any:
+    return shaped(REWRITES, program, decisions)
+
+
+def recounted(goal: Any, teacher: Any, program: Any, decisions: Any, planned: bool) -> bool:
+    """The verdict on a network that decisions are said to have led to."""
+    effect = partial(in_effect, teacher, program, decisions, REWRITES)
+    return goal.recounted(
+        Delivered(teacher=teacher, program=program, decisions=len(decisions), planned=planned, in_effect=effect)
+    )
+
+
 def left(made: foldcut.Compiled, goal: Any) -> float:
     return counted(made.program, goal) / counted(made.outcome.ctx.teacher, goal)
 
@@ -74,7 +94,7 @@ def test_no_unit_could_be_given_back(fire: nn.Module, counting_backend: Any, net
         more = replace(decision, kept=tuple(range(len(decision.kept) + 1)))
         whole = len(more.kept) == more.total
         changed = [*decisions[:place], *([] if whole else [more]), *decisions[place + 1 :]]
-        one_more = counted(decided_shape(teacher, changed), goal) / counted(teacher, goal)
+        one_more = counted(shape(teacher, changed), goal) / counted(teacher, goal)
         assert ratio >= 0.99 * goal.ratio or one_more > goal.ratio
 
 
@@ -129,12 +149,12 @@ def test_goals_are_counted_on_what_goes_out(residual: Any) -> None:
     group = next(g for g in foldcut.find_units(residual).prunable if len(g) > 2)
     cut = foldcut.PruneChannels(group=group.name, kept=(0, 1), total=len(group))
     for goal, decision in ((foldcut.Blocks(1), drop), (foldcut.Channels(0.25), cut)):
-        smaller = decided_shape(residual, [decision])
+        smaller = shape(residual, [decision])
         assert recounted(goal, residual, smaller, [decision], planned=True)
         assert not recounted(goal, residual, residual, [decision], planned=True)
-    assert not recounted(foldcut.Blocks(2), residual, decided_shape(residual, [drop]), [drop], planned=True)
+    assert not recounted(foldcut.Blocks(2), residual, shape(residual, [drop]), [drop], planned=True)
     for kind in (foldcut.Macs, foldcut.Parameters):
-        smaller = decided_shape(residual, [cut])
+        smaller = shape(residual, [cut])
         share = counted(smaller, kind(0.5)) / counted(residual, kind(0.5))
         assert recounted(kind(share), residual, smaller, [cut], planned=False)
         assert not recounted(kind(0.999 * share), residual, smaller, [cut], planned=True)

@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 from foldcut.compiler.plan.item_regression import error_fit, fitted, saving_fit, unknown
-from foldcut.compiler.plan.proposals import Item, Mix, Proposal, Scale
+from foldcut.compiler.plan.proposals import Claims, Item, Mix, Proposal, Scale
+from foldcut.passes.prune.decision import UnitCount
 
 SCALES = {"factorize": Scale(error=2.0)}
 ITEMS = [
-    Item(kind="factorize", name=name, nodes=frozenset(name), proposals=(Proposal(error=0.1, saving=0.1, change=None),))
+    Item(
+        kind="factorize",
+        name=name,
+        claims=Claims(replaces=frozenset(name)),
+        proposals=(Proposal(error=0.1, saving=0.1, decision=UnitCount(group=name, count=1, total=2)),),
+    )
     for name in "abcd"
 ]
 

@@ -16,29 +16,23 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import joint_pipeline
-from foldcut.passes.prune.settings import ChannelSettings
-from foldcut.compiler.driver.joint_pipeline import cut_jointly
-from foldcut.compiler.driver.joint_rewrite import JointSettings
+from foldcut.compiler.driver import plan_search
+from foldcut.compiler.driver.pipeline import planned_network
 from foldcut.compiler.ir.cost import node_macs, program_cost
 from foldcut.compiler.ir.edit_folds import fold_parameters
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.ir.segments import Segment, find_segments
 from foldcut.compiler.plan.joint_search import Found, MixSearch
 from foldcut.compiler.plan.proposals import Mix, excluded_pairs
-from foldcut.compiler.support.progress import StageClock
-from foldcut.passes.drop.drop_blocks import drop_blocks
-from foldcut.passes.drop.recoverability import RecoverabilitySettings
-from foldcut.passes.factorize.select_ranks import RankSettings
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.passes.prune.channel_budget import ChannelLimits
-from foldcut.passes.solve.resolve_network import ResolveSettings
+from foldcut.runtime.probe.stored_latency import StoredLatency
 from torch import nn
 from torch.nn import functional as F
 
 #: How much more than the best plan of all the one found may lose.
 WITHIN = 0.05
 MOST_CHANGES = 3
-REWRITES = ("drop_blocks", "prune_channels", "factorize")
 
 
 class ResidualMlp(nn.Module):
@@ -132,19 +126,19 @@ class MacsProbe:
     def table(self) -> MacsTable:
         return MacsTable(self.program)
 
-    def savings(self, regions: Sequence[foldcut.Region], **_: Any) -> dict[str, float]:
-        return {region.name: region.cost.macs / self.macs for region in regions}
-
-    def ratio(self, regions: Sequence[foldcut.Region]) -> SimpleNamespace:
-        return self.against(drop_blocks(self.program, regions))
-
     def against(self, program: Program) -> SimpleNamespace:
         return SimpleNamespace(high=program_cost(program).macs / self.macs)
 
 
+def macs_saved(latency: StoredLatency, regions: Sequence[foldcut.Region], **_: Any) -> dict[str, float]:
+    """Stands for `region_savings`."""
+    probe: Any = latency.probe
+    return {region.name: region.cost.macs / probe.macs for region in regions}
+
+
 @dataclass
 class Searches:
-    """What `cut_jointly` searched and found."""
+    """What a compile searched and found."""
 
     made: list[tuple[MixSearch, Found]] = field(default_factory=list)
 
@@ -160,7 +154,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> Searches:
             kept.made.append((self, found))
             return found
 
-    monkeypatch.setattr(joint_pipeline, "MixSearch", Kept)
+    monkeypatch.setattr(plan_search, "MixSearch", Kept)
+    monkeypatch.setattr("foldcut.passes.drop.rewrite.region_savings", macs_saved)
     monkeypatch.setattr("foldcut.passes.prune.offers.KEEPS", (0.75, 0.5))
     monkeypatch.setattr("foldcut.passes.factorize.rank_latency.MOST_OPTIONS", 2)
     return kept
@@ -187,20 +182,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_plan_of_few_changes_is_much_better(name: str, searches: Searches, nets: SimpleNamespace) -> None:
+def test_no_plan_of_few_changes_is_much_better(
+    name: str, searches: Searches, nets: SimpleNamespace, contexts: Any
+) -> None:
     make, task, ratio = CASES[name]
     network = trained(lambda: make(nets), task)
     samples, held_out = CalibrationSet.of(task(96, 1)[0]), CalibrationSet.of(task(64, 2)[0])
     teacher = fold_parameters(foldcut.capture(network, task(2, 1)[0]))
-    settings = JointSettings(
-        resolve=ResolveSettings(),
-        channels=ChannelSettings(limits=ChannelLimits(multiple_of=2)),
-        ranks=RankSettings(multiple_of=4, schemes=("channel",)),
-        recoverability=RecoverabilitySettings(),
-    )
     probe: Any = MacsProbe(teacher)
-    goal = foldcut.Latency(ratio)
-    cut_jointly(teacher, samples, held_out, goal, probe, REWRITES, settings=settings, clock=StageClock())
+    latency = StoredLatency(NOTHING_KEPT, probe)
+    ctx = contexts(teacher, samples, held_out, goal=foldcut.Latency(ratio), latency=latency)
+    prune = foldcut.Prune(limits=ChannelLimits(multiple_of=2))
+    planned_network(ctx, [foldcut.Drop(), prune, foldcut.Factorize(multiple_of=4, schemes=("channel",))])
     ((search, found),) = searches.made
     tried, measured = len(search._errors), len(search._ratios)
     reaching = [mix for mix in plans(search) if search._ratio(mix) <= ratio]

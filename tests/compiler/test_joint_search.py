@@ -1,15 +1,15 @@
 """The search for the best mix of rewrites, on invented networks."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 
 import pytest
-from foldcut.compiler.driver.joint_pipeline import tried_plans
 from foldcut.compiler.plan.joint_search import MixSearch
 from foldcut.compiler.plan.latency_target import MOST_MEASURED
 from foldcut.compiler.plan.proposals import (
+    Claims,
     Item,
     Mix,
     Proposal,
@@ -20,8 +20,9 @@ from foldcut.compiler.plan.proposals import (
     predicted_error,
     predicted_saving,
 )
+from foldcut.compiler.plan.search_time import SearchTime
 from foldcut.compiler.support.errors import GoalError
-from foldcut.compiler.support.search_time import SearchTime
+from foldcut.passes.prune.decision import UnitCount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,12 +30,28 @@ KINDS = ("drop_blocks", "prune_channels", "factorize")
 PLAIN = dict.fromkeys(KINDS, Scale())
 
 
+def claims(kind: str, nodes: Iterable[str], makers: Iterable[str] = ()) -> Claims:
+    """What a change of these nodes claims; `makers` are those that make the units of a group."""
+    here = frozenset(nodes)
+    if kind == "drop_blocks":
+        return Claims(removes=here)
+    if kind == "prune_channels":
+        return Claims(resizes=here, needs=frozenset(makers) or here)
+    return Claims(replaces=here, needs=here)
+
+
+def change(name: str, place: int) -> UnitCount:
+    """A decision of which only the place matters."""
+    return UnitCount(group=name, count=place, total=9)
+
+
 def item(kind: str, name: str, nodes: str, *figures: tuple[float, float]) -> Item:
     """An item that concerns the nodes named by single letters; figures are (error, saving)."""
     proposals = tuple(
-        Proposal(error=error, saving=saving, change=place) for place, (error, saving) in enumerate(figures)
+        Proposal(error=error, saving=saving, decision=change(name, place))
+        for place, (error, saving) in enumerate(figures)
     )
-    return Item(kind=kind, name=name, nodes=frozenset(nodes), proposals=proposals)
+    return Item(kind=kind, name=name, claims=claims(kind, nodes), proposals=proposals)
 
 
 def allowed(items: list[Item]) -> Iterator[Mix]:
@@ -89,8 +106,8 @@ def test_a_group_made_inside_a_region_goes_with_it() -> None:
     """Its consumer lies outside, and stays: in a chain, behind the convolution that is dropped."""
     region = item("drop_blocks", "conv", "ab", (0.1, 0.1))
     made_inside, read_inside = (
-        replace(item("prune_channels", name, "bc", (0.1, 0.1)), producers=frozenset(producers))
-        for name, producers in (("inside", "b"), ("before", "c"))
+        replace(item("prune_channels", name, "bc", (0.1, 0.1)), claims=claims("prune_channels", "bc", makers))
+        for name, makers in (("inside", "b"), ("before", "c"))
     )
     assert excluded_pairs([region, made_inside, read_inside]) == [(0, 1)]
 
@@ -343,7 +360,7 @@ def test_a_mix_that_reaches_the_goal_comes_before_one_that_does_not() -> None:
 
 def test_plans_as_plain_data() -> None:
     found = search(ALL, 0.6, scaled(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 0.7))).run()
-    rows = tried_plans(found)
+    rows = found.plans()
     assert len(rows) == len(found.tried)
     (chosen,) = [row for row in rows if row.chosen]
     assert chosen.error == found.best.error

@@ -10,11 +10,15 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.runtime.probe import latency_probe
-from foldcut.runtime.probe.latency_probe import LatencyProbe, example_inputs
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit import bypass
 from foldcut.compiler.ir.program import Program
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.drop.region_latency import region_savings
+from foldcut.runtime.probe import latency_probe
+from foldcut.runtime.probe.latency_probe import LatencyProbe, example_inputs
+from foldcut.runtime.probe.stored_latency import StoredLatency
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
 #: seven convolutions and the head
@@ -31,7 +35,9 @@ def probe(residual: Program, counting_backend: Any, nets: SimpleNamespace) -> It
 
 def test_each_block_saves_its_two_convolutions(probe: LatencyProbe, residual: Program) -> None:
     blocks = find_regions(residual).blocks
-    assert probe.savings(blocks) == {r.name: pytest.approx(20 / ALL) for r in blocks}
+    assert region_savings(StoredLatency(NOTHING_KEPT, probe), blocks) == {
+        r.name: pytest.approx(20 / ALL) for r in blocks
+    }
 
 
 def test_regions_of_one_kind_are_measured_once(
@@ -46,7 +52,7 @@ def test_regions_of_one_kind_are_measured_once(
 
     monkeypatch.setattr(latency_probe, "measure_savings", counted)
     regions = find_regions(residual).regions
-    savings = probe.savings(regions)
+    savings = region_savings(StoredLatency(NOTHING_KEPT, probe), regions)
     assert set(savings) == {r.name for r in regions}
     assert measured == [2]
     assert {r.kind: savings[r.name] for r in regions} == {
@@ -57,8 +63,8 @@ def test_regions_of_one_kind_are_measured_once(
 
 def test_the_ratio_of_a_plan(probe: LatencyProbe, residual: Program) -> None:
     blocks = find_regions(residual).blocks
-    assert probe.ratio([]).ratio == pytest.approx(1)
-    assert probe.ratio([blocks[2], blocks[0]]).ratio == pytest.approx((ALL - 40) / ALL)
+    assert probe.against(residual).ratio == pytest.approx(1)
+    assert probe.against(drop_blocks(residual, [blocks[2], blocks[0]])).ratio == pytest.approx((ALL - 40) / ALL)
 
 
 def test_the_finished_model(probe: LatencyProbe, residual: Program) -> None:
@@ -70,7 +76,8 @@ def test_the_finished_model(probe: LatencyProbe, residual: Program) -> None:
 
 def test_progress_is_shown(probe: LatencyProbe, residual: Program) -> None:
     seen: list[tuple[str, int, int]] = []
-    probe.savings(find_regions(residual).blocks[:1], progress=lambda *state: seen.append(state))
+    latency = StoredLatency(NOTHING_KEPT, probe)
+    region_savings(latency, find_regions(residual).blocks[:1], progress=lambda *state: seen.append(state))
     assert seen[-1][1] == seen[-1][2] == len(seen)
 
 

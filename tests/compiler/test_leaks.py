@@ -9,18 +9,20 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.passes.mimic.stored import mimicked
-from foldcut.runtime.probe.latency_probe import LatencyProbe
-from foldcut.compiler.driver.pipeline import run_pipeline
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit import bypass
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.compiler.support.errors import BackendError, MimicError
+from foldcut.passes.drop.region_latency import region_savings
+from foldcut.passes.mimic import stored
 from foldcut.passes.mimic import training as mimic_training
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.runtime.measure.backend import run_once
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeRunner
+from foldcut.runtime.probe.latency_probe import LatencyProbe
+from foldcut.runtime.probe.stored_latency import StoredLatency
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
 
@@ -86,7 +88,7 @@ def test_variants_of_which_one_fails(
     probe = probe_of(backend, residual, nets)
     regions = find_regions(residual).regions  # of two kinds
     with pytest.raises(BackendError):
-        probe.savings(regions)
+        region_savings(StoredLatency(NOTHING_KEPT, probe), regions)
     assert backend.open == 2
     probe.close()
     assert backend.open == 0
@@ -107,12 +109,14 @@ def test_an_original_whose_closing_fails(residual: Program, counting_backend: An
 
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
 def test_a_limit_that_is_none_loads_nothing(
-    residual: Program, counting_backend: Any, nets: SimpleNamespace, limit: float
+    residual_net: nn.Module, counting_backend: Any, nets: SimpleNamespace, limit: float
 ) -> None:
     backend: Any = Watched(counting_backend)
     settings = foldcut.PipelineSettings(search_seconds=limit, mimic=None)
     with pytest.raises(foldcut.GoalError, match="a search cannot take"):
-        run_pipeline(residual, CalibrationSet.of(nets.images(16)), foldcut.Latency(0.8), backend, settings=settings)
+        foldcut.compile(
+            residual_net, nets.images(16), goal=foldcut.Latency(0.8), backend=backend, settings=settings, progress=False
+        )
     assert backend.open == 0
 
 
@@ -169,7 +173,7 @@ def mimicked(residual: Program, nets: SimpleNamespace) -> Program:
     samples = CalibrationSet.of(nets.images(8))
     student = bypass(residual, "relu", "relu_2")
     settings = foldcut.MimicSettings(iterations=2)
-    return mimicked(NOTHING_KEPT, residual, student, samples, samples, kept={}, settings=settings, seed=0)
+    return stored.mimicked(NOTHING_KEPT, residual, student, samples, samples, kept={}, settings=settings, seed=0)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("shapes do not fit"), torch.OutOfMemoryError("full"), KeyError("x")])

@@ -1,51 +1,44 @@
 """Patterns of what is left alone reach every rewrite of a mix, and only those that they say something to."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import foldcut
 import pytest
-from foldcut.compiler.driver.ignore_patterns import ignored_layers, sorted_ignores
-from foldcut.compiler.driver.joint_rewrite import JointSettings
+from foldcut.compiler.driver.ignore_patterns import sorted_ignores
 from foldcut.compiler.ir.program import Program
-from foldcut.passes.drop.recoverability import RecoverabilitySettings
-from foldcut.passes.solve.resolve_network import ResolveSettings
-
-BASE = JointSettings(
-    resolve=ResolveSettings(),
-    channels=foldcut.ChannelSettings(),
-    ranks=foldcut.RankSettings(),
-    recoverability=RecoverabilitySettings(),
-)
+from foldcut.passes.solve.layers import matching_layers
 
 
-def with_ignores(channels: tuple[str, ...], ranks: tuple[str, ...]) -> JointSettings:
+def rewrites(channels: tuple[str, ...], ranks: tuple[str, ...]) -> list[foldcut.Rewrite]:
     limits = foldcut.ChannelLimits(ignore=channels)
-    return replace(BASE, channels=replace(BASE.channels, limits=limits), ranks=replace(BASE.ranks, ignore=ranks))
+    return [foldcut.Drop(ignore=ranks), foldcut.Prune(limits=limits), foldcut.Factorize(ignore=ranks)]
 
 
 @pytest.mark.parametrize(("channels", "ranks"), [(("blocks.0*",), ()), ((), ("blocks.0*",))])
 def test_a_name_counts_for_every_kind(channels: tuple[str, ...], ranks: tuple[str, ...], residual: Program) -> None:
-    found = sorted_ignores(residual, with_ignores(channels, ranks))
-    assert found.channels.limits.ignore == found.ranks.ignore == ("blocks.0*",)
+    found = sorted_ignores(residual, rewrites(channels, ranks))
+    assert [rewrite.ignore for rewrite in found] == [("blocks.0*",)] * 3
 
 
 def test_a_name_of_one_kind_is_left_to_that(residual: Program) -> None:
-    found = sorted_ignores(residual, with_ignores(("stem.0.weight",), ()))
-    assert found.ranks.ignore == ("stem.0.weight",) and found.channels.limits.ignore == ()
+    found = sorted_ignores(residual, rewrites(("stem.0.weight",), ()))
+    assert [rewrite.ignore for rewrite in found] == [("stem.0.weight",), (), ("stem.0.weight",)]
     output = residual.outputs[0].name
-    found = sorted_ignores(residual, with_ignores((output,), ()))
-    assert found.channels.limits.ignore == (output,) and found.ranks.ignore == ()
+    found = sorted_ignores(residual, rewrites((output,), ()))
+    assert [rewrite.ignore for rewrite in found] == [(), (output,), ()]
 
 
 def test_a_name_of_nothing_is_refused(residual: Program) -> None:
     with pytest.raises(foldcut.GoalError, match="no layer, unit group or output matches 'heads'"):
-        sorted_ignores(residual, with_ignores(("head", "heads"), ()))
+        sorted_ignores(residual, rewrites(("head", "heads"), ()))
+    with pytest.raises(foldcut.GoalError, match="no unit group or output matches 'blocks.0.conv2'"):
+        sorted_ignores(residual, rewrites(("blocks.0.conv2",), ())[1:2])
 
 
 def test_without_patterns_nothing_changes(residual: Program) -> None:
-    assert sorted_ignores(residual, BASE) is BASE
+    base = rewrites((), ())
+    assert sorted_ignores(residual, base) == base
 
 
 def test_blocks_with_such_a_layer_are_not_dropped(
@@ -55,7 +48,7 @@ def test_blocks_with_such_a_layer_are_not_dropped(
 
     torch.manual_seed(0)
     net = nets.ResNet(3, 8).eval()
-    names = ignored_layers(foldcut.capture(net, nets.images(2)), ["blocks.1.*"])
+    names = matching_layers(foldcut.capture(net, nets.images(2)), ["blocks.1.*"])
     assert len(names) == 2
     made = foldcut.compile(
         net,

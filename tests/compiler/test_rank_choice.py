@@ -1,15 +1,12 @@
 """The choice of ranks under a budget: exact for errors that add up, and better than that where they do not."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from foldcut.compiler.driver.rank_pipeline import plan_reaching
-from foldcut.compiler.plan.latency_target import NEAR
-from foldcut.passes.factorize.rank_choice import Menu, Search, contributions, search_plan
+from foldcut.passes.factorize.rank_choice import Menu, contributions, search_plan
 from foldcut.passes.factorize.select_ranks import Option
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,41 +132,3 @@ def test_no_layer_becomes_free_by_making_up_for_another() -> None:
     trials = SimpleNamespace(without=lambda _choice: {"a": 0.9, "b": 0.2, "c": 0.0})
     found = contributions(choice, 0.7, trials, {"a": 1.0, "b": 1.0, "c": 2.0, "d": 3.0})  # type: ignore[arg-type]
     assert found == pytest.approx({"a": 0.1, "b": 1.0, "c": 2.0, "d": 3.0})
-
-
-@pytest.mark.parametrize("truth", [0.6, 1.0, 1.7])
-def test_a_latency_goal_is_met_from_near_by(truth: float) -> None:
-    """Whether plans save less than predicted or more: what is saved beyond the goal loses accuracy for nothing."""
-    steps = [option("x", cost, 0.2 - 0.02 * cost) for cost in range(1, 10)]
-    offered = menu({str(i): steps for i in range(20)}, budget=200.0)
-    network, goal = 300.0, 0.75
-
-    def measured(choice: Mapping[str, Option]) -> float:
-        return 1 - truth * sum(10 - o.macs for o in choice.values()) / network
-
-    saving = (1 - goal) * network
-    weights = dict.fromkeys(offered.options, 1.0)
-    choice, possible = replace(offered, budget=offered.budget - saving).best(weights)
-    first = Search(choice=choice, weights=weights, tried=(), possible=possible)
-    found, met = plan_reaching(offered, first, goal, network, measured)
-    assert met
-    assert goal - NEAR <= measured(found) <= goal
-
-
-def test_a_correction_that_changes_nothing_asks_for_more() -> None:
-    """One layer that misses the goal by a hair, and has another option."""
-    rows = {"a": [option("x", 50, 0.1), option("y", 10, 0.4)]}
-    offered = menu(rows, budget=52.0, whole=100)
-    first = Search(choice={"a": rows["a"][0]}, weights={"a": 1.0}, tried=(), possible=True)
-    found, met = plan_reaching(replace(offered, budget=100.0), first, 0.52, 100.0, lambda c: 1.05 * c["a"].macs / 100)
-    assert met
-    assert found == {"a": rows["a"][1]}
-
-
-def test_a_latency_out_of_reach_gives_the_fastest() -> None:
-    offered = menu(TWO, budget=30.0)
-    choice, possible = replace(offered, budget=0.0).best(dict.fromkeys("abc", 1.0))
-    first = Search(choice=choice, weights=dict.fromkeys("abc", 1.0), tried=(), possible=possible)
-    found, met = plan_reaching(offered, first, 0.1, 30.0, lambda choice: 1 - 0.1 * len(choice))
-    assert not met
-    assert len(found) == 3

@@ -1,7 +1,6 @@
 """A latency goal names a regime, and is never met by the network that it started from."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +11,22 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.cli.goals import read_goal, read_goals
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.runtime.probe.latency_probe import LatencyProbe
-from foldcut.compiler.driver.rewritten import Rewritten
-from foldcut.runtime.probe.stored_latency import StoredLatency
 from foldcut.compiler.driver.unchanged import require_change
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit import bypass, set_tensors
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.goal import goal_from_dict
+from foldcut.compiler.plan.goal import read_goal as goal_from_dict
 from foldcut.compiler.plan.plan import Plan
 from foldcut.compiler.report.page import report_page
 from foldcut.compiler.report.report import Report
-from foldcut.compiler.report.words import goal_words
-from foldcut.compiler.store.analysis_store import AnalysisStore
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT, AnalysisStore
 from foldcut.passes.drop.decision import DropBlock
+from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.drop.region_latency import region_savings
 from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.prune.decision import PruneChannels
+from foldcut.runtime.probe.latency_probe import LatencyProbe
+from foldcut.runtime.probe.stored_latency import StoredLatency
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -97,7 +96,7 @@ def test_a_goal_keeps_its_regime() -> None:
     assert (str(cold), str(foldcut.Latency(0.7))) == ("cold latency ratio 0.7", "latency ratio 0.7")
     assert foldcut.Latency(ms=2.0, regime="cold").relative(4.0) == foldcut.Latency(0.5, regime="cold")
     assert cold.aimed(0.6) == foldcut.Latency(0.6, regime="cold")
-    assert goal_words(cold.to_dict()) == "at most 0.7 of the original's latency with cold caches"
+    assert cold.words() == "at most 0.7 of the original's latency with cold caches"
 
 
 @pytest.mark.parametrize("regime", ["warm", "", None, 1])
@@ -130,8 +129,9 @@ def test_plans_and_results_are_measured_in_the_goals_regime(
     model = to_onnx(residual)
     probe = LatencyProbe(residual, model, backend, samples, batch=2, threads=1, seed=0, regime=regime)
     block = find_regions(residual).blocks[0]
-    assert probe.ratio([block]).ratio == pytest.approx(ratio)
-    assert probe.savings([block])[block.name] == pytest.approx(1 - ratio)
+    latency = StoredLatency(NOTHING_KEPT, probe)
+    assert probe.against(drop_blocks(residual, [block])).ratio == pytest.approx(ratio)
+    assert region_savings(latency, [block])[block.name] == pytest.approx(1 - ratio)
     assert probe.original_ms() == pytest.approx(81 if regime == "hot" else 111)
     found = probe.final_regimes(model)
     assert list(found) == [regime, "cold" if regime == "hot" else "hot"]
@@ -204,8 +204,8 @@ def test_noise_does_not_meet_a_goal(counting_backend: Any, tmp_path: Path) -> No
     assert caught.value.best is None and caught.value.hint
 
 
-def rewritten(program: Program, *decisions: Any, **parts: Any) -> Rewritten:
-    return Rewritten(program=program, decisions=decisions, met=True, rejects=(), errors={}, **parts)
+def rewritten(program: Program, *decisions: Any, **parts: Any) -> foldcut.Applied:
+    return foldcut.Applied(program=program, decisions=decisions, **parts)
 
 
 def test_what_counts_as_no_change(residual: Program, nets: SimpleNamespace) -> None:
@@ -231,9 +231,7 @@ def test_what_counts_as_no_change(residual: Program, nets: SimpleNamespace) -> N
 
 
 def test_the_reasons_are_those_of_the_locks(residual: Program) -> None:
-    provenance = foldcut.find_units(residual)
-    locked = tuple(replace(g, reason=f"lock {i}") for i, g in enumerate(provenance.groups))
-    named: Any = SimpleNamespace(groups=locked)
+    locked = foldcut.Reject(reason="lock 0", node="stem")
     with pytest.raises(foldcut.GoalError) as caught:
-        require_change(residual, rewritten(residual, provenance=named), foldcut.Latency(0.9))
-    assert f"{locked[0].name}: lock 0" in str(caught.value.hint)
+        require_change(residual, rewritten(residual, rejects=(locked,)), foldcut.Latency(0.9))
+    assert str(locked) in str(caught.value.hint)

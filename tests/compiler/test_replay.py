@@ -221,7 +221,7 @@ def test_apply_on_the_command_line(files: Path, tmp_path: Path) -> None:
     assert "drop blocks." in done.output and (tmp_path / "again/model.onnx").is_file()
     shown = run("apply", plan, model, "--calib", calib, "--no-mimic", "-o", tmp_path / "solved", "--json")
     assert shown.exit_code == 0, shown.output
-    assert json.loads(shown.stdout)["output_errors"].keys() == {"rewritten", "re-solved"}
+    assert json.loads(shown.stdout)["output_errors"].keys() >= {"rewritten", "re-solved"}
     other = run("apply", plan, files / "net.onnx", "-o", tmp_path / "no")
     assert other.exit_code == 1 and not (tmp_path / "no").exists()
 
@@ -269,7 +269,7 @@ def test_a_module_of_several_inputs_is_replayed_with_its_weights(
     for name, value in first.module.state_dict().items():
         assert torch.equal(value, again.module.state_dict()[name])
     solved = run("apply", "out/plan.json", model, *common, "--json", "-o", "solved")
-    assert json.loads(solved.stdout)["output_errors"].keys() == {"rewritten", "re-solved"}
+    assert json.loads(solved.stdout)["output_errors"].keys() >= {"rewritten", "re-solved"}
 
 
 def test_options_of_samples_need_samples(files: Path, tmp_path: Path) -> None:
@@ -337,13 +337,13 @@ def test_what_a_sweep_has_finished_is_indexed(
 def test_what_is_left_alone_is_sorted_out_for_every_goal(net: nn.Module, data: torch.Tensor) -> None:
     """`blocks.0.conv2` is a layer and no group: a goal that prunes would refuse its name."""
     names, samples = ["blocks.0.conv2", "blocks.1.conv1"], CalibrationSet.of(data)
-    settings = read_settings("2", names, ["prune_channels", "factorize"], None)
+    settings = read_settings("2", names, None)
     mixed = for_every_goal(settings, [foldcut.Latency(0.5), foldcut.Macs(0.5)], net, samples)
     assert mixed.channels.limits.ignore == ("blocks.1.conv1",)
     assert mixed.ranks.ignore == tuple(names)
     alike = [foldcut.Macs(0.8), foldcut.Macs(0.5)]
     assert for_every_goal(settings, alike, net, samples) is settings
-    with pytest.raises(foldcut.GoalError, match=r"no unit group matches 'blocks\.0\.conv2'"):
+    with pytest.raises(foldcut.GoalError, match=r"no unit group or output matches 'blocks\.0\.conv2'"):
         foldcut.sweep(net, data, goals=alike, settings=settings, mimic=False, progress=False)
 
 

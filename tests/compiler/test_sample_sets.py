@@ -3,16 +3,16 @@ in."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.data.sample_sets import MOST_JUDGE, MOST_TEST, SampleSets, divided
-from foldcut.compiler.driver.channel_pipeline import ChannelSettings, cut_channels
+from foldcut.compiler.driver.pipeline import planned_network
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
-from foldcut.compiler.support.progress import StageClock
-from foldcut.passes.solve.resolve_network import ResolveSettings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -191,7 +191,7 @@ def classes(count: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_samples_sorted_by_class_prune_as_shuffled_ones(seed: int) -> None:
+def test_samples_sorted_by_class_prune_as_shuffled_ones(seed: int, contexts: Any) -> None:
     """On fresh samples of all classes the network errs alike, in whatever order its samples came."""
     torch.manual_seed(seed)
     layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
@@ -200,10 +200,8 @@ def test_samples_sorted_by_class_prune_as_shuffled_ones(seed: int) -> None:
     errors = []
     for samples in (data, data[torch.randperm(1000, generator=torch.Generator().manual_seed(4))]):
         sets = PipelineSettings().split(CalibrationSet.of(samples), teacher)
-        few, goal = sets.fit.take(slice(0, 512)), foldcut.Channels(0.5)
-        made = cut_channels(
-            teacher, few, sets.judge, goal, settings=ChannelSettings(), resolve=ResolveSettings(), clock=StageClock()
-        )
+        ctx = contexts(teacher, sets.fit, sets.judge, goal=foldcut.Channels(0.5))
+        made, _ = planned_network(ctx, [foldcut.Prune()])
         errors.append(output_error(teacher, made.program, fresh))
     in_order, shuffled = errors
     assert in_order < 1.5 * shuffled and shuffled < 1.5 * in_order

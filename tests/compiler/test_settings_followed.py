@@ -11,34 +11,23 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import channel_pipeline, drop_pipeline
-from foldcut.passes.prune.error_curves import error_curves
-from foldcut.passes.prune.settings import ChannelSettings
-from foldcut.compiler.driver.drop_pipeline import cut_blocks
-from foldcut.compiler.driver.joint_rewrite import JointSettings, apply_changes, judged, replay
+from foldcut.compiler.driver import apply_decisions
+from foldcut.compiler.driver.apply_decisions import applied, made, solved, solved_at_the_end
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.plan.decision import Decision
-from foldcut.compiler.support.progress import StageClock
-from foldcut.passes.drop.recoverability import RecoverabilitySettings
 from foldcut.passes.factorize.decision import FactorizeLayer
-from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
+from foldcut.passes.factorize.select_ranks import RankAnalysis
+from foldcut.passes.prune import error_curves as curves_module
 from foldcut.passes.prune.channel_budget import ChannelLimits, CutModel, allocate
-from foldcut.passes.prune.decision import PruneChannels
+from foldcut.passes.prune.decision import PruneChannels, UnitCount
+from foldcut.passes.prune.error_curves import error_curves
 from foldcut.passes.prune.select_channels import select_by_norm
-from foldcut.passes.solve.resolve_network import Resolved, ResolveSettings
+from foldcut.passes.prune.settings import ChannelSettings
+from foldcut.passes.solve.resolve_network import Resolved
 
-PLAIN = JointSettings(
-    resolve=ResolveSettings(),
-    channels=ChannelSettings(limits=ChannelLimits(multiple_of=2)),
-    ranks=RankSettings(multiple_of=2),
-    recoverability=RecoverabilitySettings(),
-)
-
-
-def with_channels(**settings: Any) -> JointSettings:
-    return replace(PLAIN, channels=replace(PLAIN.channels, **settings))
+PRUNE = foldcut.Prune(limits=ChannelLimits(multiple_of=2))
+FACTORIZE = foldcut.Factorize(multiple_of=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,58 +36,55 @@ def samples(nets: SimpleNamespace) -> CalibrationSet:
 
 
 @pytest.fixture(scope="module")
-def counts(residual: Program) -> dict[str, int]:
-    return {g.name: len(g) // 2 for g in foldcut.find_units(residual).prunable}
+def counts(residual: Program) -> list[UnitCount]:
+    groups = foldcut.find_units(residual).prunable
+    return [UnitCount(group=g.name, count=len(g) // 2, total=len(g)) for g in groups]
+
+
+@pytest.fixture(scope="module")
+def ctx(residual: Program, samples: CalibrationSet, contexts: Any) -> Any:
+    return contexts(residual, samples)
 
 
 @pytest.fixture(scope="module")
 def factors(residual: Program, samples: CalibrationSet) -> list[FactorizeLayer]:
-    analysis = RankAnalysis(residual, samples, settings=PLAIN.ranks)
+    analysis = RankAnalysis(residual, samples, settings=FACTORIZE)
     name, candidate = next(iter(analysis.candidates.items()))
     return [analysis.decision(name, candidate.trial())]
 
 
-def test_a_mix_chooses_by_the_score(residual: Program, samples: CalibrationSet, counts: dict[str, int]) -> None:
-    applied = apply_changes(residual, samples, with_channels(score="l1"), counts=counts)
+def test_a_mix_chooses_by_the_score(residual: Program, ctx: Any, counts: list[UnitCount]) -> None:
+    done = applied(ctx, [replace(PRUNE, score="l1")], counts)
     provenance = foldcut.find_units(residual)
-    for group in provenance.prunable:
-        expected = select_by_norm(provenance, group, counts[group.name], power=1).order
-        assert torch.equal(applied.selections[group.name].order, expected)
+    for group, wanted in zip(provenance.prunable, counts, strict=True):
+        expected = select_by_norm(provenance, group, wanted.count, power=1).order
+        assert torch.equal(done.report["selections"][group.name].order, expected)
 
 
-def test_a_mix_that_is_not_to_be_solved_keeps_its_weights(
-    residual: Program, samples: CalibrationSet, counts: dict[str, int]
-) -> None:
-    applied = apply_changes(residual, samples, with_channels(resolve=False), counts=counts)
+def test_a_mix_that_is_not_to_be_solved_keeps_its_weights(residual: Program, ctx: Any, counts: list[UnitCount]) -> None:
+    done = made(ctx, [replace(PRUNE, resolve=False)], counts)
     weights = {float(v) for t in residual.module.state_dict().values() for v in t.flatten()}
-    assert all(float(v) in weights for t in applied.program.module.state_dict().values() for v in t.flatten()[:4])
-    assert list(judged(residual, applied, samples)[1]) == ["rewritten"]
+    assert all(float(v) in weights for t in done.program.module.state_dict().values() for v in t.flatten()[:4])
+    assert list(done.errors) == ["rewritten"]
 
 
-def test_a_mix_may_go_unpolished(residual: Program, samples: CalibrationSet, counts: dict[str, int]) -> None:
-    applied = apply_changes(residual, samples, with_channels(polish=False), counts=counts)
-    assert applied.program is applied.rewritten and applied.layers
-    polished = apply_changes(residual, samples, PLAIN, counts=counts)
-    assert polished.program is not polished.rewritten
+def test_a_mix_may_go_unpolished(ctx: Any, counts: list[UnitCount]) -> None:
+    rewrites = [replace(PRUNE, polish=False)]
+    done = applied(ctx, rewrites, counts)
+    assert solved(ctx, rewrites, done) is done and done.layers
+    assert solved(ctx, [PRUNE], done).program is not done.program
 
 
-def test_factors_may_stay_as_they_are_cut(
-    residual: Program, samples: CalibrationSet, factors: list[FactorizeLayer]
-) -> None:
-    settings = replace(PLAIN, ranks=replace(PLAIN.ranks, resolve=False))
-    applied = apply_changes(residual, samples, settings, ranks=factors)
-    assert applied.program is applied.rewritten
+def test_factors_may_stay_as_they_are_cut(ctx: Any, factors: list[FactorizeLayer]) -> None:
+    rewrites = [replace(FACTORIZE, resolve=False)]
+    done = applied(ctx, rewrites, factors)
+    assert solved(ctx, rewrites, done) is done
 
 
 @pytest.mark.parametrize("setting", ["polish", "resolve"])
-def test_settings_that_contradict_each_other_are_refused(
-    setting: str, residual: Program, samples: CalibrationSet, factors: list[FactorizeLayer]
-) -> None:
-    group = next(g for g in foldcut.find_units(residual).prunable if g.name.startswith("blocks.1"))
-    cut = PruneChannels(group=group.name, kept=(0, 1, 2, 3), total=len(group))
-    decisions: list[Decision] = [cut, *factors]
+def test_settings_that_contradict_each_other_are_refused(setting: str) -> None:
     with pytest.raises(foldcut.CompilerError, match=rf"ChannelSettings\.{setting}=False.*factorize"):
-        replay(residual, decisions, samples, with_channels(**{setting: False}))
+        solved_at_the_end([replace(PRUNE, **{setting: False}), FACTORIZE])  # type: ignore[arg-type]
 
 
 def test_a_replay_refuses_before_anything_is_solved(residual_net: Any, nets: SimpleNamespace) -> None:
@@ -121,7 +107,7 @@ def test_a_group_whose_error_is_no_number_is_not_cut_first(
 ) -> None:
     provenance = foldcut.find_units(residual)
     broken = provenance.prunable[0]
-    heights, shapes = channel_pipeline._height, channel_pipeline.select_layerwise
+    heights, shapes = curves_module._height, curves_module.select_layerwise
 
     def height(where_: Any, few: Any, others: Any, group: Any, count: int) -> float:
         return float("nan") if where == "height" and group is broken else heights(where_, few, others, group, count)
@@ -132,8 +118,8 @@ def test_a_group_whose_error_is_no_number_is_not_cut_first(
             errors = selection.errors * float("nan") if lost else selection.errors
             yield group, replace(selection, errors=errors)
 
-    monkeypatch.setattr(channel_pipeline, "_height", height)
-    monkeypatch.setattr(channel_pipeline, "select_layerwise", curves)
+    monkeypatch.setattr(curves_module, "_height", height)
+    monkeypatch.setattr(curves_module, "select_layerwise", curves)
     found = error_curves(provenance, samples, provenance.prunable)
     assert all(bool(curve.isfinite().all()) for curve in found.values())
     model = CutModel.of_macs(provenance, provenance.prunable)
@@ -143,7 +129,7 @@ def test_a_group_whose_error_is_no_number_is_not_cut_first(
 
 
 def test_dropping_blocks_keeps_the_better_weights(
-    residual: Program, samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+    residual: Program, samples: CalibrationSet, contexts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A re-solve that makes it worse on the samples that judge is undone."""
 
@@ -152,18 +138,9 @@ def test_dropping_blocks_keeps_the_better_weights(
         changed = {name: 10 * student.module.get_parameter(name).detach()}
         return Resolved(program=set_tensors(student, changed, note="worse"), layers=(), locked=())
 
-    monkeypatch.setattr(drop_pipeline, "stored_resolve", worse)
-    made = cut_blocks(
-        residual,
-        find_regions(residual),
-        samples,
-        samples,
-        foldcut.Blocks(1),
-        None,  # type: ignore[arg-type]
-        recoverability=RecoverabilitySettings(),
-        resolve=ResolveSettings(),
-        solve_samples=40,
-        clock=StageClock(),
-    )
-    assert made.errors["re-solved"] == made.errors["dropped"]
-    assert torch.equal(made.program.module.get_parameter("head.weight"), residual.module.get_parameter("head.weight"))
+    monkeypatch.setattr(apply_decisions, "stored_resolve", worse)
+    region = find_regions(residual).blocks[0]
+    drop = foldcut.DropBlock(entry=region.entry, exit=region.exit)
+    done = made(contexts(residual, samples), [foldcut.Drop()], [drop])
+    assert done.errors["re-solved"] == done.errors["rewritten"]
+    assert torch.equal(done.program.module.get_parameter("head.weight"), residual.module.get_parameter("head.weight"))

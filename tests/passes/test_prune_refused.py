@@ -6,7 +6,6 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.analysis.provenance import find_units
-from foldcut.passes.prune.settings import ChannelSettings
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.support.errors import RewriteError
@@ -14,6 +13,7 @@ from foldcut.passes.prune.channel_budget import ChannelLimits
 from foldcut.passes.prune.cuttable import cut_again, cuttable_groups
 from foldcut.passes.prune.decision import Channels
 from foldcut.passes.prune.prune_channels import CutRefusedError, prune_channels
+from foldcut.passes.prune.settings import ChannelSettings
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
