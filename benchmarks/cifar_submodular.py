@@ -17,11 +17,11 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.program import Program
+from foldcut.passes.cut.prune_channels import Pruned, prune_channels
 from foldcut.passes.mimic.settings import MimicSettings
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.passes.prune.channel_budget import ChannelLimits, CutModel, allocate
 from foldcut.passes.prune.error_curves import error_curves
-from foldcut.passes.prune.prune_channels import Pruned, prune_channels
 from foldcut.passes.prune.select_channels import choose_channels, find_consumers, select_by_norm
 from foldcut.passes.prune.submodular import Selection
 from foldcut.passes.solve.moments import collect_moments

@@ -28,8 +28,8 @@ from foldcut.compiler.analysis.provenance import Provenance, find_units
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.edit_folds import fold_parameters
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import prune_channels
 from foreign_ops import declare_torchvision_ops
 from rows import Record, Row, make_rows
 from torch.utils import _pytree as pytree

@@ -29,9 +29,9 @@ from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.support.errors import CompilerError
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import Pruned, prune_channels
 from foldcut.passes.drop.drop_blocks import drop_blocks
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import Pruned, prune_channels
 from hardening_expected import Expected, deletions
 from hardening_networks import Network, Recipe, build
 from hardening_oracle import UnknownError

@@ -10,12 +10,12 @@ from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
+from foldcut.passes.cut.prune_channels import Pruned, prune_channels
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.factorize.decompositions import Geometry
 from foldcut.passes.factorize.factorize import factorize_plain
 from foldcut.passes.factorize.low_rank import SCHEMES, suitable
-from foldcut.passes.prune.prune_channels import Pruned, prune_channels
 from foldcut.passes.prune.select_channels import choose_channels
 from foldcut.passes.solve.layers import find_layers
 from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network

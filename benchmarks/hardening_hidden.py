@@ -14,7 +14,7 @@ from foldcut.compiler.analysis.unit_groups import UnitGroup
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.program import Program
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import choose_channels
 from foldcut.passes.solve.resolve_network import ResolveSettings
 from hardening_checks import Case, WrongError, check_program, same

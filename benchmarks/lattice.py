@@ -25,9 +25,9 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.edit_folds import fold_parameters
 from foldcut.compiler.ir.program import Program
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.channel_budget import ChannelLimits, free_groups
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import prune_channels
 from foldcut.runtime.measure.backend import resolve_backend
 from foldcut.runtime.measure.loading import loaded
 from foldcut.runtime.measure.measure import measure_pair

@@ -29,8 +29,8 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.analysis.unit_groups import surplus_units
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit_folds import fold_parameters
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.runtime.measure.backend import Clock, Runner, resolve_backend
 from foldcut.runtime.measure.environment import cpus_available
 from foldcut.runtime.measure.loading import opened

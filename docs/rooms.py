@@ -75,7 +75,7 @@ def edges() -> dict[str, set[str]]:
 
 
 def ordered(graph: dict[str, set[str]]) -> list[str]:
-    """The rooms, each behind all that it imports. Raises ValueError, with the rooms, where they go round in a circle."""
+    """The rooms, each behind all that it imports. Raises ValueError, with the rooms, where they go in a circle."""
     order: list[str] = []
     left = dict(graph)
     while left:

@@ -11,12 +11,12 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.cli.demo import DigitNet, load_digits
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.factorize.decision import Ranks
 from foldcut.passes.factorize.factorize import factorize
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
 from foldcut.passes.frank_wolfe import FrankWolfe, SpectralKSupport, parameter_groups
 from foldcut.passes.prune.channel_budget import ChannelLimits, uniform_counts
-from foldcut.passes.prune.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import select_by_norm
 from matplotlib import pyplot
 from torch.nn import functional as F

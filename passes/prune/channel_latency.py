@@ -15,7 +15,7 @@ from ...compiler.ir.program import Program
 from ...compiler.ir.segments import Segment, find_segments
 from ...compiler.support.progress import Progress, silent
 from ...runtime.predict.latency_table import LatencyTable
-from .prune_channels import prune_channels
+from ..cut.prune_channels import prune_channels
 
 
 def touched_layers(provenance: Provenance, group: UnitGroup, *roles: str) -> set[str]:

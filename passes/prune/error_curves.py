@@ -14,8 +14,8 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.output_error import BROKEN, bounded, output_error
 from ...compiler.store.analysis_store import NOTHING_KEPT, AnalysisStore
 from ...compiler.support.progress import Progress, silent
+from ..cut.prune_channels import prune_channels
 from ..solve.weighing import weighing_samples
-from .prune_channels import prune_channels
 from .select_channels import choose_channels, select_layerwise
 
 #: Errors below this share of those without any unit are rounding.

@@ -19,11 +19,11 @@ from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
 from ...compiler.support.errors import GoalError, Reject
+from ..cut.cuttable import cut_again, cuttable_groups
+from ..cut.prune_channels import Pruned, prune_channels
 from .channel_budget import free_groups, uniform_counts
-from .cuttable import cut_again, cuttable_groups
 from .decision import Channels, PruneChannels, UnitCount
 from .offers import counted_offer, measured_offer
-from .prune_channels import Pruned, prune_channels
 from .select_channels import ChannelChoice, select_by_norm
 from .settings import ChannelSettings
 from .stored import stored_channels

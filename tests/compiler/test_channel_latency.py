@@ -6,9 +6,9 @@ import pytest
 from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.analysis.unit_groups import surplus_units
 from foldcut.compiler.ir.program import Program
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.channel_latency import group_savings, touched_layers
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import prune_channels
 from foldcut.runtime.predict.latency_table import LatencyTable
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

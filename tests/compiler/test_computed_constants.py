@@ -11,7 +11,7 @@ import torch
 from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import choose_channels
 from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from torch import nn

@@ -16,8 +16,8 @@ from foldcut.compiler.goals.max_error import _bisected
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.plan.goal import read_goal
 from foldcut.compiler.plan.joint_search import Found, Tried
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.channel_budget import CutModel
-from foldcut.passes.prune.prune_channels import prune_channels
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

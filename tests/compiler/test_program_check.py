@@ -12,7 +12,7 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import bypass
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.support.errors import ProgramError
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from torch import nn
 
 

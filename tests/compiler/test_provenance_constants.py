@@ -9,7 +9,7 @@ from foldcut.compiler.analysis.provenance import Provenance, find_units
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import replace_calls
 from foldcut.compiler.ir.program import Program, tensor_identity
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

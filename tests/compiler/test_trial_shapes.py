@@ -10,7 +10,7 @@ from foldcut.compiler.ir import edit
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.ir.trial_shapes import TrialShapes, UnknownShapeError
 from foldcut.compiler.support.errors import ProgramError
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

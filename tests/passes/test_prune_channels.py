@@ -15,8 +15,8 @@ from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.program import Program, is_tensor
 from foldcut.compiler.support.errors import RewriteError
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

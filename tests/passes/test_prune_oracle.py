@@ -13,8 +13,8 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.execute import bind, evaluate
 from foldcut.compiler.ir.program import Program, output_nodes
 from foldcut.compiler.support.errors import RewriteError
-from foldcut.passes.prune.cuttable import cuttable_groups
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.cuttable import cuttable_groups
+from foldcut.passes.cut.prune_channels import prune_channels
 from torch import nn
 from torch.nn import functional as F
 

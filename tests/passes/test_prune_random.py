@@ -11,7 +11,7 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.program import Program
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import Consumer, find_consumers
 from foldcut.passes.prune.submodular import Objective, select_units
 from foldcut.passes.solve.closed_form import solve_without

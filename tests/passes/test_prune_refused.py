@@ -9,10 +9,10 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.support.errors import RewriteError
+from foldcut.passes.cut.cuttable import cut_again, cuttable_groups
+from foldcut.passes.cut.prune_channels import CutRefusedError, prune_channels
 from foldcut.passes.prune.channel_budget import ChannelLimits
-from foldcut.passes.prune.cuttable import cut_again, cuttable_groups
 from foldcut.passes.prune.decision import Channels
-from foldcut.passes.prune.prune_channels import CutRefusedError, prune_channels
 from foldcut.passes.prune.settings import ChannelSettings
 from torch import nn
 

@@ -7,7 +7,7 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import choose_channels
 from torch import nn
 

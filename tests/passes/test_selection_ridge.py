@@ -7,8 +7,8 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.error_curves import error_curves
-from foldcut.passes.prune.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import choose_channels, select_layerwise
 from foldcut.passes.prune.submodular import Objective, Selection, select_units, submodularity_bound
 from foldcut.passes.solve.closed_form import ridge_level, solve_without

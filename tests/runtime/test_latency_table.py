@@ -11,8 +11,8 @@ from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import node_macs
 from foldcut.compiler.ir.program import Program
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.drop.drop_blocks import drop_blocks
-from foldcut.passes.prune.prune_channels import prune_channels
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
 from foldcut.runtime.predict.latency_table import LatencyTable

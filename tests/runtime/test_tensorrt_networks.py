@@ -11,7 +11,7 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.program import Program
-from foldcut.passes.prune.prune_channels import prune_channels
+from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.runtime.measure.backend import Array
 from foldcut.runtime.tensorrt.backend import TensorRTBackend
 from foldcut.runtime.tensorrt.half_precision import to_half_precision
