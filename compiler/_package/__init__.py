@@ -1,52 +1,107 @@
 """foldcut: make a trained network faster from the network, a few hundred unlabelled inputs and a latency goal."""
 
-from .compiler import starting as _starting  # noqa: F401 - first: the rest takes seconds to load
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
-# isort: split
-from .compiler.analysis.provenance import Provenance, find_units
-from .compiler.analysis.regions import Region, RegionAnalysis, find_regions
-from .compiler.analysis.unit_groups import UnitGroup
-from .compiler.data.calibration_set import CalibrationSet, horizontal_flip, random_crop, read_calibration
-from .compiler.driver.api import Compiled, compile
-from .compiler.driver.pipeline_settings import PipelineSettings
-from .compiler.driver.replay import Replayed, apply, apply_plan
-from .compiler.driver.saved import Saved, load
-from .compiler.driver.sweep import Sweep, SweepPoint, sweep
-from .compiler.frontend.capture import capture
-from .compiler.goals.counted import Macs, Parameters
-from .compiler.goals.latency import Latency
-from .compiler.goals.max_error import MaxError
-from .compiler.ir.program import Program, TensorSpec
-from .compiler.plan.decision import Decision
-from .compiler.plan.goal import Goal
-from .compiler.plan.plan import Plan
-from .compiler.report.report import Report
-from .compiler.rewrite.rewrite import Applied, Offer, Rewrite
-from .compiler.support.errors import (
-    BackendError,
-    CalibrationError,
-    CaptureError,
-    CompilerError,
-    ExportError,
-    GoalError,
-    OutputError,
-    PlanError,
-    ProgramError,
-    Reject,
-    RewriteError,
-)
+from .compiler import starting as _starting  # noqa: F401 - first: what follows takes seconds to load
 from .compiler.support.version import __version__ as __version__
-from .passes.drop.decision import Blocks, DropBlock
-from .passes.drop.rewrite import Drop
-from .passes.factorize.decision import FactorizeLayer, Ranks
-from .passes.factorize.rewrite import Factorize
-from .passes.factorize.select_ranks import RankSettings
-from .passes.mimic.settings import MimicSettings
-from .passes.prune.channel_budget import ChannelLimits
-from .passes.prune.decision import Channels, PruneChannels
-from .passes.prune.rewrite import Prune
-from .passes.prune.settings import ChannelSettings
 
+if TYPE_CHECKING:
+    from .compiler.analysis.provenance import Provenance as Provenance
+    from .compiler.analysis.provenance import find_units as find_units
+    from .compiler.analysis.regions import Region as Region
+    from .compiler.analysis.regions import RegionAnalysis as RegionAnalysis
+    from .compiler.analysis.regions import find_regions as find_regions
+    from .compiler.analysis.unit_groups import UnitGroup as UnitGroup
+    from .compiler.data.calibration_set import CalibrationSet as CalibrationSet
+    from .compiler.data.calibration_set import horizontal_flip as horizontal_flip
+    from .compiler.data.calibration_set import random_crop as random_crop
+    from .compiler.data.calibration_set import read_calibration as read_calibration
+    from .compiler.driver.api import Compiled as Compiled
+    from .compiler.driver.api import compile as compile
+    from .compiler.driver.builtin import Plan as Plan
+    from .compiler.driver.pipeline_settings import PipelineSettings as PipelineSettings
+    from .compiler.driver.replay import Replayed as Replayed
+    from .compiler.driver.replay import apply as apply
+    from .compiler.driver.replay import apply_plan as apply_plan
+    from .compiler.driver.saved import Saved as Saved
+    from .compiler.driver.saved import load as load
+    from .compiler.driver.sweep import Sweep as Sweep
+    from .compiler.driver.sweep import SweepPoint as SweepPoint
+    from .compiler.driver.sweep import sweep as sweep
+    from .compiler.frontend.capture import capture as capture
+    from .compiler.goals.counted import Macs as Macs
+    from .compiler.goals.counted import Parameters as Parameters
+    from .compiler.goals.latency import Latency as Latency
+    from .compiler.goals.max_error import MaxError as MaxError
+    from .compiler.ir.program import Program as Program
+    from .compiler.ir.program import TensorSpec as TensorSpec
+    from .compiler.plan.decision import Decision as Decision
+    from .compiler.plan.goal import Goal as Goal
+    from .compiler.report.report import Report as Report
+    from .compiler.rewrite.rewrite import Applied as Applied
+    from .compiler.rewrite.rewrite import Offer as Offer
+    from .compiler.rewrite.rewrite import Rewrite as Rewrite
+    from .compiler.support.errors import BackendError as BackendError
+    from .compiler.support.errors import CalibrationError as CalibrationError
+    from .compiler.support.errors import CaptureError as CaptureError
+    from .compiler.support.errors import CompilerError as CompilerError
+    from .compiler.support.errors import ExportError as ExportError
+    from .compiler.support.errors import GoalError as GoalError
+    from .compiler.support.errors import OutputError as OutputError
+    from .compiler.support.errors import PlanError as PlanError
+    from .compiler.support.errors import ProgramError as ProgramError
+    from .compiler.support.errors import Reject as Reject
+    from .compiler.support.errors import RewriteError as RewriteError
+    from .passes.drop.decision import Blocks as Blocks
+    from .passes.drop.decision import DropBlock as DropBlock
+    from .passes.drop.rewrite import Drop as Drop
+    from .passes.factorize.decision import FactorizeLayer as FactorizeLayer
+    from .passes.factorize.decision import Ranks as Ranks
+    from .passes.factorize.rewrite import Factorize as Factorize
+    from .passes.factorize.select_ranks import RankSettings as RankSettings
+    from .passes.mimic.settings import MimicSettings as MimicSettings
+    from .passes.prune.channel_budget import ChannelLimits as ChannelLimits
+    from .passes.prune.decision import Channels as Channels
+    from .passes.prune.decision import PruneChannels as PruneChannels
+    from .passes.prune.rewrite import Prune as Prune
+    from .passes.prune.settings import ChannelSettings as ChannelSettings
+
+#: Where each public name is defined: it is imported when it is first asked for.
+_HOMES = {
+    "compiler.analysis.provenance": "Provenance find_units",
+    "compiler.analysis.regions": "Region RegionAnalysis find_regions",
+    "compiler.analysis.unit_groups": "UnitGroup",
+    "compiler.data.calibration_set": "CalibrationSet horizontal_flip random_crop read_calibration",
+    "compiler.driver.api": "Compiled compile",
+    "compiler.driver.builtin": "Plan",
+    "compiler.driver.pipeline_settings": "PipelineSettings",
+    "compiler.driver.replay": "Replayed apply apply_plan",
+    "compiler.driver.saved": "Saved load",
+    "compiler.driver.sweep": "Sweep SweepPoint sweep",
+    "compiler.frontend.capture": "capture",
+    "compiler.goals.counted": "Macs Parameters",
+    "compiler.goals.latency": "Latency",
+    "compiler.goals.max_error": "MaxError",
+    "compiler.ir.program": "Program TensorSpec",
+    "compiler.plan.decision": "Decision",
+    "compiler.plan.goal": "Goal",
+    "compiler.report.report": "Report",
+    "compiler.rewrite.rewrite": "Applied Offer Rewrite",
+    "compiler.support.errors": "BackendError CalibrationError CaptureError CompilerError "
+    "ExportError GoalError OutputError PlanError ProgramError Reject RewriteError",
+    "passes.drop.decision": "Blocks DropBlock",
+    "passes.drop.rewrite": "Drop",
+    "passes.factorize.decision": "FactorizeLayer Ranks",
+    "passes.factorize.rewrite": "Factorize",
+    "passes.factorize.select_ranks": "RankSettings",
+    "passes.mimic.settings": "MimicSettings",
+    "passes.prune.channel_budget": "ChannelLimits",
+    "passes.prune.decision": "Channels PruneChannels",
+    "passes.prune.rewrite": "Prune",
+    "passes.prune.settings": "ChannelSettings",
+}
 __all__ = [
     "Applied",
     "BackendError",
@@ -108,3 +163,14 @@ __all__ = [
     "read_calibration",
     "sweep",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(_import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

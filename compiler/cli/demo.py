@@ -14,9 +14,14 @@ from torch.nn import functional as F
 from ...passes.mimic.settings import MimicSettings
 from ..driver.api import Compiled
 from ..driver.api import compile as compile_model
+from ..goals.latency import Latency
 from ..plan.goal import Goal
+from ..support.atomic_files import check_writable
 from ..support.errors import CompilerError, GoalError
-from .tables import show_line
+from .compile import end_unmet, say_written
+from .console import guarded, out, show_line
+from .goals import read_rewrites
+from .options import DemoOptions
 
 EPOCHS = 8
 CALIBRATION_SAMPLES = 300
@@ -127,3 +132,21 @@ def run_demo(
     console.print(table)
     show_line("done: " + ", ".join(map(str, result.plan.decisions)), console)
     return result, missed
+
+
+def run(options: DemoOptions) -> None:
+    """Carry it out."""
+
+    def work() -> None:
+        check_writable(options.output)
+        asked, console = Latency(options.goal), Console(quiet=True) if options.quiet else out
+        allowed = read_rewrites(options.rewrites, [asked])
+        shown = not options.quiet
+        result, unmet = run_demo(asked, rewrites=allowed, seed=options.seed, progress=shown, console=console)
+        result.save(options.output)
+        if shown:
+            say_written(options.output, result)
+        if unmet is not None:
+            end_unmet(unmet)
+
+    guarded(work, debug=options.debug)

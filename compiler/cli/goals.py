@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..goals.max_error import MaxError
 from ..ir.edit_folds import fold_parameters
 from ..plan.goal import Goal
 from ..support.errors import GoalError
+from .options import CompileOptions, RunOptions
 
 #: Every goal of the command line.
 EXAMPLES = (
@@ -37,34 +38,20 @@ EXAMPLES = (
 )
 
 
-def read_goal(
-    latency: str | None,
-    blocks: int | None,
-    keep: float | None,
-    macs: float | None,
-    parameters: float | None,
-    max_error: float | None,
-    ranks: float | None,
-    regime: str | None = None,
-) -> Goal:
+def read_goal(options: CompileOptions) -> Goal:
     """The one goal that was given; `regime` is that of a latency. Raises GoalError."""
-    given: list[Goal] = []
-    if latency is not None:
-        given.append(_latency(latency, regime))
-    elif regime is not None:
+    if options.latency is None and options.regime is not None:
         raise GoalError("--regime says how a latency is measured, and none is asked for", hint="give --latency as well")
-    if blocks is not None:
-        given.append(Blocks(blocks))
-    if keep is not None:
-        given.append(Channels(keep))
-    if macs is not None:
-        given.append(Macs(macs))
-    if parameters is not None:
-        given.append(Parameters(parameters))
-    if max_error is not None:
-        given.append(MaxError(max_error))
-    if ranks is not None:
-        given.append(Ranks(keep=ranks))
+    made: list[tuple[Any, Callable[[Any], Goal]]] = [
+        (options.latency, lambda text: _latency(text, options.regime)),
+        (options.blocks, Blocks),
+        (options.keep, Channels),
+        (options.macs, Macs),
+        (options.parameters, Parameters),
+        (options.max_error, MaxError),
+        (options.ranks, lambda share: Ranks(keep=share)),
+    ]
+    given = [make(value) for value, make in made if value is not None]
     if len(given) != 1:
         raise GoalError("give one goal", hint=f"{', '.join(EXAMPLES[:-1])} or {EXAMPLES[-1]}")
     return given[0]
@@ -112,9 +99,10 @@ def _latency(text: str, regime: str | None) -> Latency:
     return Latency(**wanted)
 
 
-def read_settings(multiple_of: str | None, ignore: list[str], search_seconds: float | None) -> PipelineSettings:
+def read_settings(options: RunOptions) -> PipelineSettings:
     """What channel counts and ranks go to, what is left alone, how long a mix is looked for.
     Raises GoalError."""
+    multiple_of = options.multiple_of
     lattice = multiple_of == "lattice"
     try:
         multiple = None if lattice or multiple_of is None else int(multiple_of)
@@ -123,12 +111,12 @@ def read_settings(multiple_of: str | None, ignore: list[str], search_seconds: fl
     if multiple is not None and multiple < 1:
         raise GoalError("--multiple-of starts at 1", hint=f"give a whole number from 1 on, or lattice, not {multiple}")
     steps: dict[str, Any] = {} if multiple is None else {"multiple_of": multiple}
-    names = tuple(ignore)
+    names = tuple(options.ignore or ())
     limits = ChannelLimits(**steps, ignore=names)
     return PipelineSettings(
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
         ranks=RankSettings(**steps, ignore=names, on_lattice=lattice),
-        search_seconds=search_seconds,
+        search_seconds=options.search_seconds,
     )
 
 

@@ -1,36 +1,13 @@
-"""What the commands share: options, how samples are read, how errors are shown, exit codes."""
+"""The options of every command, declared once: a command's options are a dataclass, which typer reads."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from enum import IntEnum, StrEnum
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
-
-from ..data.calibration_set import CalibrationSet, read_calibration
-from ..support.errors import CalibrationError, CaptureError, CompilerError
-from .tables import show_line
-
-out, err = Console(), Console(stderr=True)
-
-
-class Exit(IntEnum):
-    """Exit codes of every command."""
-
-    DONE = 0
-    #: A foldcut error: bad input, nothing written.
-    ERROR = 1
-    #: Wrong usage of the command line (typer's own).
-    USAGE = 2
-    #: A goal was not met (the best result is written), or files differ.
-    NOT_MET = 3
-    #: Ctrl-C; no file is half-written.
-    INTERRUPTED = 130
 
 
 class Caches(StrEnum):
@@ -104,136 +81,202 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-
-def read_samples(
-    calib: Path,
-    *,
-    key: str | None,
-    size: str | None,
-    mean: str | None,
-    std: str | None,
-    limit: int | None,
-    input_shape: str | None = None,
-) -> CalibrationSet:
-    """The calibration set of the command line. Raises CalibrationError and CompilerError."""
-    samples = read_calibration(calib, key=key, size=_pair(size), mean=_floats(mean), std=_floats(std), limit=limit)
-    if input_shape is not None and list(samples.leaves[0].shape[1:]) != read_shape(input_shape):
-        raise CompilerError(
-            "--input-shape is not the shape of the calibration samples",
-            expected=input_shape,
-            actual=list(samples.leaves[0].shape[1:]),
-            hint="leave it out, or resize the samples",
-        )
-    return samples
+OutputOption = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2, plan.json, report.json, report.html."),
+]
+InputsOption = Annotated[
+    Path | None, typer.Option(help="Real inputs: .npy, .npz (one array for each input), .pt or a folder of images.")
+]
+BeforeArgument = Annotated[Path, typer.Argument(help="ONNX file of the original.")]
+AfterArgument = Annotated[Path, typer.Argument(help="ONNX file to compare with it.")]
 
 
-def sample_reader(
-    path: Path | None,
-    *,
-    key: str | None,
-    size: str | None,
-    mean: str | None,
-    std: str | None,
-    input_shape: str | None = None,
-) -> Callable[[int | None], CalibrationSet] | None:
-    """What reads so many samples (None: all) where a command need not be given any, None where it is not.
-    Raises CalibrationError when nothing is to be read, and yet something is said about how."""
-    if path is not None:
-        return lambda limit: read_samples(
-            path, key=key, size=size, mean=mean, std=std, limit=limit, input_shape=input_shape
-        )
-    options = {"--key": key, "--size": size, "--mean": mean, "--std": std}
-    told = " and ".join(name for name, value in options.items() if value is not None)
-    if told:
-        raise CalibrationError(
-            f"{told}: there are no samples to read", hint=f"name a file or folder of samples, or leave {told} out"
-        )
-    return None
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How samples of a file or a folder are read."""
+
+    key: KeyOption = None
+    mean: MeanOption = None
+    std: StdOption = None
+    size: SizeOption = None
 
 
-def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
-    """The `cache` argument of `compile`. Raises CompilerError."""
-    if fresh and cache is not None:
-        raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
-    return False if fresh else cache or True
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(ImageOptions):
+    """... and how many."""
+
+    limit: LimitOption = None
 
 
-def after_interrupt(fresh: bool, written: str = "nothing was written") -> str:
-    """What is true of a command that was interrupted: analyses are kept unless it was told to keep none."""
-    return written if fresh else f"{written}; what is done is kept, and the same command goes on from there"
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions(SampleOptions):
+    """What solving and training take, and where results are kept."""
+
+    flip: FlipOption = False
+    mimic: MimicOption = True
+    seed: SeedOption = 0
+    cache: CacheOption = None
+    fresh: FreshOption = False
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+    debug: DebugOption = False
 
 
-def read_shape(shape: str) -> list[int]:
-    """The sizes in "3,224,224". Raises CaptureError."""
-    sizes = _sizes(shape)
-    if not sizes:
-        raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers from 1 on such as 3,224,224")
-    return sizes
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SolveOptions):
+    """What `compile` and `sweep` share."""
+
+    model: ModelArgument
+    calib: CalibOption
+    output: OutputOption
+    regime: RegimeOption = None
+    rewrites: RewritesOption = None
+    multiple_of: MultipleOption = None
+    ignore: IgnoreOption = None
+    search_seconds: SearchOption = None
+    backend: BackendOption = "onnxruntime"
+    batch: BatchOption = 1
+    threads: ThreadsOption = 1
+    weights: WeightsOption = None
 
 
-def _sizes(text: str) -> list[int]:
-    """Whole numbers from 1 on between commas; none for anything else."""
-    parts = text.split(",")
-    return [int(part) for part in parts] if all(p.strip().isdecimal() and int(p) > 0 for p in parts) else []
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions(RunOptions):
+    """Compile MODEL to a goal and write the output folder."""
+
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="R", help="Goal: measured latency at most R times the original's, or `2.5ms` in all."),
+    ] = None
+    blocks: Annotated[int | None, typer.Option(metavar="K", help="Goal: drop K blocks.")] = None
+    keep: Annotated[
+        float | None, typer.Option(metavar="S", help="Goal: keep a share S of the channels of every group.")
+    ] = None
+    macs: Annotated[
+        float | None, typer.Option(metavar="R", help="Goal: at most R times the original's multiply-accumulates.")
+    ] = None
+    parameters: Annotated[
+        float | None, typer.Option(metavar="R", help="Goal: at most R times the original's parameters.")
+    ] = None
+    max_error: Annotated[
+        float | None, typer.Option(metavar="E", help="Goal: as fast as a relative output error of E allows.")
+    ] = None
+    ranks: Annotated[
+        float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
+    ] = None
+    input_shape: ShapeOption = None
 
 
-def _floats(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(float(v) for v in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3:
-        raise CompilerError(
-            f"{text!r} is not one number per channel", expected="three numbers such as 0.485,0.456,0.406"
-        )
-    return values
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(RunOptions):
+    """Compile MODEL to several goals from one set of analyses, and show which results no other beats.
+
+    Every result is written as soon as it is there. Exit code 3 when a goal was not met.
+    """
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for a folder of each goal, and sweep.json.")]
+    latency: Annotated[
+        str | None, typer.Option(metavar="R,R", help="Latency goals: ratios, or milliseconds such as 2.5ms.")
+    ] = None
+    macs: Annotated[str | None, typer.Option(metavar="R,R", help="Goals in multiply-accumulates.")] = None
 
 
-def _pair(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sizes = _sizes(text)
-    if len(sizes) != 2:
-        raise CompilerError(f"--size {text!r} is not a size", expected="two numbers from 1 on such as 224,224")
-    return sizes[0], sizes[1]
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions(SolveOptions):
+    """Put PLAN into effect on MODEL, the network that it was made for: without data, with the weights that were saved
+    beside the plan; with --calib, solved again.
+
+    A module whose inputs are not one array of floats takes both --solved and --calib: weights, and inputs' form.
+    """
+
+    plan: Annotated[Path, typer.Argument(help="A plan.json that foldcut wrote.")]
+    model: ModelArgument
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.onnx, model.pt2 and plan.json.")]
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unlabelled inputs (.npy, .npz, .pt or a folder) to solve the layers again with; with --solved an "
+            "example of the inputs only."
+        ),
+    ] = None
+    solved: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model.pt2 of the first time: its weights are taken, nothing is solved.",
+            show_default="the one beside PLAN, unless there is --calib",
+        ),
+    ] = None
+    weights: WeightsOption = None
+    input_shape: ShapeOption = None
 
 
-def say(text: str, *, head: str = "", style: str = "bold red") -> None:
-    """A line on stderr, `head` in front of it in colour."""
-    show_line(Text.assemble((head, style), ": " if head else "", text), err)
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(ImageOptions):
+    """Show the removable regions and the unit groups of MODEL, their cost, and what was left alone and why."""
+
+    model: ModelArgument
+    weights: WeightsOption = None
+    input_shape: ShapeOption = None
+    calib: Annotated[Path | None, typer.Option(help="A calibration set to take the input shape from.")] = None
+    graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False
+    as_json: JsonOption = False
+    debug: DebugOption = False
 
 
-def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothing was written") -> None:
-    """Errors as one line and a hint; warnings as one line each."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_args, **_kwargs: say(str(message), head="warning", style="yellow")
-        try:
-            work()
-        except CompilerError as error:
-            if debug:
-                raise
-            _fail(error)
-        except typer.Exit:
-            raise
-        except Exception as error:  # what foldcut did not foresee still ends in one line
-            if debug:
-                raise
-            say(f"{type(error).__name__}: {error}", head="internal error")
-            say("  hint: run again with --debug for the trace and report it with the model")
-            raise typer.Exit(Exit.ERROR) from None
-        except KeyboardInterrupt:
-            say(f"interrupted; {interrupted}")
-            raise typer.Exit(Exit.INTERRUPTED) from None
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(ImageOptions):
+    """Measure AFTER against BEFORE over fresh loads of both, in turns; ratio = after / before."""
+
+    before: BeforeArgument
+    after: AfterArgument
+    backend: Annotated[str, typer.Option(help="Where to run.")] = "onnxruntime"
+    batch: Annotated[
+        int | None, typer.Option(help="Batch size; without it 1, or the batch that a file fixes.", show_default=False)
+    ] = None
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1
+    inputs: InputsOption = None
+    dim: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="Size of a dynamic dimension; may be repeated.")
+    ] = None
+    regime: RegimeOption = None
+    self_check: Annotated[bool, typer.Option("--self-check", help="First measure BEFORE against itself.")] = False
+    seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs and of the order.")] = 0
+    samples: Annotated[bool, typer.Option("--samples", help="With --json: every pair as well.")] = False
+    as_json: JsonOption = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False
+    debug: DebugOption = False
 
 
-def _fail(error: CompilerError) -> NoReturn:
-    say(error.message, head=error.stage)
-    for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
-        if value is not None:
-            say(f"  {label}: {value}")
-    if error.hint:
-        say(f"  hint: {error.hint}")
-    raise typer.Exit(Exit.ERROR)
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(SampleOptions):
+    """Compare what two ONNX files compute, and their inputs and outputs. Exit code 3 when they differ."""
+
+    before: BeforeArgument
+    after: AfterArgument
+    inputs: Annotated[
+        Path | None, typer.Option(help="Samples: .npy, .npz (one array for each input), .pt or a folder of images.")
+    ] = None
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest difference, relative to an output's largest entry.")
+    ] = 1e-4
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples at once.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs, where none are given.")] = 0
+    as_json: JsonOption = False
+    debug: DebugOption = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Train a small residual network on handwritten digits, compile it to a latency goal, show before and after. Exit
+    code 3 when the goal was not met.
+    """
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")] = field(
+        default=Path("demo-output")
+    )
+    goal: Annotated[float, typer.Option("--latency", help="Latency goal.")] = 0.6
+    rewrites: Annotated[str | None, typer.Option(help="Rewrites that may be used, as for compile.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of training and compile.")] = 0
+    quiet: QuietOption = False
+    debug: DebugOption = False

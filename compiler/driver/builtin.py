@@ -10,6 +10,7 @@ from ...passes.drop.rewrite import Drop
 from ...passes.factorize.rewrite import Factorize
 from ...passes.prune.rewrite import Prune
 from ..plan.goal import Goal
+from ..plan.plan import Plan as Plan  # here the decisions of all built-in rewrites are known
 from ..rewrite.rewrite import Rewrite
 from ..support.errors import CompilerError, GoalError
 from ..support.setting_checks import refuse

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foldcut.compiler.cli import compile as cli_compile
 from foldcut.compiler.cli import demo
+from foldcut.compiler.cli import inspect as cli_inspect
 from foldcut.compiler.cli import main as cli
+from foldcut.compiler.cli.console import out
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
 from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.frontend.model_source import load_model
+from foldcut.compiler.goals.latency import Latency
 from foldcut.compiler.support import progress
+from foldcut.compiler.support.errors import GoalError
 from foldcut.passes.drop.decision import Blocks
 from PIL import Image
 from typer.testing import CliRunner
@@ -74,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.syspath_prepend(path)
-        net = cli.load_model("foldcut_cli_net:build", None)
+        net = load_model("foldcut_cli_net:build", None)
         torch.save(net.state_dict(), path / "weights.pt")
         program = capture(net, torch.zeros(2, 4))
         (path / "net.pt2").write_bytes(to_pt2(to_exported(program)))
@@ -173,7 +179,7 @@ def test_the_table(done: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -
 
     data = json.loads((done[1] / "report.json").read_text())
     del data["version"]
-    cli.show_report(Report(**data), cli.out)
+    cli_compile.show_report(Report(**data), out)
     text = capsys.readouterr().out
     assert "before and after" in text
     assert "latency" in text
@@ -303,7 +309,7 @@ def test_an_output_that_is_a_file_is_noticed_before_any_work(
     def never(*_args: Any, **_options: Any) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(cli, "compile_model", never)
+    monkeypatch.setattr(cli_compile, "compile_model", never)
     (tmp_path / "out").write_text("mine")
     failed(run(*COMPILE[:-1], tmp_path / "out", "--blocks", 1), "is a file", "hint")
     assert (tmp_path / "out").read_text() == "mine"
@@ -313,7 +319,7 @@ def test_an_interrupt_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: 
     def interrupt(*_args: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compile_model", interrupt)
+    monkeypatch.setattr(cli_compile, "compile_model", interrupt)
     ended = run(*COMPILE[:-1], tmp_path / "out", "--blocks", 1)
     failed(ended, "interrupted; nothing was written; what is done is kept, and the same command goes on", code=130)
     assert not list(tmp_path.iterdir())
@@ -328,10 +334,10 @@ def test_options_reach_the_compiler(folder: Path, tmp_path: Path, monkeypatch: p
         seen.update(options, model=model, count=len(samples))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compile_model", note)
+    monkeypatch.setattr(cli_compile, "compile_model", note)
     options = ("--latency", 0.6, "--batch", 4, "--threads", 2, "--seed", 7, "--limit", 5, "--no-mimic", "--quiet")
     run(*COMPILE[:-1], tmp_path / "out", *options)
-    assert seen["goal"] == cli.Latency(0.6)
+    assert seen["goal"] == Latency(0.6)
     wanted = {"backend": "onnxruntime", "batch": 4, "threads": 2, "seed": 7, "mimic": False, "progress": False}
     assert {key: seen[key] for key in wanted} == wanted
     assert seen["count"] == 5
@@ -340,7 +346,7 @@ def test_options_reach_the_compiler(folder: Path, tmp_path: Path, monkeypatch: p
 
 def test_debug_shows_the_error_itself(folder: Path, tmp_path: Path) -> None:
     result = run(*COMPILE[:-1], tmp_path / "out", "--debug")
-    assert isinstance(result.exception, cli.GoalError)
+    assert isinstance(result.exception, GoalError)
 
 
 def test_bad_input_to_inspect(folder: Path) -> None:
@@ -467,7 +473,7 @@ def test_names_are_not_shortened(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     group = {"group": name, "total": 4, "widths": [1], "consumers": [], "macs_share": 1.0, "locked": "[/locked]"}
     found = {"macs": 1, "parameters": 1, "regions": [region], "groups": [group]}
     found |= {"rejects": [{"node": name, "reason": "[/why]"}], "unknown": {"[/op]": [name]}}
-    monkeypatch.setattr(cli, "describe", lambda _program: found)
+    monkeypatch.setattr(cli_inspect, "describe", lambda _program: found)
     shown = run("inspect", "net.pt2")
     assert shown.exit_code == 0, repr(shown.exception)
     assert "…" not in shown.stdout and "[/locked]" in shown.stdout

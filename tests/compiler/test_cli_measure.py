@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from foldcut.compiler.cli import main as cli
-from foldcut.compiler.cli import measure as cli_measure
+from foldcut.compiler.cli import measure_files as cli_measure
 from foldcut.compiler.data.calibration_set import read_calibration
 from foldcut.compiler.support.errors import BackendError
 from foldcut.runtime.measure.measure import Rounds

@@ -10,6 +10,7 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.cli.goals import read_goal, read_goals
+from foldcut.compiler.cli.options import CompileOptions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.driver.unchanged import require_change
 from foldcut.compiler.export.exporter import to_onnx
@@ -110,7 +111,8 @@ def test_what_is_no_regime_is_refused(regime: Any) -> None:
 
 def test_the_command_line_names_it() -> None:
     def goal(latency: str | None, regime: str | None, blocks: int | None = None) -> Any:
-        return read_goal(latency, blocks, None, None, None, None, None, regime)
+        common: Any = {"model": "net.pt2", "calib": Path("x.npy"), "output": Path("out")}
+        return read_goal(CompileOptions(latency=latency, blocks=blocks, regime=regime, **common))  # type: ignore[arg-type]
 
     assert goal("0.7", "cold") == foldcut.Latency(0.7, regime="cold")
     assert goal("2ms", "cold") == foldcut.Latency(ms=2, regime="cold")

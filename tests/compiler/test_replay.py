@@ -14,6 +14,7 @@ import pytest
 import torch
 from foldcut.compiler.cli import main as cli
 from foldcut.compiler.cli.goals import for_every_goal, read_settings
+from foldcut.compiler.cli.options import SweepOptions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.driver import sweep as sweep_module
@@ -337,7 +338,8 @@ def test_what_a_sweep_has_finished_is_indexed(
 def test_what_is_left_alone_is_sorted_out_for_every_goal(net: nn.Module, data: torch.Tensor) -> None:
     """`blocks.0.conv2` is a layer and no group: a goal that prunes would refuse its name."""
     names, samples = ["blocks.0.conv2", "blocks.1.conv1"], CalibrationSet.of(data)
-    settings = read_settings("2", names, None)
+    common: Any = {"model": "net.pt2", "calib": Path("x.npy"), "output": Path("out")}
+    settings = read_settings(SweepOptions(multiple_of="2", ignore=names, **common))
     mixed = for_every_goal(settings, [foldcut.Latency(0.5), foldcut.Macs(0.5)], net, samples)
     assert mixed.channels.limits.ignore == ("blocks.1.conv1",)
     assert mixed.ranks.ignore == tuple(names)

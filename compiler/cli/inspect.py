@@ -1,4 +1,4 @@
-"""What the command line shows: tables of regions, unit groups and results, and the same as plain data."""
+"""`foldcut inspect`."""
 
 from __future__ import annotations
 
@@ -7,46 +7,56 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from ...passes.prune.channel_budget import group_shares
 from ...passes.prune.unit_report import unit_groups
 from ..analysis.provenance import find_units
 from ..analysis.regions import find_regions
+from ..frontend.capture import Model, capture
+from ..frontend.model_source import load_model
 from ..ir.cost import program_cost
+from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
-from ..onnx.compare_files import Comparison
-from ..report.report import Report
+from ..support.errors import CaptureError
+from ..support.strict_json import json_text
+from .console import guarded, out, show_line
+from .options import InspectOptions
+from .samples import Reader, read_shape, sample_reader
 
 #: Columns of names, which are never shortened.
 NAMES = frozenset({"region", "path", "kind", "block", "group", "locked"})
 
 
-def show_line(line: str | Text, console: Console) -> None:
-    """One line as it is: not wrapped, so that a path can be copied and a log searched; nothing in it counts as
-    markup."""
-    console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+def run(options: InspectOptions) -> None:
+    """Carry it out."""
+
+    def work() -> None:
+        read = sample_reader(options.calib, options, input_shape=options.input_shape)
+        loaded = load_model(options.model, options.weights)
+        program = fold_parameters(capture(loaded, _example(loaded, options.input_shape, read)))
+        if options.graph:
+            print(program.text(), end="")
+            return
+        found = describe(program)
+        if options.as_json:
+            print(json_text(found))
+        else:
+            show_regions(found, out)
+            show_groups(found, out)
+
+    guarded(work, debug=options.debug)
 
 
-def plain_table(*columns: str) -> Table:
-    """A table without lines, whose cells are never shortened."""
-    table = Table(box=None, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _example(model: Model, shape: str | None, read: Reader | None) -> Any:
+    import torch
 
-
-def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
-    """The differences of two ONNX files: a row for each output, a line for each difference of the interface."""
-    table = plain_table("output", "max abs", "relative", "cosine")
-    for name, difference in found.outputs.items():
-        cells = [f"{difference.absolute:.2e}", f"{difference.relative:.2e}", f"{difference.cosine:.6f}"]
-        table.add_row(escape(name), *(cells if difference.same_structure else ["shape or dtype differ", "", ""]))
-    console.print(table)
-    for line in found.interface:
-        show_line(f"  {line}", console)
-    verdict = "the same" if found.same(tolerance) else "different"
-    show_line(f"{verdict} on {found.samples} samples (tolerance {tolerance:g} relative)", console)
+    if read is not None:
+        return read(2).batch(slice(None))
+    if shape is not None:
+        return torch.randn(2, *read_shape(shape), generator=torch.Generator().manual_seed(0))
+    if isinstance(model, torch.nn.Module):
+        raise CaptureError("the input shape is not known", hint="give --input-shape C,H,W or --calib DATA")
+    return None
 
 
 def describe(program: Program) -> dict[str, Any]:
@@ -118,17 +128,3 @@ def show_groups(found: dict[str, Any], out: Console) -> None:
     out.print(table)
     for target, nodes in found["unknown"].items():
         show_line(f"not understood: {target} ({len(nodes)} times, first at {nodes[0]})", out)
-
-
-def show_report(report: Report, out: Console) -> None:
-    """The before/after table and what was dropped."""
-    table = Table(title="before and after")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in report.rows():
-        table.add_row(*row)
-    out.print(table)
-    for decision, words in zip(report.decisions, report.words, strict=True):
-        error = decision.get("error")
-        predicted = "" if error is None else f" (predicted error {error:.4f})"
-        show_line(f"{words['what']}: {words['how']}{predicted}", out)

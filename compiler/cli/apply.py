@@ -1,0 +1,70 @@
+"""`foldcut apply`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ..data.calibration_set import horizontal_flip
+from ..driver.replay import Replayed, apply
+from ..frontend.capture import Model
+from ..frontend.model_source import load_model
+from ..support.atomic_files import check_writable
+from ..support.errors import CaptureError
+from ..support.progress import Progress, rich_progress, silent
+from ..support.strict_json import json_text
+from .console import after_interrupt, guarded, out, show_line
+from .options import ApplyOptions
+from .samples import read_cache, read_shape, sample_reader
+
+
+def run(options: ApplyOptions) -> None:
+    """Carry it out."""
+
+    def work() -> None:
+        check_writable(options.output)
+        with nullcontext(silent) if options.as_json or options.quiet else rich_progress() as progress:
+            made = _applied(options, progress)
+            made.save(options.output)
+        if options.as_json:
+            print(json_text(_described(made)))
+        elif not options.quiet:
+            for decision in made.plan.decisions:
+                show_line(str(decision), out)
+            for stage, error in made.output_errors.items():
+                show_line(f"output error (judged), {stage}: {error:.4f}", out)
+            if made.tested is not None:
+                show_line(f"output error: {made.tested}", out)
+            show_line(f"wrote {options.output}/ ({', '.join(made.files)})", out)
+
+    guarded(work, debug=options.debug, interrupted=after_interrupt(options.fresh))
+
+
+def _applied(options: ApplyOptions, progress: Progress) -> Replayed:
+    read = sample_reader(options.calib, options, input_shape=options.input_shape)
+    samples = None if read is None else read(options.limit)
+    loaded: Model = load_model(options.model, options.weights)
+    if options.calib is None and options.input_shape is None and isinstance(loaded, torch.nn.Module):
+        raise CaptureError(
+            "the input shape is not known",
+            hint="give --input-shape C,H,W, or --solved model.pt2 and --calib DATA; --calib alone solves again",
+        )
+    return apply(
+        loaded,
+        options.plan,
+        weights=options.solved,
+        calibration=samples,
+        example=None if options.input_shape is None else torch.zeros(2, *read_shape(options.input_shape)),
+        mimic=options.mimic,
+        views=(horizontal_flip,) if options.flip else (),
+        seed=options.seed,
+        progress=progress,
+        cache=read_cache(options.cache, options.fresh),
+    )
+
+
+def _described(made: Replayed) -> dict[str, Any]:
+    tested = None if made.tested is None else made.tested.to_dict()
+    return {"plan": made.plan.to_dict(), "output_errors": dict(made.output_errors), "test": tested}

@@ -1,0 +1,96 @@
+"""`foldcut compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..data.calibration_set import CalibrationSet, horizontal_flip
+from ..driver.api import Compiled
+from ..driver.api import compile as compile_model
+from ..driver.saved import PAGE
+from ..frontend.capture import Model
+from ..frontend.model_source import load_model
+from ..report.report import Report
+from ..support.atomic_files import check_writable
+from ..support.errors import GoalError
+from ..support.strict_json import json_text
+from .console import Exit, after_interrupt, guarded, out, say, show_line
+from .goals import read_goal, read_rewrites, read_settings
+from .options import CompileOptions
+from .samples import read_cache, read_samples
+
+
+def run(options: CompileOptions) -> None:
+    """Carry it out."""
+
+    def work() -> None:
+        goal = read_goal(options)
+        allowed = read_rewrites(options.rewrites, [goal])
+        check_writable(options.output)
+        samples = read_samples(options.calib, options, limit=options.limit, input_shape=options.input_shape)
+        result, unmet = best_of(
+            load_model(options.model, options.weights),
+            samples,
+            goal=goal,
+            backend=options.backend,
+            batch=options.batch,
+            threads=options.threads,
+            mimic=options.mimic,
+            views=(horizontal_flip,) if options.flip else (),
+            seed=options.seed,
+            rewrites=allowed,
+            settings=read_settings(options),
+            progress=not (options.as_json or options.quiet),
+            cache=read_cache(options.cache, options.fresh),
+        )
+        result.save(options.output)
+        if options.as_json:
+            print(json_text(result.report.to_dict()))
+        elif not options.quiet:
+            show_report(result.report, out)
+            say_written(options.output, result)
+        if unmet is not None:
+            end_unmet(unmet)
+
+    guarded(work, debug=options.debug, interrupted=after_interrupt(options.fresh))
+
+
+def say_written(output: Path, result: Compiled) -> None:
+    """What was written where, the page that people open last."""
+    show_line(f"wrote {output}/ ({', '.join(result.files)})", out)
+    show_line(f"open {output / PAGE} in a browser", out)
+
+
+def end_unmet(unmet: GoalError) -> NoReturn:
+    """The end of a command whose best result is written and does not reach the goal."""
+    say(unmet.message, head=unmet.stage)
+    raise typer.Exit(Exit.NOT_MET)
+
+
+def best_of(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Compiled, GoalError | None]:
+    """The compiled network, or the best there is with the error that says so."""
+    try:
+        return compile_model(model, samples, **options), None
+    except GoalError as unmet:
+        if isinstance(unmet.best, Compiled):
+            return unmet.best, unmet
+        raise
+
+
+def show_report(report: Report, out: Console) -> None:
+    """The before/after table and what was dropped."""
+    table = Table(title="before and after")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in report.rows():
+        table.add_row(*row)
+    out.print(table)
+    for decision, words in zip(report.decisions, report.words, strict=True):
+        error = decision.get("error")
+        predicted = "" if error is None else f" (predicted error {error:.4f})"
+        show_line(f"{words['what']}: {words['how']}{predicted}", out)

@@ -1,0 +1,89 @@
+"""What every command says and how it ends: lines, errors, exit codes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..support.errors import CompilerError
+
+out, err = Console(), Console(stderr=True)
+
+
+class Exit(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    #: A foldcut error: bad input, nothing written.
+    ERROR = 1
+    #: Wrong usage of the command line (typer's own).
+    USAGE = 2
+    #: A goal was not met (the best result is written), or files differ.
+    NOT_MET = 3
+    #: Ctrl-C; no file is half-written.
+    INTERRUPTED = 130
+
+
+def show_line(line: str | Text, console: Console) -> None:
+    """One line as it is: not wrapped, so that a path can be copied and a log searched; nothing in it counts as
+    markup."""
+    console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines, whose cells are never shortened."""
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def after_interrupt(fresh: bool, written: str = "nothing was written") -> str:
+    """What is true of a command that was interrupted: analyses are kept unless it was told to keep none."""
+    return written if fresh else f"{written}; what is done is kept, and the same command goes on from there"
+
+
+def say(text: str, *, head: str = "", style: str = "bold red") -> None:
+    """A line on stderr, `head` in front of it in colour."""
+    show_line(Text.assemble((head, style), ": " if head else "", text), err)
+
+
+def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothing was written") -> None:
+    """Errors as one line and a hint; warnings as one line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_args, **_kwargs: say(str(message), head="warning", style="yellow")
+        try:
+            work()
+        except CompilerError as error:
+            if debug:
+                raise
+            _fail(error)
+        except typer.Exit:
+            raise
+        except Exception as error:  # what foldcut did not foresee still ends in one line
+            if debug:
+                raise
+            say(f"{type(error).__name__}: {error}", head="internal error")
+            say("  hint: run again with --debug for the trace and report it with the model")
+            raise typer.Exit(Exit.ERROR) from None
+        except KeyboardInterrupt:
+            say(f"interrupted; {interrupted}")
+            raise typer.Exit(Exit.INTERRUPTED) from None
+
+
+def _fail(error: CompilerError) -> NoReturn:
+    say(error.message, head=error.stage)
+    for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
+        if value is not None:
+            say(f"  {label}: {value}")
+    if error.hint:
+        say(f"  hint: {error.hint}")
+    raise typer.Exit(Exit.ERROR)

@@ -1,0 +1,87 @@
+"""Samples, shapes and settings as the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..data.calibration_set import CalibrationSet, read_calibration
+from ..support.errors import CalibrationError, CaptureError, CompilerError
+from .options import ImageOptions
+
+#: Reads so many samples, or all of them where None is given.
+Reader = Callable[[int | None], CalibrationSet]
+
+
+def read_samples(
+    path: Path, options: ImageOptions, *, limit: int | None = None, input_shape: str | None = None
+) -> CalibrationSet:
+    """The calibration set of the command line. Raises CalibrationError and CompilerError."""
+    size, mean, std = _pair(options.size), _floats(options.mean), _floats(options.std)
+    samples = read_calibration(path, key=options.key, size=size, mean=mean, std=std, limit=limit)
+    if input_shape is not None and list(samples.leaves[0].shape[1:]) != read_shape(input_shape):
+        raise CompilerError(
+            "--input-shape is not the shape of the calibration samples",
+            expected=input_shape,
+            actual=list(samples.leaves[0].shape[1:]),
+            hint="leave it out, or resize the samples",
+        )
+    return samples
+
+
+def sample_reader(path: Path | None, options: ImageOptions, *, input_shape: str | None = None) -> Reader | None:
+    """What reads samples where a command need not be given any, None where it is not. Raises CalibrationError when
+    nothing is to be read, and yet something is said about how."""
+    if path is not None:
+        return lambda limit: read_samples(path, options, limit=limit, input_shape=input_shape)
+    given = {"--key": options.key, "--size": options.size, "--mean": options.mean, "--std": options.std}
+    told = " and ".join(name for name, value in given.items() if value is not None)
+    if told:
+        raise CalibrationError(
+            f"{told}: there are no samples to read", hint=f"name a file or folder of samples, or leave {told} out"
+        )
+    return None
+
+
+def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
+    """The `cache` argument of `compile`. Raises CompilerError."""
+    if fresh and cache is not None:
+        raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
+    return False if fresh else cache or True
+
+
+def read_shape(shape: str) -> list[int]:
+    """The sizes in "3,224,224". Raises CaptureError."""
+    sizes = _sizes(shape)
+    if not sizes:
+        raise CaptureError(f"--input-shape {shape!r} is not a shape", expected="numbers from 1 on such as 3,224,224")
+    return sizes
+
+
+def _sizes(text: str) -> list[int]:
+    """Whole numbers from 1 on between commas; none for anything else."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(p.strip().isdecimal() and int(p) > 0 for p in parts) else []
+
+
+def _floats(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise CompilerError(
+            f"{text!r} is not one number per channel", expected="three numbers such as 0.485,0.456,0.406"
+        )
+    return values
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sizes = _sizes(text)
+    if len(sizes) != 2:
+        raise CompilerError(f"--size {text!r} is not a size", expected="two numbers from 1 on such as 224,224")
+    return sizes[0], sizes[1]

@@ -1,0 +1,100 @@
+"""`foldcut sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.markup import escape
+
+from ..data.calibration_set import horizontal_flip
+from ..driver.sweep import Sweep, SweepPoint, sweep
+from ..frontend.model_source import load_model
+from ..support.atomic_files import check_writable
+from ..support.strict_json import json_text
+from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
+from .goals import for_every_goal, read_goals, read_rewrites, read_settings
+from .options import SweepOptions
+from .samples import read_cache, read_samples
+
+
+def run(options: SweepOptions) -> None:
+    """Carry it out."""
+
+    def work() -> None:
+        goals = read_goals(options.latency, options.macs, options.regime)
+        allowed = read_rewrites(options.rewrites, goals)
+        check_writable(options.output)
+        samples = read_samples(options.calib, options, limit=options.limit)
+        loaded = load_model(options.model, options.weights)
+        found = sweep(
+            loaded,
+            samples,
+            goals=goals,
+            backend=options.backend,
+            batch=options.batch,
+            threads=options.threads,
+            mimic=options.mimic,
+            views=(horizontal_flip,) if options.flip else (),
+            seed=options.seed,
+            rewrites=allowed,
+            settings=for_every_goal(read_settings(options), goals, loaded, samples),
+            progress=not (options.as_json or options.quiet),
+            cache=read_cache(options.cache, options.fresh),
+            each=_Written(options.output),
+        )
+        if options.as_json:
+            print(json_text(found.to_dict()))
+        elif not options.quiet:
+            _show(found)
+            show_line(f"wrote {options.output}/", out)
+        if not all(point.met for point in found.points):
+            raise typer.Exit(Exit.NOT_MET)
+
+    interrupted = after_interrupt(options.fresh, "finished goals are in the folder")
+    guarded(work, debug=options.debug, interrupted=interrupted)
+
+
+class _Written:
+    """Puts every point of a sweep into its folder as it comes, with the index of those that are there, and says which
+    goals were not met. As long as there is nothing to keep it waits: then an error says all, and nothing is written."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._points: list[SweepPoint] = []
+        self._waiting: list[SweepPoint] = []
+
+    def __call__(self, point: SweepPoint) -> None:
+        self._points.append(point)
+        self._waiting.append(point)
+        if point.compiled is not None:
+            point.compiled.save(self._output / point.name)
+        if all(p.compiled is None for p in self._points):
+            return
+        Sweep(points=tuple(self._points)).save_index(self._output)
+        for told in self._waiting:
+            if not told.met:
+                say(told.reason if str(told.goal) in told.reason else f"{told.goal}: {told.reason}", head="goal")
+        self._waiting.clear()
+
+
+def _show(found: Sweep) -> None:
+    table = plain_table("goal", "latency ratio", "95 %", "output error", "decisions", "")
+    front = {point.name for point in found.front}
+    for point in found.points:
+        if point.compiled is None:
+            table.add_row(str(point.goal), "not reached", "", "", "", escape(point.reason))
+            continue
+        report = point.compiled.report
+        latency = report.latency
+        notes = [] if point.met else ["not met"]
+        notes += [] if point.name in front else ["another is as fast and nearer"]
+        table.add_row(
+            str(point.goal),
+            f"{latency['ratio']:.3f}",
+            f"{latency['low']:.3f} to {latency['high']:.3f}",
+            f"{report.output_error:.4f}",
+            str(len(report.decisions)),
+            ", ".join(notes),
+        )
+    out.print(table)
