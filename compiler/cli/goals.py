@@ -117,6 +117,7 @@ def read_settings(options: RunOptions) -> PipelineSettings:
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
         ranks=RankSettings(**steps, ignore=names, on_lattice=lattice),
         search_seconds=options.search_seconds,
+        save_temps=options.save_temps,
     )
 
 

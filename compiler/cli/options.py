@@ -139,6 +139,9 @@ class RunOptions(SolveOptions):
     batch: BatchOption = 1
     threads: ThreadsOption = 1
     weights: WeightsOption = None
+    save_temps: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Save the program there after every pass.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,7 @@ def applied(
         step = rewrite.apply(done.program, mine, ctx)
         check_outputs(done.program, step.program)
         rewrite.ensures(done.program, step.program, mine)
+        ctx.instruments.after(rewrite.name, step.program, done.program)
         done = _joined(done, step)
         unsolved = rewrite.solves_before_next
     return done
@@ -136,6 +137,7 @@ def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
         settings=settings,
         progress=ctx.progress,
     )
+    ctx.instruments.after("re-solve", found.program, done.program)
     return replace(done, program=found.program, layers=found.layers, rejects=(*done.rejects, *found.locked))
 
 

@@ -76,6 +76,7 @@ class Outcome:
 
 def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe, settings: PipelineSettings) -> Outcome:
     """Everything after capture. Raises GoalError when nothing can be done; an unmet goal comes back as `met` False."""
+    ctx.instruments.after("capture", ctx.teacher)
     latency = StoredLatency(ctx.store, probe)
     ctx = replace(ctx, latency=latency)
     with ctx.clock.stage("measure original"):
@@ -227,6 +228,7 @@ def mimicking(ctx: Context, done: Applied, settings: PipelineSettings) -> tuple[
             seed=ctx.seed,
             progress=ctx.progress,
         )
+        ctx.instruments.after("mimic", trained, done.program)
         error = sampled_error(ctx.teacher, trained, ctx.judge, seed=ctx.seed)
     # mimicking looks at every output relative to its size; a bound on the whole is not given up for that
     bounded = isinstance(ctx.goal, MaxError) and error.most > ctx.goal.error

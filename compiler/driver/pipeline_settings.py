@@ -20,6 +20,7 @@ from ..onnx.file import OLDEST_OPSET
 from ..plan.goal import Goal
 from ..plan.search_time import SearchTime
 from ..rewrite.context import Context
+from ..rewrite.instruments import Instruments
 from ..store.analysis_store import AnalysisStore
 from ..support.errors import GoalError
 from ..support.progress import Progress, StageClock
@@ -34,7 +35,8 @@ class PipelineSettings:
     """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples that judge,
     and of those that test (`divided`); `views` add changed copies of the fitting samples that the task does not care
     about (a mirrored image); `solve_samples` caps what the re-solve reads, originals first; `search_seconds` what the
-    search for a better mix takes (it is not repeatable then), None as long as it finds better plans."""
+    search for a better mix takes (it is not repeatable then), None as long as it finds better plans; `save_temps` is a
+    folder for the program after every pass, as text and as .pt2."""
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     channels: ChannelSettings = field(default_factory=ChannelSettings)
@@ -49,6 +51,7 @@ class PipelineSettings:
     seed: int = 0
     opset: int | None = None
     search_seconds: float | None = None
+    save_temps: Path | None = None
 
     def __post_init__(self) -> None:
         check_kind("resolve", self.resolve, ResolveSettings)
@@ -105,6 +108,7 @@ class PipelineSettings:
             resolve=self.resolve,
             solve_samples=self.solve_samples,
             seed=self.seed,
+            instruments=Instruments(folder=self.save_temps),
         )
 
 

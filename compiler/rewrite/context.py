@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
@@ -14,6 +14,7 @@ from ..plan.goal import Goal
 from ..plan.search_time import SearchTime
 from ..store.analysis_store import AnalysisStore
 from ..support.progress import Progress, StageClock
+from .instruments import Instruments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,6 +24,7 @@ class Context:
     `sets` are the samples to fit with, to judge by and to test with; `solve_samples` caps what a solve reads. `latency`
     measures on the backend, None where nothing is measured (a plan that is carried out again). `store` keeps what
     analyses find out. `trial` says that a plan is only compared with others: less is solved, on fewer samples.
+    `instruments` are called after every pass.
     """
 
     teacher: Program
@@ -37,6 +39,7 @@ class Context:
     solve_samples: int
     seed: int = 0
     trial: bool = False
+    instruments: Instruments = field(default_factory=Instruments)
 
     @property
     def fit(self) -> CalibrationSet:
@@ -55,4 +58,10 @@ class Context:
 
     def for_trials(self, samples: int) -> Context:
         """The same for plans that are compared: `samples` to solve with, and a quick solve."""
-        return replace(self, solve_samples=min(samples, self.solve_samples), resolve=QUICK_RESOLVE, trial=True)
+        return replace(
+            self,
+            solve_samples=min(samples, self.solve_samples),
+            resolve=QUICK_RESOLVE,
+            trial=True,
+            instruments=self.instruments.for_trials(),
+        )
