@@ -36,7 +36,8 @@ from foldcut.compiler.onnx.bypass import onnx_without
 from foldcut.compiler.plan.goal import Goal
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.compiler.support.progress import StageClock
-from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
+from foldcut.passes.mimic.training import Lesson
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.passes.solve.resolve_network import resolve_network
 from foldcut.runtime.measure.backend import resolve_backend
@@ -103,15 +104,16 @@ def run_point(
     choice = choose(program, find_regions(program), fit, goal, latency, settings=settings.recoverability, clock=clock)
     student = drop_blocks(program, choice.regions)
     row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [d.path for d in choice.decisions]}
-    dropped = onnx_without(probe.model, entry_exit(choice.regions)) or to_onnx(student)
+    dropped = onnx_without(probe.model, changes_of_drops(choice.regions).dropped) or to_onnx(student)
     row["dropped"] = onnx_accuracy(dropped, data)
     with clock.stage("re-solve"):
         solve = fit.take(slice(0, settings.solve_samples))
-        pairs = entry_exit(choice.regions)
+        pairs = changes_of_drops(choice.regions)
         student = resolve_network(program, student, solve, pairs, settings=settings.resolve).program
     row["re-solved"] = onnx_accuracy(to_onnx(student), data)
     with clock.stage("mimic"):
-        student = mimic(program, student, fit, held_out, settings=settings.mimic, seed=settings.seed).program
+        lesson = Lesson(teacher=program, student=student, fit=fit, judge=held_out, seed=settings.seed)
+        student = mimic(lesson, settings.mimic).program
     model = to_onnx(student)
     row["mimicked"] = onnx_accuracy(model, data)
     row["cpu_s"] = {name: round(seconds, 1) for name, seconds in clock.cpu_s.items()}

@@ -19,11 +19,13 @@ from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.cut.prune_channels import Pruned, prune_channels
 from foldcut.passes.mimic.settings import MimicSettings
+from foldcut.passes.mimic.training import Lesson
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.passes.prune.channel_budget import ChannelLimits, CutModel, allocate
 from foldcut.passes.prune.error_curves import error_curves
 from foldcut.passes.prune.select_channels import choose_channels, find_consumers, select_by_norm
 from foldcut.passes.prune.submodular import Selection
+from foldcut.passes.solve.changes import Changes
 from foldcut.passes.solve.moments import collect_moments
 from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from torch_pruning_peer import prune_with_torch_pruning
@@ -86,7 +88,8 @@ class Bench:
 
     def polish(self, pruned: Pruned, refine: int) -> Pruned:
         settings = ResolveSettings(refine=refine)
-        found = resolve_network(self.teacher, pruned.program, self.calibration, (), kept=pruned.kept, settings=settings)
+        changes = Changes(kept=pruned.kept)
+        found = resolve_network(self.teacher, pruned.program, self.calibration, changes, settings=settings)
         return replace(pruned, program=found.program)
 
     def allocated(self, keep: float) -> dict[str, int]:
@@ -104,15 +107,15 @@ class Bench:
         import foldcut
 
         views = (foldcut.horizontal_flip,) if self.arguments.views else ()
-        return mimic(
-            self.teacher,
-            pruned.program,
-            fit.with_views(views),
-            held_out,
+        lesson = Lesson(
+            teacher=self.teacher,
+            student=pruned.program,
+            fit=fit.with_views(views),
+            judge=held_out,
             kept=pruned.kept,
-            settings=settings,
             seed=self.arguments.seed,
-        ).program
+        )
+        return mimic(lesson, settings).program
 
     def peers(self, keep: float) -> None:
         """What the other tools and the paper do."""

@@ -17,6 +17,7 @@ from foldcut.passes.factorize.decompositions import Geometry
 from foldcut.passes.factorize.factorize import factorize_plain
 from foldcut.passes.factorize.low_rank import SCHEMES, suitable
 from foldcut.passes.prune.select_channels import choose_channels
+from foldcut.passes.solve.changes import Changes
 from foldcut.passes.solve.layers import find_layers
 from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from hardening_checks import Case, WrongError, check_program, error_between, leaves, same, tensors_of
@@ -150,7 +151,7 @@ def check_deep(case: Case, program: Program) -> None:
     check_hidden(case)
     with case.stage("re-solve nothing"):
         settings = ResolveSettings(refine=0)
-        again = resolve_network(program, program, calibration, [], settings=settings).program
+        again = resolve_network(program, program, calibration, Changes(), settings=settings).program
         inputs = case.network.example(4, 9)
         if error_between(leaves(again(inputs)), leaves(program(inputs))) != 0:
             raise WrongError("a network without a change is changed by a re-solve")
@@ -169,7 +170,7 @@ def _resolve(case: Case, provenance: Provenance, calibration: CalibrationSet) ->
             raise WrongError(f"the error of a layer grew by its solve: {layer.before:.3g} to {layer.after:.3g}")
     pruned = prune_channels(provenance, choice.removed, choice.tensors)
     check_program(pruned.program)
-    solved = resolve_network(provenance.program, pruned.program, calibration, [], kept=pruned.kept)
+    solved = resolve_network(provenance.program, pruned.program, calibration, Changes(kept=pruned.kept))
     check_program(solved.program)
     for layer in solved.layers:
         if not layer.after <= layer.before * (1 + 1e-6) + 1e-9:
@@ -190,7 +191,8 @@ def _resolve_silenced(case: Case, provenance: Provenance, calibration: Calibrati
         return
     silent, smaller, count = found
     settings = ResolveSettings(refine=0)
-    solved = resolve_network(silent, smaller.program, calibration, [], kept=smaller.kept, settings=settings).program
+    changes = Changes(kept=smaller.kept)
+    solved = resolve_network(silent, smaller.program, calibration, changes, settings=settings).program
     case.counts["re-solved exactly"] += 1
     inputs = case.network.example(5, 5)
     same(solved(inputs), silent(inputs), f"{count} dead units removed and the network solved", 1e-3)

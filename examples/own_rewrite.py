@@ -18,6 +18,7 @@ import torch
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.ir.edit import Call, replace_calls
 from foldcut.compiler.plan.proposals import Claims, Item, Proposal
+from foldcut.passes.solve.changes import Changes
 from torch import nn
 
 aten = torch.ops.aten
@@ -93,8 +94,8 @@ class ExchangeActivations(foldcut.Rewrite):
 
     def apply(self, program: foldcut.Program, decisions: Sequence[foldcut.Decision], ctx: Any) -> foldcut.Applied:
         del ctx  # what the layers behind need is solved by foldcut
-        names = tuple(decision.subject for decision in decisions)
-        return foldcut.Applied(program=self.shape(program, decisions), decisions=tuple(decisions), replaced=names)
+        changes = Changes(replaced=tuple(decision.subject for decision in decisions))
+        return foldcut.Applied(program=self.shape(program, decisions), decisions=tuple(decisions), changes=changes)
 
 
 def main() -> None:

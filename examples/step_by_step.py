@@ -6,7 +6,7 @@ from foldcut.compiler.cli.demo import load_digits, train_digits
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import program_cost
-from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.drop.recoverability import Recoverability
 from foldcut.passes.solve.resolve_network import resolve_network
 
@@ -25,7 +25,7 @@ chosen = sorted(analysis.blocks, key=lambda region: errors[region.name])[:2]
 print("dropping", ", ".join(region.path for region in chosen))
 
 student = drop_blocks(teacher, chosen)
-resolved = resolve_network(teacher, student, fit, entry_exit(chosen))
+resolved = resolve_network(teacher, student, fit, changes_of_drops(chosen))
 dropped, solved = (output_error(teacher, program, held_out) for program in (student, resolved.program))
 print(f"output error {dropped:.4f} dropped, {solved:.4f} re-solved")
 print(f"MACs {program_cost(teacher).macs:,} -> {program_cost(resolved.program).macs:,}")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
-from ...passes.solve.stored_resolve import stored_resolve
 from ..data.output_error import no_worse, output_error
 from ..ir.edit import check_outputs
 from ..ir.program import Program
 from ..plan.decision import Decision
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
+from ..rewrite.stored_resolve import stored_resolve
 from ..support.errors import CompilerError, PlanError
 
 
@@ -108,9 +108,7 @@ def _joined(done: Applied, step: Applied) -> Applied:
         program=step.program,
         decisions=(*done.decisions, *step.decisions),
         plain=step.plain if not done.decisions else None,
-        dropped=(*done.dropped, *step.dropped),
-        kept={**done.kept, **step.kept},
-        replaced=(*done.replaced, *step.replaced),
+        changes=done.changes.then(step.changes),
         layers=(*done.layers, *step.layers),
         rejects=(*done.rejects, *step.rejects),
         report={**done.report, **step.report},
@@ -126,17 +124,7 @@ def solved(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) -> Applied:
 
 
 def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
-    found = stored_resolve(
-        ctx.store,
-        ctx.teacher,
-        done.program,
-        ctx.solve,
-        done.dropped,
-        kept=done.kept,
-        replaced=done.replaced,
-        settings=settings,
-        progress=ctx.progress,
-    )
+    found = stored_resolve(ctx, done.program, done.changes, settings)
     ctx.instruments.after("re-solve", found.program, done.program)
     return replace(done, program=found.program, layers=found.layers, rejects=(*done.rejects, *found.locked))
 

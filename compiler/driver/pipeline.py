@@ -217,17 +217,7 @@ def mimicking(ctx: Context, done: Applied, settings: PipelineSettings) -> tuple[
     if settings.mimic is None:
         return done.program, errors
     with ctx.clock.stage("mimic"):
-        trained = mimicked(
-            ctx.store,
-            ctx.teacher,
-            done.program,
-            ctx.fit,
-            ctx.judge,
-            kept=done.kept,
-            settings=settings.mimic,
-            seed=ctx.seed,
-            progress=ctx.progress,
-        )
+        trained = mimicked(ctx, done, settings.mimic)
         ctx.instruments.after("mimic", trained, done.program)
         error = sampled_error(ctx.teacher, trained, ctx.judge, seed=ctx.seed)
     # mimicking looks at every output relative to its size; a bound on the whole is not given up for that

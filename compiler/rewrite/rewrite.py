@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
+from ...passes.solve.changes import Changes
 from ...passes.solve.resolve_network import LayerError
-from ...passes.solve.targets import Kept
 from ..ir.program import Program
 from ..plan.decision import Decision
 from ..plan.goal import Goal
@@ -50,18 +50,13 @@ class Applied:
     """A program with decisions in effect, and what a solve has to know about them.
 
     `decisions` are those that are in effect, as the plan is to hold them. `plain` is the same network before any weight
-    was solved, None where there is no other. `dropped` lists (entry, exit) of bypassed parts by the names of the
-    original's nodes, `kept` the channels left of each node that lost some, `replaced` the layers that stand where
-    another one of that name stood. `errors` are the relative output errors on the judging samples, stage by stage;
-    `tried` the plans that were compared on the way.
-    """
+    was solved, None where there is no other. `changes` are what a solve has to know; `errors` the relative output
+    errors on the judging samples, stage by stage; `tried` the plans that were compared on the way."""
 
     program: Program
     decisions: tuple[Decision, ...] = ()
     plain: Program | None = None
-    dropped: tuple[tuple[str, str], ...] = ()
-    kept: Mapping[str, Kept] = field(default_factory=dict, repr=False)
-    replaced: tuple[str, ...] = ()
+    changes: Changes = Changes()
     layers: tuple[LayerError, ...] = ()
     rejects: tuple[Reject, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -13,7 +13,6 @@ so merging the adaptors is exact and no node is inserted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +46,28 @@ class AdaptorSettings:
         settled(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    """Where adaptors stand: the `entry` of the region that was bypassed last, and all that were dropped."""
+
+    entry: str
+    drops: tuple[Region, ...]
+
+
 def train_adaptors(
     teacher: Program,
     student: Program,
     calibration: CalibrationSet,
+    around: Around,
     *,
-    entry: str,
-    drops: Sequence[Region],
     settings: AdaptorSettings | None = None,
     seed: int = 0,
 ) -> Program:
-    """Train adaptors around the region that was bypassed at `entry` and merge them into the student's weights.
+    """Train adaptors around a region that was bypassed and merge them into the student's weights.
 
     The graph stays as it is; layers without an adaptor keep their weights. Deterministic for a seed.
     """
-    settings = settings or AdaptorSettings()
+    settings, entry, drops = settings or AdaptorSettings(), around.entry, around.drops
     features = head_features(teacher)
     wanted = expose(teacher, features)
     module = expose(student, [standing_for(name, drops) for name in features])

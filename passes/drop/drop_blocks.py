@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ...compiler.analysis.regions import Region
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.program import Program
+from ..solve.changes import Changes
 from .decision import DropBlock
 
 
@@ -33,6 +34,6 @@ def standing_for(name: str, drops: Iterable[Region | DropBlock]) -> str:
     return name
 
 
-def entry_exit(drops: Iterable[Region | DropBlock]) -> list[tuple[str, str]]:
-    """(entry, exit) pairs in teacher names, as `resolve_network` takes them."""
-    return [(drop.entry, drop.exit) for drop in drops]
+def changes_of_drops(drops: Iterable[Region | DropBlock]) -> Changes:
+    """What `resolve_network` has to know."""
+    return Changes(dropped=tuple((drop.entry, drop.exit) for drop in drops))

@@ -34,8 +34,8 @@ from ..solve.layers import find_layers, moved
 from ..solve.moments import Moments
 from ..solve.resolve_network import QUICK_RESOLVE, ResolveSettings, batch_moments, batch_size_for, resolve_network
 from ..solve.targets import Target, counterparts, trace_target
-from .adaptors import AdaptorSettings, train_adaptors
-from .drop_blocks import drop_blocks, entry_exit, standing_for
+from .adaptors import AdaptorSettings, Around, train_adaptors
+from .drop_blocks import changes_of_drops, drop_blocks, standing_for
 
 Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
 
@@ -129,9 +129,9 @@ class Recoverability:
         if key != self._state[0]:
             student = drop_blocks(self.teacher, chosen)
             if self.settings.mode != "plain":
-                pairs = entry_exit(chosen)
+                changes = changes_of_drops(chosen)
                 student = resolve_network(
-                    self.teacher, student, self.samples, pairs, settings=self.settings.resolve
+                    self.teacher, student, self.samples, changes, settings=self.settings.resolve
                 ).program
             self._state = (key, student)
         return self._state[1]
@@ -151,18 +151,18 @@ class Recoverability:
     def _rewritten(self, student: Program, regions: Sequence[Region], entry: str, mode: Mode) -> _Trial:
         program = bypass(student, entry, regions[-1].exit)
         if mode == "exact":
-            pairs = entry_exit(regions)
-            program = resolve_network(self.teacher, program, self.fit, pairs, settings=self.settings.resolve).program
+            changes, settings = changes_of_drops(regions), self.settings.resolve
+            program = resolve_network(self.teacher, program, self.fit, changes, settings=settings).program
         else:
-            settings = self.settings.adaptors
-            program = train_adaptors(self.teacher, program, self.fit, entry=entry, drops=regions, settings=settings)
+            around = Around(entry=entry, drops=tuple(regions))
+            program = train_adaptors(self.teacher, program, self.fit, around, settings=self.settings.adaptors)
         features = tuple(standing_for(name, regions) for name in self.features)
         calls = {n.name for n in program.graph.nodes if n.op == "call_function"}
         return _Trial(program=program, features=features, changed=calls)
 
     def _layer_in_front(self, student: Program, regions: Sequence[Region], entry: str) -> Target | None:
         """The last layer whose anchor is the value that would play the dropped region's exit."""
-        roles = counterparts(student, self.teacher, entry_exit(regions))
+        roles = counterparts(student, self.teacher, changes_of_drops(regions).dropped)
         layers, _ = find_layers(student)
         anchors = {entry, *(n.name for n in student.nodes[entry].all_input_nodes)} & roles.keys()
         for name in sorted(layers, key=student.order.__getitem__, reverse=True):

@@ -18,7 +18,7 @@ from ...compiler.support.errors import GoalError
 from ..solve.layers import all_layer_names, matching_layers
 from .choose_drops import Choice, Enough, choose_drops
 from .decision import Blocks, DropBlock
-from .drop_blocks import drop_blocks, entry_exit
+from .drop_blocks import changes_of_drops, drop_blocks
 from .recoverability import Recoverability, RecoverabilitySettings
 from .region_latency import region_savings
 from .stored import StoredErrors
@@ -94,7 +94,7 @@ class Drop(RecoverabilitySettings, Rewrite):
 
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
         drops = _drops(decisions)
-        return Applied(program=drop_blocks(program, drops), decisions=tuple(drops), dropped=tuple(entry_exit(drops)))
+        return Applied(program=drop_blocks(program, drops), decisions=tuple(drops), changes=changes_of_drops(drops))
 
     def _regions(self, ctx: Context) -> RegionAnalysis:
         """The regions of the original, without those that hold a layer that is to be left alone."""

@@ -14,6 +14,7 @@ from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
 from ...compiler.support.errors import GoalError
+from ..solve.changes import Changes
 from ..solve.layers import all_layer_names
 from ..solve.resolve_network import QUICK_RESOLVE
 from ..solve.weighing import weighing_samples
@@ -105,7 +106,8 @@ class Factorize(RankSettings, Rewrite):
         """Factors cut out of what the layers now see."""
         ranks = _ranks(decisions)
         smaller = factorize(program, self._factors(program, ranks, ctx))
-        return Applied(program=smaller, decisions=tuple(ranks), replaced=tuple(d.layer for d in ranks))
+        changes = Changes(replaced=tuple(decision.layer for decision in ranks))
+        return Applied(program=smaller, decisions=tuple(ranks), changes=changes)
 
     def _analysis(self, ctx: Context) -> RankAnalysis:
         return stored_rank_analysis(

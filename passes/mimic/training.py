@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -19,33 +20,36 @@ from .pairs import batch_first, compared_pairs, same_as_teacher
 from .settings import MimicSettings
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """Who learns from whom, and by what: `fit` to train with, `judge` to look at the held-out error. `kept` names what
+    channel cuts left of each node of the teacher; `seed` decides the order of the samples."""
+
+    teacher: Program
+    student: Program
+    fit: CalibrationSet
+    judge: CalibrationSet
+    kept: Mapping[str, Kept] = field(default_factory=dict, repr=False)
+    seed: int = 0
+
+
 class Training:
     """The two networks, the optimiser and the teacher's cached values of one training."""
 
-    def __init__(
-        self,
-        teacher: Program,
-        trainee: Program,
-        calibration: CalibrationSet,
-        held_out: CalibrationSet,
-        settings: MimicSettings,
-        kept: Mapping[str, Kept],
-        seed: int,
-    ) -> None:
-        self.settings = settings
-        self.calibration = calibration
-        self.held_out = held_out
+    def __init__(self, lesson: Lesson, settings: MimicSettings) -> None:
+        teacher, trainee = lesson.teacher, lesson.student
+        self.settings, self.calibration, self.held_out = settings, lesson.fit, lesson.judge
         self.done = 0
         self.pairs, self.judges = compared_pairs(
             teacher, trainee, outputs_weight=settings.outputs, hints_weight=settings.hints
         )
-        self.kept = [kept.get(p.student, ()) for p in self.pairs]
+        self.kept = [lesson.kept.get(p.student, ()) for p in self.pairs]
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
         by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
         self.cache = self._teacher_values() if settings.augment is None and by_sample else None
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(lesson.seed)
         self._order = torch.empty(0, dtype=torch.long)
         frozen = same_as_teacher(teacher, trainee)
         for name, parameter in self.student.named_parameters():

@@ -11,20 +11,17 @@ time of the training and taken out afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.edit_folds import fold_batch_norms, unfold_tensors
 from ...compiler.ir.program import Program
 from ...compiler.store.checkpoint import UNKEPT, Checkpoint, Standing
 from ...compiler.support.progress import Progress, silent
-from ..solve.targets import Kept
 from .settings import MimicSettings
-from .training import Training
+from .training import Lesson, Training
 
 #: How the weights that were best so far are named among the tensors of a training's state.
 BEST = "best "
@@ -42,19 +39,13 @@ class Mimicked:
 
 
 def mimic(
-    teacher: Program,
-    student: Program,
-    calibration: CalibrationSet,
-    held_out: CalibrationSet,
-    *,
-    kept: Mapping[str, Kept] | None = None,
+    lesson: Lesson,
     settings: MimicSettings | None = None,
-    seed: int = 0,
+    *,
     progress: Progress = silent,
     checkpoint: Checkpoint = UNKEPT,
 ) -> Mimicked:
-    """Train all weights of `student` to reproduce the teacher's features on `calibration`, in the channels that it
-    has: `kept` names what channel cuts left of each node.
+    """Train all weights of a student to reproduce its teacher's features, in the channels that it has.
 
     The graph does not change. The returned weights are those of the least held-out error of features and outputs at
     which the outputs alone are no worse either, the starting
@@ -63,8 +54,9 @@ def mimic(
     when an operator has no gradient.
     """
     settings = settings or MimicSettings()
+    student = lesson.student
     trainee, norms = fold_batch_norms(student)
-    run = Training(fold_batch_norms(teacher)[0], trainee, calibration, held_out, settings, kept or {}, seed)
+    run = Training(replace(lesson, teacher=fold_batch_norms(lesson.teacher)[0], student=trainee), settings)
     if not run.parameters:
         error, _ = run.error()
         return Mimicked(program=student, before=error, after=error, iterations=0)

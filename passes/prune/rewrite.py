@@ -21,6 +21,7 @@ from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
 from ...compiler.support.errors import GoalError, Reject
 from ..cut.cuttable import cut_again, cuttable_groups
 from ..cut.prune_channels import Pruned, prune_channels
+from ..solve.changes import Changes
 from .channel_budget import free_groups, uniform_counts
 from .decision import Channels, PruneChannels, UnitCount
 from .offers import counted_offer, measured_offer
@@ -136,7 +137,7 @@ class Prune(ChannelSettings, Rewrite):
             program=pruned.program,
             decisions=tuple(made),
             plain=prune_channels(units, choice.removed).program if choice.tensors and not ctx.trial else None,
-            kept=pruned.kept,
+            changes=Changes(kept=pruned.kept),
             layers=choice.layers,
             rejects=tuple(refused),
             report={"selections": choice.selections},

@@ -18,6 +18,7 @@ from ...compiler.ir.program import Program, is_tensor
 from ...compiler.support.errors import Reject
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import check_number, check_whole, settled
+from .changes import Changes
 from .closed_form import Correction, solve
 from .joins import group_targets
 from .layers import Layer, current_parameter, find_layers, moved
@@ -83,19 +84,16 @@ def resolve_network(
     teacher: Program,
     student: Program,
     calibration: CalibrationSet,
-    dropped: Iterable[tuple[str, str]],
+    changes: Changes,
     *,
-    kept: Mapping[str, Kept] | None = None,
-    replaced: Iterable[str] = (),
     settings: ResolveSettings | None = None,
     progress: Progress = silent,
 ) -> Resolved:
     """Re-solve every layer of `student` that a rewrite touches, in topological order, in one streamed sweep.
 
-    `dropped` lists (entry, exit) of the bypassed regions in teacher names, `kept` the channels left of each node that
-    lost some, `replaced` the layers that stand where another one of that name stood (factorised ones). A layer takes
-    part when its input or its anchor differs from the teacher's. Layers that the teacher does not have (a first factor)
-    have nothing to be solved toward: they are refined for the error behind the layer that they feed.
+    `changes` say what was rewritten. A layer takes part when its input or its anchor differs from the teacher's. Layers
+    that the teacher does not have (a first factor) have nothing to be solved toward: they are refined for the error
+    behind the layer that they feed.
 
     Solves in float64 from float32 products; the graph does not change, only weights, biases and batch-norm biases. When
     nothing differs, every weight stays as it is, bit for bit. Each layer's error at its own anchor never grows, and
@@ -104,9 +102,9 @@ def resolve_network(
     settings = settings or ResolveSettings()
     settings = replace(settings, ridge=settings.ridge_for(len(calibration)))
     layers, locked = find_layers(student)
-    roles = counterparts(student, teacher, dropped)
+    roles = counterparts(student, teacher, changes.dropped)
     own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in teacher.nodes}
-    targets, changed = _touched(student, layers, roles, kept or {}, {*replaced, *own})
+    targets, changed = _touched(student, layers, roles, changes.kept, {*changes.replaced, *own})
     targets = [t if t.anchor in teacher.nodes else replace(t, counterparts=()) for t in targets]
     steps = plan_steps(teacher, student, group_targets(student, targets), changed)
     tensors: dict[str, torch.Tensor] = {}

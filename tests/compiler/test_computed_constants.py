@@ -13,6 +13,7 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
 from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.select_channels import choose_channels
+from foldcut.passes.solve.changes import Changes
 from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
 from torch import nn
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ def test_what_is_left_is_solved_with(net: nn.Module) -> None:
     settings = ResolveSettings(ridge=1e-9, refine=0)
     choice = choose_channels(units, samples, {group.name: WIDTH - len(gone)}, settings=settings)
     pruned = prune_channels(units, choice.removed, choice.tensors)
-    solved = resolve_network(program, pruned.program, samples, [], kept=pruned.kept, settings=settings).program
+    solved = resolve_network(program, pruned.program, samples, Changes(kept=pruned.kept), settings=settings).program
     assert solved.tensor("first.weight").shape == (WIDTH - len(gone), 5)
     inputs = torch.randn(7, LENGTH, 5)
     for found in (pruned.program, solved):

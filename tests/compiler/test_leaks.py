@@ -17,6 +17,7 @@ from foldcut.compiler.support.errors import BackendError, MimicError
 from foldcut.passes.drop.region_latency import region_savings
 from foldcut.passes.mimic import stored
 from foldcut.passes.mimic import training as mimic_training
+from foldcut.passes.mimic.training import Lesson
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.runtime.measure.backend import run_once
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeRunner
@@ -169,23 +170,28 @@ def test_an_interrupt_in_the_first_inference_closes_too() -> None:
     assert runner.closed
 
 
-def mimicked(residual: Program, nets: SimpleNamespace) -> Program:
-    samples = CalibrationSet.of(nets.images(8))
-    student = bypass(residual, "relu", "relu_2")
-    settings = foldcut.MimicSettings(iterations=2)
-    return stored.mimicked(NOTHING_KEPT, residual, student, samples, samples, kept={}, settings=settings, seed=0)
+@pytest.fixture
+def student_of(contexts: Any, nets: SimpleNamespace) -> Any:
+    """Makes the network that mimicking leaves of one without a block."""
+
+    def mimicked(residual: Program) -> Program:
+        ctx = contexts(residual, CalibrationSet.of(nets.images(8)))
+        student = foldcut.Applied(program=bypass(residual, "relu", "relu_2"))
+        return stored.mimicked(ctx, student, foldcut.MimicSettings(iterations=2))
+
+    return mimicked
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("shapes do not fit"), torch.OutOfMemoryError("full"), KeyError("x")])
 def test_a_fault_while_mimicking_is_not_hidden(
-    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, fault: Exception
+    residual: Program, student_of: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     def fail(self: Any) -> bool:
         raise fault
 
     monkeypatch.setattr(mimic_training.Training, "step", fail)
     with pytest.raises(type(fault), match=str(fault.args[0])):
-        mimicked(residual, nets)
+        student_of(residual)
 
 
 @torch.library.custom_op("foldcut_tests::without_gradient", mutates_args=())
@@ -196,14 +202,15 @@ def without_gradient(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("operation", [without_gradient, lambda x: torch.special.zeta(x.abs() + 2, x.abs() + 2)])
 def test_an_operator_without_a_gradient_is_said(
-    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, operation: Any
+    residual: Program, student_of: Any, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, operation: Any
 ) -> None:
     """That is no fault: the network stays as it was re-solved."""
     real = mimic_training.Training._loss
     monkeypatch.setattr(mimic_training.Training, "_loss", lambda self, a, b: operation(real(self, a, b)))
     with pytest.warns(UserWarning, match="the re-solved network is kept: an operator has no gradient"):
-        kept = mimicked(residual, nets)
+        kept = student_of(residual)
     assert len(kept.history) == len(residual.history) + 1
     with pytest.raises(MimicError, match="no gradient"):
         samples = CalibrationSet.of(nets.images(8))
-        mimic(residual, kept, samples, samples, settings=foldcut.MimicSettings(iterations=2))
+        lesson = Lesson(teacher=residual, student=kept, fit=samples, judge=samples)
+        mimic(lesson, foldcut.MimicSettings(iterations=2))

@@ -9,7 +9,7 @@ from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.support.errors import RewriteError
 from foldcut.passes.drop.decision import DropBlock
-from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit, standing_for
+from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks, standing_for
 from torch import nn
 
 
@@ -64,4 +64,4 @@ def test_who_stands_for_whom() -> None:
     assert standing_for("c", drops) == "a"
     assert standing_for("b", drops) == "a"
     assert standing_for("x", drops) == "x"
-    assert entry_exit(drops) == [("b", "c"), ("a", "b")]
+    assert changes_of_drops(drops).dropped == (("b", "c"), ("a", "b"))

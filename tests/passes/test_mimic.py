@@ -18,6 +18,7 @@ from foldcut.compiler.support.errors import CalibrationError
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.mimic.pairs import stage_ends
 from foldcut.passes.mimic.settings import MimicSettings
+from foldcut.passes.mimic.training import Lesson
 from foldcut.passes.mimic.training_stage import Mimicked, mimic
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,10 +41,15 @@ def data(nets: SimpleNamespace) -> tuple[CalibrationSet, CalibrationSet]:
     return CalibrationSet.of(nets.images(24, seed=1)), CalibrationSet.of(nets.images(8, seed=2))
 
 
+def lesson(teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int = 0) -> Lesson:
+    fit, judge = data
+    return Lesson(teacher=teacher, student=student, fit=fit, judge=judge, seed=seed)
+
+
 def train(
     teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet], seed: int = 0, **options: object
 ) -> Mimicked:
-    return mimic(teacher, student, *data, settings=MimicSettings(**{**QUICK, **options}), seed=seed)
+    return mimic(lesson(teacher, student, data, seed=seed), MimicSettings(**{**QUICK, **options}))
 
 
 class Kept:
@@ -168,9 +174,9 @@ def test_a_training_goes_on_from_any_state(
 
     options = MimicSettings(**QUICK, augment=flip if augment else None)
     whole, again = Kept(), Kept()
-    first = mimic(teacher, student, *data, settings=options, checkpoint=whole)
+    first = mimic(lesson(teacher, student, data), options, checkpoint=whole)
     again.first = whole.states[done - 1]
-    second = mimic(teacher, student, *data, settings=options, checkpoint=again)
+    second = mimic(lesson(teacher, student, data), options, checkpoint=again)
     assert len(whole.states) == QUICK["iterations"] and len(again.states) == QUICK["iterations"] - done
     assert (first.before, first.after, first.iterations) == (second.before, second.after, second.iterations)
     assert first.after < first.before
@@ -182,8 +188,8 @@ def test_a_training_without_progress_stops_where_it_would_have(
 ) -> None:
     options = MimicSettings(**{**QUICK, "iterations": 40, "checks": 20}, patience=2, learning_rate=10.0)
     whole = Kept()
-    first = mimic(teacher, student, *data, settings=options, checkpoint=whole)
-    second = mimic(teacher, student, *data, settings=options, checkpoint=Kept(whole.states[2]))
+    first = mimic(lesson(teacher, student, data), options, checkpoint=whole)
+    second = mimic(lesson(teacher, student, data), options, checkpoint=Kept(whole.states[2]))
     assert first.iterations == second.iterations == 4
     assert second.program is student
 
@@ -273,7 +279,7 @@ def test_a_transformer(transformer: Program, nets: SimpleNamespace) -> None:
 
 def test_progress_is_shown(teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]) -> None:
     seen: list[tuple[str, int, int]] = []
-    mimic(teacher, student, *data, settings=MimicSettings(**QUICK), progress=lambda *state: seen.append(state))
+    mimic(lesson(teacher, student, data), MimicSettings(**QUICK), progress=lambda *state: seen.append(state))
     assert seen == [("mimic", i + 1, 12) for i in range(12)]
 
 

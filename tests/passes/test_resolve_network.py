@@ -12,7 +12,7 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.compare import relative_error
 from foldcut.compiler.ir.program import Batch, Program
 from foldcut.compiler.support.errors import CalibrationError
-from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.solve.resolve_network import Resolved, ResolveSettings, batch_size_for, resolve_network, thinning
 from torch import nn
 
@@ -23,7 +23,7 @@ def resolve(
     """(the dropped network, and re-solved)."""
     student = drop_blocks(teacher, regions)
     samples = CalibrationSet.of(data)
-    return student, resolve_network(teacher, student, samples, entry_exit(regions), settings=settings)
+    return student, resolve_network(teacher, student, samples, changes_of_drops(regions), settings=settings)
 
 
 def same_weights(a: Program, b: Program) -> bool:
@@ -77,7 +77,7 @@ def test_student_and_teacher_are_left_alone(residual: Program, nets: SimpleNames
     block = find_regions(residual).blocks[0]
     student = drop_blocks(residual, [block])
     states = [{k: v.clone() for k, v in p.module.state_dict().items()} for p in (residual, student)]
-    resolved = resolve_network(residual, student, CalibrationSet.of(nets.images(8)), entry_exit([block])).program
+    resolved = resolve_network(residual, student, CalibrationSet.of(nets.images(8)), changes_of_drops([block])).program
     assert not same_weights(resolved, student)
     for program, state in zip((residual, student), states, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in program.module.state_dict().items())
@@ -213,7 +213,7 @@ def test_temporary_files_go_when_it_is_interrupted(
             residual,
             drop_blocks(residual, [block]),
             CalibrationSet.of(nets.images(8)),
-            entry_exit([block]),
+            changes_of_drops([block]),
             settings=ResolveSettings(ram_bytes=0),
             progress=interrupt,
         )
@@ -263,7 +263,7 @@ def test_progress_counts_the_layers(residual: Program, nets: SimpleNamespace) ->
         residual,
         drop_blocks(residual, [block]),
         CalibrationSet.of(nets.images(8)),
-        entry_exit([block]),
+        changes_of_drops([block]),
         progress=lambda *state: seen.append(state),
     )
     count = len(seen)

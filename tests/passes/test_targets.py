@@ -9,7 +9,7 @@ from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.program import Program, data_inputs
-from foldcut.passes.drop.drop_blocks import drop_blocks, entry_exit
+from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.solve.layers import find_layers
 from foldcut.passes.solve.targets import counterparts, residual_at, trace_target
 from hypothesis import given
@@ -195,7 +195,7 @@ def test_the_entry_of_a_dropped_block_plays_its_exit(residual: Program) -> None:
     blocks = find_regions(residual).blocks
     student = drop_blocks(residual, [blocks[0]])
     joins = [n.name for n in residual.graph.nodes if n.name.startswith("add")]
-    assert counterparts(student, residual, entry_exit([blocks[0]])) == {"relu": "relu_2", "getitem": joins[0]}
+    assert counterparts(student, residual, changes_of_drops([blocks[0]]).dropped) == {"relu": "relu_2", "getitem": joins[0]}
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -204,14 +204,14 @@ def test_a_chain_of_dropped_blocks_plays_the_last_exit(residual: Program, order:
     chosen = [blocks[i] for i in order]
     student = drop_blocks(residual, chosen)
     joins = [n.name for n in residual.graph.nodes if n.name.startswith("add")]
-    assert counterparts(student, residual, entry_exit(chosen)) == {"relu": "relu_4", "getitem": joins[1]}
+    assert counterparts(student, residual, changes_of_drops(chosen).dropped) == {"relu": "relu_4", "getitem": joins[1]}
 
 
 def test_a_join_in_front_of_a_dropped_block_plays_the_join_behind(residual: Program) -> None:
     blocks = find_regions(residual).blocks
     student = drop_blocks(residual, [blocks[1]])
     joins = [n.name for n in residual.graph.nodes if n.name.startswith("add")]
-    roles = counterparts(student, residual, entry_exit([blocks[1]]))
+    roles = counterparts(student, residual, changes_of_drops([blocks[1]]).dropped)
     assert roles == {"relu_2": "relu_4", joins[0]: joins[1]}
     layer = next(x for x in find_layers(student)[0].values() if x.weight == "blocks.0.conv2.weight")
     target = trace_target(student, layer, roles)
