@@ -25,6 +25,7 @@ from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foreign_ops import declare_torchvision_ops
 
@@ -71,7 +72,7 @@ def run(name: str) -> dict[str, Any]:
     student = drop_blocks(program, dropped)
     model, samples = to_onnx(student), foldcut.CalibrationSet.of(images)
     backend = resolve_backend("onnxruntime")
-    probe = LatencyProbe(program, to_onnx(program), backend, samples, batch=1, threads=1, seed=0)
+    probe = LatencyProbe(program, to_onnx(program), backend, samples, Conditions(batch=1))
     measured = probe.final(model)
     probe.close()
     return {

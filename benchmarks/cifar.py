@@ -41,6 +41,7 @@ from foldcut.passes.mimic.training import Lesson
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.passes.solve.resolve_network import resolve_network
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.runtime.probe.stored_latency import StoredLatency
 from practise import finetune
@@ -63,9 +64,7 @@ def main() -> None:
         to_onnx(program),
         resolve_backend("onnxruntime"),
         CalibrationSet.of(data.calibration[:1]),
-        batch=1,
-        threads=1,
-        seed=arguments.seed,
+        Conditions(seed=arguments.seed),
     )
     dense = onnx_accuracy(probe.model, data)
     print(f"{arguments.net}: {dense:.2f} % on {len(data.labels)} test images", flush=True)

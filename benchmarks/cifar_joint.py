@@ -29,6 +29,7 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from rows import Row, write_json
 from torch_pruning_peer import prune_whole_with_torch_pruning, prune_with_torch_pruning
@@ -108,9 +109,7 @@ def _torch_pruning(network: CifarResNet, data: Cifar, ratios: list[float]) -> li
         to_onnx(program),
         resolve_backend("onnxruntime"),
         CalibrationSet.of(data.calibration[:1]),
-        batch=1,
-        threads=1,
-        seed=0,
+        Conditions(seed=0),
     )
     inner = [name for name, _ in network.named_modules() if name.endswith(".conv1")]
     ways = {

@@ -36,9 +36,11 @@ from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.prune.channel_budget import ChannelLimits, free_groups, uniform_counts
 from foldcut.runtime.measure.backend import Backend, resolve_backend
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.measure.loading import loaded
 from foldcut.runtime.measure.measure import measure_pair
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
+from foldcut.runtime.measure.timing import Timing, Until
 from foldcut.runtime.onnxruntime.backend import random_inputs
 from foldcut.runtime.predict.latency_table import LatencyTable
 from foreign_ops import declare_torchvision_ops
@@ -104,7 +106,7 @@ def predictions(
 ) -> Iterator[Row]:
     """One row for each variant of a network."""
     original = fold_parameters(capture(network, sample))
-    table = LatencyTable(backend, batch=batch, cache=cache, seed=arguments.seed)
+    table = LatencyTable(backend, Conditions(batch=batch, seed=arguments.seed), cache=cache)
     model = to_onnx(original)
     started = time.perf_counter()
     plain = table.predict(original)
@@ -126,7 +128,9 @@ def predictions(
         seconds = time.perf_counter() - started
         inputs = random_inputs(model, batch, arguments.seed)
         with loaded(backend, [(model, inputs), (to_onnx(variant), inputs)]) as (first, second):
-            measured = measure_pair(first, second, max_seconds=arguments.max_seconds, seed=arguments.seed)
+            measured = measure_pair(
+                first, second, Timing(seed=arguments.seed), until=Until(max_seconds=arguments.max_seconds)
+            )
         predicted = after.ratio_to(before)
         yield {
             "network": name,

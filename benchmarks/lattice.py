@@ -31,6 +31,7 @@ from foldcut.passes.prune.channel_budget import ChannelLimits, free_groups
 from foldcut.runtime.measure.backend import resolve_backend
 from foldcut.runtime.measure.loading import loaded
 from foldcut.runtime.measure.measure import measure_pair
+from foldcut.runtime.measure.timing import Timing, Until
 from foldcut.runtime.onnxruntime.backend import random_inputs
 from foldcut.runtime.predict.lattice import probe_lattice
 from foreign_ops import declare_torchvision_ops
@@ -105,7 +106,7 @@ def compare(
         macs.append(program_cost(program).macs / program_cost(provenance.program).macs)
     inputs = random_inputs(models[0], arguments.batch, arguments.seed)
     with loaded(backend, [(model, inputs) for model in models]) as (beside, on):
-        measured = measure_pair(beside, on, seed=arguments.seed, max_seconds=arguments.max_seconds)
+        measured = measure_pair(beside, on, Timing(seed=arguments.seed), until=Until(max_seconds=arguments.max_seconds))
     return {
         "keep": fraction,
         "macs_beside": macs[0],

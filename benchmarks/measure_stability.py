@@ -36,6 +36,7 @@ from foldcut.runtime.measure.environment import cpus_available
 from foldcut.runtime.measure.loading import opened
 from foldcut.runtime.measure.measure import measure_pair, measure_single
 from foldcut.runtime.measure.measurement import Measurement
+from foldcut.runtime.measure.timing import Timing, Until
 from foreign_ops import declare_torchvision_ops
 from rows import write_json
 
@@ -92,7 +93,9 @@ def main() -> None:
 
     def measured(before: object, after: object, seed: int) -> Measurement:
         with opened(backend, [(before, inputs), (after, inputs)], threads=arguments.threads) as runners:
-            return measure_pair(*runners, seed=seed, environment=environment, max_seconds=arguments.max_seconds)
+            return measure_pair(
+                *runners, Timing(seed=seed), until=Until(max_seconds=arguments.max_seconds), environment=environment
+            )
 
     with busy_cores(cpus_available() if arguments.busy is None else arguments.busy) as busy:
         protocols, pairs, equal = compare_protocols(load, measured, engines, arguments.repeats)

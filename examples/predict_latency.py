@@ -16,6 +16,7 @@ from foldcut.runtime.measure.backend import resolve_backend
 from foldcut.runtime.measure.loading import loaded
 from foldcut.runtime.measure.measure import measure_pair
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
+from foldcut.runtime.measure.timing import Until
 from foldcut.runtime.onnxruntime.backend import random_inputs
 from foldcut.runtime.predict.latency_table import LatencyTable
 from foldcut.runtime.predict.lattice import probe_lattice
@@ -67,5 +68,5 @@ with (
 
 inputs = random_inputs(original)
 with loaded(backend, [(original, inputs), (to_onnx(smaller), inputs)]) as (first, second):
-    measured = measure_pair(first, second, max_seconds=20)
+    measured = measure_pair(first, second, until=Until(max_seconds=20))
 print(f"measured on the whole: x{measured.ratio:.3f} ({measured.low:.3f} to {measured.high:.3f}), {measured.verdict}")

@@ -97,9 +97,7 @@ def measure_files(before: Path, after: Path, wish: MeasureWish, *, progress: Pro
     found = measure_loads(
         first,
         second,
-        regime=wish.regime,
-        both=True,
-        seed=wish.seed,
+        replace(FULL, regime=wish.regime, both=True, seed=wish.seed),
         environment=environment(),
         progress=lambda done, most: progress("measure fresh loads", done, most),
     )

@@ -14,6 +14,7 @@ from torch import fx
 
 from ...passes.mimic.settings import MimicSettings
 from ...runtime.measure.backend import Backend, resolve_backend
+from ...runtime.measure.conditions import Conditions
 from ...runtime.probe.latency_probe import LatencyProbe
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..export.exporter import to_onnx
@@ -164,13 +165,15 @@ def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: 
         original,
         backend,
         ctx.judge,
-        batch=options.batch,
-        threads=options.threads,
-        seed=options.seed,
+        Conditions(
+            batch=options.batch,
+            threads=options.threads,
+            regime=ctx.goal.regime,
+            opset=options.opset,
+            seed=options.seed,
+            folder=ctx.store.root,
+        ),
         deployed=deployed,
-        folder=ctx.store.root,
-        opset=options.opset,
-        regime=ctx.goal.regime,
     )
 
 

@@ -41,7 +41,7 @@ def _without(probe: LatencyProbe, regions: Sequence[Region]) -> bytes:
     """The exported original with regions bypassed: weights do not change latency, so nothing has to be solved, and the
     file is cut by the names of its values where it has them."""
     model = onnx_without(probe.model, [(r.entry, r.exit) for r in regions])
-    return to_onnx(drop_blocks(probe.program, regions), opset=probe.opset) if model is None else model
+    return to_onnx(drop_blocks(probe.program, regions), opset=probe.conditions.opset) if model is None else model
 
 
 def _kind(program: Program, region: Region) -> str:

@@ -22,6 +22,7 @@ from .cache_eviction import check_evictable
 from .environment import host_environment
 from .measure import Environment, Rounds, common_clock
 from .measurement import Measurement
+from .timing import Timing
 
 REGIMES: tuple[Regime, ...] = ("hot", "cold")
 #: Fewer loads say too little about the next one, however slow the networks are.
@@ -46,6 +47,9 @@ class Effort:
     warmup_ms: float = 100.0
     seconds: float = 60.0
     together: float = 3.0
+    regime: Regime = "hot"
+    both: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not (2 <= self.loads <= self.most_loads and self.rounds >= 1):
@@ -100,11 +104,8 @@ class _Taken:
 def measure_loads(
     load_before: Callable[[], Runner],
     load_after: Callable[[], Runner],
-    *,
-    regime: Regime = "hot",
-    both: bool = False,
     effort: Effort = FULL,
-    seed: int = 0,
+    *,
     environment: Environment | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[Regime, Measurement]:
@@ -113,8 +114,8 @@ def measure_loads(
     Each time the original is loaded twice and the other network once, all anew, in an order that is drawn; their blocks
     take turns as in `measure_savings`, `rounds` times. A load's ratio is the median of its rounds against both sessions
     of the original. The interval comes from the scatter of the loads' ratios and from what the two sessions of the
-    original differ by, so a difference that the original shows to itself is none. With `both` the other regime is
-    measured in the same loads, where the backend can. `progress` gets (loads done, loads at most), and ends the
+    original differ by, so a difference that the original shows to itself is none. With `effort.both` the other regime
+    is measured in the same loads, where the backend can. `progress` gets (loads done, loads at most), and ends the
     measurement by raising. Every runner is closed, however it ends.
 
     Biased: it goes on where the interval is wide, which favours loads that look calm by chance, and all loads are of
@@ -123,7 +124,7 @@ def measure_loads(
     raise.
     """
     known = host_environment() if environment is None else environment
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(effort.seed)
     started = time.perf_counter()
     taken: dict[Regime, _Taken] = {}
     done = 0
@@ -132,7 +133,7 @@ def measure_loads(
             runners = _loaded(stack, (load_before, load_before, load_after), generator)
             clock = common_clock(runners)
             if not taken:
-                taken = {name: _Taken() for name in _regimes(regime, both, runners)}
+                taken = {name: _Taken() for name in _regimes(effort.regime, effort.both, runners)}
             for place, (name, sums) in enumerate(taken.items()):
                 share = replace(
                     effort,
@@ -147,7 +148,7 @@ def measure_loads(
         if done < (min(_FEWEST_LOADS, effort.loads) if late else effort.loads):
             continue
         found = {name: sums.measurement(name, clock, effort.together, known) for name, sums in taken.items()}
-        if late or done == effort.most_loads or found[regime].half_width <= effort.target_halfwidth:
+        if late or done == effort.most_loads or found[effort.regime].half_width <= effort.target_halfwidth:
             return found
 
 
@@ -182,7 +183,7 @@ def _timed(runners: tuple[Runner, ...], regime: Regime, share: Effort, seed: int
     """The rounds of one load, which may take its `share`; fewer, but both orders, where the seconds are over."""
     end = time.perf_counter() + share.seconds
     # a device's blocks are so long that all loads together last as long as one measurement of a pair
-    rounds = Rounds(runners, share.loads * share.rounds, warmup_ms=share.warmup_ms, seed=seed, regime=regime)
+    rounds = Rounds(runners, share.loads * share.rounds, Timing(warmup_ms=share.warmup_ms, seed=seed, regime=regime))
     wanted = share.rounds * (_COLD_ROUNDS if regime == "cold" else 1)
     while rounds.count < wanted:
         rounds.time_round()

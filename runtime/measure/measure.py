@@ -19,7 +19,7 @@ from .bootstrap import ratio_interval, relative_spread
 from .cache_eviction import CacheEviction, check_evictable
 from .environment import host_environment
 from .measurement import Measurement
-from .timing import Block, choose_repeats, time_block, warm_up
+from .timing import BRIEFLY_WARMED, ENOUGH, WARMED, Block, Timing, Until, choose_repeats, time_block, warm_up
 
 Environment = Mapping[str, str | int]
 
@@ -38,76 +38,59 @@ _CONTENDED_SPREAD = 0.15  # an idle machine shows 0.02 or so on either clock
 def measure_pair(
     before: Runner,
     after: Runner,
+    how: Timing = WARMED,
     *,
-    min_pairs: int = 20,
-    max_pairs: int = 200,
-    target_halfwidth: float = 0.01,
-    min_block_ms: float | None = None,
-    warmup_ms: float = 200.0,
-    max_seconds: float = 60.0,
-    seed: int = 0,
+    until: Until = ENOUGH,
     environment: Environment | None = None,
     progress: Callable[[Measurement], None] | None = None,
-    regime: Regime = "hot",
 ) -> Measurement:
     """Measure the latency of `after` as a ratio to `before`, with a 95 % interval over this load of both.
 
-    Both are warmed up for `warmup_ms` each, then timed in turns in blocks of at least `min_block_ms`, in
-    an order that reverses from pair to pair (ABBA), which cancels a steady drift. By default a block is 10 ms,
-    on the clock ``cuda`` so long that `min_pairs` last about 3 s. It stops at the first check (every 4 pairs, from
-    `min_pairs` on) where the interval's half width, relative to the ratio, is at most `target_halfwidth`; at
-    `max_pairs`; or after `max_seconds`, warm-up included, but not before 6 pairs. `environment` (a backend's
-    `environment()`, with threads and batch) is kept with the result; by default it is the host's. `progress`
-    gets the result so far every 4 pairs, and ends the measurement by raising. In the regime ``hot`` one or two
-    inferences that do not count lead into each block; in ``cold`` a block is one inference, and the caches are emptied
-    before it.
+    Both are warmed up, then timed in turns in blocks, in an order that reverses from pair to pair (ABBA), which cancels
+    a steady drift. On the clock ``cuda`` blocks are by default so long that the fewest pairs last about 3 s.
+    `environment` (a backend's `environment()`, with threads and batch) is kept with the result; by default it is the
+    host's. `progress` gets the result so far every 4 pairs, and ends the measurement by raising. In the regime ``hot``
+    one or two inferences that do not count lead into each block; in ``cold`` a block is one inference, and the caches
+    are emptied before it.
 
     Biased: stopping on the width that the same samples gave favours samples that look calm by chance; in
     simulation the interval held the true ratio in 92 to 93 % of runs, under normal and under heavy-tailed
     noise. The ratio itself is not shifted, for the rule never looks at it. Fix the number (`min_pairs` =
     `max_pairs`) where that matters. Where a load happens to put its buffers is part of the ratio, by 1 % and more, and
     no number of pairs averages that out: `measure_loads` does.
-    Raises BackendError: the clocks differ, a clock does not move, or the device's caches cannot be emptied; ValueError:
-    an option out of range.
+    Raises BackendError: the clocks differ, a clock does not move, or the device's caches cannot be emptied.
     """
-    _check_counts(min_pairs, max_pairs)
-    _check_positive(target_halfwidth=target_halfwidth, max_seconds=max_seconds)
-    deadline = time.perf_counter() + max_seconds
-    rounds = Rounds(
-        (before, after), min_pairs, min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=seed, regime=regime
-    )
+    deadline = time.perf_counter() + until.max_seconds
+    rounds = Rounds((before, after), until.min_pairs, how)
     known = dict(host_environment() if environment is None else environment)
     while True:
         rounds.time_round()
-        out_of_time = time.perf_counter() >= deadline and rounds.count >= min(_FEWEST_PAIRS, min_pairs)
-        if not (rounds.count % _CHECK_EVERY == 0 or out_of_time or rounds.count == max_pairs):
+        out_of_time = time.perf_counter() >= deadline and rounds.count >= min(_FEWEST_PAIRS, until.min_pairs)
+        if not (rounds.count % _CHECK_EVERY == 0 or out_of_time or rounds.count == until.max_pairs):
             continue
-        result = rounds.compare(0, 1, seed=seed, environment=known)
+        result = rounds.compare(0, 1, seed=how.seed, environment=known)
         if progress is not None:
             progress(result)
-        narrow = rounds.count >= min_pairs and result.half_width <= target_halfwidth
-        if narrow or out_of_time or rounds.count >= max_pairs:
+        narrow = rounds.count >= until.min_pairs and result.half_width <= until.target_halfwidth
+        if narrow or out_of_time or rounds.count >= until.max_pairs:
             return result
 
 
 def measure_savings(
     reference: Runner,
     variants: Sequence[Runner],
+    how: Timing = BRIEFLY_WARMED,
     *,
     pairs: int = 12,
-    min_block_ms: float | None = None,
-    warmup_ms: float = 50.0,
-    seed: int = 0,
     environment: Environment | None = None,
     progress: Callable[[int, int], None] | None = None,
-    regime: Regime = "hot",
 ) -> tuple[Measurement, ...]:
     """Measure several variants against one reference: one measurement each, in the order of `variants`.
 
     In each of `pairs` rounds every network is timed once; the order is drawn anew every second round and
     reversed in between. Cheaper than one `measure_pair` for each, since the reference is timed once per
     round. All of `variants` stay loaded together, so mind the memory. Blocks last as in `measure_pair`.
-    `progress` gets (rounds done, rounds in all). `regime` is that of `measure_pair`.
+    `progress` gets (rounds done, rounds in all).
 
     Biased: the measurements share the reference's samples, so their errors go together (a ranking gains
     by that, a sum does not); and of many variants the one that looks fastest looks faster than it is.
@@ -118,23 +101,16 @@ def measure_savings(
     if not variants:
         return ()
     runners = (reference, *variants)
-    rounds = Rounds(runners, pairs, min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=seed, regime=regime)
+    rounds = Rounds(runners, pairs, how)
     for done in range(1, pairs + 1):
         rounds.time_round()
         if progress is not None:
             progress(done, pairs)
     known = dict(host_environment() if environment is None else environment)
-    return tuple(rounds.compare(0, index, seed=seed, environment=known) for index in range(1, len(variants) + 1))
+    return tuple(rounds.compare(0, index, seed=how.seed, environment=known) for index in range(1, len(variants) + 1))
 
 
-def measure_single(
-    runner: Runner,
-    *,
-    samples: int = 20,
-    min_block_ms: float | None = None,
-    warmup_ms: float = 200.0,
-    regime: Regime = "hot",
-) -> float:
+def measure_single(runner: Runner, how: Timing = WARMED, *, samples: int = 20) -> float:
     """Return the median time of one inference in milliseconds, on the runner's clock.
 
     Biased by whatever the machine does meanwhile: two such numbers taken apart differ by 10 % for one and
@@ -142,7 +118,7 @@ def measure_single(
     Raises BackendError if the clock does not move or caches cannot be emptied; ValueError for an option out of range.
     """
     _check_counts(samples, samples)
-    rounds = Rounds((runner,), samples, min_block_ms=min_block_ms, warmup_ms=warmup_ms, seed=0, regime=regime)
+    rounds = Rounds((runner,), samples, how)
     for _ in range(samples):
         rounds.time_round()
     return float(np.median(rounds.times_ms[0]))
@@ -168,9 +144,8 @@ def self_check(
         result = measure_pair(
             first,
             second,
-            target_halfwidth=tolerance / 2,
-            max_seconds=max_seconds,
-            seed=seed,
+            Timing(seed=seed),
+            until=Until(target_halfwidth=tolerance / 2, max_seconds=max_seconds),
             environment=environment,
             progress=progress,
         )
@@ -191,27 +166,22 @@ class Rounds:
         self,
         runners: Sequence[Runner],
         rounds: int,
-        *,
-        min_block_ms: float | None = None,
-        warmup_ms: float,
-        seed: int,
-        regime: Regime = "hot",
+        how: Timing,
     ) -> None:
-        if (min_block_ms is not None and min_block_ms < 0) or warmup_ms < 0:
-            raise ValueError("min_block_ms and warmup_ms must not be negative")
+        min_block_ms, regime = how.min_block_ms, how.regime
         self._runners = tuple(runners)
         self._evict = _eviction(runners) if regime == "cold" else None
         self.regime: Regime = regime
         self.clock = common_clock(runners)
         for runner in runners:
-            warm_up(runner, warmup_ms)
+            warm_up(runner, how.warmup_ms)
         if min_block_ms is None:
             on_device = self.clock == "cuda"
             min_block_ms = max(_BLOCK_MS, _DEVICE_MS / (rounds * len(runners))) if on_device else _BLOCK_MS
         # a second inference in a row would not be cold
         self._repeats = [1 if self._evict else choose_repeats(runner, min_block_ms) for runner in runners]
         self._blocks: list[list[Block]] = [[] for _ in runners]
-        self._orders = _orders(len(runners), seed)
+        self._orders = _orders(len(runners), how.seed)
 
     @property
     def count(self) -> int:

@@ -10,13 +10,50 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ...compiler.support.errors import BackendError
-from .backend import Runner, TimedRunner
+from .backend import Regime, Runner, TimedRunner
 
 _NS_PER_MS = 1e6
 _MOST_REPEATS = 100_000
 _MOST_GROWTH = 10  # one short block says little about how many repeats the next needs
 _MOST_WALL_PER_CLOCK = 200  # far beyond what sharing a core with other processes does
 _MOST_STANDSTILL_MS = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How networks are timed: each is warmed up for `warmup_ms`, then blocks last at least `min_block_ms` (None: 10 ms,
+    on a device longer), in an order drawn by `seed`, with the caches as the `regime` says. Raises ValueError for an
+    option out of range."""
+
+    min_block_ms: float | None = None
+    warmup_ms: float = 200.0
+    seed: int = 0
+    regime: Regime = "hot"
+
+    def __post_init__(self) -> None:
+        if (self.min_block_ms is not None and self.min_block_ms < 0) or self.warmup_ms < 0:
+            raise ValueError("min_block_ms and warmup_ms must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Until:
+    """When enough was measured: at the first check from `min_pairs` on where the interval's half width, relative to the
+    ratio, is at most `target_halfwidth`; at `max_pairs`; or after `max_seconds`, warm-up included, but not before 6
+    pairs. Raises ValueError for an option out of range."""
+
+    min_pairs: int = 20
+    max_pairs: int = 200
+    target_halfwidth: float = 0.01
+    max_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pairs <= self.max_pairs:
+            raise ValueError(f"the number of pairs must be at least 1 and min_pairs <= max_pairs: {self}")
+        if not (self.target_halfwidth > 0 and self.max_seconds > 0):
+            raise ValueError(f"target_halfwidth and max_seconds must be above 0: {self}")
+
+
+WARMED, BRIEFLY_WARMED, ENOUGH = Timing(), Timing(warmup_ms=50.0), Until()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,14 @@ from ...compiler.ir.segments import Segment, find_segments, segment_key
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Array, Backend
 from ..measure.bootstrap import median_interval
+from ..measure.conditions import Conditions
 from ..measure.environment import lasting
 from ..measure.inputs import draw_inputs, model_specs
 from ..measure.loading import loaded
 from ..measure.measure import measure_savings
 from ..measure.measurement import Measurement
 from ..measure.measurement_cache import MeasurementCache
+from ..measure.timing import Timing
 from .edit_extract import extract_segments
 from .reference_network import reference_network
 from .repeated_model import repeated
@@ -99,20 +101,16 @@ class LatencyTable:
     def __init__(
         self,
         backend: Backend,
+        conditions: Conditions | None = None,
         *,
-        batch: int = 1,
-        threads: int = 1,
         cache: MeasurementCache | None = None,
         rounds: int = _ROUNDS,
-        seed: int = 0,
-        opset: int | None = None,
     ) -> None:
+        conditions = conditions or Conditions()
         self.backend = backend
-        self.batch = batch
-        self.threads = threads
+        self.batch, self.threads = conditions.batch, conditions.threads
+        self.seed, self.opset = conditions.seed, conditions.opset
         self.rounds = rounds
-        self.seed = seed
-        self.opset = opset
         self.cache = cache if cache is not None else MeasurementCache(None)
         self.scale = 1.0
         self._anchors: list[_Anchor] = []
@@ -173,12 +171,16 @@ class LatencyTable:
         self.scale = float(np.median([units / self.predict(program).units for program, units in measured]))
         return self.scale
 
+    @property
+    def _timing(self) -> Timing:
+        return Timing(warmup_ms=50.0, seed=self.seed)
+
     def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
         """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
         given. Raises BackendError."""
         given = inputs if inputs is not None else self._drawn(model)
         with loaded(self.backend, [self._reference, (model, given)], threads=self.threads) as (reference, runner):
-            return measure_savings(reference, [runner], pairs=self.rounds, seed=self.seed)[0].ratio
+            return measure_savings(reference, [runner], self._timing, pairs=self.rounds)[0].ratio
 
     def _key(self, segment: str) -> str:
         key = f"segment {_FORMAT} {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
@@ -232,7 +234,7 @@ class LatencyTable:
             timed += [(one, inputs), (many, inputs)]
         with loaded(self.backend, timed, threads=self.threads) as (reference, *runners):
             measured = measure_savings(
-                reference, runners, pairs=self.rounds, seed=self.seed, environment={}, progress=show
+                reference, runners, self._timing, pairs=self.rounds, environment={}, progress=show
             )
         return [
             _difference(one, many, count - 1)

@@ -20,6 +20,7 @@ from ..measure.inputs import draw_inputs, model_specs
 from ..measure.loading import loaded
 from ..measure.measure import measure_savings
 from ..measure.measurement_cache import MeasurementCache
+from ..measure.timing import Timing
 from .layered_model import Layer, layered_model
 
 if TYPE_CHECKING:
@@ -129,10 +130,9 @@ def _timed(
     counts = sorted({_OUTER, *COUNTS, *(_raised(c, m) for c in COUNTS for m in MULTIPLES)}, reverse=True)
     models = [make(count, batch).SerializeToString() for count in counts]
     inputs = draw_inputs(model_specs(models[0]), batch, seed)
+    timing = Timing(warmup_ms=50.0, seed=seed, min_block_ms=5.0)
     with loaded(backend, [(model, inputs) for model in models], threads=threads) as runners:
-        measured = measure_savings(
-            runners[0], runners[1:], pairs=_ROUNDS, seed=seed, min_block_ms=5.0, environment={}, progress=show
-        )
+        measured = measure_savings(runners[0], runners[1:], timing, pairs=_ROUNDS, environment={}, progress=show)
     times = {counts[0]: [before for before, _ in measured[0].samples]}
     return times | {c: [after for _, after in m.samples] for c, m in zip(counts[1:], measured, strict=True)}
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,11 +15,13 @@ from ...compiler.store.cache_folder import default_folder
 from ...compiler.support.errors import CompilerError
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Array, Backend, NodeTime, ProfilingBackend, Regime, Runner
+from ..measure.conditions import Conditions
 from ..measure.fresh_loads import FULL, QUICK, Effort, measure_loads
 from ..measure.loading import opened
 from ..measure.measure import measure_savings, measure_single
 from ..measure.measurement import Measurement
 from ..measure.measurement_cache import MeasurementCache
+from ..measure.timing import Timing
 from ..predict.latency_table import LatencyTable
 from ..predict.lattice import Lattice, probe_lattice
 
@@ -38,10 +39,8 @@ class Profiles:
 
 
 class LatencyProbe:
-    """The original on a backend, and variants of it, measured against it. `folder` keeps the times
-    of parts; None is the usual place. `opset` is that of the export, so that variants are measured as what will be
-    delivered: None is the program's own. `regime` is what the caches hold when plans are measured, and what the
-    finished model counts by.
+    """The original on a backend, and variants of it, measured against it, under `conditions`: plans on the way, and
+    the finished model.
 
     Whole networks are compared over fresh loads of both; plans on the way with less effort than the result
     (`fresh_loads.QUICK`), so their intervals are wider.
@@ -55,27 +54,19 @@ class LatencyProbe:
         model: bytes,
         backend: Backend,
         samples: CalibrationSet,
+        conditions: Conditions,
         *,
-        batch: int,
-        threads: int,
-        seed: int,
         deployed: bytes | None = None,
-        folder: Path | None = None,
-        opset: int | None = None,
-        regime: Regime = "hot",
     ) -> None:
         self.program = program
         self.model = model
         #: What runs today, and what latencies are compared with.
         self.before = model if deployed is None else deployed
         self.backend = backend
-        self.batch = batch
-        self.threads = threads
-        self.seed = seed
-        self.opset = target_opset(program, opset)
-        self.regime: Regime = regime
-        self._folder = folder
-        self.inputs = example_inputs(program, samples, batch)
+        #: `opset` is that of the export, so that variants are measured as what will be delivered.
+        self.conditions = replace(conditions, opset=target_opset(program, conditions.opset))
+        self.regime = conditions.regime
+        self.inputs = example_inputs(program, samples, conditions.batch)
         #: What the original is built to: it is loaded again for each comparison, and building may take minutes.
         self._engine = self._built(self.before)
         with ExitStack() as opened_so_far:
@@ -90,29 +81,28 @@ class LatencyProbe:
         return self.backend.build(model, self.inputs)
 
     def _loaded(self, engine: object) -> Runner:
-        return self.backend.load(engine, self.inputs, threads=self.threads)
+        return self.backend.load(engine, self.inputs, threads=self.conditions.threads)
 
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""
-        return measure_single(self.original, regime=self.regime)
+        return measure_single(self.original, self._timing())
 
     def savings(self, models: Iterable[bytes], *, progress: Progress = silent) -> list[float]:
         """Share of the original's latency that each of some variants of its export saves: they alternate with it in one
         run."""
         engines = ((self._built(model), self.inputs) for model in models)
-        with opened(self.backend, engines, threads=self.threads) as variants:
+        with opened(self.backend, engines, threads=self.conditions.threads) as variants:
             measured = measure_savings(
                 self.exported,
                 variants,
-                seed=self.seed,
+                self._timing(warmup_ms=50.0),
                 progress=lambda done, total: progress("measure savings", done, total),
-                regime=self.regime,
             )
         return [1 - found.ratio for found in measured]
 
     def against(self, program: Program) -> Measurement:
         """Latency of a rewritten program over that of the original."""
-        return self._against(to_onnx(program, opset=self.opset))
+        return self._against(to_onnx(program, opset=self.conditions.opset))
 
     def _against(self, model: bytes) -> Measurement:
         return self._compared(model, QUICK, both=False)[self.regime]
@@ -122,31 +112,29 @@ class LatencyProbe:
         return measure_loads(
             lambda: self._loaded(self._engine),
             lambda: self._loaded(engine),
-            regime=self.regime,
-            both=both,
-            effort=effort,
-            seed=self.seed,
-            environment={**self.backend.environment(), "threads": self.threads, "batch": self.batch},
+            replace(effort, regime=self.regime, both=both, seed=self.conditions.seed),
+            environment={
+                **self.backend.environment(),
+                "threads": self.conditions.threads,
+                "batch": self.conditions.batch,
+            },
         )
+
+    def _timing(self, warmup_ms: float = 200.0) -> Timing:
+        return Timing(warmup_ms=warmup_ms, seed=self.conditions.seed, regime=self.regime)
+
+    def _cache(self) -> MeasurementCache:
+        return MeasurementCache(self.conditions.folder or default_folder())
 
     def table(self) -> LatencyTable:
         """Times of single segments on the backend at this batch, kept on disk."""
-        cache = MeasurementCache(self._folder or default_folder())
-        return LatencyTable(
-            self.backend,
-            batch=self.batch,
-            threads=self.threads,
-            cache=cache,
-            rounds=_TABLE_ROUNDS,
-            seed=self.seed,
-            opset=self.opset,
-        )
+        return LatencyTable(self.backend, self.conditions, cache=self._cache(), rounds=_TABLE_ROUNDS)
 
     def lattice(self, *, progress: Progress = silent) -> Lattice:
         """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""
-        cache = MeasurementCache(self._folder or default_folder())
+        how = self.conditions
         return probe_lattice(
-            self.backend, batch=self.batch, threads=self.threads, cache=cache, seed=self.seed, progress=progress
+            self.backend, batch=how.batch, threads=how.threads, cache=self._cache(), seed=how.seed, progress=progress
         )
 
     def final(self, model: bytes) -> Measurement:
@@ -164,7 +152,8 @@ class LatencyProbe:
             return None
         try:
             before, after = (
-                self.backend.profile(content, self.inputs, threads=self.threads) for content in (self.model, model)
+                self.backend.profile(content, self.inputs, threads=self.conditions.threads)
+                for content in (self.model, model)
             )
         except CompilerError:
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...compiler.ir.program import Program
 from ...compiler.store.analysis_store import AnalysisStore
+from ..measure.conditions import Conditions
 from ..measure.environment import lasting
 from .latency_probe import LatencyProbe
 
@@ -24,7 +25,7 @@ class StoredLatency:
         self.probe, self._store = probe, store
         models = [hashlib.blake2b(model, digest_size=16).hexdigest() for model in (probe.before, probe.model)]
         inputs = [[name, str(value.dtype), list(value.shape)] for name, value in probe.inputs.items()]
-        settings = [lasting(probe.backend.environment()), probe.batch, probe.threads, probe.seed, probe.regime]
+        settings = [lasting(probe.backend.environment()), *_of(probe.conditions)]
         self._inputs = [probe.program, models, inputs, *settings]
 
     def original_ms(self) -> float:
@@ -39,3 +40,8 @@ class StoredLatency:
     def kept(self, name: str, inputs: Sequence[Any], measure: Callable[[], Any]) -> Any:
         """Plain data that `measure` finds out about `inputs`, beside the original."""
         return self._store.value(f"measured {name}", [*self._inputs, *inputs], measure, most_age_s=MOST_AGE_S)
+
+
+def _of(conditions: Conditions) -> list[Any]:
+    """What a measurement depends on."""
+    return [conditions.batch, conditions.threads, conditions.seed, conditions.regime]

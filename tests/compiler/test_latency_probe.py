@@ -16,6 +16,7 @@ from foldcut.compiler.ir.program import Program
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.drop.region_latency import region_savings
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe import latency_probe
 from foldcut.runtime.probe.latency_probe import LatencyProbe, example_inputs
 from foldcut.runtime.probe.stored_latency import StoredLatency
@@ -28,7 +29,7 @@ ALL = 81.0
 @pytest.fixture(scope="module")
 def probe(residual: Program, counting_backend: Any, nets: SimpleNamespace) -> Iterator[LatencyProbe]:
     samples = CalibrationSet.of(nets.images(3))
-    made = LatencyProbe(residual, to_onnx(residual), counting_backend, samples, batch=2, threads=1, seed=0)
+    made = LatencyProbe(residual, to_onnx(residual), counting_backend, samples, Conditions(batch=2))
     yield made
     made.close()
 
@@ -46,9 +47,9 @@ def test_regions_of_one_kind_are_measured_once(
     measured: list[int] = []
     real = latency_probe.measure_savings
 
-    def counted(reference: Any, variants: Any, **options: Any) -> Any:
+    def counted(reference: Any, variants: Any, *how: Any, **options: Any) -> Any:
         measured.append(len(variants))
-        return real(reference, variants, **options)
+        return real(reference, variants, *how, **options)
 
     monkeypatch.setattr(latency_probe, "measure_savings", counted)
     regions = find_regions(residual).regions
@@ -85,9 +86,7 @@ def test_plans_are_measured_in_the_opset_that_is_delivered(
     residual: Program, counting_backend: Any, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = CalibrationSet.of(nets.images(3))
-    made = LatencyProbe(
-        residual, to_onnx(residual, opset=15), counting_backend, samples, batch=2, threads=1, seed=0, opset=15
-    )
+    made = LatencyProbe(residual, to_onnx(residual, opset=15), counting_backend, samples, Conditions(batch=2, opset=15))
     built: list[bytes] = []
     real = made.backend.build
 

@@ -20,6 +20,7 @@ from foldcut.passes.mimic import training as mimic_training
 from foldcut.passes.mimic.training import Lesson
 from foldcut.passes.mimic.training_stage import mimic
 from foldcut.runtime.measure.backend import run_once
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeRunner
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.runtime.probe.stored_latency import StoredLatency
@@ -64,7 +65,7 @@ class Watched:
 def probe_of(backend: Any, program: Program, nets: SimpleNamespace) -> LatencyProbe:
     model = to_onnx(program)
     samples = CalibrationSet.of(nets.images(3))
-    return LatencyProbe(program, model, backend, samples, batch=2, threads=1, seed=0, deployed=model + b"")
+    return LatencyProbe(program, model, backend, samples, Conditions(batch=2), deployed=model + b"")
 
 
 @pytest.mark.parametrize("step", ["load", "build"])

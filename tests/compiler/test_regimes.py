@@ -26,6 +26,7 @@ from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.drop.region_latency import region_savings
 from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.prune.decision import PruneChannels
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.runtime.probe.stored_latency import StoredLatency
 from torch import nn
@@ -129,7 +130,7 @@ def test_plans_and_results_are_measured_in_the_goals_regime(
 ) -> None:
     samples, backend = CalibrationSet.of(nets.images(3)), ColdBackend(counting_backend)
     model = to_onnx(residual)
-    probe = LatencyProbe(residual, model, backend, samples, batch=2, threads=1, seed=0, regime=regime)
+    probe = LatencyProbe(residual, model, backend, samples, Conditions(batch=2, regime=regime))
     block = find_regions(residual).blocks[0]
     latency = StoredLatency(NOTHING_KEPT, probe)
     assert probe.against(drop_blocks(residual, [block])).ratio == pytest.approx(ratio)
@@ -148,7 +149,7 @@ def test_what_was_measured_hot_is_not_taken_for_cold(
     regimes: tuple[Any, ...] = ("hot", "cold")
     found = []
     for regime in regimes:
-        probe = LatencyProbe(residual, to_onnx(residual), backend, samples, batch=2, threads=1, seed=0, regime=regime)
+        probe = LatencyProbe(residual, to_onnx(residual), backend, samples, Conditions(batch=2, regime=regime))
         found.append(StoredLatency(store, probe).original_ms())
         probe.close()
     assert found == [pytest.approx(81), pytest.approx(111)]

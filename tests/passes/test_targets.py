@@ -195,7 +195,10 @@ def test_the_entry_of_a_dropped_block_plays_its_exit(residual: Program) -> None:
     blocks = find_regions(residual).blocks
     student = drop_blocks(residual, [blocks[0]])
     joins = [n.name for n in residual.graph.nodes if n.name.startswith("add")]
-    assert counterparts(student, residual, changes_of_drops([blocks[0]]).dropped) == {"relu": "relu_2", "getitem": joins[0]}
+    assert counterparts(student, residual, changes_of_drops([blocks[0]]).dropped) == {
+        "relu": "relu_2",
+        "getitem": joins[0],
+    }
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -1,6 +1,7 @@
 """Measurements over fresh loads, on sessions whose time is drawn when they are loaded."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ class Sessions:
         kind = EvictingSession if self.evicts else Session
         return kind(self, time_ms * float(np.exp(self.generator.normal(0, self.luck))))
 
-    def measured(self, **options: Any) -> Measurement:
-        return measure_loads(self.before, self.after, effort=EFFORT, **options)[options.get("regime", "hot")]
+    def measured(self, regime: Any = "hot", seed: int = 0, **options: Any) -> Measurement:
+        return measure_loads(self.before, self.after, replace(EFFORT, regime=regime, seed=seed), **options)[regime]
 
 
 class Session:
@@ -146,19 +147,19 @@ def test_a_disturbed_machine_widens_the_interval(monkeypatch: pytest.MonkeyPatch
 def test_both_regimes_come_from_the_same_loads() -> None:
     sessions = Sessions(0.5)
     sessions.evicts = True
-    found = measure_loads(sessions.before, sessions.after, both=True, effort=EFFORT)
+    found = measure_loads(sessions.before, sessions.after, replace(EFFORT, both=True))
     assert {name: m.ratio for name, m in found.items()} == {
         "hot": pytest.approx(0.5),
         "cold": pytest.approx((5 + 5) / (10 + 5)),
     }
     assert [m.regime for m in found.values()] == ["hot", "cold"]
     assert sessions.loads == 15
-    assert list(measure_loads(sessions.before, sessions.after, regime="cold", effort=EFFORT)) == ["cold"]
+    assert list(measure_loads(sessions.before, sessions.after, replace(EFFORT, regime="cold"))) == ["cold"]
 
 
 def test_a_device_whose_caches_nobody_empties_has_one_regime() -> None:
     sessions = Sessions(0.5)
-    assert list(measure_loads(sessions.before, sessions.after, both=True, effort=EFFORT)) == ["hot"]
+    assert list(measure_loads(sessions.before, sessions.after, replace(EFFORT, both=True))) == ["hot"]
     with pytest.raises(BackendError, match="'cold' is not there"):
         sessions.measured(regime="cold")
     assert sessions.open == 0
@@ -167,7 +168,7 @@ def test_a_device_whose_caches_nobody_empties_has_one_regime() -> None:
 def test_slow_networks_end_with_three_loads_of_both_orders() -> None:
     effort = Effort(seconds=1e-9, warmup_ms=0)
     sessions = Sessions(0.5, 0.05)
-    found = measure_loads(sessions.before, sessions.after, effort=effort)["hot"]
+    found = measure_loads(sessions.before, sessions.after, effort)["hot"]
     assert (len(found.loads), found.pairs) == (3, 6)
 
 

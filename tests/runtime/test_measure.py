@@ -3,18 +3,43 @@
 import gc
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 import pytest
 from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure import measure
 from foldcut.runtime.measure.backend import Array, Clock, TimedRunner
-from foldcut.runtime.measure.measure import measure_pair, measure_savings, measure_single, self_check
+from foldcut.runtime.measure.measure import self_check
 from foldcut.runtime.measure.measurement import Measurement
-from foldcut.runtime.measure.timing import choose_repeats, time_block
+from foldcut.runtime.measure.timing import Timing, Until, choose_repeats, time_block
 
 NO_WARMUP: dict[str, Any] = {"min_block_ms": 0, "warmup_ms": 0}
+
+
+HOW = {field.name for field in fields(Timing)}
+UNTIL = {field.name for field in fields(Until)}
+
+
+def split(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Those of the options, taken out."""
+    return {name: options.pop(name) for name in names & options.keys()}
+
+
+def measure_pair(before: Any, after: Any, **options: Any) -> Measurement:
+    how, until = Timing(**split(options, HOW)), Until(**split(options, UNTIL))
+    return measure.measure_pair(before, after, how, until=until, **options)
+
+
+def measure_savings(reference: Any, variants: Any, **options: Any) -> tuple[Measurement, ...]:
+    how = Timing(**{"warmup_ms": 50.0, **split(options, HOW)})
+    return measure.measure_savings(reference, variants, how, **options)
+
+
+def measure_single(runner: Any, **options: Any) -> float:
+    return measure.measure_single(runner, Timing(**split(options, HOW)), **options)
 
 
 class SimulatedRunner:

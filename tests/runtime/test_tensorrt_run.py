@@ -14,6 +14,7 @@ import pytest
 from foldcut.compiler.support.errors import BackendError
 from foldcut.runtime.measure.backend import Array, TimedRunner, resolve_backend
 from foldcut.runtime.measure.measure import measure_pair
+from foldcut.runtime.measure.timing import Timing, Until
 from foldcut.runtime.tensorrt import backend as tensorrt
 from foldcut.runtime.tensorrt import device as tensorrt_device
 from foldcut.runtime.tensorrt.backend import TensorRTBackend
@@ -204,7 +205,10 @@ def test_a_timed_runner_made_up(use: Use) -> None:
     with pytest.raises(ValueError, match="negative"):
         measure_latency(runner, seconds=-1)
     other = TensorRTBackend().load(ENGINE, {"x": X})
-    assert measure_pair(runner, other, min_pairs=6, max_pairs=6, min_block_ms=1, warmup_ms=0).ratio == 1
+    assert (
+        measure_pair(runner, other, Timing(min_block_ms=1, warmup_ms=0), until=Until(min_pairs=6, max_pairs=6)).ratio
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
