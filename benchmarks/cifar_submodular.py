@@ -24,6 +24,7 @@ from foldcut.passes.mimic.training_stage import mimic
 from foldcut.passes.prune.channel_budget import ChannelLimits, CutModel, allocate
 from foldcut.passes.prune.error_curves import error_curves
 from foldcut.passes.prune.select_channels import choose_channels, find_consumers, select_by_norm
+from foldcut.passes.prune.settings import ChannelSettings
 from foldcut.passes.prune.submodular import Selection
 from foldcut.passes.solve.changes import Changes
 from foldcut.passes.solve.moments import collect_moments
@@ -80,7 +81,7 @@ class Bench:
 
     def cut(self, counts: Counts, *, solve: bool = True, **options: Any) -> Pruned:
         """Choose, solve, and remove channels."""
-        choice = choose_channels(self.provenance, self.calibration, counts, **options)
+        choice = choose_channels(self.provenance, self.calibration, counts, how=ChannelSettings(**options))
         return prune_channels(self.provenance, choice.removed, choice.tensors if solve else None)
 
     def norms(self, counts: Counts) -> dict[str, Selection]:

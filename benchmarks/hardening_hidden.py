@@ -106,7 +106,7 @@ def _chosen(program: Program, keep: int, what: str) -> None:
     """Choose, solve and cut down to `keep` hidden channels: the outputs must stay."""
     provenance, group = hidden_group(program)
     calibration = CalibrationSet.of(images(SAMPLES, 1))
-    choice = choose_channels(provenance, calibration, {group.name: keep}, settings=EXACTLY)
+    choice = choose_channels(provenance, calibration, {group.name: keep}, resolve=EXACTLY)
     smaller = prune_channels(provenance, choice.removed, choice.tensors).program
     check_program(smaller)
     if smaller.module.get_parameter("first.weight").shape[0] != keep:

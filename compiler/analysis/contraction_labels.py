@@ -28,11 +28,12 @@ def carries_groups(channels: int, groups: int) -> bool:
 def linear(trace: Trace, node: fx.Node) -> Value:
     """A stored weight over the last dimension."""
     weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
-    return _with_constant(trace, node, argument(node, 0, "input"), weight, bias, consumed=1, made=0)
+    return _with_constant(trace, node, argument(node, 0, "input"), weight, bias, consumed=1)
 
 
-def _with_constant(trace: Trace, node: fx.Node, x: Any, weight: Any, bias: Any, *, consumed: int, made: int) -> Value:
-    """x @ weight over the last dimension of x, with a stored 2-d weight."""
+def _with_constant(trace: Trace, node: fx.Node, x: Any, weight: Any, bias: Any, consumed: int) -> Value:
+    """x @ weight over the last dimension of x, with a stored 2-d weight: one dimension is consumed, the other made."""
+    made = 1 - consumed
     if not is_constant(weight) or trace.program.constant(weight).dim() != 2 or not (bias is None or is_constant(bias)):
         return trace.lock_node(node, f"its weight is computed at {node.name}")
     labels, shape = trace.of(x), trace.shape(node)
@@ -82,7 +83,7 @@ def convolution(trace: Trace, node: fx.Node) -> Value:
     trace.tie_others(labels, 1, node.name)
     channels = vector(labels, 1)
     if groups > 1:
-        return _grouped(trace, node, channels, weight, bias, groups, transposed)
+        return _grouped(trace, node, channels, weight, bias, groups)
     trace.slot(weight, 0 if transposed else 1, "in", node, channels)
     return along(_made(trace, node, weight, bias, 1 if transposed else 0), 1, shape)
 
@@ -99,10 +100,9 @@ def is_transposed(node: fx.Node) -> bool:
     return packet in (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
 
 
-def _grouped(
-    trace: Trace, node: fx.Node, channels: torch.Tensor, weight: fx.Node, bias: Any, groups: int, transposed: bool
-) -> Value:
+def _grouped(trace: Trace, node: fx.Node, channels: torch.Tensor, weight: fx.Node, bias: Any, groups: int) -> Value:
     """Whole groups are passed on, or each group is cut alike inside."""
+    transposed = is_transposed(node)
     shape = trace.shape(node)
     reason = meets_fixed(node.name)
     grid = channels.view(groups, -1)
@@ -137,7 +137,7 @@ def matmul(trace: Trace, node: fx.Node) -> Value:
     """A stored 2-d matrix is a weight; anything else is a product of two activations."""
     first, second = node.args[0], node.args[1]
     if is_constant(second) and trace.program.constant(second).dim() == 2 and not is_constant(first):  # type: ignore[arg-type]
-        return _with_constant(trace, node, first, second, None, consumed=0, made=1)
+        return _with_constant(trace, node, first, second, None, consumed=0)
     a, b = trace.of(first), trace.of(second)
     if a.dim() < 2 or b.dim() < 2:
         return trace.lock_node(node, f"a product with a vector at {node.name}")
@@ -148,7 +148,7 @@ def addmm(trace: Trace, node: fx.Node) -> Value:
     """A product and a bias."""
     bias, first, second = node.args[:3]
     if is_constant(second) and not is_constant(first):
-        return _with_constant(trace, node, first, second, bias, consumed=0, made=1)
+        return _with_constant(trace, node, first, second, bias, consumed=0)
     product = contract(trace, trace.of(first), trace.of(second), node.name)
     return trace.meet([trace.of(bias), product.expand(trace.shape(node))], trace.shape(node), node.name)
 

@@ -24,7 +24,7 @@ from ..rewrite.instruments import Instruments
 from ..store.analysis_store import AnalysisStore
 from ..support.errors import GoalError
 from ..support.progress import Progress, StageClock
-from ..support.setting_checks import check_functions, check_kind, check_number, check_whole, refuse, settled
+from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
 MOST_HELD_OUT = 0.45
@@ -60,11 +60,11 @@ class PipelineSettings:
         check_kind("recoverability", self.recoverability, RecoverabilitySettings)
         check_kind("mimic", self.mimic, MimicSettings, none=True)
         share = f"a share above 0 and at most {MOST_HELD_OUT}: that much judges, as much tests, the rest is fitted with"
-        check_number("held_out", self.held_out, above=0, most=MOST_HELD_OUT, allowed=share)
+        check_number("held_out", self.held_out, Allowed(above=0, most=MOST_HELD_OUT, words=share))
         check_functions("views", self.views, "foldcut.horizontal_flip")
-        check_whole("solve_samples", self.solve_samples, 1)
+        check_whole("solve_samples", self.solve_samples, Allowed(least=1))
         check_run(self.batch, self.threads, self.seed)
-        check_whole("opset", self.opset, OLDEST_OPSET, NEWEST_OPSET, none=True)
+        check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
             refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
@@ -115,14 +115,14 @@ class PipelineSettings:
 def check_run(batch: object, threads: object, seed: object) -> None:
     """Raise CompilerError for what is no batch size, no number of threads or no seed."""
     for name, value in (("batch", batch), ("threads", threads)):
-        check_whole(name, value, 1, allowed="a whole number: batch and threads start at 1")
+        check_whole(name, value, Allowed(least=1, words="a whole number: batch and threads start at 1"))
     check_seed(seed)
 
 
 def check_seed(seed: object) -> None:
     """Raise CompilerError for what is no seed."""
     # torch takes others, what draws inputs does not
-    check_whole("seed", seed, 0, 2**63 - 1, allowed="a whole number from 0 on, below 2 ** 63")
+    check_whole("seed", seed, Allowed(least=0, most=2**63 - 1, words="a whole number from 0 on, below 2 ** 63"))
 
 
 def check_options(

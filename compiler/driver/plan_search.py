@@ -16,7 +16,7 @@ from ..data.sampled_error import sampled_error
 from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..plan.decision import Decision
-from ..plan.joint_search import MOST_TRIALS, Found, MixSearch
+from ..plan.joint_search import MOST_TRIALS, Found, Means, MixSearch
 from ..plan.proposals import Mix
 from ..rewrite.budget import PlanBudget, keyed
 from ..rewrite.context import Context
@@ -50,7 +50,7 @@ class Search:
 
     def offer(self, target: float) -> None:
         """Ask each of the rewrites what it can do towards a share of what is bounded."""
-        self.budget.target = target
+        self.budget.aim = target
         for rewrite in self.rewrites:
             offer = rewrite.offer(self.ctx, self.budget)
             self.offers[rewrite.name] = offer
@@ -62,12 +62,14 @@ class Search:
         search = MixSearch(
             [item for offer in self.offers.values() for item in offer.items],
             target,
-            measure=self._measure,
-            trial=self._trial,
-            most_trials=self.most_trials,
-            time=self.ctx.time,
+            Means(
+                measure=self._measure,
+                trial=self._trial,
+                adjust=self.budget.adjuster(target),
+                most_trials=self.most_trials,
+                time=self.ctx.time,
+            ),
             starts=[start for offer in self.offers.values() for start in offer.starts],
-            adjust=self.budget.adjuster(target),
         )
         return self._finest(search.run(), target)
 

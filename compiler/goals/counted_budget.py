@@ -17,13 +17,13 @@ MOST_CORRECTIONS = 4
 
 
 class CountedBudget:
-    """Plans towards a share `target` of a count of `whole`. `unit` names what is `counted`; `shape` makes the network
+    """Plans towards a share `aim` of a count of `whole`. `unit` names what is `counted`; `shape` makes the network
     that a plan leads to. `models` are how savings add up, by the name of the rewrite whose items they are of."""
 
     latency: StoredLatency | None = None
 
     def __init__(self, target: float, unit: str, counted: Callable[[Program], int], whole: int, shape: Shape) -> None:
-        self.target, self.unit, self.whole = target, unit, float(whole)
+        self.aim, self.unit, self.whole = target, unit, float(whole)
         self.counted, self._shape = counted, shape
         self.models: dict[str, Savings] = {}
         self._shares: dict[str, float] = {}

@@ -12,13 +12,13 @@ from ..rewrite.budget import Savings, Shape, keyed
 
 
 class LatencyBudget:
-    """Plans towards a latency ratio `target`. `shape` makes the network that a plan leads to."""
+    """Plans towards a latency ratio `aim`. `shape` makes the network that a plan leads to."""
 
     unit = "latency"
     whole = 1.0
 
     def __init__(self, target: float, latency: StoredLatency, shape: Shape) -> None:
-        self.target, self._measured, self._shape = target, latency, shape
+        self.aim, self._measured, self._shape = target, latency, shape
         self.latency: StoredLatency | None = latency
         self.models: dict[str, Savings] = {}
 

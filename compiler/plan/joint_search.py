@@ -14,7 +14,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .item_regression import LEAST_SHARE, error_fit, saving_fit
 from .latency_target import nearest_from_below, reach, saved_share
@@ -107,35 +107,42 @@ class Found:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a search asks and how long: `measure` gives a plan's ratio, of latency or what else is to be saved, `trial`
+    its relative output error; both are expensive. `adjust` brings a plan nearer to the goal where what single items
+    save is known exactly, given the scales of the items that it may change. No plan is made from single items' figures
+    once `most_trials` were tried; when the `time` has run out, the best plan of those tried so far stands, each kind's
+    own among them, once one reaches the goal."""
+
+    measure: Callable[[Mix], float]
+    trial: Callable[[Mix], float]
+    adjust: Adjust | None = None
+    most_trials: int = MOST_TRIALS
+    time: SearchTime = field(default_factory=SearchTime)
+
+
 class MixSearch:
-    """`measure` gives a plan's ratio, of latency or what else is to be saved, `trial` its relative output error: both
-    are dear. No plan is made from single items' figures once `most_trials` were tried; when the `time` has run out, the
-    best plan of those tried so far stands, each kind's own among them, once one reaches the goal. `starts` are plans of
-    these items that are tried first; `adjust` brings a plan nearer to the goal where what single items save is known
-    exactly, given the scales of the items that it may change."""
+    """The search for the plan of `items` that leaves at most a `ratio` and loses the least; `starts` are plans of these
+    items that are tried first."""
 
     def __init__(
         self,
         items: Sequence[Item],
         ratio: float,
-        *,
-        measure: Callable[[Mix], float],
-        trial: Callable[[Mix], float],
-        most_trials: int = MOST_TRIALS,
-        time: SearchTime | None = None,
+        means: Means,
         starts: Sequence[Mix] = (),
-        adjust: Adjust | None = None,
     ) -> None:
-        self.items, self.ratio, self.most_trials = with_least_errors(items), ratio, most_trials
+        self.items, self.ratio, self.most_trials = with_least_errors(items), ratio, means.most_trials
         self.kinds = tuple(dict.fromkeys(item.kind for item in items))
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
-        self._measure, self._trial = measure, trial
-        self._time = time or SearchTime()
+        self._measure, self._trial = means.measure, means.trial
+        self._time = means.time
         self._errors: dict[Key, float] = {}
         self._ratios: dict[Key, float] = {}
         self._plans: dict[Key, Mix] = {}
-        self._adjust = adjust
+        self._adjust = means.adjust
         own = {(item.kind, item.name): item for item in self.items}
         keys = map(_key, starts)
         self._starts = [{own[kind, name]: own[kind, name].proposals[i] for kind, name, i in key} for key in keys]

@@ -17,12 +17,12 @@ Shape = Callable[[Mix], Program]
 class Budget(Protocol):
     """What plans save of the latency, the multiply-accumulates or the parameters of a network.
 
-    `unit` is ``latency``, ``macs`` or ``parameters``; `target` the share of the original's that a plan is to leave;
+    `unit` is ``latency``, ``macs`` or ``parameters``; `aim` the share of the original's that a plan is to leave;
     `whole` how much the original has, where that is counted. Where latency is bounded, `latency` measures it.
     """
 
     unit: str
-    target: float
+    aim: float
     whole: float
     latency: StoredLatency | None
 

@@ -111,7 +111,7 @@ class Rewrite:
         return replace(self, ignore=patterns)  # type: ignore[type-var]
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """What it can do to `ctx.teacher` towards the target of a budget. Never changes the program."""
+        """What it can do to `ctx.teacher` towards the aim of a budget. Never changes the program."""
         raise NotImplementedError
 
     def own_plan(self, ctx: Context) -> OwnPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence, Set
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from reprlib import Repr
 from typing import Any, NoReturn, TypeGuard
@@ -33,47 +33,54 @@ def shown(value: object) -> str:
     return " ".join(_SHORT.repr(value).split())
 
 
-def check_whole(
-    name: str,
-    value: object,
-    least: int,
-    most: int | None = None,
-    *,
-    none: bool = False,
-    allowed: str | None = None,
-    error: type[CompilerError] = CompilerError,
-) -> None:
-    """A whole number from `least` to `most`, or None where `none` says so. `allowed` says that in other words."""
-    if none and value is None:
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """Numbers from `least` on, or above `above`, and at most `most`; None too where `none` says so. `words` say that in
+    other words."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    none: bool = False
+    words: str | None = None
+
+    def said(self, what: str) -> str:
+        """``a whole number from 1 on, or None``."""
+        if self.words is not None:
+            return self.words
+        if self.above is not None:
+            limits = f"above {self.above}" + ("" if self.most is None else f" and at most {self.most}")
+        else:
+            limits = f"from {self.least} on" if self.most is None else f"from {self.least} to {self.most}"
+        return f"{what} {limits}{_or_none(self.none)}"
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is within."""
+        low = (self.least is None or number >= self.least) and (self.above is None or number > self.above)
+        return low and (self.most is None or number <= self.most)
+
+
+def check_whole(name: str, value: object, allowed: Allowed, *, error: type[CompilerError] = CompilerError) -> None:
+    """A whole number within what is allowed."""
+    if allowed.none and value is None:
         return
-    allowed = allowed or f"a whole number {_range(least, None, most)}{_or_none(none)}"
+    words = allowed.said("a whole number")
     if not isinstance(value, Integral) or isinstance(value, bool):
-        refuse(name, value, allowed, why="is not a whole number", error=error)
-    if int(value) < least or (most is not None and int(value) > most):
-        refuse(name, value, allowed, why="is out of range", error=error)
+        refuse(name, value, words, why="is not a whole number", error=error)
+    if not allowed.holds(int(value)):
+        refuse(name, value, words, why="is out of range", error=error)
 
 
-def check_number(
-    name: str,
-    value: object,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    none: bool = False,
-    allowed: str | None = None,
-    error: type[CompilerError] = CompilerError,
-) -> None:
-    """A finite number from `least` on, or above `above`, and at most `most`; None where `none` says so."""
-    if none and value is None:
+def check_number(name: str, value: object, allowed: Allowed, *, error: type[CompilerError] = CompilerError) -> None:
+    """A finite number within what is allowed."""
+    if allowed.none and value is None:
         return
-    allowed = allowed or f"a number {_range(least, above, most)}{_or_none(none)}"
+    words = allowed.said("a number")
     if not isinstance(value, Real) or isinstance(value, bool):
-        refuse(name, value, allowed, why="is not a number", error=error)
+        refuse(name, value, words, why="is not a number", error=error)
     number = _float(value)
-    low = (least is None or number >= least) and (above is None or number > above)
-    if not low or not (most is None or number <= most) or not math.isfinite(number):
-        refuse(name, value, allowed, why="is out of range", error=error)
+    if not allowed.holds(number) or not math.isfinite(number):
+        refuse(name, value, words, why="is out of range", error=error)
 
 
 def check_switch(name: str, value: object, *, none: bool = False, error: type[CompilerError] = CompilerError) -> None:
@@ -131,12 +138,6 @@ def _float(value: Real) -> float:
         return float(value)
     except OverflowError:  # a whole number of hundreds of digits
         return math.inf
-
-
-def _range(least: float | None, above: float | None, most: float | None) -> str:
-    if above is not None:
-        return f"above {above}" + ("" if most is None else f" and at most {most}")
-    return f"from {least} on" if most is None else f"from {least} to {most}"
 
 
 def _or_none(none: bool) -> str:

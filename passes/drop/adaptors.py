@@ -22,7 +22,7 @@ from ...compiler.analysis.regions import Region
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import expose, set_tensors, signature
 from ...compiler.ir.program import Program, as_arguments
-from ...compiler.support.setting_checks import check_number, check_whole, settled
+from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
 from ..solve.features import head_features
 from ..solve.joins import is_join
 from ..solve.layers import Layer, find_layers
@@ -40,9 +40,9 @@ class AdaptorSettings:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_whole("iterations", self.iterations, 1)
-        check_number("learning_rate", self.learning_rate, above=0)
-        check_whole("batch_size", self.batch_size, 1)
+        check_whole("iterations", self.iterations, Allowed(least=1))
+        check_number("learning_rate", self.learning_rate, Allowed(above=0))
+        check_whole("batch_size", self.batch_size, Allowed(least=1))
         settled(self)
 
 

@@ -27,7 +27,7 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program
-from ...compiler.support.setting_checks import check_kind, check_whole, check_word, settled
+from ...compiler.support.setting_checks import Allowed, check_kind, check_whole, check_word, settled
 from ..solve.closed_form import solve
 from ..solve.features import compared_outputs, head_features
 from ..solve.layers import find_layers, moved
@@ -51,7 +51,7 @@ class RecoverabilitySettings:
 
     def __post_init__(self) -> None:
         check_word("mode", self.mode, get_args(Mode))
-        check_whole("samples", self.samples, 1)
+        check_whole("samples", self.samples, Allowed(least=1))
         check_kind("adaptors", self.adaptors, AdaptorSettings)
         check_kind("resolve", self.resolve, ResolveSettings)
         settled(self)

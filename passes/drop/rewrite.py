@@ -137,7 +137,7 @@ def _bypassed(program: Program, region: Region) -> Callable[[], Program]:
 def _reaching(ctx: Context, budget: Budget, savings: Mapping[str, float]) -> Enough:
     """Whether the regions chosen so far suffice: measured only when the sum of what they save one by one comes near.
     The sum is a guide, the measurement decides."""
-    target = budget.target
+    target = budget.aim
 
     def enough(chosen: Sequence[Region]) -> bool:
         predicted = 1 - sum(savings[region.name] for region in chosen)

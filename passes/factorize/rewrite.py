@@ -24,7 +24,7 @@ from .low_rank import SCHEMES
 from .rank_choice import Menu, search_plan, weights_alone
 from .rank_latency import OptionLatencies, option_latencies, thinned
 from .rank_trials import RankTrials
-from .select_ranks import Option, RankAnalysis, RankSettings
+from .select_ranks import Known, Option, RankAnalysis, RankSettings
 from .stored import StoredTrials, stored_factors, stored_rank_analysis
 
 #: Options that save less of the latency than this are left out: they cannot be told from none.
@@ -110,9 +110,7 @@ class Factorize(RankSettings, Rewrite):
         return Applied(program=smaller, decisions=tuple(ranks), changes=changes)
 
     def _analysis(self, ctx: Context) -> RankAnalysis:
-        return stored_rank_analysis(
-            ctx.store, ctx.teacher, ctx.solve, settings=self, resolve=ctx.resolve, progress=ctx.progress
-        )
+        return stored_rank_analysis(ctx, self)
 
     def _factors(self, program: Program, ranks: Sequence[FactorizeLayer], ctx: Context) -> list[Factors]:
         chosen = {d.layer: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for d in ranks}
@@ -121,12 +119,11 @@ class Factorize(RankSettings, Rewrite):
         free = replace(self, schemes=tuple(SCHEMES), multiple_of=1, least=0.0, ignore=(), rows_per_column=rows)
 
         def compute() -> list[Factors]:
-            # options are not looked for: they are given
-            given = {name: (option,) for name, option in chosen.items()}
-            analysis = RankAnalysis(program, ctx.solve, settings=free, resolve=ctx.resolve, only=chosen, given=given)
+            known = Known(options={name: (option,) for name, option in chosen.items()}, only=True)
+            analysis = RankAnalysis(program, ctx.solve, settings=free, resolve=ctx.resolve, known=known)
             return analysis.factors(chosen, progress=ctx.progress)
 
-        return stored_factors(ctx.store, program, ctx.solve, ranks, compute, settings=free, resolve=ctx.resolve)
+        return stored_factors(ctx, program, ranks, free, compute)
 
 
 def _ranks(decisions: Sequence[Decision]) -> list[FactorizeLayer]:
@@ -167,7 +164,7 @@ def _counted(analysis: RankAnalysis, budget: Budget) -> tuple[Menu, float]:
     costs = {name: [float(candidates[name].cost(budget.unit, o)) for o in row] for name, row in options.items()}
     now = budget.share([], lambda: analysis.program) * budget.whole
     others = now - sum(whole.values())
-    return Menu(options=options, costs=costs, whole=whole, budget=budget.target * budget.whole - others), budget.whole
+    return Menu(options=options, costs=costs, whole=whole, budget=budget.aim * budget.whole - others), budget.whole
 
 
 def _timed(analysis: RankAnalysis, ctx: Context, budget: Budget) -> tuple[Menu, float]:
@@ -191,6 +188,6 @@ def _timed(analysis: RankAnalysis, ctx: Context, budget: Budget) -> tuple[Menu, 
         options={name: [options[name][i] for i in places] for name, places in faster.items()},
         costs={name: [timed.options[name][i] for i in places] for name, places in faster.items()},
         whole=whole,
-        budget=sum(whole.values()) - (1 - budget.target) * timed.network,
+        budget=sum(whole.values()) - (1 - budget.aim) * timed.network,
     )
     return menu, timed.network

@@ -8,7 +8,7 @@ that are cheaper than the layer and not dominated (cheaper and better at once) b
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,6 +22,7 @@ from ...compiler.ir.program import Program
 from ...compiler.support.errors import GoalError, Reject, RewriteError
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import (
+    Allowed,
     check_number,
     check_switch,
     check_texts,
@@ -30,7 +31,7 @@ from ...compiler.support.setting_checks import (
     refuse,
     settled,
 )
-from ..solve.layer_moments import MEMORY_BYTES, LayerMoments
+from ..solve.layer_moments import LayerMoments
 from ..solve.layers import Layer, find_layers, layer_names
 from ..solve.moments import Moments
 from ..solve.resolve_network import ResolveSettings
@@ -74,10 +75,12 @@ class RankSettings:
         check_texts("schemes", self.schemes, error=GoalError)
         if not self.schemes or not set(self.schemes) <= SCHEMES.keys():
             refuse("schemes", self.schemes, f"some of {', '.join(SCHEMES)}", why="is not known", error=GoalError)
-        check_whole("multiple_of", self.multiple_of, 1, error=GoalError)
-        check_number("least", self.least, least=0, most=1, allowed="a share of full rank, 0 to 1", error=GoalError)
+        check_whole("multiple_of", self.multiple_of, Allowed(least=1), error=GoalError)
+        check_number(
+            "least", self.least, Allowed(least=0, most=1, words="a share of full rank, 0 to 1"), error=GoalError
+        )
         check_word("metric", self.metric, get_args(Judging), error=GoalError)
-        check_whole("rows_per_column", self.rows_per_column, 1, none=True, error=GoalError)
+        check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True), error=GoalError)
         check_texts("ignore", self.ignore, error=GoalError)
         check_switch("resolve", self.resolve, error=GoalError)
         check_switch("on_lattice", self.on_lattice, error=GoalError)
@@ -129,12 +132,20 @@ class Candidate:
         return min(lossy, key=lambda option: abs(2 * option.macs - self.size.macs))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Options of layers that need not be looked for: those of an earlier analysis of the same, or, with `only`, those
+    of some layers that alone are looked at."""
+
+    options: Mapping[str, tuple[Option, ...]]
+    only: bool = False
+
+
 class RankAnalysis:
     """The layers of a program that low rank can make cheaper, and their factors at any of their ranks.
 
-    `candidates` by node in topological order, `rejects` what was left alone and why; with `only`, of these nodes. With
-    `given`, the options of an earlier analysis of the same, the data is not read before factors are asked for. Never
-    changes the program.
+    `candidates` by node in topological order, `rejects` what was left alone and why; with options that
+    are `known`, the data is not read before factors are asked for. Never changes the program.
     Raises GoalError when a pattern of `ignore` matches nothing, CalibrationError when activations are not finite.
     """
 
@@ -145,9 +156,7 @@ class RankAnalysis:
         *,
         settings: RankSettings | None = None,
         resolve: ResolveSettings | None = None,
-        only: Collection[str] | None = None,
-        given: Mapping[str, tuple[Option, ...]] | None = None,
-        memory_bytes: int = MEMORY_BYTES,
+        known: Known | None = None,
         progress: Progress = silent,
     ) -> None:
         self.program, self.calibration = program, calibration
@@ -155,18 +164,18 @@ class RankAnalysis:
         self.ridge = (resolve or ResolveSettings()).ridge_for(len(calibration))
         layers, locked = find_layers(program)
         self._check_ignored(layers)
-        layers = {name: layer for name, layer in layers.items() if only is None or name in only}
+        layers = {
+            name: layer for name, layer in layers.items() if known is None or not known.only or name in known.options
+        }
         self._sizes = {name: Geometry.of(program, layer) for name, layer in layers.items()}
-        self._moments = LayerMoments(
-            program, layers, calibration, rows_per_column=self.settings.rows_per_column, memory_bytes=memory_bytes
-        )
+        self._moments = LayerMoments(program, layers, calibration, rows_per_column=self.settings.rows_per_column)
         found: dict[str, Candidate] = {}
         self.rejects: list[Reject] = list(locked)
         for name, layer in layers.items():
             candidate = self._candidate(layer)
             if candidate is not None:
                 found[name] = candidate
-        options = self._every(found, progress) if given is None else given
+        options = self._every(found, progress) if known is None else known.options
         self.candidates = {n: replace(c, every=options[n]) for n, c in found.items() if options.get(n)}
         dear = [name for name in found if name not in self.candidates]
         self.rejects += [Reject(reason="no rank that is allowed makes it cheaper", node=name) for name in dear]

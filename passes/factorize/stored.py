@@ -5,53 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.program import Program
+from ...compiler.rewrite.context import Context
 from ...compiler.store.analysis_store import AnalysisStore, Tensors
-from ...compiler.support.progress import Progress, silent
-from ..solve.resolve_network import ResolveSettings
 from .decision import FactorizeLayer
 from .factorize import Factors
 from .rank_trials import RankTrials
-from .select_ranks import Option, RankAnalysis, RankSettings
+from .select_ranks import Known, Option, RankAnalysis, RankSettings
 
 
-def stored_rank_analysis(
-    store: AnalysisStore,
-    program: Program,
-    calibration: CalibrationSet,
-    *,
-    settings: RankSettings,
-    resolve: ResolveSettings,
-    progress: Progress = silent,
-) -> RankAnalysis:
-    """A `RankAnalysis` whose options are those found before, where they were; its moments are then collected only when
-    factors are asked for."""
+def stored_rank_analysis(ctx: Context, settings: RankSettings) -> RankAnalysis:
+    """A `RankAnalysis` of the original whose options are those found before, where they were; its moments are then
+    collected only when factors are asked for."""
     fresh: list[RankAnalysis] = []
 
     def compute() -> dict[str, list[list[Any]]]:
-        fresh.append(RankAnalysis(program, calibration, settings=settings, resolve=resolve, progress=progress))
+        fresh.append(
+            RankAnalysis(ctx.teacher, ctx.solve, settings=settings, resolve=ctx.resolve, progress=ctx.progress)
+        )
         return {
             name: [[o.scheme, list(o.ranks), o.macs, o.error] for o in candidate.every]
             for name, candidate in fresh[0].candidates.items()
         }
 
-    rows = store.value("ranks", [program, calibration, settings, resolve], compute)
+    rows = ctx.store.value("ranks", [ctx.teacher, ctx.solve, settings, ctx.resolve], compute)
     if fresh:
         return fresh[0]
-    options = {name: tuple(_option(*row) for row in found) for name, found in rows.items()}
-    return RankAnalysis(program, calibration, settings=settings, resolve=resolve, given=options)
+    known = Known(options={name: tuple(_option(*row) for row in found) for name, found in rows.items()})
+    return RankAnalysis(ctx.teacher, ctx.solve, settings=settings, resolve=ctx.resolve, known=known)
 
 
 def stored_factors(
-    store: AnalysisStore,
+    ctx: Context,
     program: Program,
-    calibration: CalibrationSet,
     decisions: Sequence[FactorizeLayer],
-    compute: Callable[[], Sequence[Factors]],
-    *,
     settings: RankSettings,
-    resolve: ResolveSettings,
+    compute: Callable[[], Sequence[Factors]],
 ) -> list[Factors]:
     """The factors of a plan's layers, in its order."""
 
@@ -65,7 +54,7 @@ def stored_factors(
                 tensors[f"{item.layer} shift"] = item.shift
         return [[item.layer, len(item.matrices)] for item in found], tensors
 
-    rows, tensors = store.result("factors", [program, calibration, settings, resolve, decisions], computed)
+    rows, tensors = ctx.store.result("factors", [program, ctx.solve, settings, ctx.resolve, decisions], computed)
     return [
         Factors(
             layer=name,

@@ -9,7 +9,7 @@ import torch
 
 from ...compiler.ir.program import Batch
 from ...compiler.support.errors import CalibrationError
-from ...compiler.support.setting_checks import check_number, check_switch, check_whole, refuse, settled
+from ...compiler.support.setting_checks import Allowed, check_number, check_switch, check_whole, refuse, settled
 
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -39,12 +39,12 @@ class MimicSettings:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "checks", "patience"):
-            check_whole(name, getattr(self, name), 1, error=CalibrationError)
-        check_number("learning_rate", self.learning_rate, above=0, error=CalibrationError)
+            check_whole(name, getattr(self, name), Allowed(least=1), error=CalibrationError)
+        check_number("learning_rate", self.learning_rate, Allowed(above=0), error=CalibrationError)
         for name in ("hints", "outputs"):
-            check_number(name, getattr(self, name), least=0, error=CalibrationError)
+            check_number(name, getattr(self, name), Allowed(least=0), error=CalibrationError)
         if self.augment is not None and not callable(self.augment):
             refuse("augment", self.augment, "a function of a batch and a generator, or None", error=CalibrationError)
         check_switch("bfloat16", self.bfloat16, none=True, error=CalibrationError)
-        check_whole("cache_bytes", self.cache_bytes, 0, error=CalibrationError)
+        check_whole("cache_bytes", self.cache_bytes, Allowed(least=0), error=CalibrationError)
         settled(self)

@@ -16,7 +16,7 @@ from ...compiler.analysis.unit_groups import UnitGroup
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program, data_inputs, output_nodes
 from ...compiler.support.errors import GoalError
-from ...compiler.support.setting_checks import check_number, check_texts, check_whole, settled
+from ...compiler.support.setting_checks import Allowed, check_number, check_texts, check_whole, settled
 
 #: What channel counts go to multiples of, unless told otherwise.
 STEP = 8
@@ -37,8 +37,8 @@ class ChannelLimits:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_whole("multiple_of", self.multiple_of, 1, none=True, error=GoalError)
-        check_number("least", self.least, least=0, most=1, allowed="a share from 0 to 1", error=GoalError)
+        check_whole("multiple_of", self.multiple_of, Allowed(least=1, none=True), error=GoalError)
+        check_number("least", self.least, Allowed(least=0, most=1, words="a share from 0 to 1"), error=GoalError)
         check_texts("ignore", self.ignore, error=GoalError)
         settled(self)
 

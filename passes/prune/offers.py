@@ -64,7 +64,7 @@ def counted_offer(
     shapes = [groups, [group for group in groups if len(group.consumers) == 1]]
     for multiple in MULTIPLES if limits.multiple_of is None else (limits.multiple_of,):
         for shape in shapes:
-            start = cuts.allocated(items, shape, budget.target, replace(limits, multiple_of=multiple))
+            start = cuts.allocated(items, shape, budget.aim, replace(limits, multiple_of=multiple))
             if start and start not in starts:
                 starts.append(start)
     return Offer(items=tuple(items), starts=tuple(starts), savings=cuts)

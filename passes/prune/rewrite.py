@@ -166,17 +166,7 @@ class Prune(ChannelSettings, Rewrite):
             gone = [g.without(selections[g.name].order) for g in units.prunable if g.name in selections]
             removed = torch.cat(gone) if gone else torch.zeros(0, dtype=torch.long)
             return ChannelChoice(removed=removed, tensors={}, selections=selections)
-        choice = stored_channels(
-            ctx.store,
-            units,
-            ctx.solve,
-            counts,
-            variant=self.variant,
-            stream_target=self.stream_target,
-            given=selections,
-            settings=ctx.resolve,
-            progress=ctx.progress,
-        )
+        choice = stored_channels(ctx, units, {**counts, **(selections or {})}, self)
         return choice if self.resolve else replace(choice, tensors={}, layers=())
 
     def _by_norm(self, units: Provenance, counts: Mapping[str, int]) -> dict[str, Selection] | None:

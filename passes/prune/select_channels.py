@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -29,12 +28,13 @@ from ..solve.lockstep import Lockstep, Step, plan_steps
 from ..solve.moments import SplitMoments, check_finite, collect_split_moments, gram_bytes, split_batch_size
 from ..solve.resolve_network import LayerError, ResolveSettings, batch_size_for, split_step_moments, write_correction
 from ..solve.targets import Target, output_gain, trace_target
+from .settings import ChannelSettings
 from .submodular import Objective, Selection, select_units
 
 #: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection.
 BOUND_COLUMNS = 1200
-
-Variant = Literal["asymmetric", "sequential", "layerwise"]
+#: Gram matrices that are held at a time, in bytes.
+MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,36 +91,38 @@ def _readers(consumers: Mapping[str, Consumer], group: UnitGroup) -> list[str]:
 def choose_channels(
     provenance: Provenance,
     calibration: CalibrationSet,
-    counts: Mapping[str, int],
+    wanted: Mapping[str, int | Selection],
     *,
-    variant: Variant = "asymmetric",
-    stream_target: bool = True,
-    given: Mapping[str, Selection] | None = None,
-    settings: ResolveSettings | None = None,
+    how: ChannelSettings | None = None,
+    resolve: ResolveSettings | None = None,
     progress: Progress = silent,
 ) -> ChannelChoice:
-    """Choose the units to keep, `counts` by group name, and re-solve the layers that consume them.
+    """Choose the units to keep, so many of each group that is `wanted` by name, and re-solve the layers that consume
+    them. A selection in the place of a number is taken as it is, and only re-solved.
 
     A group whose units several layers consume is chosen from the original network's moments of all of them, their
     relative objectives summed. Groups that one layer consumes alone (a concatenation) are chosen one after the other
-    there, each with what the ones before have left. With `stream_target` a layer that feeds a residual addition is
-    solved toward the teacher's stream minus the student's shortcut; without, toward its own output. `given` selections
-    are taken as they are, and only re-solved. A group that no re-solvable layer consumes is chosen by the norm of its
-    producers' weights. Raises CalibrationError when activations are not finite.
+    there, each with what the ones before have left. `how` says by which variant of the paper; with its `stream_target`
+    a layer that feeds a residual addition is solved toward the teacher's stream minus the student's shortcut; without,
+    toward its own output. A group that no re-solvable layer consumes is chosen by the norm of its producers' weights.
+    Raises CalibrationError when activations are not finite.
     """
-    settings, calibration = settings or ResolveSettings(), calibration.views_together()
+    how, settings, calibration = how or ChannelSettings(), resolve or ResolveSettings(), calibration.views_together()
+    counts = {name: count if isinstance(count, int) else len(count.order) for name, count in wanted.items()}
+    given = {name: found for name, found in wanted.items() if isinstance(found, Selection)}
     groups = [g for g in provenance.prunable if counts.get(g.name, len(g)) < len(g)]
     consumers = find_consumers(provenance)
     readers = {g.name: _readers(consumers, g) for g in groups}
     removed = torch.zeros(provenance.size, dtype=torch.bool)
-    selections = {g.name: given[g.name] for g in groups if given and g.name in given}
+    selections = {g.name: given[g.name] for g in groups if g.name in given}
     for group in groups:
         if group.name in selections:
             removed[group.without(selections[group.name].order)] = True
-    early = [g for g in groups if g.name not in selections and (variant == "layerwise" or len(readers[g.name]) != 1)]
-    thin = settings.rows_per_column
+    early = [
+        g for g in groups if g.name not in selections and (how.variant == "layerwise" or len(readers[g.name]) != 1)
+    ]
     for group, selection in select_layerwise(
-        provenance, calibration, early, counts, rows_per_column=thin, progress=progress
+        provenance, calibration, early, counts, settings=settings, progress=progress
     ):
         selections[group.name] = selection
         removed[group.without(selection.order)] = True
@@ -129,7 +131,7 @@ def choose_channels(
         if group.name not in selections:
             waiting.setdefault(readers[group.name][0], []).append(group)
     nodes = [n for n in consumers if any(n in names for names in readers.values())]
-    sweep = _Sweep(provenance.program, consumers, waiting, counts, variant, stream_target, settings)
+    sweep = _Sweep(provenance.program, consumers, waiting, counts, how, settings)
     errors = sweep.run(calibration, nodes, removed, selections, progress)
     return ChannelChoice(
         removed=removed.nonzero().reshape(-1), tensors=sweep.tensors, selections=selections, layers=tuple(errors)
@@ -142,18 +144,16 @@ def select_layerwise(
     groups: Sequence[UnitGroup],
     counts: Mapping[str, int],
     *,
-    memory_bytes: int = 1 << 30,
-    rows_per_column: int | None = None,
-    ridge: float | None = None,
+    settings: ResolveSettings | None = None,
     progress: Progress = silent,
 ) -> list[tuple[UnitGroup, Selection]]:
     """Selections from the original network's moments; consumers share passes over the data as memory allows.
-    `rows_per_column` caps the rows that are read, relative to a layer's columns (None: all), and `ridge` is that of the
-    solves to come (None: as `ResolveSettings` has it)."""
+    `settings` are those of the solves to come; without any, all rows are read."""
     program, consumers, calibration = provenance.program, find_consumers(provenance), calibration.views_together()
-    ridge = ResolveSettings(ridge=ridge).ridge_for(len(calibration))
+    settings = settings or ResolveSettings(rows_per_column=None)
+    ridge, rows_per_column = settings.ridge_for(len(calibration)), settings.rows_per_column
     found = []
-    for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, memory_bytes)):
+    for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, MEMORY_BYTES)):
         layers = {n: consumers[n].layer for n in nodes}
         size = split_batch_size(calibration, batch_size_for(program, layers.values()))
         moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
@@ -259,12 +259,11 @@ class _Sweep:
         consumers: Mapping[str, Consumer],
         waiting: Mapping[str, Sequence[UnitGroup]],
         counts: Mapping[str, int],
-        variant: Variant,
-        stream_target: bool,
+        how: ChannelSettings,
         settings: ResolveSettings,
     ) -> None:
         self.program, self.consumers, self.waiting, self.counts = program, consumers, waiting, counts
-        self.variant, self.stream_target, self.settings = variant, stream_target, settings
+        self.how, self.settings = how, settings
         self.tensors: dict[str, torch.Tensor] = {}
 
     def run(
@@ -295,7 +294,7 @@ class _Sweep:
 
     def _target(self, layer: Layer) -> Target:
         target = trace_target(self.program, layer, {})
-        if self.stream_target:
+        if self.how.stream_target:
             return target
         own = target.shift if target.shift_scale is None else None
         return Target(
@@ -314,7 +313,7 @@ class _Sweep:
         consumer, target = self.consumers[node], step.targets[0]
         moments = split_step_moments(lockstep, step, target, self.tensors, self.settings)
         check_finite(moments.whole, self.program, node)
-        if self.variant == "sequential":
+        if self.how.variant == "sequential":
             moments = moments.without_residual()
         ridge = self.settings.ridge_for(samples)
         bias = target.shift is not None

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from ...compiler.support.setting_checks import check_kind, check_switch, check_word
 from .channel_budget import ChannelLimits
-from .select_channels import Variant
 
+Variant = Literal["asymmetric", "sequential", "layerwise"]
 Score = Literal["submodular", "l1", "l2"]
 
 

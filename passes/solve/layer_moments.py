@@ -17,7 +17,7 @@ MEMORY_BYTES = 2 << 30
 class LayerMoments:
     """The input moments (`collect_moments`) of a program's layers on a calibration set, for whoever asks again.
 
-    Each pass over the data collects as many layers as `memory_bytes` hold; what fits beside the rest is kept for the
+    Each pass over the data collects as many layers as `MEMORY_BYTES` hold; what fits beside the rest is kept for the
     next time. `rows_per_column` caps the rows that are read, relative to a layer's columns (None: all).
     """
 
@@ -28,10 +28,9 @@ class LayerMoments:
         calibration: CalibrationSet,
         *,
         rows_per_column: int | None = None,
-        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.program, self.layers, self.calibration = program, layers, calibration
-        self._rows_per_column, self._memory_bytes = rows_per_column, memory_bytes
+        self._rows_per_column, self._memory_bytes = rows_per_column, MEMORY_BYTES
         self._kept: dict[str, Moments] = {}
         # of all layers: sums are then added up alike, whichever of them are collected together
         self._batch_size = batch_size_for(program, layers.values())

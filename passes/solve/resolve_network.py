@@ -17,7 +17,7 @@ from ...compiler.ir.execute import descendants, run_until
 from ...compiler.ir.program import Program, is_tensor
 from ...compiler.support.errors import Reject
 from ...compiler.support.progress import Progress, silent
-from ...compiler.support.setting_checks import check_number, check_whole, settled
+from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
 from .changes import Changes
 from .closed_form import Correction, solve
 from .joins import group_targets
@@ -47,11 +47,11 @@ class ResolveSettings:
     ram_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
-        check_number("ridge", self.ridge, least=0, none=True)
-        check_whole("rows_per_column", self.rows_per_column, 1, none=True)
-        check_whole("batch_size", self.batch_size, 1, none=True)
+        check_number("ridge", self.ridge, Allowed(least=0, none=True))
+        check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
+        check_whole("batch_size", self.batch_size, Allowed(least=1, none=True))
         for name in ("refine", "guard_samples", "ram_bytes"):
-            check_whole(name, getattr(self, name), 0)
+            check_whole(name, getattr(self, name), Allowed(least=0))
         settled(self)
 
     def ridge_for(self, samples: int) -> float:
@@ -169,7 +169,8 @@ def _solve_group(
             continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
     for turn in range(settings.refine):
-        if not _refine(lockstep, step, tensors, settings, seen, errors, turn):
+        proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
+        if not proposed or not _refine(lockstep, step, tensors, settings, proposed, errors):
             break
     return list(errors.values())
 
@@ -179,14 +180,11 @@ def _refine(
     step: Step,
     tensors: dict[str, torch.Tensor],
     settings: ResolveSettings,
-    seen: Mapping[str, Moments],
+    proposed: Mapping[str, torch.Tensor],
     errors: dict[str, LayerError],
-    turn: int,
 ) -> bool:
-    """One step of the inner layers, then the end layers again; undone when it did not lower the error at the end."""
-    proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
-    if not proposed:
-        return False
+    """A proposed step of the inner layers, then the end layers again; undone when it did not lower the error at the
+    end."""
     old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
     tensors.update(proposed)
     for index, target in enumerate(t for t in step.targets if t.anchor == step.targets[-1].anchor):

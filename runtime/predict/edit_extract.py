@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ def extract_segments(program: Program, segments: Sequence[Segment], *, batch: in
     graph = fx.Graph()
     inputs: list[TensorSpec] = []
     outputs: dict[str, fx.Node] = {}
-    constants: dict[str, fx.Node] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for index, segment in enumerate(segments):
             for name in segment.entries:
@@ -33,10 +33,11 @@ def extract_segments(program: Program, segments: Sequence[Segment], *, batch: in
                 entry.meta["val"] = torch.empty(program.shape(program.nodes[name], batch), dtype=value.dtype)
                 inputs.append(_spec(entry.name, entry))
         entries = {node.name: node for node in graph.nodes}
+        copier = _Copier(program=program, graph=graph, mode=mode, batch=batch)
         for index, segment in enumerate(segments):
             copies = {name: entries[f"s{index}_{name}"] for name in segment.entries}
             for name in segment.nodes:
-                copies[name] = _copied(program, program.nodes[name], graph, copies, constants, mode, batch)
+                copies[name] = copier.copied(program.nodes[name], copies)
             outputs |= {f"s{index}_{name}": copies[name] for name in segment.exits}
     graph.output(tuple(outputs.values()))
     return Program(
@@ -47,32 +48,38 @@ def extract_segments(program: Program, segments: Sequence[Segment], *, batch: in
     )
 
 
-def _copied(
-    program: Program,
-    node: fx.Node,
-    graph: fx.Graph,
-    copies: dict[str, fx.Node],
-    constants: dict[str, fx.Node],
-    mode: FakeTensorMode,
-    batch: int,
-) -> fx.Node:
-    """The call with its operands as they are in the new graph, sizes as numbers."""
+@dataclass(frozen=True, kw_only=True)
+class _Copier:
+    """Puts calls of a program into a new graph, with sizes as the numbers that they are at a batch. `constants` are
+    those that the new graph has by now."""
 
-    def here(operand: fx.Node) -> Any:
-        if is_size(operand):
-            return program.scalar(operand, batch)
-        if operand.name in copies:
-            return copies[operand.name]
-        if operand.name not in constants:  # what is neither entry nor member is a constant
-            constant = graph.get_attr(str(operand.target))
-            constant.meta["val"] = mode.from_tensor(program.constant(operand).detach(), static_shapes=True)
-            constants[operand.name] = constant
-        return constants[operand.name]
+    program: Program
+    graph: fx.Graph
+    mode: FakeTensorMode
+    batch: int
+    constants: dict[str, fx.Node] = field(default_factory=dict)
 
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), here)
-    call = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-    call.meta["val"] = node.target(*_values(args), **_values(kwargs))  # type: ignore[operator]
-    return call
+    def copied(self, node: fx.Node, copies: dict[str, fx.Node]) -> fx.Node:
+        """The call with its operands as they are in the new graph: `copies`, or constants."""
+
+        def here(operand: fx.Node) -> Any:
+            if is_size(operand):
+                return self.program.scalar(operand, self.batch)
+            return copies[operand.name] if operand.name in copies else self._constant(operand)
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), here)
+        call = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        call.meta["val"] = node.target(*_values(args), **_values(kwargs))  # type: ignore[operator]
+        return call
+
+    def _constant(self, operand: fx.Node) -> fx.Node:
+        """What is neither entry nor member is a constant."""
+        if operand.name not in self.constants:
+            constant = self.graph.get_attr(str(operand.target))
+            value = self.program.constant(operand).detach()
+            constant.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
+            self.constants[operand.name] = constant
+        return self.constants[operand.name]
 
 
 def _values(arguments: Any) -> Any:

@@ -68,7 +68,7 @@ def test_what_is_left_is_solved_with(net: nn.Module) -> None:
     units = find_units(program)
     group = next(g for g in units.prunable if ("first.weight", 0) in g.producers)
     settings = ResolveSettings(ridge=1e-9, refine=0)
-    choice = choose_channels(units, samples, {group.name: WIDTH - len(gone)}, settings=settings)
+    choice = choose_channels(units, samples, {group.name: WIDTH - len(gone)}, resolve=settings)
     pruned = prune_channels(units, choice.removed, choice.tensors)
     solved = resolve_network(program, pruned.program, samples, Changes(kept=pruned.kept), settings=settings).program
     assert solved.tensor("first.weight").shape == (WIDTH - len(gone), 5)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from foldcut.compiler.plan.joint_search import MixSearch
+from foldcut.compiler.plan.joint_search import Means, MixSearch
 from foldcut.compiler.plan.latency_target import MOST_MEASURED
 from foldcut.compiler.plan.proposals import (
     Claims,
@@ -143,7 +143,7 @@ class World:
 
 
 def search(items: list[Item], ratio: float, world: World) -> MixSearch:
-    return MixSearch(items, ratio, measure=world.measure, trial=world.trial)
+    return MixSearch(items, ratio, Means(measure=world.measure, trial=world.trial))
 
 
 def scaled(errors: Mapping[str, float], savings: Mapping[str, float]) -> World:
@@ -233,7 +233,7 @@ def test_without_time_each_kind_has_its_turn() -> None:
     world, hurried = (scaled({"drop_blocks": 3, "factorize": 0.5}, {"drop_blocks": 1, "factorize": 1}) for _ in "ab")
     whole = search(items, 0.7, world).run()
     time = SearchTime(0)
-    found = MixSearch(items, 0.7, measure=hurried.measure, trial=hurried.trial, time=time).run()
+    found = MixSearch(items, 0.7, Means(measure=hurried.measure, trial=hurried.trial, time=time)).run()
     assert time.ran_out
     assert hurried.tried < world.tried
     assert found.met
@@ -245,7 +245,7 @@ def test_without_time_a_goal_that_no_single_kind_reaches() -> None:
     """The plan that reaches it is looked for all the same."""
     items = [*family("drop_blocks", "ab", 0.02, 0.1), *family("factorize", "gh", 0.03, 0.1)]
     world = scaled({"drop_blocks": 1, "factorize": 1}, {"drop_blocks": 1, "factorize": 1})
-    assert MixSearch(items, 0.7, measure=world.measure, trial=world.trial, time=SearchTime(0)).run().met
+    assert MixSearch(items, 0.7, Means(measure=world.measure, trial=world.trial, time=SearchTime(0))).run().met
 
 
 def test_a_time_that_is_none() -> None:

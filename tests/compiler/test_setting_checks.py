@@ -14,7 +14,7 @@ from foldcut.compiler.export.exporter import NEWEST_OPSET, to_onnx
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.onnx.file import OLDEST_OPSET
 from foldcut.compiler.support.errors import CompilerError, ExportError
-from foldcut.compiler.support.setting_checks import check_number, check_texts, check_whole, refuse
+from foldcut.compiler.support.setting_checks import Allowed, check_number, check_texts, check_whole, refuse
 from foldcut.compiler.support.strict_json import json_text
 from foldcut.passes.drop.adaptors import AdaptorSettings
 from foldcut.passes.drop.recoverability import RecoverabilitySettings
@@ -224,13 +224,13 @@ def test_an_operator_set_that_the_exporter_does_not_write_is_refused(residual: P
 
 
 def test_the_checks_themselves() -> None:
-    check_whole("x", 3, 1, 3)
-    check_number("x", None, least=0, none=True)
+    check_whole("x", 3, Allowed(least=1, most=3))
+    check_number("x", None, Allowed(least=0, none=True))
     check_texts("x", ())
     with pytest.raises(CompilerError, match=r"x=4 is out of range\n.* give a whole number from 1 to 3$"):
-        check_whole("x", 4, 1, 3)
+        check_whole("x", 4, Allowed(least=1, most=3))
     with pytest.raises(CompilerError, match=r"x=2 is out of range\n.* give a number above 0 and at most 1$"):
-        check_number("x", 2, above=0, most=1)
+        check_number("x", 2, Allowed(above=0, most=1))
     with pytest.raises(CompilerError, match=r"x='a' is a single string\n.* give a tuple: x=\('a',\)$"):
         check_texts("x", "a")
     with pytest.raises(foldcut.CalibrationError) as caught:

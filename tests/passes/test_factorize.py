@@ -318,12 +318,15 @@ def test_options_are_cheaper_and_not_dominated(residual: Program, nets: SimpleNa
         assert candidate.size.macs == node_macs(residual, residual.nodes[name])
 
 
-def test_little_memory_changes_nothing(residual: Program, nets: SimpleNamespace) -> None:
+def test_little_memory_changes_nothing(
+    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Moments that do not fit are collected again: more passes, the same factors."""
     data = CalibrationSet.of(nets.images(24))
     found = []
     for memory in (1 << 30, 1000):
-        analysis = RankAnalysis(residual, data, memory_bytes=memory)
+        monkeypatch.setattr("foldcut.passes.solve.layer_moments.MEMORY_BYTES", memory)
+        analysis = RankAnalysis(residual, data)
         choice = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
         found.append(factorize(residual, analysis.factors(choice)))
     x = nets.images(4, seed=3)

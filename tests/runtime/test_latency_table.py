@@ -13,6 +13,7 @@ from foldcut.compiler.ir.cost import node_macs
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
 from foldcut.runtime.predict.latency_table import LatencyTable
@@ -98,8 +99,8 @@ def test_whole_networks_set_the_scale(counting_backend: Any, residual: Program) 
 
 
 def test_times_are_kept_on_disk_for_one_place(counting_backend: Any, residual: Program, tmp_path: Path) -> None:
-    def table(backend: Any = counting_backend, **options: int) -> LatencyTable:
-        return LatencyTable(backend, cache=MeasurementCache(tmp_path), **options)
+    def table(backend: Any = counting_backend, **conditions: Any) -> LatencyTable:
+        return LatencyTable(backend, Conditions(**conditions), cache=MeasurementCache(tmp_path))
 
     first = table().predict(residual)
     again = table().predict(residual)
