@@ -9,8 +9,9 @@ says which elements are gone. Nothing is known of channels, units or groups: onl
   where no term is left. Which terms are left is probed numerically: the same operator runs on 1 where alive, 0 where
   gone.
 - Data movement runs itself on the masks. Element by element, a result is gone where any operand is.
-- Layer and group norms take their statistics over what is alive. Any other reduction over elements of which some are
-  gone counts them as zeros, as a network would whose units are zeroed: a cut through such a reduction is wrong.
+- Layer and group norms take their statistics over what is alive, and whose scale and shift are. Any other reduction
+  over elements of which some are gone counts them as zeros, as a network would whose units are zeroed: a cut through
+  such a reduction is wrong.
 - A constant that is computed in the graph (a normalised weight) has the value that it had before anything was cut.
 
 An operator that is none of these raises `UnknownError`: the oracle cannot tell then.
@@ -289,39 +290,49 @@ def rms_norm(
     """Root mean square 1 along the last dimensions, over what is alive. torch takes its own to pieces before a tensor
     subclass sees it, and the mean among them would count what is gone."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    dims, gone = list(range(x.dim() - len(shape), x.dim())), _gone(x)
+    dims, gone = list(range(x.dim() - len(shape), x.dim())), _gone_at(x, weight)
     value = (x.value if isinstance(x, Marked) else x).masked_fill(gone, 0)
     count = (~gone).sum(dims, keepdim=True).clamp(min=1)
     y = value * torch.rsqrt((value * value).sum(dims, keepdim=True) / count + eps)
     if weight is not None:
-        y, gone = y * _values(weight), gone | _gone(weight)
+        y = y * _values(weight)
     return Marked(y, gone)
+
+
+def _gone_at(x: torch.Tensor, *vectors: torch.Tensor | None) -> torch.Tensor:
+    """What is gone of the operand of a norm: also where its own scale or shift is. No other weight tells of zeros that
+    were padded in."""
+    gone = _gone(x)
+    for vector in vectors:
+        gone = gone if vector is None else gone | _gone(vector)
+    return gone
 
 
 def _layer_norm(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     del func, args, kwargs
     x, weight, bias = bound["input"], bound["weight"], bound["bias"]
     dims = list(range(x.dim() - len(bound["normalized_shape"]), x.dim()))
-    y, gone = _standardised(x, dims, bound["eps"]), _gone(x)
-    if weight is not None:
-        y, gone = y * _values(weight), gone | _gone(weight)
-    if bias is not None:
-        y, gone = y + _values(bias), gone | _gone(bias)
+    gone = _gone_at(x, weight, bias)
+    y = _standardised(Marked(_values(x), gone), dims, bound["eps"])
+    y = y if weight is None else y * _values(weight)
+    y = y if bias is None else y + _values(bias)
     return (y, y[:0], y[:0]), (gone, None, None)
+
+
+def _laid(vector: torch.Tensor | None, shape: Sequence[int]) -> Marked | None:
+    return None if vector is None else Marked(_values(vector).view(shape), _gone(vector).view(shape))
 
 
 def _group_norm(func: Any, args: Any, kwargs: Any, bound: Any) -> Any:
     del func, args, kwargs
     x, groups = bound["input"], bound["group"]
-    shape = (x.shape[0], groups, -1)
-    split = Marked(x.value.reshape(shape), _gone(x).reshape(shape))
-    y, gone = _standardised(split, [2], bound["eps"]).reshape(x.shape), _gone(x)
-    for name in ("weight", "bias"):
-        parameter = bound[name]
-        if parameter is not None:
-            laid = _values(parameter).view(1, -1, *[1] * (x.dim() - 2))
-            y = y * laid if name == "weight" else y + laid
-            gone = gone | _gone(parameter).view(laid.shape)
+    shape, laid = (x.shape[0], groups, -1), (1, -1, *[1] * (x.dim() - 2))
+    scale, shift = (_laid(bound[name], laid) for name in ("weight", "bias"))
+    gone = _gone_at(x, scale, shift)
+    split = Marked(_values(x).reshape(shape), gone.reshape(shape))
+    y = _standardised(split, [2], bound["eps"]).reshape(x.shape)
+    y = y if scale is None else y * scale.value
+    y = y if shift is None else y + shift.value
     return (y, y[:0], y[:0]), (gone, None, None)
 
 

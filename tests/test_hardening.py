@@ -116,3 +116,32 @@ def test_the_same_number_gives_the_same_network() -> None:
     with torch.no_grad():
         torch.testing.assert_close(first(*x), second(*x), rtol=0, atol=0)
     assert random_recipe(17) != random_recipe(18)
+
+
+class Padded(nn.Module):
+    """Zeros put beside the channels, then a norm, then what is added to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(self.a(x), [1, 1])
+        return (x + self.b(self.norm(x))).square()
+
+
+def test_the_oracle_leaves_out_zeros_whose_scale_is_gone() -> None:
+    """Where the zeros come from, no weight says that one of them is gone: the norm's own does."""
+    from hardening_expected import Expected
+
+    torch.manual_seed(0)
+    net, x, kept = Padded().eval(), torch.randn(5, 3), [1, 2, 3, 4, 5]
+    gone = torch.arange(6) == 0
+    lost = {"norm.weight": gone, "norm.bias": gone, "b.bias": gone}
+    lost["b.weight"] = gone.view(1, 6) | gone.view(6, 1)
+    (found,) = Expected(net, lost, dict(net.named_parameters()))((x,))
+    y = F.pad(net.a(x), [0, 1])
+    normed = F.layer_norm(y, (5,), net.norm.weight[kept], net.norm.bias[kept])
+    wanted = (y + F.linear(normed, net.b.weight[kept][:, kept], net.b.bias[kept])).square()
+    assert found.gone is not None and bool(found.gone[:, 0].all()) and not bool(found.gone[:, 1:].any())
+    torch.testing.assert_close(found.value[:, 1:], wanted)
