@@ -57,7 +57,7 @@ def surplus_units(groups: Sequence[UnitGroup], counts: Mapping[str, int]) -> tor
 
 
 def form_groups(trace: Trace, slots: Sequence[Slot]) -> tuple[UnitGroup, ...]:
-    """All groups in graph order. Units are told apart by which slots make them, how often, which parts of a tensor
+    """All groups in graph order. Units are distinguished by which slots make them, how often, which parts of a tensor
     (its halves, a slice of it) take them, and whether they are locked: any unit of a group may stand for another."""
     makers = [s for s in slots if s.role == "out"]
     size = len(trace.labels)

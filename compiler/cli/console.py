@@ -46,7 +46,7 @@ def plain_table(*columns: str) -> Table:
 
 
 def after_interrupt(fresh: bool, written: str = "nothing was written") -> str:
-    """What is true of a command that was interrupted: analyses are kept unless it was told to keep none."""
+    """What is true of a command that was interrupted: analyses are kept unless it was asked to keep none."""
     return written if fresh else f"{written}; what is done is kept, and the same command goes on from there"
 
 

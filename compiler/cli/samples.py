@@ -35,10 +35,10 @@ def sample_reader(path: Path | None, options: ImageOptions, *, input_shape: str 
     if path is not None:
         return lambda limit: read_samples(path, options, limit=limit, input_shape=input_shape)
     given = {"--key": options.key, "--size": options.size, "--mean": options.mean, "--std": options.std}
-    told = " and ".join(name for name, value in given.items() if value is not None)
-    if told:
+    named = " and ".join(name for name, value in given.items() if value is not None)
+    if named:
         raise CalibrationError(
-            f"{told}: there are no samples to read", hint=f"name a file or folder of samples, or leave {told} out"
+            f"{named}: there are no samples to read", hint=f"name a file or folder of samples, or leave {named} out"
         )
     return None
 

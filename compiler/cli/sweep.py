@@ -72,9 +72,12 @@ class _Written:
         if all(p.compiled is None for p in self._points):
             return
         Sweep(points=tuple(self._points)).save_index(self._output)
-        for told in self._waiting:
-            if not told.met:
-                say(told.reason if str(told.goal) in told.reason else f"{told.goal}: {told.reason}", head="goal")
+        for seen in self._waiting:
+            if not seen.met:
+                say(
+                    seen.reason if str(seen.goal) in seen.reason else f"{seen.goal}: {seen.reason}",
+                    head="goal",
+                )
         self._waiting.clear()
 
 

@@ -77,13 +77,14 @@ class ForwardInputs:
 @dataclass(frozen=True, kw_only=True)
 class Binding:
     """The fields that are inputs, in order, and in words those that are not. `plain` leaves out fields beyond the
-    parameters, as labels beside images are; `told` is for what one might have meant as an input. `fit` is the share of
-    the network's outputs that have a row for each sample, -1 when it does not run with them or that was not tried."""
+    parameters, as labels beside images are; `doubtful` is for what one might have meant as an input. `fit` is the share
+    of the network's outputs that have a row for each sample, -1 when it does not run with them or that was not
+    tried."""
 
     kept: tuple[Key, ...]
     names: Mapping[Key, str | None]
     plain: tuple[str, ...] = ()
-    told: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
     fit: float = -1.0
 
     def __call__(self, found: Fields) -> Batch:
@@ -110,7 +111,7 @@ class Binding:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return (*self.plain, *self.told)
+        return (*self.plain, *self.doubtful)
 
 
 def fields_of(item: Any, inputs: ForwardInputs | None) -> Fields:
@@ -156,7 +157,7 @@ def bind(
         kept=tuple(kept),
         names=names,
         plain=plain,
-        told=(*(() if plain else beyond), *trial.reasons),
+        doubtful=(*(() if plain else beyond), *trial.reasons),
         fit=trial.fit(kept) if judged else -1.0,
     )
 

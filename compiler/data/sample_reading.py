@@ -48,8 +48,8 @@ def read_data(
     if rows is None and isinstance(first[0], list) and _is_single(first[0]):
         rows = True
     binding, rows = _bound([fields_of(_unboxed(item), inputs) for item in first], inputs, rows, whole=whole)
-    if binding.told:
-        warnings.warn(f"calibration fields that are left out: {', '.join(binding.told)}", stacklevel=4)
+    if binding.doubtful:
+        warnings.warn(f"calibration fields that are left out: {', '.join(binding.doubtful)}", stacklevel=4)
     sampler = _Sampler(limit, seed, most_bytes)
     for item in itertools.chain(first, items):
         sampler.add(_flat(binding(fields_of(_unboxed(item), inputs)), rows))
@@ -351,14 +351,14 @@ def _converted(
     another width. Said aloud. Integers for floating-point inputs are left: nobody knows how they are to be scaled."""
     flat = len(leaves) == len(binding.kept)
     names = [binding.names.get(key) for key in binding.kept] if flat else [None] * len(leaves)
-    result, told = [], []
+    result, converted = [], []
     for leaf, name in zip(leaves, names, strict=True):
         new = _cast(leaf, _wanted(inputs, name, leaf))
         if new.dtype != leaf.dtype:
-            told.append(f"{dtype_name(leaf.dtype)} to {dtype_name(new.dtype)}")
+            converted.append(f"{dtype_name(leaf.dtype)} to {dtype_name(new.dtype)}")
         result.append(new)
-    if told:
-        words = ", ".join(dict.fromkeys(told))
+    if converted:
+        words = ", ".join(dict.fromkeys(converted))
         warnings.warn(f"calibration samples are converted to what the network takes: {words}", stacklevel=4)
     return tuple(result)
 

@@ -72,13 +72,13 @@ def squares_by_sample(
     through one by one.
     """
     batches = {spec.shape[0] for spec in teacher.inputs if spec.shape and isinstance(spec.shape[0], str)}
-    told = all(spec.shape and spec.shape[0] in batches for spec in teacher.outputs)
+    by_sample = all(spec.shape and spec.shape[0] in batches for spec in teacher.outputs)
     errors, energies = [], []
-    for batch in samples.batches(batch_size if told else 1):
+    for batch in samples.batches(batch_size if by_sample else 1):
         error: Floats | float = 0.0
         energy: Floats | float = 0.0
         for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
-            wrong, whole = (part.reshape(len(t) if told else 1, -1).sum(1).numpy() for part in squares(t, s))
+            wrong, whole = (part.reshape(len(t) if by_sample else 1, -1).sum(1).numpy() for part in squares(t, s))
             error, energy = error + wrong, energy + whole
         errors.append(np.atleast_1d(error))
         energies.append(np.atleast_1d(energy))

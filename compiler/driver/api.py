@@ -110,7 +110,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     out with its names, dims, opset and metadata. `goal` is `Latency(ratio)` or `Latency(ms=...)`, measured on `backend`
     at `batch` with `threads` CPU threads, or `MaxError(e)`, the fastest within an output error: both mix dropped
     blocks, pruned channels and factorised layers (`cut_jointly`); or `Macs(ratio)` or `Parameters(ratio)`, which prune
-    channels unless told otherwise, until one unit more would miss the goal; or `Blocks(k)`, which drops blocks, or
+    channels by default, until one unit more would miss the goal; or `Blocks(k)`, which drops blocks, or
     `Channels(keep)`, which prunes channels, or `Ranks(keep=...)`, which factorises layers. `rewrites` says which of
     ``drop_blocks``, ``prune_channels`` and ``factorize`` are used: several are mixed, one that the goal cannot use is
     refused; ``("prune_channels", "factorize")`` reaches `Macs` and `Parameters` by both. `mimic` False or None leaves

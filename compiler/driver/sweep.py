@@ -35,7 +35,7 @@ SWEEP = "sweep.json"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepPoint:
-    """One goal: what it came to, or why nothing could be done towards it (`compiled` None)."""
+    """One goal: its result, or why nothing could be done towards it (`compiled` None)."""
 
     goal: Goal
     compiled: Compiled | None

@@ -50,8 +50,8 @@ def compare(reference: Any, other: Any) -> Difference:
         worst = _worst(x, y)
         absolute = max(absolute, worst)
         relative = max(relative, worst / (_largest(x) or 1.0))
-        told = x.isfinite() & y.isfinite()  # infinities, of masked logits say, have no direction
-        cosine = min(cosine, _cosine(x[told], y[told]))
+        finite = x.isfinite() & y.isfinite()  # infinities, of masked logits say, have no direction
+        cosine = min(cosine, _cosine(x[finite], y[finite]))
     return Difference(absolute=absolute, relative=relative, cosine=cosine)
 
 

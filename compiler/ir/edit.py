@@ -308,7 +308,7 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _row_major(shape: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt]) -> bool:
-    """Whether the elements lie in memory in their order, for any batch; told without a guard on a size."""
+    """Whether the elements lie in memory in their order, for any batch; found without a guard on a size."""
     expected: Any = 1
     for sizes in zip(reversed(shape), reversed(strides), strict=True):
         size, stride = (s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)

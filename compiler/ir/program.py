@@ -231,7 +231,7 @@ class Program:
 
 def tensor_identity(value: torch.Tensor) -> Hashable:
     """Equal for two tensors only when each element of one is the same place in memory as that of the other: a
-    transposed view of a square weight is another tensor. Tensors without elements are told apart by themselves."""
+    transposed view of a square weight is another tensor. Each tensor without elements counts as another one."""
     if not value.numel():
         return id(value)
     pointer = value.untyped_storage().data_ptr()

@@ -1,5 +1,5 @@
 """ONNX Runtime as the reference for what an ONNX model means: importing compares with it, opaque nodes run in it.
-Where a file is newer than the ONNX Runtime at hand, ONNX's own evaluator stands in."""
+Where a file is newer than the installed ONNX Runtime, ONNX's own evaluator stands in."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _cast_like(call: OnnxCall) -> Tensor:
 
 
 def _converted(call: OnnxCall, dtype: torch.dtype) -> Tensor:
-    """Into eight-bit floats ONNX cuts off at the largest number unless told otherwise; torch has one way for each."""
+    """Into eight-bit floats ONNX cuts off at the largest number by default; torch has one way for each."""
     x = call.tensor(0)
     if dtype in {torch.float8_e4m3fn, torch.float8_e5m2}:
         if not call.attr("saturate", 1):

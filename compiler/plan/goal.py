@@ -98,7 +98,7 @@ class Goal:
         return delivered.planned and delivered.in_effect()
 
     def unmet(self, result: Any) -> str:
-        """What a result that does not reach the goal came to, for the error that says so."""
+        """How far a result is from the goal, for the error that says so."""
         return f"{self} is not met"
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:

@@ -59,7 +59,7 @@ class _Layers:
                 self._factors.setdefault(self._served(node), []).append(node)
 
     def _served(self, node: fx.Node) -> str:
-        """The layer of the original whose factor a new node is: the first that its value comes to."""
+        """The layer of the original whose factor a new node is: the first layer that its value reaches."""
         while not self.macs.get(node.name):
             following = next((u for u in node.users if u.op == "call_function" and not is_size(u)), None)
             if following is None:

@@ -15,7 +15,7 @@ from .context import Context
 
 
 def stored_resolve(ctx: Context, student: Program, changes: Changes, settings: ResolveSettings) -> Resolved:
-    """`resolve_network` toward the original, or what it came to before."""
+    """`resolve_network` toward the original, or its result of before."""
 
     def compute() -> tuple[dict[str, Any], Tensors]:
         found = resolve_network(ctx.teacher, student, ctx.solve, changes, settings=settings, progress=ctx.progress)

@@ -52,7 +52,7 @@ UNFINISHED = ".unfinished"
 LEFT_S = 3600.0
 
 
-#: The damaged entry that was told of.
+#: The damaged entry that a warning was given for.
 _warned: list[Path] = []
 
 

@@ -24,7 +24,7 @@ def default_folder() -> Path:
 @contextmanager
 def kept_in(cache: bool | str | Path) -> Iterator[Path]:
     """The folder that a `cache` argument means; for False one that goes in the end, so that what one compile finds out
-    is at hand when it plans again."""
+    is there when it plans again."""
     if cache is False:
         with tempfile.TemporaryDirectory(prefix="foldcut-") as folder:
             yield Path(folder)

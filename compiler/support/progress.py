@@ -79,7 +79,7 @@ def rich_progress() -> Iterator[Progress]:
 
 class PlainProgress:
     """Progress for a log: a line when a stage is first heard of, and one where nothing has been said for `LONGEST_S`
-    seconds. Stages come again many times, so their ends are not told."""
+    seconds. Stages come again many times, so their ends are not shown."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

@@ -1,6 +1,6 @@
 """Settings and arguments that are out of range are refused at once: by name, with what is allowed.
 
-A check passes, or raises the error that it is told to. Whole numbers and numbers of numpy's types pass too, True and
+A check passes, or raises the error that it is given. Whole numbers and numbers of numpy's types pass too, True and
 False do not pass for numbers; `settled` then makes them Python's own.
 """
 

@@ -1,15 +1,15 @@
 """How well the rest of a network recovers from losing a region: the error left in the features before the head.
 
-Five ways to ask, from cheap to dear:
+Five ways to ask, from cheap to expensive:
 - ``plain``: bypass the region and run on. No recovery at all.
 - ``local``: bypass it, re-solve the layer in front of it in closed form (its target becomes the mean of the teacher's
   stream before and after the
   region), run on. Nearly as cheap.
 - ``calibrated``: the local error times the share of it that a full re-solve leaves, measured once for each region on
   its own. The default: local
-  errors alone count early blocks too dear, since more layers behind them help to recover.
+  errors alone overrate early blocks, since more layers behind them help to recover.
 - ``exact``: bypass it and re-solve every layer behind it.
-- ``adaptors``: bypass it and train the paper's 1x1 adaptors (`adaptors`): dear, for comparison.
+- ``adaptors``: bypass it and train the paper's 1x1 adaptors (`adaptors`): expensive, for comparison.
 The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the
 choice is joint.
 """
@@ -30,7 +30,7 @@ from ...compiler.ir.program import Program
 from ...compiler.support.setting_checks import Allowed, check_kind, check_whole, check_word, settled
 from ..solve.closed_form import solve
 from ..solve.features import compared_outputs, head_features
-from ..solve.layers import find_layers, moved
+from ..solve.layers import add_delta, find_layers
 from ..solve.moments import Moments
 from ..solve.resolve_network import QUICK_RESOLVE, ResolveSettings, batch_moments, batch_size_for, resolve_network
 from ..solve.targets import Target, counterparts, trace_target
@@ -194,7 +194,7 @@ class Recoverability:
     def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
         correction = solve(moments, ridge=self.settings.resolve.ridge_for(len(self.fit)), bias=False)
         weight = student.module.get_parameter(target.layer.weight).detach()
-        return {target.layer.weight: moved(weight, correction.weight)}
+        return {target.layer.weight: add_delta(weight, correction.weight)}
 
     def _judge(self, student: Program, trials: Sequence[_Trial]) -> list[float]:
         """Feature errors on the judging samples. What a trial does not change is run once for all of them."""

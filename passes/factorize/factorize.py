@@ -13,7 +13,7 @@ from ...compiler.ir.edit_chain import Link, replace_layers
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import RewriteError
-from ..solve.layers import Layer, find_layers, moved
+from ..solve.layers import Layer, add_delta, find_layers
 from ..solve.targets import Target, trace_target
 from .decision import FactorizeLayer
 from .decompositions import PLAIN, Decomposition, Geometry, Matrices, Metric, Ranks
@@ -180,7 +180,7 @@ def shift_tensors(program: Program, target: Target, shift: torch.Tensor) -> dict
     if target.shift is None:
         return {}
     change = shift if target.shift_scale is None else shift * target.shift_scale
-    return {target.shift: moved(program.module.get_parameter(target.shift).detach(), change)}
+    return {target.shift: add_delta(program.module.get_parameter(target.shift).detach(), change)}
 
 
 def _layer(layers: Mapping[str, Layer], name: str) -> Layer:

@@ -1,4 +1,4 @@
-"""The choice of ranks for all layers together: an integer programme, and trials of what it comes to."""
+"""The choice of ranks for all layers together: an integer programme, and trials of its plans."""
 
 from __future__ import annotations
 

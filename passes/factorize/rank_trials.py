@@ -81,7 +81,7 @@ class RankTrials:
         return _relative(total, energy), {name: _relative(error, energy) for name, error in found.items()}
 
     def _weights(self, choice: Mapping[str, Option]) -> dict[str, Tensors]:
-        """The parameters that stand for each layer's factors; those of the last choice are at hand."""
+        """The parameters that stand for each layer's factors; those of the last choice are kept."""
         missing = {name: option for name, option in choice.items() if (name, option) not in self._tensors}
         for item in self.analysis.factors(missing):
             program, candidate = self.analysis.program, self.analysis.candidates[item.layer]

@@ -27,7 +27,7 @@ from .rank_trials import RankTrials
 from .select_ranks import Known, Option, RankAnalysis, RankSettings
 from .stored import StoredTrials, stored_factors, stored_rank_analysis
 
-#: Options that save less of the latency than this are left out: they cannot be told from none.
+#: Options that save less of the latency than this are left out: they are lost in noise.
 LEAST_SAVING = 0.0005
 
 

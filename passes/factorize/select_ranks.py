@@ -177,8 +177,8 @@ class RankAnalysis:
                 found[name] = candidate
         options = self._every(found, progress) if known is None else known.options
         self.candidates = {n: replace(c, every=options[n]) for n, c in found.items() if options.get(n)}
-        dear = [name for name in found if name not in self.candidates]
-        self.rejects += [Reject(reason="no rank that is allowed makes it cheaper", node=name) for name in dear]
+        costly = [name for name in found if name not in self.candidates]
+        self.rejects += [Reject(reason="no rank that is allowed makes it cheaper", node=name) for name in costly]
 
     def _every(self, found: Mapping[str, Candidate], progress: Progress) -> dict[str, tuple[Option, ...]]:
         """The options of all candidates, from their moments."""

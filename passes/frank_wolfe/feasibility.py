@@ -1,4 +1,4 @@
-"""Feasibility as an invariant: weights stay in their sets, though rounding pushes them out and norms are dear.
+"""Feasibility as an invariant: weights stay in their sets, though rounding pushes them out and norms are expensive.
 
 In exact arithmetic a convex combination of points of the set is in the set. In floating point each step may add a
 little, and the norm of a spectral set costs a full decomposition. So an upper bound of the norm goes along,

@@ -20,7 +20,7 @@ from .constraints import Constraint
 ConstraintFactory = Callable[[torch.Tensor], Constraint]
 #: E||W_init||_F of a module's parameter of that name.
 InitialNorm = Callable[[nn.Module, str], float]
-#: The layers whose weights are constrained unless told otherwise: rows of their matrices are output channels, which
+#: The layers whose weights are constrained by default: rows of their matrices are output channels, which
 #: those of transposed convolutions are not.
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DRAWS, SEED = 8, 0

@@ -17,7 +17,7 @@ from .training_stage import mimic
 
 
 def mimicked(ctx: Context, done: Applied, settings: MimicSettings) -> Program:
-    """The network after `mimic`, or what it came to before; as it was, with a warning, when it cannot be trained (an
+    """The network after `mimic`, or the result of before; as it was, with a warning, when it cannot be trained (an
     operator without a gradient). A training that was cut off goes on from the last state that was kept."""
     lesson = Lesson(
         teacher=ctx.teacher,

@@ -18,7 +18,7 @@ from ...compiler.ir.program import Program, data_inputs, output_nodes
 from ...compiler.support.errors import GoalError
 from ...compiler.support.setting_checks import Allowed, check_number, check_texts, check_whole, settled
 
-#: What channel counts go to multiples of, unless told otherwise.
+#: What channel counts go to multiples of by default.
 STEP = 8
 
 

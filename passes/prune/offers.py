@@ -17,7 +17,7 @@ from .error_curves import error_curves
 
 #: Shares of a group's units that a plan may keep.
 KEEPS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
-#: Proposals that save less of the latency than this are left out: they cannot be told from none.
+#: Proposals that save less of the latency than this are left out: they are lost in noise.
 LEAST_SAVING = 0.0005
 #: Multiples that channel counts go to in the plans that a search starts from, where the user names none.
 MULTIPLES = (8, 4, 2, 1)

@@ -18,7 +18,7 @@ from .submodular import Selection
 def stored_channels(
     ctx: Context, units: Provenance, wanted: Mapping[str, int | Selection], how: ChannelSettings
 ) -> ChannelChoice:
-    """`choose_channels`, or what it came to before."""
+    """`choose_channels`, or its result of before."""
 
     def compute() -> tuple[dict[str, Any], Tensors]:
         found = choose_channels(units, ctx.solve, wanted, how=how, resolve=ctx.resolve, progress=ctx.progress)

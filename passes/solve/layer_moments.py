@@ -36,7 +36,7 @@ class LayerMoments:
         self._batch_size = batch_size_for(program, layers.values())
 
     def __call__(self, names: Sequence[str]) -> Iterator[tuple[str, Moments]]:
-        """Each of the named layers once, those that are at hand first. Raises CalibrationError when activations are not
+        """Each of the named layers once, those in memory first. Raises CalibrationError when activations are not
         finite."""
         for name in names:
             if name in self._kept:

@@ -188,6 +188,6 @@ def current_parameter(program: Program, name: str, tensors: Mapping[str, torch.T
     return tensors[name] if name in tensors else program.module.get_parameter(name).detach()
 
 
-def moved(tensor: torch.Tensor, change: torch.Tensor, length: float = 1.0) -> torch.Tensor:
+def add_delta(tensor: torch.Tensor, change: torch.Tensor, length: float = 1.0) -> torch.Tensor:
     """tensor + length * change, added in float64, in the tensor's shape and dtype."""
     return (tensor.double() + length * change.reshape(tensor.shape)).to(tensor.dtype)

@@ -21,7 +21,7 @@ import torch
 
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
-from .layers import current_parameter, moved
+from .layers import add_delta, current_parameter
 from .lockstep import Lockstep, Step, View
 from .moments import Moments
 from .targets import Target, residual_at
@@ -57,7 +57,9 @@ def propose_step(
         return {}
     length = _line_search(lockstep, step, inner, changes, tensors)
     return {
-        target.layer.weight: moved(current_parameter(lockstep.student, target.layer.weight, tensors), change, length)
+        target.layer.weight: add_delta(
+            current_parameter(lockstep.student, target.layer.weight, tensors), change, length
+        )
         for target, change in zip(inner, changes, strict=True)
     }
 
@@ -113,7 +115,7 @@ def _line_search(
     small = min(PROBE * float(w.norm() / c.norm().clamp(min=1e-30)) for w, c in zip(weights, changes, strict=True))
     ahead = dict(tensors)
     for target, weight, change in zip(inner, weights, changes, strict=True):
-        ahead[target.layer.weight] = moved(weight, change, small)
+        ahead[target.layer.weight] = add_delta(weight, change, small)
     along = square = 0.0
     for view in lockstep.views(step):
         with torch.no_grad():

@@ -21,7 +21,7 @@ from ...compiler.support.setting_checks import Allowed, check_number, check_whol
 from .changes import Changes
 from .closed_form import Correction, solve
 from .joins import group_targets
-from .layers import Layer, current_parameter, find_layers, moved
+from .layers import Layer, add_delta, current_parameter, find_layers
 from .lockstep import Lockstep, Step, plan_steps
 from .moments import Moments, SplitMoments, check_finite, thinning
 from .refine import propose_step
@@ -259,9 +259,9 @@ def write_correction(
     """Put what a solve found into `tensors`: the new weight, and the shift where the layer can take one."""
     layer = target.layer
     weight = current_parameter(student, layer.weight, tensors)
-    tensors[layer.weight] = moved(weight, correction.weight)
+    tensors[layer.weight] = add_delta(weight, correction.weight)
     if target.shift is not None and correction.bias is not None:
         change = correction.bias if target.shift_scale is None else correction.bias * target.shift_scale
         shift = current_parameter(student, target.shift, tensors)
-        tensors[target.shift] = moved(shift, change)
+        tensors[target.shift] = add_delta(shift, change)
     return LayerError(node=layer.node, before=correction.before / rows, after=correction.after / rows)

@@ -151,7 +151,7 @@ def self_check(
         )
     if abs(result.ratio - 1) > tolerance:
         raise BackendError(
-            "a network measured against itself does not come out equal; smaller differences cannot be told",
+            "a network measured against itself does not come out equal; smaller differences cannot be resolved",
             expected=f"1 within {tolerance}",
             actual=f"{result.ratio:.4f} [{result.low:.4f}, {result.high:.4f}] from {result.pairs} pairs",
             hint="stop what else is running, measure on one thread, or raise min_block_ms",

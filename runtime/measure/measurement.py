@@ -21,9 +21,9 @@ class Measurement:
     were taken. `contended`: something else used the machine meanwhile; the ratio bears that, the
     milliseconds less so.
 
-    `regime` says what the caches held, `loads` the ratio that each fresh load of both networks gave, and `control` what
-    a second session of the original came to beside the first: 1 but for noise. Without `loads` all pairs are of one
-    load, and the interval says nothing about another.
+    `regime` says what the caches held, `loads` the ratio that each fresh load of both networks gave, and `control`
+    the latency ratio of a second session of the original to the first: 1 but for noise. Without `loads` all pairs are of
+    one load, and the interval says nothing about another.
     """
 
     ratio: float

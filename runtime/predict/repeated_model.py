@@ -1,4 +1,4 @@
-"""One ONNX model several times over in one model: how the time of a part is told from the cost of running anything."""
+"""One ONNX model several times over in one model: how the time of a part is separated from the cost of a call."""
 
 from __future__ import annotations
 

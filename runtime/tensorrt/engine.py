@@ -18,7 +18,7 @@ from .library import RTX, Library
 from .profile import Profile, TensorInfo
 
 FORMAT = 1
-#: TensorRT-RTX compiles for the GPU as it loads: unless told otherwise its engines run on Ampere and everything newer.
+#: TensorRT-RTX compiles for the GPU as it loads: by default its engines run on Ampere and everything newer.
 PORTABLE = "sm80+"
 _OLDEST_PORTABLE = 80
 
