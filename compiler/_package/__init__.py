@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from .compiler.data.calibration_set import horizontal_flip as horizontal_flip
     from .compiler.data.calibration_set import random_crop as random_crop
     from .compiler.data.calibration_set import read_calibration as read_calibration
-    from .compiler.driver.api import Compiled as Compiled
     from .compiler.driver.api import compile as compile
     from .compiler.driver.builtin import Plan as Plan
     from .compiler.driver.pipeline_settings import PipelineSettings as PipelineSettings
-    from .compiler.driver.replay import Replayed as Replayed
     from .compiler.driver.replay import apply as apply
     from .compiler.driver.replay import apply_plan as apply_plan
-    from .compiler.driver.saved import Saved as Saved
+    from .compiler.driver.result import Compiled as Compiled
+    from .compiler.driver.result import Replayed as Replayed
+    from .compiler.driver.result import Saved as Saved
     from .compiler.driver.saved import load as load
     from .compiler.driver.sweep import Sweep as Sweep
     from .compiler.driver.sweep import SweepPoint as SweepPoint
@@ -74,11 +74,12 @@ _HOMES = {
     "compiler.analysis.regions": "Region RegionAnalysis find_regions",
     "compiler.analysis.unit_groups": "UnitGroup",
     "compiler.data.calibration_set": "CalibrationSet horizontal_flip random_crop read_calibration",
-    "compiler.driver.api": "Compiled compile",
+    "compiler.driver.api": "compile",
+    "compiler.driver.result": "Compiled Replayed Saved",
     "compiler.driver.builtin": "Plan",
     "compiler.driver.pipeline_settings": "PipelineSettings",
-    "compiler.driver.replay": "Replayed apply apply_plan",
-    "compiler.driver.saved": "Saved load",
+    "compiler.driver.replay": "apply apply_plan",
+    "compiler.driver.saved": "load",
     "compiler.driver.sweep": "Sweep SweepPoint sweep",
     "compiler.frontend.capture": "capture",
     "compiler.goals.counted": "Macs Parameters",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..data.calibration_set import horizontal_flip
-from ..driver.replay import Replayed, apply
+from ..driver.replay import apply
+from ..driver.result import Compiled
 from ..frontend.capture import Model
 from ..frontend.model_source import load_model
 from ..support.atomic_files import check_writable
@@ -42,7 +43,7 @@ def run(options: ApplyOptions) -> None:
     guarded(work, debug=options.debug, interrupted=after_interrupt(options.fresh))
 
 
-def _applied(options: ApplyOptions, progress: Progress) -> Replayed:
+def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
     read = sample_reader(options.calib, options, input_shape=options.input_shape)
     samples = None if read is None else read(options.limit)
     loaded: Model = load_model(options.model, options.weights)
@@ -65,6 +66,6 @@ def _applied(options: ApplyOptions, progress: Progress) -> Replayed:
     )
 
 
-def _described(made: Replayed) -> dict[str, Any]:
+def _described(made: Compiled) -> dict[str, Any]:
     tested = None if made.tested is None else made.tested.to_dict()
     return {"plan": made.plan.to_dict(), "output_errors": dict(made.output_errors), "test": tested}

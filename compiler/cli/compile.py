@@ -12,7 +12,7 @@ from rich.table import Table
 from ..data.calibration_set import CalibrationSet, horizontal_flip
 from ..driver.api import Compiled
 from ..driver.api import compile as compile_model
-from ..driver.saved import PAGE
+from ..driver.sealed import PAGE
 from ..frontend.capture import Model
 from ..frontend.model_source import load_model
 from ..report.report import Report

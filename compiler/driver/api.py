@@ -5,12 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import fx
 
 from ...passes.mimic.settings import MimicSettings
 from ...runtime.measure.backend import Backend, resolve_backend
@@ -24,65 +21,20 @@ from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
 from ..onnx.file import in_one_piece
 from ..plan.goal import Goal
-from ..plan.plan import Plan
-from ..report.page import page_or_reason
 from ..report.report import Report
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
-from ..support.atomic_files import write_folder
 from ..support.errors import CompilerError, GoalError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, rich_progress, silent
-from ..support.strict_json import json_file
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, check_run
 from .report_parts import report_origin, report_parts
-from .saved import ONNX, PAGE, PT2, REPORT, with_plan
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Compiled:
-    """A compiled network: `.module` (runs any batch size), `.program`, `.plan`, `.report`, `.onnx` (bytes) and
-    `.save(folder)`."""
-
-    outcome: Outcome
-    report: Report
-
-    @property
-    def module(self) -> fx.GraphModule:
-        """The rewritten network as a torch module; arguments and outputs as the original's."""
-        return self.outcome.program.module
-
-    @property
-    def program(self) -> Program:
-        return self.outcome.program
-
-    @property
-    def plan(self) -> Plan:
-        return self.outcome.plan
-
-    @property
-    def onnx(self) -> bytes:
-        """The rewritten network as an ONNX model."""
-        return self.outcome.onnx
-
-    @cached_property
-    def files(self) -> dict[str, bytes]:
-        """The content of the output folder by file name."""
-        return {
-            **with_plan(self.plan, {ONNX: self.outcome.onnx, PT2: self.outcome.pt2}),
-            REPORT: json_file(self.report.to_dict()),
-            PAGE: page_or_reason(self.report.to_dict()).encode(errors="backslashreplace"),
-        }
-
-    def save(self, folder: str | Path) -> Path:
-        """Write model.onnx, model.pt2, plan.json, report.json and report.html; all or none appear. Raises OutputError
-        when they cannot be written."""
-        write_folder(Path(folder), self.files)
-        return Path(folder)
+from .result import Compiled as Compiled
+from .sealed import ONNX, PT2
 
 
 def compile(  # noqa: A001 - the public name, used as foldcut.compile
@@ -146,7 +98,15 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
             outcome = run_pipeline(ctx, used, probe, options)
     origin = report_origin(outcome, model)
-    result = Compiled(outcome=outcome, report=_report(outcome, samples, goal, resolved_backend, messages, origin))
+    result = Compiled(
+        plan=outcome.plan,
+        make_program=lambda: outcome.program,
+        make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
+        compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
+        outcome=outcome,
+        output_errors=outcome.output_errors,
+        tested=outcome.tested,
+    )
     if not outcome.met:
         raise GoalError(
             goal.unmet(result),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import fx
 
 from ...passes.mimic.settings import MimicSettings
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
-from ..data.sampled_error import SampledError, sampled_error
-from ..export.exporter import to_exported, to_onnx, to_pt2
+from ..data.sampled_error import sampled_error
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.edit import set_tensors
@@ -26,7 +23,6 @@ from ..rewrite.context import Context
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
-from ..support.atomic_files import write_folder
 from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, silent
@@ -35,45 +31,8 @@ from .apply_decisions import applied_plain, by_phase, each_applied, made, requir
 from .builtin import built_in
 from .pipeline import mimicking
 from .pipeline_settings import PipelineSettings, check_options, check_seed
-from .saved import ONNX, PAGE, PT2, REPORT, check_file, check_plan, digest, with_plan
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Replayed:
-    """A network that a plan was applied to: `.program`, `.module`, `.onnx` (bytes), `.plan`, `.save(folder)`.
-
-    Where there was data, `output_errors` are the relative output errors after each stage on the samples that judge, and
-    `tested` that of the result on samples that were not looked at before.
-    """
-
-    program: Program
-    plan: Plan
-    output_errors: Mapping[str, float]
-    tested: SampledError | None = None
-    opset: int | None = None
-
-    @property
-    def module(self) -> fx.GraphModule:
-        """The rewritten network as a torch module; arguments and outputs as the original's."""
-        return self.program.module
-
-    @property
-    def onnx(self) -> bytes:
-        """The rewritten network as an ONNX model."""
-        return self.files[ONNX]
-
-    @cached_property
-    def files(self) -> dict[str, bytes]:
-        """The content of the output folder by file name."""
-        exported = to_exported(self.program)
-        onnx = to_onnx(self.program, opset=self.opset, exported=exported)
-        return with_plan(self.plan, {ONNX: onnx, PT2: to_pt2(exported)})
-
-    def save(self, folder: str | Path) -> Path:
-        """Write model.onnx, model.pt2 and plan.json; all or none appear. A report that was there of another network
-        goes. Raises OutputError."""
-        write_folder(Path(folder), self.files, without=(REPORT, PAGE))
-        return Path(folder)
+from .result import Compiled, exported
+from .sealed import PT2, check_file, check_plan, digest
 
 
 def apply(
@@ -90,7 +49,7 @@ def apply(
     settings: PipelineSettings | None = None,
     progress: Progress = silent,
     cache: bool | str | Path = True,
-) -> Replayed:
+) -> Compiled:
     """Put the decisions of a plan into effect on the network that it was made for.
 
     `plan` is a `Plan` or the path of a plan.json. With `weights` (the model.pt2 that was saved with the plan, or any
@@ -128,7 +87,7 @@ def apply(
         opset = settings.opset if settings is not None else None
         if weights is not None:
             program = with_weights(apply_plan(teacher, read, rewrites), capture(weights, inputs))
-            return Replayed(program=program, plan=read, output_errors={}, opset=opset)
+            return _result(program, read, opset)
         assert samples is not None
         options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
         using = plan_rewrites(read, rewrites, options)
@@ -212,12 +171,16 @@ def with_weights(program: Program, trained: Program) -> Program:
     return set_tensors(program, changed, note="weights of the plan")
 
 
-def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: PipelineSettings) -> Replayed:
+def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: PipelineSettings) -> Compiled:
     solved_at_the_end(rewrites)
     done = made(ctx, rewrites, plan.decisions, exactly=True)
     program, errors = mimicking(ctx, done, options)
     tested = sampled_error(ctx.teacher, program, ctx.sets.test, seed=ctx.seed)
-    return Replayed(program=program, plan=plan, output_errors=errors, tested=tested, opset=options.opset)
+    return replace(_result(program, plan, options.opset), output_errors=errors, tested=tested)
 
 
-__all__ = ["Replayed", "apply", "apply_plan", "decided", "with_weights"]
+def _result(program: Program, plan: Plan, opset: int | None) -> Compiled:
+    return Compiled(plan=plan, make_program=lambda: program, make_networks=lambda: exported(program, opset))
+
+
+__all__ = ["apply", "apply_plan", "decided", "with_weights"]

@@ -92,6 +92,7 @@ class Latency(Goal):
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
         """A plan that was found to reach the goal has been measured with its whole interval below it, so of the second
         measurement the ratio has to be; of any other network the whole interval."""
+        del error
         return (measurement.ratio if recounted else measurement.high) <= self.share
 
     def unmet(self, result: Any) -> str:

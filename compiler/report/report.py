@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..data.sampled_error import interval_words
@@ -71,6 +71,17 @@ class Report:
     mimicked: bool = False
     test: Mapping[str, Any] = field(default_factory=dict)
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Report:
+        """The report that report.json holds. What this version does not know is left out. Raises TypeError when a part
+        is missing that every version had."""
+        known = {part.name for part in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def __getitem__(self, name: str) -> Any:
+        """A part by its name in report.json."""
+        return self.to_dict()[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; a figure that is not finite is None."""

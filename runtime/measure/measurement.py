@@ -22,8 +22,8 @@ class Measurement:
     milliseconds less so.
 
     `regime` says what the caches held, `loads` the ratio that each fresh load of both networks gave, and `control`
-    the latency ratio of a second session of the original to the first: 1 but for noise. Without `loads` all pairs are of
-    one load, and the interval says nothing about another.
+    the latency ratio of a second session of the original to the first: 1 but for noise. Without `loads` all pairs are
+    of one load, and the interval says nothing about another.
     """
 
     ratio: float

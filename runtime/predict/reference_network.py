@@ -1,4 +1,4 @@
-"""The network whose latency is the unit of times: a measurement taken today and one taken next week are compared through it."""
+"""The network whose latency is the unit of times: measurements of today and of next week are compared through it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 import foldcut
 import pytest
 import torch
-from foldcut.compiler.driver.report_parts import model_name, report_origin
+from foldcut.compiler.driver.report_parts import _kind, model_name, report_origin
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.report.cards import MOST_CARDS, MOST_VERTICES, _detail, block_cards, labelled, shared_path
 from foldcut.compiler.report.graph import describe_graph
@@ -46,7 +46,9 @@ def report(compiled: foldcut.Compiled) -> dict[str, Any]:
     """A compile's own report, with a latency goal and plans that were tried on the way to it."""
     data = json.loads(json.dumps(compiled.report.to_dict()))
     ratio = data["latency"]["ratio"]
-    data["goal"] = {"kind": "latency", "ratio": round(ratio + 0.02, 4)}
+    goal = foldcut.Latency(round(ratio + 0.02, 4))
+    data["goal"], data["goal_words"] = goal.to_dict(), goal.words()
+    data["kinds"] = {rewrite.name: _kind(rewrite) for rewrite in (foldcut.Drop(), foldcut.Prune(), foldcut.Factorize())}
     error = data["output_error"] or 0.01
     data["tried"] = [
         {"ratio": ratio + 0.01, "error": 2 * error, "counts": {"drop_blocks": 1}, "chosen": True},
@@ -196,11 +198,13 @@ def test_the_name_of_a_network(nets: SimpleNamespace) -> None:
 
 
 def test_what_was_allowed_and_whether_it_mimicked() -> None:
-    outcome: Any = SimpleNamespace(plan=SimpleNamespace(fingerprint="abc"), output_errors={"re-solved": 0.2})
-    found = report_origin(outcome, "net.pt2", ("drop_blocks", "factorize"))
+    plan = SimpleNamespace(fingerprint="abc", decisions=())
+    used = (foldcut.Drop(), foldcut.Factorize())
+    outcome: Any = SimpleNamespace(plan=plan, rewrites=used, output_errors={"re-solved": 0.2})
+    found = report_origin(outcome, "net.pt2")
     assert (found["model"], found["rewrites"], found["mimicked"]) == ("net.pt2", ["drop_blocks", "factorize"], False)
     outcome.output_errors["mimicked"] = 0.1
-    assert report_origin(outcome, "net.pt2", ())["mimicked"]
+    assert report_origin(outcome, "net.pt2")["mimicked"]
 
 
 def test_a_report_of_an_earlier_version_has_no_name(report: dict[str, Any]) -> None:
@@ -228,7 +232,7 @@ def not_finite(report: foldcut.Report) -> foldcut.Report:
 
 def test_figures_that_are_not_finite_are_null(compiled: foldcut.Compiled) -> None:
     """JSON has no Infinity, and the page says the same of both."""
-    broken = replace(compiled, report=not_finite(compiled.report))
+    broken = replace(compiled, compiled_report=not_finite(compiled.report))
     data = json.loads(broken.files["report.json"], parse_constant=pytest.fail)
     assert data["output_error"] is None
     assert data["output_errors"] == {"dropped": 0.5, "re-solved": None, "mimicked": None}
