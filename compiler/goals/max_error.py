@@ -79,6 +79,7 @@ class MaxError(Goal):
         return delivered.planned
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
+        del measurement
         return recounted if error is None else error <= self.error
 
     def unmet(self, result: Any) -> str:

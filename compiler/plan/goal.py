@@ -99,6 +99,7 @@ class Goal:
 
     def unmet(self, result: Any) -> str:
         """How far a result is from the goal, for the error that says so."""
+        del result
         return f"{self} is not met"
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:

@@ -56,7 +56,7 @@ class Applied:
     program: Program
     decisions: tuple[Decision, ...] = ()
     plain: Program | None = None
-    changes: Changes = Changes()
+    changes: Changes = field(default_factory=Changes)
     layers: tuple[LayerError, ...] = ()
     rejects: tuple[Reject, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -32,7 +32,7 @@ def test_a_name_of_one_kind_is_left_to_that(residual: Program) -> None:
 def test_a_name_of_nothing_is_refused(residual: Program) -> None:
     with pytest.raises(foldcut.GoalError, match="no layer, unit group or output matches 'heads'"):
         sorted_ignores(residual, rewrites(("head", "heads"), ()))
-    with pytest.raises(foldcut.GoalError, match="no unit group or output matches 'blocks.0.conv2'"):
+    with pytest.raises(foldcut.GoalError, match=r"no unit group or output matches 'blocks\.0\.conv2'"):
         sorted_ignores(residual, rewrites(("blocks.0.conv2",), ())[1:2])
 
 
