@@ -86,16 +86,17 @@ def _zero_branch(case: Case, program: Program) -> None:
     silent = set_tensors(program, zeros, note="a silent branch")
     smaller = drop_blocks(silent, [region])
     check_program(smaller)
-    probe = case.network.example(3, 77)
+    # The samples compared are those on which the branch was seen to add nothing: a clamp in front of it may be the
+    # identity on some samples and not on others.
+    inputs = case.network.example(5, 5)
     before = torch.fx.Interpreter(silent.module)
     values: dict[str, Any] = {}
     before.run_node = _recording(before.run_node, values, {region.entry, region.exit})  # type: ignore[method-assign]
     with torch.no_grad():
-        before.run(*program.flatten(probe), enable_io_processing=False)
+        before.run(*program.flatten(inputs), enable_io_processing=False)
     if not torch.equal(values[region.entry], values[region.exit]):
         return
     case.counts["zero branches dropped"] += 1
-    inputs = case.network.example(5, 5)
     same(smaller(inputs), silent(inputs), "a branch of zeros dropped", 1e-5)
 
 
