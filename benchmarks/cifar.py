@@ -5,10 +5,9 @@
     python benchmarks/cifar.py --models ../shared/models --data ../shared/data --all --samples 500
 
 For each number of calibration images and each goal: the blocks chosen, the accuracy on the test images after
-dropping, after the re-solve
-and after mimicking, the measured ONNX Runtime latency ratio, the CPU seconds of each stage, and beside it, from the
-same blocks in
-the same run, PRACTISE's final finetune. One torch thread; CPU seconds are process CPU time.
+dropping, after the re-solve and after mimicking, the measured ONNX Runtime latency ratio, the CPU seconds of each
+stage, and beside it, from the same blocks in the same run, PRACTISE's final finetune. One torch thread; CPU seconds
+are process CPU time.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,24 @@ from cifar_joint import METHODS, RATIOS
 from cifar_joint import run as run_joint
 from cifar_submodular import KEEPS
 from cifar_submodular import run as run_submodular
-from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet, View
-from foldcut.compiler.driver.drop_pipeline import choose
+from foldcut.compiler.driver.pipeline import mimicking, planned_network
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.onnx.bypass import onnx_without
 from foldcut.compiler.plan.goal import Goal
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
-from foldcut.compiler.support.progress import StageClock
+from foldcut.compiler.support.progress import StageClock, silent
+from foldcut.passes.drop.decision import DropBlock
 from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
-from foldcut.passes.mimic.training import Lesson
-from foldcut.passes.mimic.training_stage import mimic
-from foldcut.passes.solve.resolve_network import resolve_network
 from foldcut.runtime.measure.backend import resolve_backend
 from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from foldcut.runtime.probe.stored_latency import StoredLatency
 from practise import finetune
+
+STAGES = ("choose", "re-solve", "mimic")
 
 
 def main() -> None:
@@ -96,27 +95,21 @@ def run_point(
     iterations = dict(zip(arguments.samples, arguments.iterations, strict=True))[samples]
     brief = foldcut.MimicSettings(iterations=iterations)
     settings = PipelineSettings(seed=arguments.seed, views=views, mimic=brief)
-    fit, held_out = calibration.split(settings.seed, settings.held_out)
-    fit = fit.with_views(settings.views)
     clock = StageClock()
-    latency = StoredLatency(NOTHING_KEPT, probe)
-    choice = choose(program, find_regions(program), fit, goal, latency, settings=settings.recoverability, clock=clock)
-    student = drop_blocks(program, choice.regions)
-    row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [d.path for d in choice.decisions]}
-    dropped = onnx_without(probe.model, changes_of_drops(choice.regions).dropped) or to_onnx(student)
+    ctx = settings.context(program, calibration, goal, NOTHING_KEPT, clock, silent)
+    ctx = replace(ctx, latency=StoredLatency(NOTHING_KEPT, probe))
+    done, _ = planned_network(ctx, [foldcut.Drop()])
+    drops = [decision for decision in done.decisions if isinstance(decision, DropBlock)]
+    student = drop_blocks(program, drops)
+    row: dict[str, Any] = {"samples": samples, "goal": str(goal), "blocks": [drop.path for drop in drops]}
+    dropped = onnx_without(probe.model, changes_of_drops(drops).dropped) or to_onnx(student)
     row["dropped"] = onnx_accuracy(dropped, data)
-    with clock.stage("re-solve"):
-        solve = fit.take(slice(0, settings.solve_samples))
-        pairs = changes_of_drops(choice.regions)
-        student = resolve_network(program, student, solve, pairs, settings=settings.resolve).program
-    row["re-solved"] = onnx_accuracy(to_onnx(student), data)
-    with clock.stage("mimic"):
-        lesson = Lesson(teacher=program, student=student, fit=fit, judge=held_out, seed=settings.seed)
-        student = mimic(lesson, settings.mimic).program
+    row["re-solved"] = onnx_accuracy(to_onnx(done.program), data)
+    student, _ = mimicking(ctx, done, settings)
     model = to_onnx(student)
     row["mimicked"] = onnx_accuracy(model, data)
     row["cpu_s"] = {name: round(seconds, 1) for name, seconds in clock.cpu_s.items()}
-    row["total_cpu_s"] = round(sum(clock.cpu_s[name] for name in ("choose", "re-solve", "mimic")), 1)
+    row["total_cpu_s"] = round(sum(clock.cpu_s.values()), 1)
     measured = probe.final(model)
     row["latency"] = {"ratio": measured.ratio, "low": measured.low, "high": measured.high}
     for iterations in reference_iterations(goal, samples, arguments):
@@ -142,7 +135,7 @@ def reference_iterations(goal: Goal, samples: int, arguments: argparse.Namespace
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    columns = "images | goal | dropped | re-solved | mimicked | latency ratio | CPU s (choose + re-solve + mimic)"
+    columns = f"images | goal | dropped | re-solved | mimicked | latency ratio | CPU s (of it {' + '.join(STAGES)})"
     print(f"\n| {columns} | finetune from the same blocks |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -152,7 +145,8 @@ def table(rows: list[dict[str, Any]]) -> None:
             if key.startswith("reference_")
         ]
         cpu, latency = row["cpu_s"], row["latency"]
-        seconds = f"{row['total_cpu_s']:.0f} ({cpu['choose']:.0f} + {cpu['re-solve']:.0f} + {cpu['mimic']:.0f})"
+        stages = " + ".join(f"{cpu[name]:.0f}" for name in STAGES)
+        seconds = f"{row['total_cpu_s']:.0f} ({stages})"
         spread = f"{latency['ratio']:.3f} ({latency['low']:.3f} to {latency['high']:.3f})"
         print(
             f"| {row['samples']} | {row['goal']} | {row['dropped']:.2f} | {row['re-solved']:.2f} "

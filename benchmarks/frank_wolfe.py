@@ -17,21 +17,19 @@ import re
 import warnings
 from pathlib import Path
 
+import foldcut
 import torch
 from cifar_data import Cifar, CifarResNet, accuracy, load_cifar
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.channel_pipeline import ChannelSettings, cut_channels
-from foldcut.compiler.driver.rank_pipeline import cut_ranks
+from foldcut.compiler.driver.pipeline import planned_network
+from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.goals.counted import Macs
 from foldcut.compiler.ir.edit_folds import fold_parameters
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.support.progress import StageClock
-from foldcut.passes.factorize.decision import Ranks
-from foldcut.passes.factorize.select_ranks import RankSettings
-from foldcut.passes.prune.channel_budget import ChannelLimits
-from foldcut.passes.prune.decision import Channels
-from foldcut.passes.solve.resolve_network import ResolveSettings
+from foldcut.compiler.plan.goal import Goal
+from foldcut.compiler.rewrite.rewrite import Rewrite
+from foldcut.compiler.store.analysis_store import NOTHING_KEPT
+from foldcut.compiler.support.progress import StageClock, silent
 from frank_wolfe_train import BLOCKS
 from rows import Row, write_json
 
@@ -76,35 +74,34 @@ def compressed(network: CifarResNet, data: Cifar) -> dict[str, dict[str, float]]
     """Accuracy by way of compressing and share left: of the MACs for low rank, of the filters otherwise."""
     teacher = fold_parameters(capture(network, data.calibration[:2]))
     samples = CalibrationSet.of(data.calibration)
-    fit, held_out = samples.split(0, 0.1)
     found: dict[str, dict[str, float]] = {way: {} for way in WAYS}
     for share in MACS:
         for way, plain in ((WAYS[0], True), (WAYS[1], False)):
-            found[way][f"{share:g}"] = accuracy(low_rank(teacher, fit, held_out, share, plain).module, data)
+            found[way][f"{share:g}"] = accuracy(low_rank(teacher, samples, share, plain).module, data)
     for keep in KEEP:
         for way, plain in ((WAYS[2], True), (WAYS[3], False)):
-            found[way][f"{keep:g}"] = accuracy(pruned(teacher, fit, held_out, keep, plain).module, data)
+            found[way][f"{keep:g}"] = accuracy(pruned(teacher, samples, keep, plain).module, data)
     return found
 
 
-def low_rank(teacher: Program, fit: CalibrationSet, held_out: CalibrationSet, share: float, plain: bool) -> Program:
-    settings = RankSettings(multiple_of=1, schemes=("channel",), metric="weights", resolve=False)
-    if not plain:
-        settings = RankSettings(multiple_of=2)
-    goal = Ranks(macs=share) if plain else Macs(share)
-    cut = cut_ranks(teacher, fit, held_out, goal, settings=settings, resolve=ResolveSettings(), clock=StageClock())
-    return cut.program
-
-
-def pruned(teacher: Program, fit: CalibrationSet, held_out: CalibrationSet, keep: float, plain: bool) -> Program:
-    limits = ChannelLimits(multiple_of=2)
-    settings = ChannelSettings(limits=limits)
+def low_rank(teacher: Program, samples: CalibrationSet, share: float, plain: bool) -> Program:
     if plain:
-        settings = ChannelSettings(limits=limits, score="l2", resolve=False)
-    cut = cut_channels(
-        teacher, fit, held_out, Channels(keep), settings=settings, resolve=ResolveSettings(), clock=StageClock()
-    )
-    return cut.program
+        rewrite = foldcut.Factorize(multiple_of=1, schemes=("channel",), metric="weights", resolve=False)
+        return rewritten(teacher, samples, foldcut.Ranks(macs=share), rewrite)
+    return rewritten(teacher, samples, foldcut.Macs(share), foldcut.Factorize(multiple_of=2))
+
+
+def pruned(teacher: Program, samples: CalibrationSet, keep: float, plain: bool) -> Program:
+    limits = foldcut.ChannelLimits(multiple_of=2)
+    rewrite = foldcut.Prune(limits=limits, score="l2", resolve=False) if plain else foldcut.Prune(limits=limits)
+    return rewritten(teacher, samples, foldcut.Channels(keep), rewrite)
+
+
+def rewritten(teacher: Program, samples: CalibrationSet, goal: Goal, rewrite: Rewrite) -> Program:
+    """The network of the plan that one rewrite makes for a goal; nothing is measured, and no analysis is kept."""
+    ctx = PipelineSettings(mimic=None).context(teacher, samples, goal, NOTHING_KEPT, StageClock(), silent)
+    done, _ = planned_network(ctx, [rewrite])
+    return done.program
 
 
 def print_header() -> None:
