@@ -31,7 +31,7 @@ def _as_probed() -> Iterator[None]:
 
 
 def deletions(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The elements of each weight that a cut took away, by name, told by the values that are left.
+    """The elements of each weight that a cut took away, by name, identified by the values that are left.
 
     A tensor whose values repeat cannot be read so and is left out: what it meets says enough.
     """

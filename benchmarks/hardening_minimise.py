@@ -76,12 +76,12 @@ def keep(recipe: Recipe, number: int, row: dict[str, Any], folder: Path, most: i
     if len(list(folder.glob(f"{name}-*.py"))) >= most:
         return ""
     small, case = minimised(recipe, number, kind)
-    told = next((f for f in case.findings if kind_of(f) == kind), finding)
+    shown = next((f for f in case.findings if kind_of(f) == kind), finding)
     pieces = [type(p).__name__ + (f":{p.kind}" if hasattr(p, "kind") else "") for p in build(small).chain.parts]
     text = case.program.text() if case.program is not None else ""
     settings = {"onnx": kind[1] == "onnx", "deep": kind[1] in DEEP}
     path = folder / f"{name}-{number}.py"
-    body = PROGRAM.format(**told, number=number, seed=row["seed"], text=text, recipe=repr(small), **settings)
+    body = PROGRAM.format(**shown, number=number, seed=row["seed"], text=text, recipe=repr(small), **settings)
     path.write_text(body)
-    print(json.dumps({"failure": str(path), **told, "pieces": pieces, "start": small.start}), flush=True)
+    print(json.dumps({"failure": str(path), **shown, "pieces": pieces, "start": small.start}), flush=True)
     return path.name

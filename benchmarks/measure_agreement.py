@@ -6,7 +6,7 @@ Each measurement is a `foldcut measure` in a process of its own, one after the o
 the share whose 95 % intervals overlap, and the share in which each ratio lies in the other's interval. Then BEFORE is
 measured against itself as often: no gain and no loss may be claimed. All of it with nothing beside it that this
 script knows of, and again with `--busy` processes that compute all the time, which end by themselves. Exit code 1 when
-fewer than 95 % of the pairs agree, or when a network is told apart from itself.
+fewer than 95 % of the pairs agree, or when a network is found faster or slower than itself.
 """
 
 from __future__ import annotations

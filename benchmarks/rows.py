@@ -30,7 +30,7 @@ class Record:
 
     @contextmanager
     def to_the_end(self) -> Iterator[None]:
-        """Note that the work inside came to its end, or what went wrong in which stage."""
+        """Note that the work inside ended, or what went wrong in which stage."""
         try:
             yield
             self.note(stage="end")

@@ -276,7 +276,7 @@ def check_rewrites() -> Iterator[None]:
 
 
 def context(program: Program, samples: CalibrationSet, judge: CalibrationSet | None = None, **options: Any) -> Context:
-    """What rewrites work with: the same samples to fit, to judge and to test with, unless told otherwise."""
+    """What rewrites work with: the same samples to fit, to judge and to test with, unless others are given."""
     judge = samples if judge is None else judge
     usual: dict[str, Any] = {
         "goal": None,

@@ -54,7 +54,7 @@ class Halves(nn.Module):
 
 
 def cut_by_hand(x: torch.Tensor, net: Halves, kept: list[int]) -> torch.Tensor:
-    """The same with the channels that are left, told by where each of them comes to lie."""
+    """The same with the channels that are left, identified by where each of them ends up."""
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     order = order[4:] + order[:4]
     places = [place for place, channel in enumerate(order) if channel in kept]

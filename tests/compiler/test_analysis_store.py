@@ -214,9 +214,9 @@ def test_damage_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(analysis_store, "_warned", [])
     results(tmp_path)
     flip(random.Random(0), entries(tmp_path))
-    with pytest.warns(UserWarning, match="was damaged") as told:
+    with pytest.warns(UserWarning, match="was damaged") as warned:
         results(tmp_path)
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_a_damaged_state_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -522,14 +522,14 @@ def quick_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_demo")
 def test_a_demo_that_misses_its_goal_ends_with_3(folder: Path, tmp_path: Path) -> None:
-    told = run("demo", "-o", tmp_path / "told")
-    failed(told, "goal: only 2 of 9 blocks can be dropped", code=3)
-    assert "foldcut demo" in told.stdout and f"wrote {tmp_path / 'told'}/" in told.stdout
+    reported = run("demo", "-o", tmp_path / "reported")
+    failed(reported, "goal: only 2 of 9 blocks can be dropped", code=3)
+    assert "foldcut demo" in reported.stdout and f"wrote {tmp_path / 'reported'}/" in reported.stdout
     quiet = run("demo", "-o", tmp_path / "quiet", "--quiet")
     failed(quiet, code=3)
     assert quiet.stdout == ""
     assert quiet.stderr.splitlines()[-1] == "goal: only 2 of 9 blocks can be dropped"
-    assert (tmp_path / "quiet" / "model.onnx").is_file() and (tmp_path / "told" / "model.onnx").is_file()
+    assert (tmp_path / "quiet" / "model.onnx").is_file() and (tmp_path / "reported" / "model.onnx").is_file()
 
 
 def test_help(folder: Path) -> None:

@@ -52,10 +52,10 @@ def test_small_sets_keep_enough_to_solve_with(count: int, sizes: tuple[int, int,
 
 def test_one_and_two_samples_are_shared_and_that_is_said() -> None:
     net = nn.Linear(1, 1).eval()
-    for count, told in ((1, "1 calibration sample cannot"), (2, "2 calibration samples cannot")):
+    for count, warning in ((1, "1 calibration sample cannot"), (2, "2 calibration samples cannot")):
         data = CalibrationSet.of(torch.rand(count, 1))
         program = foldcut.capture(net, data.batch(slice(0, 2)))
-        with pytest.warns(UserWarning, match=told):
+        with pytest.warns(UserWarning, match=warning):
             sets = PipelineSettings().split(data, program)
         assert tuple(sets.sizes.values()) == (1, 1, 1, True)
     fit, judge, test = parts(divided(numbered(2), 0))
@@ -130,7 +130,7 @@ def test_equal_samples_are_scattered_over_their_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "told", "sizes"),
+    ("counts", "warning", "sizes"),
     [
         ([20], "20 calibration samples that are all equal cannot .* was also solved", (20, 1, 1, True)),
         ([2], "2 calibration samples that are all equal cannot .* was also solved", (2, 1, 1, True)),
@@ -138,11 +138,11 @@ def test_equal_samples_are_scattered_over_their_part() -> None:
     ],
     ids=["all equal", "two equal", "two contents"],
 )
-def test_fewer_than_three_contents_are_shared(counts: list[int], told: str, sizes: tuple[int, ...]) -> None:
+def test_fewer_than_three_contents_are_shared(counts: list[int], warning: str, sizes: tuple[int, ...]) -> None:
     values = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).float()
     data = CalibrationSet.of(values.view(-1, 1))
     program = foldcut.capture(nn.Linear(1, 1).eval(), torch.rand(2, 1))
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=warning):
         assert tuple(PipelineSettings().split(data, program).sizes.values()) == sizes
 
 

@@ -142,18 +142,18 @@ def test_what_the_test_samples_are_chooses_nothing(
 
 
 @pytest.mark.usefixtures("quick_measurement")
-@pytest.mark.parametrize("told", [0.049, 0.051])
+@pytest.mark.parametrize("reported", [0.049, 0.051])
 def test_a_bound_on_the_error_goes_by_the_test_samples(
-    residual_net: nn.Module, nets: Any, work_backend: Any, monkeypatch: pytest.MonkeyPatch, told: float
+    residual_net: nn.Module, nets: Any, work_backend: Any, monkeypatch: pytest.MonkeyPatch, reported: float
 ) -> None:
     """Whatever the judging samples say."""
-    found = SampledError(error=told, low=0.04, high=0.06, samples=6)
+    found = SampledError(error=reported, low=0.04, high=0.06, samples=6)
     monkeypatch.setattr(pipeline, "sampled_error", lambda *_, **__: found)
     options = {"rewrites": ("drop_blocks",), "backend": work_backend}
-    if told <= 0.05:
+    if reported <= 0.05:
         assert compiled(residual_net, nets.images(60), foldcut.MaxError(0.05), **options).report.met
         return
     with pytest.raises(foldcut.GoalError, match=r"is not met.* 0\.051 \(95 %: 0\.04 to 0\.06, 6 test") as caught:
         compiled(residual_net, nets.images(60), foldcut.MaxError(0.05), **options)
     best: Any = caught.value.best
-    assert not best.report.met and best.report.output_error == told
+    assert not best.report.met and best.report.output_error == reported

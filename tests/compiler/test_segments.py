@@ -1,4 +1,4 @@
-"""Segments: cut where one activation passes, exact when run one after another, told apart by what they cost."""
+"""Segments: cut where one activation passes, exact when run one after another, distinguished by what they cost."""
 
 import itertools
 from types import SimpleNamespace

@@ -12,7 +12,7 @@ from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeR
 
 
 class FakeBackend:
-    """A user's backend that is as available as it is told."""
+    """A user's backend whose availability is set by the test."""
 
     name = "fake"
 

@@ -1,4 +1,4 @@
-"""ONNX in half precision: what overflows stays float32, the model stays legal, and the error that is told is real."""
+"""ONNX in half precision: what overflows stays float32, the model stays legal, and the reported error is real."""
 
 from collections.abc import Sequence
 
