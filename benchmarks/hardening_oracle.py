@@ -3,8 +3,8 @@
 It runs the ORIGINAL module, eagerly, with full-size tensors. Beside every tensor goes a mask of the same shape that
 says which elements are gone. Nothing is known of channels, units or groups: only elements, and what each operator did.
 
-- It starts from the weights alone: which of their elements are missing from the cut program's, identified by value. What the
-  activations lose follows from the operators, not from foldcut's analysis.
+- It starts from the weights alone: which of their elements are missing from the cut program's, identified by value.
+  What the activations lose follows from the operators, not from foldcut's analysis.
 - A contraction (convolution, matrix product) leaves out the terms of which a factor is gone, and its result is gone
   where no term is left. Which terms are left is probed numerically: the same operator runs on 1 where alive, 0 where
   gone.

@@ -94,7 +94,7 @@ def applied(
         rewrite.requires(done.program, mine)
         step = rewrite.apply(done.program, mine, ctx)
         check_outputs(done.program, step.program)
-        rewrite.ensures(done.program, step.program, mine)
+        rewrite.ensures(done.program, step.program, step.decisions)
         ctx.instruments.after(rewrite.name, step.program, done.program)
         done = _joined(done, step)
         unsolved = rewrite.solves_before_next

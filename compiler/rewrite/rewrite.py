@@ -127,8 +127,8 @@ class Rewrite:
         """Raise RewriteError or PlanError where the program does not have what a decision is about."""
 
     def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
-        """Raise RewriteError where a rewritten program is not what the decisions say. The driver itself checks that
-        inputs and outputs stay what they were."""
+        """Raise RewriteError where a rewritten program is not what the decisions say that took effect. That inputs and
+        outputs stay what they were is checked by the driver."""
 
     def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
         """The network that decisions lead to, with any weights: the same graph and shapes, so the same latency."""

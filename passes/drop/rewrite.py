@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ...compiler.analysis.regions import Region, RegionAnalysis, find_regions
+from ...compiler.analysis.regions import Region, RegionAnalysis, find_regions, removed_nodes
 from ...compiler.ir.program import Program
 from ...compiler.plan.decision import Decision
 from ...compiler.plan.goal import Goal
@@ -14,7 +14,7 @@ from ...compiler.plan.proposals import Claims, Item, Proposal
 from ...compiler.rewrite.budget import Budget, changes_of
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
-from ...compiler.support.errors import GoalError
+from ...compiler.support.errors import GoalError, RewriteError
 from ..solve.layers import all_layer_names, matching_layers
 from .choose_drops import Choice, Enough, choose_drops
 from .decision import Blocks, DropBlock
@@ -96,6 +96,12 @@ class Drop(RecoverabilitySettings, Rewrite):
         del ctx  # the layers around are solved by the driver
         drops = _drops(decisions)
         return Applied(program=drop_blocks(program, drops), decisions=tuple(drops), changes=changes_of_drops(drops))
+
+    def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        for drop in _drops(decisions):
+            left = removed_nodes(before, drop.entry, drop.exit) & set(after.nodes)
+            if left:
+                raise RewriteError(f"the block is still there: {', '.join(sorted(left))}", node=drop.exit)
 
     def _regions(self, ctx: Context) -> RegionAnalysis:
         """The regions of the original, without those that hold a layer that is to be left alone."""

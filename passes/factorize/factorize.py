@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.edit_chain import Link, replace_layers
@@ -148,6 +150,19 @@ def check_decisions(program: Program, decisions: Sequence[FactorizeLayer]) -> No
     layers = find_layers(program)[0] if decisions else {}
     for decision in decisions:
         check_ranks(Geometry.of(program, _layer(layers, decision.layer)), decision)
+
+
+def check_factors(before: Program, after: Program, decisions: Sequence[FactorizeLayer]) -> None:
+    """Raise RewriteError unless each layer of the decisions has become factors of the ranks that they say."""
+    layers = find_layers(before)[0] if decisions else {}
+    for decision in decisions:
+        layer = _layer(layers, decision.layer)
+        shapes = SCHEMES[decision.scheme].shapes(Geometry.of(before, layer), decision.ranks)
+        weights = [after.nodes[name].args[1] for name in chain_nodes(after, layer)]
+        actual = [after.constant(weight).numel() for weight in weights if isinstance(weight, fx.Node)]
+        expected = [math.prod(shape) for shape in shapes]
+        if actual != expected:
+            raise RewriteError("factors of other sizes", node=decision.layer, expected=expected, actual=actual)
 
 
 def check_ranks(size: Geometry, decision: FactorizeLayer) -> None:

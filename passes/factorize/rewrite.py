@@ -19,7 +19,15 @@ from ..solve.layers import all_layer_names
 from ..solve.resolve_network import QUICK_RESOLVE
 from ..solve.weighing import weighing_samples
 from .decision import FactorizeLayer, Ranks
-from .factorize import Factors, check_decisions, factorize, factorize_for_timing, factorize_plain, within_full
+from .factorize import (
+    Factors,
+    check_decisions,
+    check_factors,
+    factorize,
+    factorize_for_timing,
+    factorize_plain,
+    within_full,
+)
 from .low_rank import SCHEMES
 from .rank_choice import Menu, search_plan, weights_alone
 from .rank_latency import OptionLatencies, option_latencies, thinned
@@ -108,6 +116,9 @@ class Factorize(RankSettings, Rewrite):
         smaller = factorize(program, self._factors(program, ranks, ctx))
         changes = Changes(replaced=tuple(decision.layer for decision in ranks))
         return Applied(program=smaller, decisions=tuple(ranks), changes=changes)
+
+    def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        check_factors(before, after, _ranks(decisions))
 
     def _analysis(self, ctx: Context) -> RankAnalysis:
         return stored_rank_analysis(ctx, self)

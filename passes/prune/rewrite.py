@@ -18,7 +18,7 @@ from ...compiler.plan.goal import Goal
 from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
-from ...compiler.support.errors import GoalError, Reject
+from ...compiler.support.errors import GoalError, Reject, RewriteError
 from ..cut.cuttable import cut_again, cuttable_groups
 from ..cut.prune_channels import Pruned, prune_channels
 from ..solve.changes import Changes
@@ -143,6 +143,14 @@ class Prune(ChannelSettings, Rewrite):
             report={"selections": choice.selections},
         )
 
+    def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        groups = {group.name: group for group in units_of(before).groups}
+        for cut in _given(decisions):
+            for name, dim in groups[cut.group].producers:
+                widths = [_width(program, name, dim) for program in (before, after)]
+                if None not in widths and widths[1] >= widths[0]:  # type: ignore[operator]
+                    raise RewriteError(f"{name} has as many channels as before the cut", node=cut.group)
+
     def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
         # goals that are counted go unit by unit where no multiple is given
         by_unit = isinstance(ctx.goal, CountedGoal) and self.limits.multiple_of is None
@@ -175,6 +183,12 @@ class Prune(ChannelSettings, Rewrite):
             return None
         power = {"l1": 1, "l2": 2}[self.score]
         return {g.name: select_by_norm(units, g, counts[g.name], power) for g in _cut_groups(units, counts)}
+
+
+def _width(program: Program, parameter: str, dim: int) -> int | None:
+    """The size of a parameter along a dimension; None where the program does not have it any more."""
+    found = program.module.state_dict().get(parameter)
+    return None if found is None else found.shape[dim]
 
 
 def _given(decisions: Sequence[Decision]) -> list[PruneChannels]:

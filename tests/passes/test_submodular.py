@@ -253,7 +253,7 @@ def true_ratio(case: Problem) -> float:
 
 
 def beside_a_constant() -> Problem:
-    """Candidates that are orthogonal to each other, and each of which is nearly predicted by columns that always stay."""
+    """Candidates orthogonal to each other, each nearly predicted by columns that always stay."""
     basis = torch.linalg.qr(normal(40, 8)).Q.T
     common = basis[0] + basis[1]
     a = torch.stack([basis[0] + 0.05 * basis[2], basis[1] + 0.05 * basis[2], common, basis[0] - basis[1]])
