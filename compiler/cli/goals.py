@@ -12,16 +12,12 @@ from ...passes.factorize.select_ranks import RankSettings
 from ...passes.prune.channel_budget import ChannelLimits
 from ...passes.prune.decision import Channels
 from ...passes.prune.settings import ChannelSettings
-from ..data.calibration_set import CalibrationSet
-from ..driver.builtin import built_in, chosen_rewrites
-from ..driver.ignore_patterns import sorted_ignores
+from ..driver.builtin import built_in
 from ..driver.pipeline_settings import PipelineSettings
 from ..driver.sweep import GOALS
-from ..frontend.capture import Model, capture
 from ..goals.counted import Macs, Parameters
 from ..goals.latency import Latency
 from ..goals.max_error import MaxError
-from ..ir.edit_folds import fold_parameters
 from ..plan.goal import Goal
 from ..support.errors import GoalError
 from .options import CompileOptions, RunOptions
@@ -118,26 +114,4 @@ def read_settings(options: RunOptions) -> PipelineSettings:
         ranks=RankSettings(**steps, ignore=names, on_lattice=lattice),
         search_seconds=options.search_seconds,
         save_temps=options.save_temps,
-    )
-
-
-def for_every_goal(
-    settings: PipelineSettings, goals: Sequence[Goal], model: Model, samples: CalibrationSet
-) -> PipelineSettings:
-    """The settings for all goals of a sweep.
-
-    Where goals take different rewrites, a layer's name says nothing to one that prunes, nor a group's to one that
-    factorises: each name of --ignore goes to the rewrites that it says something to. Goals that are alike have their
-    names checked where they are compiled. Raises GoalError for a name that matches nothing.
-    """
-    used = [frozenset(r.name for r in chosen_rewrites(goal, None, settings)) for goal in goals]
-    if len(set(used)) < 2 or not settings.ranks.ignore:
-        return settings
-    program = fold_parameters(capture(model, samples.batch(slice(0, 2))))
-    _, prune, factorize = sorted_ignores(program, built_in(settings))
-    limits = replace(settings.channels.limits, ignore=prune.ignore)
-    return replace(
-        settings,
-        channels=replace(settings.channels, limits=limits),
-        ranks=replace(settings.ranks, ignore=factorize.ignore),
     )

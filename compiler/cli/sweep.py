@@ -13,7 +13,7 @@ from ..frontend.model_source import load_model
 from ..support.atomic_files import check_writable
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
-from .goals import for_every_goal, read_goals, read_rewrites, read_settings
+from .goals import read_goals, read_rewrites, read_settings
 from .options import SweepOptions
 from .samples import read_cache, read_samples
 
@@ -38,7 +38,7 @@ def run(options: SweepOptions) -> None:
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,
             rewrites=allowed,
-            settings=for_every_goal(read_settings(options), goals, loaded, samples),
+            settings=read_settings(options),
             progress=not (options.as_json or options.quiet),
             cache=read_cache(options.cache, options.fresh),
             each=_Written(options.output),

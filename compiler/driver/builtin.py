@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 
-from ...passes.drop.rewrite import Drop
-from ...passes.factorize.rewrite import Factorize
-from ...passes.prune.rewrite import Prune
+from ... import passes
 from ..plan.goal import Goal
 from ..plan.plan import Plan as Plan  # here the decisions of all built-in rewrites are known
 from ..rewrite.rewrite import Rewrite
@@ -16,36 +15,45 @@ from ..support.errors import CompilerError, GoalError
 from ..support.setting_checks import refuse
 from .pipeline_settings import PipelineSettings
 
+
+def _of_folders() -> tuple[type[Rewrite], ...]:
+    """The rewrite of every folder of ``passes/`` that has a ``rewrite.py``, in the order of application."""
+    folders = [f"{passes.__name__}.{folder.name}" for folder in iter_modules(passes.__path__) if folder.ispkg]
+    homes = [import_module(f"{name}.rewrite") for name in folders if find_spec(f"{name}.rewrite")]
+    classes = [value for home in homes for value in vars(home).values() if _is_of(value, home.__name__)]
+    return tuple(sorted(classes, key=lambda rewrite: rewrite.phase))
+
+
+def _is_of(value: object, home: str) -> bool:
+    return isinstance(value, type) and issubclass(value, Rewrite) and value.__module__ == home
+
+
 #: What `rewrites=` takes by name. A rewrite that is not here is passed as an instance.
-BUILT_IN: tuple[type[Rewrite], ...] = (Drop, Prune, Factorize)
-NAMES = tuple(rewrite.name for rewrite in BUILT_IN)
+BUILT_IN = _of_folders()
 
 
 def built_in(settings: PipelineSettings) -> list[Rewrite]:
     """Those that foldcut brings, with the settings of a pipeline."""
-    return [
-        Drop(**_fields(settings.recoverability), ignore=settings.ranks.ignore),
-        Prune(**_fields(settings.channels)),
-        Factorize(**_fields(settings.ranks)),
-    ]
+    return [rewrite.configured(settings) for rewrite in BUILT_IN]
 
 
-def _fields(settings: Any) -> dict[str, Any]:
-    return {field.name: getattr(settings, field.name) for field in fields(settings)}
+def named(asked: Sequence[str | Rewrite], settings: PipelineSettings) -> list[Rewrite]:
+    """The rewrites that were asked for, by name or as they are."""
+    own = {rewrite.name: rewrite for rewrite in built_in(settings)}
+    return [own[item] if isinstance(item, str) else item for item in asked]
 
 
 def chosen_rewrites(goal: Goal, asked: Sequence[str | Rewrite] | None, settings: PipelineSettings) -> list[Rewrite]:
     """The rewrites that a goal will use: those that were asked for, by name or as they are, else those that it uses by
     default. Raises CompilerError for what is no rewrite, GoalError for one that the goal cannot use."""
-    own = {rewrite.name: rewrite for rewrite in built_in(settings)}
+    own = built_in(settings)
     if asked is None:
-        return [rewrite for rewrite in own.values() if rewrite.by_default(goal)]
+        return [rewrite for rewrite in own if rewrite.by_default(goal)]
     check_rewrites(asked)
-    named = [own[item] if isinstance(item, str) else item for item in asked]
-    named = list({rewrite.name: rewrite for rewrite in named}.values())
-    useless = [rewrite.name for rewrite in named if not rewrite.serves(goal)]
-    able = [rewrite.name for rewrite in own.values() if rewrite.serves(goal)]
-    if len(useless) == len(named):
+    chosen = list({rewrite.name: rewrite for rewrite in named(asked, settings)}.values())
+    useless = [rewrite.name for rewrite in chosen if not rewrite.serves(goal)]
+    able = [rewrite.name for rewrite in own if rewrite.serves(goal)]
+    if len(useless) == len(chosen):
         needed = " or ".join(able)
         raise GoalError(
             f"the goal {goal} is reached by {needed}, which rewrites={[_name(item) for item in asked]} leaves out",
@@ -56,8 +64,8 @@ def chosen_rewrites(goal: Goal, asked: Sequence[str | Rewrite] | None, settings:
             f"{' and '.join(useless)} cannot be used towards {goal}",
             hint=f"leave it out of rewrites: this goal is reached by {' or '.join(able)}",
         )
-    order = {name: place for place, name in enumerate(NAMES)}
-    return sorted(named, key=lambda rewrite: order.get(rewrite.name, len(order)))
+    order = {rewrite.name: place for place, rewrite in enumerate(own)}
+    return sorted(chosen, key=lambda rewrite: order.get(rewrite.name, len(order)))
 
 
 def check_rewrites(asked: object) -> None:
@@ -68,11 +76,12 @@ def check_rewrites(asked: object) -> None:
         refuse(
             "rewrites", asked, "a tuple of strings: rewrites=('...',), or of foldcut.Rewrite", why="is no such tuple"
         )
-    unknown = [item for item in asked if isinstance(item, str) and item not in NAMES]
+    names = [rewrite.name for rewrite in BUILT_IN]
+    unknown = [item for item in asked if isinstance(item, str) and item not in names]
     if unknown or not asked:
         raise CompilerError(
             f"unknown rewrites {[_name(item) for item in asked]}",
-            expected=f"some of {list(NAMES)}, or instances of a Rewrite",
+            expected=f"some of {names}, or instances of a Rewrite",
         )
 
 

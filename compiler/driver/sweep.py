@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from ...passes.mimic.settings import MimicSettings
 from ...runtime.measure.backend import Backend
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
-from ..frontend.capture import Model
+from ..frontend.capture import Model, capture
 from ..frontend.model_inputs import needed_inputs
 from ..goals.latency import Latency
+from ..ir.edit_folds import fold_parameters
 from ..plan.goal import Goal
 from ..rewrite.rewrite import Rewrite
 from ..store.cache_folder import kept_in
@@ -24,7 +25,8 @@ from ..support.setting_checks import refuse
 from ..support.strict_json import json_file
 from .api import Compiled, check_goal
 from .api import compile as compile_model
-from .builtin import BUILT_IN, check_rewrites, chosen_rewrites
+from .builtin import check_rewrites, chosen_rewrites, named
+from .ignore_patterns import sorted_ignores
 from .pipeline_settings import PipelineSettings, check_options, check_run
 
 #: The goals of a sweep that names none.
@@ -136,20 +138,20 @@ def sweep(
         check_rewrites(rewrites)
     if each is not None and not callable(each):
         refuse("each", each, "a function of a SweepPoint, or None")
-    allowed = {str(goal): _allowed(goal, goals, rewrites) for goal in goals}
     for goal in goals:
         check_goal(goal)
-        chosen_rewrites(goal, allowed[str(goal)], settings or PipelineSettings())
+    chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
+    chosen = _leaving_alone(chosen, model, samples)
     with alone(), kept_in(cache) as place:
         for goal in goals:
             options: dict[str, Any] = {
                 "goal": goal,
                 "backend": backend,
                 "batch": batch,
-                "rewrites": allowed[str(goal)],
+                "rewrites": chosen[str(goal)],
                 "mimic": mimic,
                 "views": views,
                 "seed": seed,
@@ -170,6 +172,31 @@ def sweep(
     return Sweep(points=tuple(points))
 
 
+def _chosen(
+    goals: Sequence[Goal], rewrites: Sequence[str | Rewrite] | None, settings: PipelineSettings
+) -> dict[str, list[Rewrite]]:
+    """The rewrites of each goal. Raises GoalError where none of those that were asked for reaches it."""
+    return {str(goal): chosen_rewrites(goal, _allowed(goal, goals, rewrites), settings) for goal in goals}
+
+
+def _leaving_alone(
+    chosen: dict[str, list[Rewrite]], model: Model, samples: CalibrationSet
+) -> Mapping[str, Sequence[Rewrite]]:
+    """The rewrites of each goal with what they are to leave alone.
+
+    Where goals take different rewrites, the name of a layer says nothing to one that prunes, nor that of a group to one
+    that factorises: each pattern goes to the rewrites that it says something to, whichever goal uses them. Where all
+    take the same, `compile` sorts the patterns. Raises GoalError for a pattern that matches nothing.
+    """
+    used = {rewrite.name: rewrite for rewrites in chosen.values() for rewrite in rewrites}
+    alike = len({frozenset(rewrite.name for rewrite in rewrites) for rewrites in chosen.values()}) == 1
+    if alike or not any(rewrite.ignore for rewrite in used.values()):
+        return chosen
+    program = fold_parameters(capture(model, samples.batch(slice(0, 2))))
+    by_name = {rewrite.name: rewrite for rewrite in sorted_ignores(program, list(used.values()))}
+    return {goal: [by_name[rewrite.name] for rewrite in rewrites] for goal, rewrites in chosen.items()}
+
+
 def _allowed(
     goal: Goal, goals: Sequence[Goal], rewrites: Sequence[str | Rewrite] | None
 ) -> Sequence[str | Rewrite] | None:
@@ -177,8 +204,7 @@ def _allowed(
     reaches this goal, stay in the list: it is then refused."""
     if rewrites is None:
         return None
-    own = {rewrite.name: rewrite() for rewrite in BUILT_IN}
-    found = [own[item] if isinstance(item, str) else item for item in rewrites]
+    found = named(rewrites, PipelineSettings())
     here = [r for r, rewrite in zip(rewrites, found, strict=True) if rewrite.serves(goal)]
     nowhere = [r for r, rewrite in zip(rewrites, found, strict=True) if not any(map(rewrite.serves, goals))]
     return [*here, *nowhere] or rewrites

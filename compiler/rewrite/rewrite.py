@@ -88,6 +88,12 @@ class Rewrite:
     #: What those names are names of.
     ignores: ClassVar[str] = "layer"
 
+    @classmethod
+    def configured(cls: type[R], settings: Any) -> R:
+        """The rewrite as `foldcut.PipelineSettings` sets it, where it is used by its name: by default as it comes."""
+        del settings
+        return cls()
+
     def serves(self, goal: Goal) -> bool:
         """Whether it can be used towards a goal: by default, all for which plans of several rewrites are searched."""
         return goal.mixes

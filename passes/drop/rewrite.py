@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...compiler.analysis.regions import Region, RegionAnalysis, find_regions, removed_nodes
 from ...compiler.ir.program import Program
@@ -43,6 +44,10 @@ class Drop(RecoverabilitySettings, Rewrite):
     decides = DropBlock
     phase = 10
     solves_before_next = True
+
+    @classmethod
+    def configured(cls, settings: Any) -> Drop:
+        return cls(**vars(settings.recoverability), ignore=settings.ranks.ignore)
 
     def serves(self, goal: Goal) -> bool:
         return goal.mixes or isinstance(goal, Blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ...compiler.ir.program import Program
 from ...compiler.plan.decision import Decision
@@ -48,6 +49,10 @@ class Factorize(RankSettings, Rewrite):
     mark = "ranks"
     decides = FactorizeLayer
     phase = 30
+
+    @classmethod
+    def configured(cls, settings: Any) -> Factorize:
+        return cls(**vars(settings.ranks))
 
     def serves(self, goal: Goal) -> bool:
         return goal.mixes or isinstance(goal, Ranks)

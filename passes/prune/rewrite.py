@@ -51,6 +51,10 @@ class Prune(ChannelSettings, Rewrite):
     def ignore(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.limits.ignore
 
+    @classmethod
+    def configured(cls, settings: Any) -> Prune:
+        return cls(**vars(settings.channels))
+
     def serves(self, goal: Goal) -> bool:
         return goal.mixes or isinstance(goal, Channels)
 

@@ -252,7 +252,7 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
         ((*COMPILE, "--keep", "0.5", "--multiple-of", "0"), ("--multiple-of starts at 1", "or lattice, not 0")),
         ((*COMPILE, "--macs", "0.5", "--multiple-of", "-8"), ("--multiple-of starts at 1", "or lattice, not -8")),
         ((*COMPILE, "--keep", "0.5", "--multiple-of", "some"), ("'some' is no number", "lattice")),
-        ((*COMPILE, "--keep", "0.5", "--ignore", "x.*"), ("no unit group matches 'x.*'", "hint")),
+        ((*COMPILE, "--keep", "0.5", "--ignore", "x.*"), ("no unit group or output matches 'x.*'", "hint")),
         ((*COMPILE, "--blocks", "1", "--backend", "abacus"), ("no backend named 'abacus'", "onnxruntime", "hint")),
         ((*COMPILE, "--blocks", "1", "--batch", "0"), ("batch and threads start at 1",)),
         ((*COMPILE, "--blocks", "1", "--size", "large"), ("--size 'large' is not a size",)),

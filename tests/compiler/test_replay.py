@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from foldcut.compiler.cli import main as cli
-from foldcut.compiler.cli.goals import for_every_goal, read_settings
+from foldcut.compiler.cli.goals import read_settings
 from foldcut.compiler.cli.options import SweepOptions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
@@ -340,11 +340,13 @@ def test_what_is_left_alone_is_sorted_out_for_every_goal(net: nn.Module, data: t
     names, samples = ["blocks.0.conv2", "blocks.1.conv1"], CalibrationSet.of(data)
     common: Any = {"model": "net.pt2", "calib": Path("x.npy"), "output": Path("out")}
     settings = read_settings(SweepOptions(multiple_of="2", ignore=names, **common))
-    mixed = for_every_goal(settings, [foldcut.Latency(0.5), foldcut.Macs(0.5)], net, samples)
-    assert mixed.channels.limits.ignore == ("blocks.1.conv1",)
-    assert mixed.ranks.ignore == tuple(names)
+    mixed = [foldcut.Latency(0.5), foldcut.Macs(0.5)]
+    for rewrites in sweep_module._leaving_alone(sweep_module._chosen(mixed, None, settings), net, samples).values():
+        for rewrite in rewrites:
+            assert rewrite.ignore == (("blocks.1.conv1",) if rewrite.name == "prune_channels" else tuple(names))
     alike = [foldcut.Macs(0.8), foldcut.Macs(0.5)]
-    assert for_every_goal(settings, alike, net, samples) is settings
+    chosen = sweep_module._chosen(alike, None, settings)
+    assert sweep_module._leaving_alone(chosen, net, samples) is chosen
     with pytest.raises(foldcut.GoalError, match=r"no unit group or output matches 'blocks\.0\.conv2'"):
         foldcut.sweep(net, data, goals=alike, settings=settings, mimic=False, progress=False)
 
