@@ -30,12 +30,28 @@ MOST_ROUNDS = 50
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Provenance:
-    """The units of a Program and all that a cut of them touches.
+    """The units of a program, and every tensor that a cut of them touches.
 
-    `values` holds, for each node, the unit of every element (its root label; 0 for none), with stride 0 where nothing
-    changes; `slots` the parameter dimensions that follow the channels; `constants` the units of parameters that meet
-    activations elementwise; `groups` the unit groups, prunable and locked; `unknown` the operators without a rule and
-    the nodes where they stand. Analyses never change the program.
+    Labels run through the graph once. Each activation gets a tensor of labels that say which unit an element belongs
+    to. The cost is linear in the size of the graph.
+
+    Arguments:
+        program: The program analysed.
+        values: For each node, the label of every element of its value; 0 where it belongs to no unit.
+        slots: Parameter dimensions that follow the channels, with one label per index.
+        constants: Labels of the parameters and buffers that meet activations elementwise, by name.
+        groups: All unit groups in graph order, prunable and locked.
+        unknown: Operators without a rule, and the nodes where they occur.
+        size: Number of labels.
+        inputless: Nodes that no input reaches: constants computed by the graph.
+        followed: Those of them that follow a cut of what they read.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        >>> for group in foldcut.find_units(foldcut.capture(net, torch.randn(2, 8))).groups:
+        ...     print(group.name, len(group), group.reason)
+        0 16 None
+        2 4 a network output (linear_1)
     """
 
     program: Program
@@ -56,7 +72,7 @@ class Provenance:
 
     @cached_property
     def consumers(self) -> Mapping[int, tuple[int, ...]]:
-        """Unit -> indices of the ``in`` slots that consume it."""
+        """For each unit, the indices of the ``in`` slots that consume it."""
         found: dict[int, list[int]] = {}
         for index, slot in enumerate(self.slots):
             if slot.role == "in":
@@ -65,7 +81,17 @@ class Provenance:
         return {unit: tuple(slots) for unit, slots in found.items()}
 
     def removal(self, units: torch.Tensor | Iterable[int]) -> torch.Tensor:
-        """A mask over labels: True for the units to remove. Raises RewriteError for one that is locked or unknown."""
+        """A mask of the units to remove.
+
+        Arguments:
+            units: Labels of units of prunable groups.
+
+        Returns:
+            A bool tensor over all labels, True for the units to remove.
+
+        Raises:
+            RewriteError: If a unit is locked or unknown.
+        """
         wanted = torch.as_tensor(units if isinstance(units, torch.Tensor) else list(units), dtype=torch.long)
         mask = torch.zeros(self.size, dtype=torch.bool)
         free = torch.cat([g.units for g in self.prunable]) if self.prunable else wanted[:0]
@@ -80,9 +106,17 @@ class Provenance:
         return mask
 
     def kept(self, labels: torch.Tensor, removed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """For each dimension of a label tensor, the indices that stay, or None when all do.
+        """The indices of a tensor that stay when units are removed.
 
-        Raises RewriteError when what is removed is not a set of whole slices.
+        Arguments:
+            labels: The label of each element of the tensor.
+            removed: A mask over all labels, from `removal`.
+
+        Returns:
+            One entry per dimension: the indices that stay, or None if all do.
+
+        Raises:
+            RewriteError: If the removed elements are not whole slices.
         """
         small = slim(labels)
         gone = removed[small]
@@ -103,7 +137,18 @@ class Provenance:
         return tuple(result)
 
     def node_kept(self, node: fx.Node, removed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """`kept` for the value of a node with one tensor."""
+        """The indices of the value of a node that stay when units are removed.
+
+        Arguments:
+            node: A node of the program.
+            removed: A mask over all labels, from `removal`.
+
+        Returns:
+            One entry per dimension, as from `kept`. Empty if the value is not a single tensor.
+
+        Raises:
+            RewriteError: If the removed elements are not whole slices.
+        """
         value = self.values.get(node.name)
         if not isinstance(value, torch.Tensor):
             return ()
@@ -114,8 +159,24 @@ class Provenance:
 
 
 def find_units(program: Program) -> Provenance:
-    """Run labels through the program and settle what must be cut together. Never raises for what it does not
-    understand: that is locked, with the reason."""
+    """Find the coupled channels of a program: which slices of its weights must be removed together.
+
+    Residual streams, attention heads, grouped and depthwise convolutions, gates and concatenations are followed by
+    the same rules; no architecture is known by name. An operator without a rule never fails: what it reads is locked,
+    with the reason.
+
+    Arguments:
+        program: The program to analyse. It is not changed.
+
+    Returns:
+        The `Provenance` with the unit groups, prunable and locked.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+        >>> group = foldcut.find_units(foldcut.capture(net, torch.randn(2, 3, 8, 8))).prunable[0]
+        >>> len(group), group.consumers
+        (8, (('3.weight', 1),))
+    """
     with alone():
         trace = Trace(program, rule_for)
         for node in program.graph.nodes:

@@ -1,9 +1,7 @@
-"""Removable regions: single-entry single-exit parts of the graph whose bypass is well typed.
+"""Removable regions: parts of the graph with one entry and one exit of the same shape and dtype.
 
-No module names and no architectures: a region is a pair of nodes (entry, exit) with one shape and dtype such that
-every path from the input to the exit runs through the entry and every path from the entry to the output runs
-through the exit (dominators and post-dominators of the data-flow graph), with at least one contraction
-in between. Bypassing it replaces the exit by the entry and removes the nodes that only the exit needed.
+Every path from the input to the exit runs through the entry, every path from the entry to the output through the exit
+(dominators and post-dominators of the data flow), with a contraction in between. Module names play no part.
 """
 
 from __future__ import annotations
@@ -30,13 +28,23 @@ _INPUT, _OUTPUT = "<input>", "<output>"
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A removable region. `entry` stays and takes the place of `exit`; `nodes` disappear.
+    """A removable region: bypassing it replaces `exit` by `entry` and deletes `nodes`.
 
-    `kind`: ``residual`` when a contraction-free path joins entry and exit by addition (dropping leaves the shortcut),
-    ``gate`` when it joins by multiplication (squeeze-excite), ``plain`` when all paths are contracted (a same-shape
-    conv), ``concat`` when entry and exit are equal-shaped operands of one concatenation (a dense layer). `path` is
-    the module path that the nodes share, for people only. `cost` is what the region costs at batch 1. `parent` names
-    the smallest region that strictly contains it.
+    Arguments:
+        entry: Name of the node that stays.
+        exit: Name of the node that is replaced. It has the shape and dtype of `entry`.
+        kind: ``residual`` or ``gate`` if a path free of contractions leads to the exit, joined by addition or by
+            multiplication; ``plain`` if none does; ``concat`` for two operands of one concatenation (a dense layer).
+        nodes: Names of the nodes that are deleted, `exit` included.
+        path: Module path that the contractions share, for display only.
+        cost: MACs, parameters and bytes at batch 1.
+        parent: Name of the smallest region that strictly contains this one, or None.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)).eval()
+        >>> region = foldcut.find_regions(foldcut.capture(net, torch.randn(2, 4))).regions[0]
+        >>> region.name, region.kind, region.cost.macs
+        ('linear>linear_1', 'plain', 64)
     """
 
     entry: str
@@ -53,12 +61,23 @@ class Region:
         return f"{self.entry}>{self.exit}"
 
     def overlaps(self, other: Region) -> bool:
+        """Whether some node belongs to this region and to `other`."""
         return not self.nodes.isdisjoint(other.nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionAnalysis:
-    """All removable regions in topological order of their exits, and what was looked at and left alone."""
+    """The removable regions of a program, and the joins that close none.
+
+    Arguments:
+        regions: Regions in topological order of their exits.
+        rejects: Additions of two activations that close no removable region, with the reason.
+
+    Example:
+        >>> analysis = foldcut.find_regions(foldcut.capture(nn.Sequential(nn.Linear(4, 8)), torch.randn(2, 4)))
+        >>> analysis.regions, analysis.rejects
+        ((), ())
+    """
 
     regions: tuple[Region, ...]
     rejects: tuple[Reject, ...]
@@ -70,22 +89,31 @@ class RegionAnalysis:
 
     @property
     def blocks(self) -> tuple[Region, ...]:
-        """The candidates that a goal is spent on first.
-
-        The residual regions that contain no smaller residual region; where the network has none, the plain and concat
-        regions.
-        """
+        """Residual regions without a residual region inside; without any, the plain and concat regions."""
         residual = [r for r in self.regions if r.kind == "residual"]
         inner = {r.parent for r in residual}
         blocks = tuple(r for r in residual if r.name not in inner)
         return blocks or tuple(r for r in self.regions if r.kind in {"plain", "concat"})
 
     def find(self, name: str) -> Region | None:
+        """The region called `name` (``entry>exit``), or None."""
         return next((r for r in self.regions if r.name == name), None)
 
 
 def find_regions(program: Program) -> RegionAnalysis:
-    """All removable regions of a program. Never mutates; linear in the graph but for the nesting of the results."""
+    """Find the removable regions of a program. Of pairs that remove the same contractions one is kept.
+
+    Arguments:
+        program: The program to analyse. It is not changed.
+
+    Returns:
+        A `RegionAnalysis`: the regions, and the additions that close none.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
+        >>> [region.path for region in foldcut.find_regions(program).regions]
+        ['0']
+    """
     flow = _Flow(program)
     regions: list[Region] = []
     rejects: list[Reject] = []
@@ -163,12 +191,7 @@ class _Flow:
         return enter < inner <= leave
 
     def keeps_inputs(self, entry: str, exit_: str) -> bool:
-        """Whether a bypass leaves every other input its part.
-
-        Another input may come in at the side, through a contraction of the branch (an attention mask), but no stream
-        of its
-        own may end at the exit, and no input may lose its last reader.
-        """
+        """No other input loses its last reader or ends at the exit (a mask may come in by a contraction)."""
         removed = removed_nodes(self.program, entry, exit_)
         stack, seen = [exit_], {exit_, entry}
         while stack:
@@ -237,8 +260,7 @@ def _ancestors(tree: dict[str, str], node: str) -> Iterator[str]:
 
 
 def _preference(program: Program, entry: str, exit_: str) -> tuple[bool, int, int]:
-    """Among pairs that remove the same contractions: entry and exit of one operation first (relu -> relu, add -> add:
-    the values are then of one kind), then the later exit (it takes the activation along), then the nearer entry."""
+    """Same operation at both ends first, then the later exit, then the nearer entry."""
     first, last = program.nodes[entry], program.nodes[exit_]
     return _operation(first) == _operation(last), program.order[exit_], program.order[entry]
 

@@ -1,4 +1,4 @@
-"""Unit groups: the units that the same producers make, which budgets and reports speak of."""
+"""Unit groups: units with the same producers, the granularity of channel budgets and reports."""
 
 from __future__ import annotations
 
@@ -15,12 +15,25 @@ from .operator_kinds import kind_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnitGroup:
-    """Units that the same slots produce, each with the same number of channels in each of them, and that go the same
-    ways: where a tensor is taken apart, each part keeps a unit as long as each group does.
+    """A group of coupled channels that can be pruned unit by unit.
 
-    `name` is that of the first producer, `units` the root labels in channel order. `producers` and `consumers` are
-    (parameter, dimension) slots. `widths` are the channels that one unit takes in each producer: 1 for a plain
-    channel, the head size for attention. `reason` says why the group is locked, None when it is prunable.
+    A unit is what has to be removed together: a channel, an attention head, or a channel of a residual stream with
+    all that is coupled to it. The units of a group are made by the same parameters, with the same number of channels
+    in each.
+
+    Arguments:
+        name: Name of the first producer, without ``.weight``. Numbered when several groups share it (``stem#2``).
+        units: Labels of the units in channel order, an int64 tensor.
+        producers: (parameter, dimension) pairs that make the units.
+        consumers: (parameter, dimension) pairs that read them.
+        widths: Channels per unit in the producers: 1 for a plain channel, the head size for attention.
+        reason: Why the group is locked. None if it can be pruned.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        >>> group = foldcut.find_units(foldcut.capture(net, torch.randn(2, 8))).prunable[0]
+        >>> group.name, len(group), group.count_for(0.6, multiple_of=4)
+        ('0', 16, 8)
     """
 
     name: str
@@ -34,18 +47,40 @@ class UnitGroup:
         return len(self.units)
 
     def without(self, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """The units to remove when those at the `kept` positions stay."""
+        """Select the units to remove.
+
+        Arguments:
+            kept: Positions of the units that stay.
+
+        Returns:
+            The labels of all other units.
+        """
         gone = torch.ones(len(self), dtype=torch.bool)
         gone[torch.as_tensor(kept, dtype=torch.long)] = False
         return self.units[gone]
 
     def step(self, multiple_of: int) -> int:
-        """The least number of units that is a whole number of multiples in every producer."""
+        """The least number of units whose channels are a multiple in every producer.
+
+        Arguments:
+            multiple_of: What the channel count of each producer has to be a multiple of.
+
+        Returns:
+            The number of units.
+        """
         return math.lcm(*(multiple_of // math.gcd(multiple_of, width) for width in self.widths))
 
     def count_for(self, keep: float, multiple_of: int) -> int:
-        """Units to keep for a share `keep`: the nearest count on the lattice, at least one step; all when there is
-        none below."""
+        """The number of units to keep for a share of the group.
+
+        Arguments:
+            keep: Share of the units, 0 to 1.
+            multiple_of: What the channel count of each producer has to be a multiple of.
+
+        Returns:
+            The multiple of `step` nearest to ``keep * len(self)``, at least one step. The whole group if that is no
+            smaller.
+        """
         step = self.step(multiple_of)
         count = max(1, round(keep * len(self) / step)) * step
         return count if count < len(self) else len(self)

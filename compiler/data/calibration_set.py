@@ -28,10 +28,20 @@ View = Callable[[Batch], Batch]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CalibrationSet:
-    """All samples, leaf by leaf: `leaves[i]` holds input i of every sample along dim 0, `spec` their structure.
+    """The calibration samples, one tensor per input of the network. Inputs only, no labels and no activations.
 
-    Only the inputs are kept in memory (500 images of 224 x 224 are 300 MB), never activations. `sources` says which
-    samples are views of one and the same, by a number for each; None where all are samples of their own.
+    Arguments:
+        leaves: Tensor i holds input i of all samples along dimension 0.
+        spec: Structure of a batch: a tensor, a tuple or a dict.
+        sources: Which samples are views of the same sample, by a number for each. None if all are samples of their
+            own.
+        ignored: Descriptions of the fields that were left out, such as labels.
+        bound: Whether the fields were matched with the inputs of a network.
+
+    Example:
+        >>> samples = foldcut.CalibrationSet.of(torch.randn(100, 3, 8, 8))
+        >>> len(samples), [len(part) for part in samples.split(seed=0)]
+        (100, [90, 10])
     """
 
     leaves: tuple[torch.Tensor, ...]
@@ -45,22 +55,22 @@ class CalibrationSet:
         return int(self.leaves[0].shape[0])
 
     def take(self, indices: torch.Tensor | slice) -> CalibrationSet:
-        """The samples at the given positions."""
+        """The samples at the positions `indices`."""
         sources = None if self.sources is None else self.sources[indices]
         return replace(self, leaves=tuple(leaf[indices] for leaf in self.leaves), sources=sources)
 
     def batch(self, indices: torch.Tensor | slice) -> Batch:
-        """Some samples in the structure that the model takes."""
+        """The samples at the positions `indices`, in the structure that the model takes."""
         result: Batch = pytree.tree_unflatten([leaf[indices] for leaf in self.leaves], self.spec)
         return result
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All samples in order, `size` at a time (the last batch may be smaller)."""
+        """Iterate over all samples in order, `size` at a time. The last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self.batch(slice(start, start + size))
 
     def with_views(self, views: Sequence[View]) -> CalibrationSet:
-        """The samples followed by each view of them: more data wherever the task does not care about the change."""
+        """The samples, followed by each of the `views` of them."""
         parts = [self, *(view_of(self, view) for view in views)]
         columns = zip(*(part.leaves for part in parts), strict=True)
         sources = torch.arange(len(self)) if self.sources is None else self.sources
@@ -71,17 +81,18 @@ class CalibrationSet:
         )
 
     def views_together(self) -> CalibrationSet:
-        """The same samples, each followed by the views of it: so that a batch held out has no view in another."""
+        """The same samples, ordered so that each is followed by its views."""
         return self if self.sources is None else self.take(self.sources.argsort(stable=True))
 
     @property
     def most_views(self) -> int:
-        """How many samples at most are views of one, itself included."""
+        """The largest number of samples that are views of one, that one included."""
         return 1 if self.sources is None else int(self.sources.bincount().max())
 
     def drawn(self, count: int, seed: int) -> CalibrationSet:
-        """A seeded random choice of so many samples, each with the views of it, whatever order they are in; they keep
-        that order. All where there are no more."""
+        """A random choice of `count` samples with their views, in the present order. It depends on `seed` and on the
+        contents, not on the order. All samples if there are no more.
+        """
         sources = torch.arange(len(self), device="cpu") if self.sources is None else self.sources
         firsts: dict[int, int] = {}
         for position, source in enumerate(sources.tolist()):
@@ -94,9 +105,16 @@ class CalibrationSet:
         return self.take(torch.isin(sources, sources[chosen]).nonzero().flatten())
 
     def split(self, seed: int, fraction: float = 0.1, most: int = 64) -> tuple[CalibrationSet, CalibrationSet]:
-        """(samples to fit, held-out samples): a seeded random split with at least one sample on each side when there
-        are two. Both are in random order, so that the first so many of either are a fair sample too; the order in which
-        the samples came makes no difference."""
+        """Split at random into samples to fit and held-out samples. The order of the samples makes no difference.
+
+        Arguments:
+            seed: Seed of the permutation.
+            fraction: Share to hold out, at least one sample.
+            most: Largest number of samples to hold out.
+
+        Returns:
+            (samples to fit, held-out samples), both in random order. A single sample is on both sides.
+        """
         count = min(most, len(self) - 1, max(1, round(len(self) * fraction)))
         if len(self) < 2:
             return self, self
@@ -107,13 +125,12 @@ class CalibrationSet:
 
     @cached_property
     def digests(self) -> Sequence[bytes]:
-        """A hash of what each sample holds: samples with the same hash are equal."""
+        """A hash of the contents of each sample."""
         return content_digests(self.leaves)
 
     @cached_property
     def content_order(self) -> torch.Tensor:
-        """The positions of the samples, sorted by a hash of what they hold: the same samples in another order give the
-        same sequence of samples."""
+        """Positions of the samples, sorted by the hash of their contents."""
         return torch.tensor(sorted(range(len(self)), key=self.digests.__getitem__), dtype=torch.long, device="cpu")
 
     @cached_property
@@ -126,9 +143,10 @@ class CalibrationSet:
         return digest.hexdigest()
 
     def aligned(self, program: Program) -> CalibrationSet:
-        """The same samples with the inputs in the program's own order and structure (keywords may come in any order).
+        """The samples with the inputs in the order and structure of `program`; keywords may come in any order.
 
-        Raises CalibrationError when the samples do not have the program's inputs.
+        Raises:
+            CalibrationError: If the samples do not have its inputs.
         """
         try:
             leaves = program.flatten(self.batch(slice(None)))
@@ -154,15 +172,21 @@ class CalibrationSet:
     ) -> CalibrationSet:
         """Read a calibration set.
 
-        `data`: a tensor or array with all samples along dim 0, a tuple or dict of such (several inputs; what behaves
-        like a dict, as a tokenizer's output, is one), or an iterable of batches or of single samples (a DataLoader, a
-        generator, a list, a data set). `inputs` says which fields the network takes: `needed_inputs(model)`, which
-        `compile` uses, their number, or their names, ``("input_ids", "attention_mask")``. Other fields, such as labels,
-        are left out and named (`ignored`). Without it the last field of a pair from an iterable counts as the label.
-        `limit` keeps so many samples, a seeded random choice of all. Of what comes one after the other and is more than
-        4 GiB, a random choice of that size is kept, with a warning.
+        Arguments:
+            data: A tensor or array with all samples along dimension 0, a tuple or dict of them for several inputs, or
+                an iterable of batches or of single samples: a DataLoader, a generator, a list, a data set.
+            inputs: The inputs of the network: their names or their number. Other fields, such as labels, are left
+                out. If None, the last field of a pair from an iterable counts as the label.
+            limit: Number of samples to keep, chosen at random. Of an iterable with more than 4 GiB, a random choice
+                of about that size is kept in any case.
+            seed: Seed of the choice.
 
-        Raises CalibrationError for what is empty, not numeric, ragged or not finite.
+        Returns:
+            The checked `CalibrationSet`.
+
+        Raises:
+            CalibrationError: If the data are empty, ragged, not numeric or not finite, or `limit` is not a positive
+                int.
         """
         check_limit(limit)
         known = ForwardInputs.of(inputs)
@@ -184,7 +208,11 @@ class CalibrationSet:
         return cls(leaves=read.leaves, spec=read.spec, ignored=read.ignored, bound=bound)
 
     def check(self, program: Program) -> None:
-        """Raise CalibrationError unless the samples fit the program's inputs (number, shape, dtype)."""
+        """Check number, shape and dtype of the inputs against `program`.
+
+        Raises:
+            CalibrationError: If they do not fit, or if the network fixes its batch size or takes bfloat16.
+        """
         if len(self.leaves) != len(program.inputs):
             raise CalibrationError(
                 "the calibration set has another number of inputs than the network",
@@ -215,7 +243,18 @@ class CalibrationSet:
 
 
 def horizontal_flip(batch: Batch) -> Batch:
-    """A view: images (N, C, H, W) mirrored left to right; inputs of other ranks stay as they are."""
+    """A view for calibration: images mirrored left to right.
+
+    Arguments:
+        batch: One batch. Tensors (N, C, H, W) are mirrored along W, all others are returned as they are.
+
+    Returns:
+        The batch in the same structure.
+
+    Example:
+        >>> foldcut.horizontal_flip(torch.arange(3.0).view(1, 1, 1, 3)).flatten().tolist()
+        [2.0, 1.0, 0.0]
+    """
 
     def flip(leaf: Any) -> Any:
         return leaf.flip(-1) if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 else leaf
@@ -225,8 +264,21 @@ def horizontal_flip(batch: Batch) -> Batch:
 
 
 def random_crop(padding: int, seed: int) -> View:
-    """A view: each image shifted by up to `padding` pixels (edges repeated) and mirrored half of the time, the same
-    way for a seed."""
+    """Make a view for calibration: each image shifted at random, and mirrored with probability 1/2.
+
+    Arguments:
+        padding: Largest shift in pixels. The border is filled by repeating the edge.
+        seed: Seed of shifts and flips. Every call of the view draws the same ones.
+
+    Returns:
+        A function of a batch. It changes floating-point tensors (N, C, H, W) and returns all others as they are.
+
+    Example:
+        >>> view = foldcut.random_crop(padding=2, seed=0)
+        >>> images = torch.randn(4, 3, 8, 8)
+        >>> view(images).shape, torch.equal(view(images), view(images))
+        (torch.Size([4, 3, 8, 8]), True)
+    """
 
     def crop(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() != 4 or not leaf.is_floating_point():
@@ -274,16 +326,33 @@ def read_calibration(
     limit: int | None = None,
     seed: int = 0,
 ) -> CalibrationSet:
-    """Read calibration samples from a `.npy`, `.npz` or `.pt` file or from a folder of images.
+    """Read calibration samples from a ``.npy``, ``.npz`` or ``.pt`` file, or from a folder of images.
 
-    Images are sorted by path, converted to RGB, resized to `size` (height, width) where given, scaled to [0, 1] and
-    normalised by `mean` and `std` (0 and 1 where not given); `limit` takes so many samples, a random choice of all that
-    is the same for a `seed`: folders are often sorted by class. `key` names an
-    array of an `.npz` or an entry of a `.pt` file; without it the arrays become the inputs by name (a single one of an
-    `.npz` becomes the input).
+    Images are taken in the order of their paths, converted to RGB, resized, scaled to [0, 1] and normalised:
+    ``(pixels - mean) / std``. No pickled objects are loaded.
 
-    Raises CalibrationError for what cannot be read, and for options that say nothing about a file of that kind. No
-    pickled objects are loaded.
+    Arguments:
+        path: The file or folder.
+        key: Name of an array of an ``.npz`` or of an entry of a ``.pt`` file. If None, all arrays become inputs by
+            name.
+        size: (height, width) to resize images to.
+        mean: Three numbers, subtracted per channel. 0 if None.
+        std: Three numbers, divided by per channel. 1 if None.
+        limit: Number of samples to read, chosen at random.
+        seed: Seed of the choice.
+
+    Returns:
+        The `CalibrationSet`.
+
+    Raises:
+        CalibrationError: If the path cannot be read, or an option does not apply to a file of its kind.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(torch.randn(20, 8), pathlib.Path(folder) / "inputs.pt")
+        ...     len(foldcut.read_calibration(pathlib.Path(folder) / "inputs.pt", limit=12))
+        12
     """
     path = Path(path)
     check_readable(path)

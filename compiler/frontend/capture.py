@@ -34,21 +34,36 @@ _LARGEST_BATCH = 2**31
 
 
 def capture(model: Model, example: Batch | None = None) -> Program:
-    """Capture a trained network into a functional ATen graph with a dynamic batch dimension.
+    """Capture a trained network as a functional ATen graph with a dynamic batch dimension.
 
-    `model` is a module, a `torch.export.ExportedProgram`, the path of a `.pt2` or `.onnx` file, or an
-    `onnx.ModelProto` (both by `import_onnx`). `example` is one batch of inputs (a tensor, a tuple of arguments or a
-    dict of keyword arguments), of which two samples are used (a single one twice); for an exported program it may be
-    omitted, and for an ONNX model whose only dynamic dimensions are batches. A module in training mode is captured as
-    in eval mode, with a warning, and is given back as it came. Weights are copied: training `model` further does not
-    change the Program.
+    Dimension 0 of every tensor input becomes dynamic. Where the network fixes its batch size, the captured graph
+    keeps the batch size of the example, with a warning. The graph is run beside the module on the example, and with 1
+    and 5 samples where the batch is dynamic. The outputs must agree within 1e-4, relative to the largest output,
+    compared in float64. A module in training mode is captured as in eval mode, with a warning, and is returned to the
+    state it was in. Weights are copied: training `model` further does not change the result. Calls from several
+    threads run one after the other.
 
-    The batch dimension (dim 0 of every tensor input) is dynamic; where the network fixes it, the batch of the
-    example stays fixed and a warning says so. The captured graph is run against the module on the example and
-    must agree within 1e-4 relative, at other batch sizes too. Calls from several threads wait for each other.
+    Arguments:
+        model: An `nn.Module`, a `torch.export.ExportedProgram`, the path of a ``.pt2`` or ``.onnx`` file, or an
+            `onnx.ModelProto`.
+        example: One batch of inputs: a tensor, a tuple of positional or a dict of keyword arguments. Required for a
+            module. Two of its samples are used; a single sample is used twice. May be omitted for an exported
+            program, and for an ONNX model whose only dynamic dimensions are batches.
 
-    Raises CaptureError, quoting the cause, when torch.export cannot take the model, when it mutates its own state
-    (for example batch norm in training mode), or when graph and module disagree.
+    Returns:
+        The captured `Program`.
+
+    Raises:
+        CaptureError: If the model cannot be exported or read, does not run on the example, branches on the batch
+            size, changes its own state, or computes something else than the captured graph.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        >>> program = foldcut.capture(net, torch.randn(2, 8))
+        >>> print(program.inputs[0], "->", program.outputs[0])
+        input_1: float32[batch, 8] -> output: float32[batch, 4]
+        >>> program(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
     """
     with alone():
         return _capture(model, example)

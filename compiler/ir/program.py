@@ -26,7 +26,17 @@ Batch = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, shape and dtype of one input or output. A dynamic dimension is a string, ``"batch"`` for the first one."""
+    """Name, shape and dtype of one input or output.
+
+    Arguments:
+        name: Name of the input or output.
+        shape: One entry per dimension: an int, or a string for a dynamic one (``"batch"`` for a batch dimension).
+        dtype: The `torch.dtype`.
+
+    Example:
+        >>> print(foldcut.TensorSpec(name="images", shape=("batch", 3, 32, 32), dtype=torch.float32))
+        images: float32[batch, 3, 32, 32]
+    """
 
     name: str
     shape: tuple[Dim, ...]
@@ -40,10 +50,21 @@ class TensorSpec:
 class Program:
     """A functional ATen `torch.fx.GraphModule` with its signature.
 
-    `module` takes the arguments of the captured model and returns its output structure. It is never mutated:
-    a rewrite returns a new Program that shares the tensors it did not change. `history` names the
-    rewrites applied so far. Node names are the identity that plans and reports speak of; a node that survives a
-    rewrite keeps its name, so teacher and student nodes correspond by name.
+    A program is never mutated: a rewrite returns a new one, which shares the tensors that did not change. Plans and
+    reports identify nodes by name. A node that survives a rewrite keeps its name.
+
+    Arguments:
+        module: The graph module. It takes the arguments of the captured model and returns its output structure.
+        inputs: Specifications of the inputs, in order.
+        outputs: Specifications of the outputs, in order.
+        history: The rewrites applied so far.
+        origin: Interface, opset and metadata of the ONNX file that the program was read from. None for a torch model.
+        copied_parameters: Number of values that folding duplicated from tensors shared by several layers.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 4), nn.ReLU()).eval(), torch.randn(2, 8))
+        >>> program.parameter_count(), list(program.nodes)[-3:]
+        (36, ['linear', 'relu', 'output'])
     """
 
     module: fx.GraphModule
@@ -56,13 +77,20 @@ class Program:
     copied_parameters: int = 0
 
     def __call__(self, batch: Batch) -> Any:
-        """Run on one batch in eval mode, without gradients, and return the model's own output structure."""
+        """Run on one batch, without gradients.
+
+        Arguments:
+            batch: A tensor, a tuple of positional or a dict of keyword arguments.
+
+        Returns:
+            The output structure of the captured model.
+        """
         args, kwargs = as_arguments(batch)
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
     def derived(self, analysis: Callable[[Program], T]) -> T:
-        """What an analysis says of this program, made once and kept as long as the program is."""
+        """Return ``analysis(self)``, computed once and kept with the program."""
         known: dict[Any, Any] = self.__dict__.setdefault("_derived", {})
         if analysis not in known:
             known[analysis] = analysis(self)
@@ -70,21 +98,22 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The `torch.fx.Graph` of the module."""
         return self.module.graph
 
     @cached_property
     def nodes(self) -> Mapping[str, fx.Node]:
-        """Every graph node by its name, in topological order."""
+        """Every graph node by name, in topological order."""
         return {node.name: node for node in self.graph.nodes}
 
     @cached_property
     def order(self) -> Mapping[str, int]:
-        """Position of each node in topological order."""
+        """Position of each node in topological order, by name."""
         return {name: index for index, name in enumerate(self.nodes)}
 
     @cached_property
     def batch_symbols(self) -> frozenset[str]:
-        """The symbols that stand for the batch dimension of some input."""
+        """Names of the symbols that stand for the batch dimension of an input."""
         symbols: set[str] = set()
         for node in self.graph.nodes:
             if node.op == "placeholder" and is_tensor(node) and node.meta["val"].dim() > 0:
@@ -93,7 +122,7 @@ class Program:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of graph text and weights: equal fingerprints mean equal functions on one torch version."""
+        """Hash of graph text and weights. Equal fingerprints mean equal functions on one torch version."""
         digest = hashlib.blake2b(self.text().encode(), digest_size=16)
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(name.encode())
@@ -102,7 +131,7 @@ class Program:
 
     @cached_property
     def shared_storage(self) -> frozenset[int]:
-        """Data pointers of the tensors that more than one node reads: what changes one reader changes the others."""
+        """Data pointers of the tensors that more than one node reads."""
         readers: dict[int, int] = {}
         for node in self.graph.nodes:
             if node.op == "get_attr":
@@ -112,7 +141,7 @@ class Program:
         return frozenset(pointer for pointer, count in readers.items() if count > 1)
 
     def owned(self, node: Any) -> bool:
-        """Whether the node is a floating-point parameter that a single node reads."""
+        """Whether `node` is a floating-point parameter that a single node reads."""
         if not is_constant(node):
             return False
         value = self.constant(node)
@@ -123,16 +152,16 @@ class Program:
         )
 
     def parameter_count(self) -> int:
-        """Number of trained values (`nn.Parameter`); tensors that share storage count once."""
+        """Number of trained values (`nn.Parameter`). Tensors that share storage count once."""
         seen = {p.data_ptr(): p.numel() for p in self.module.parameters()}
         return sum(seen.values())
 
     def constant(self, node: fx.Node) -> torch.Tensor:
-        """The tensor behind a `get_attr` node."""
+        """The tensor behind `node`, a ``get_attr`` node."""
         return self.tensor(str(node.target))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter, buffer or constant by name."""
+        """The parameter, buffer or constant called `name`."""
         value: Any = self.module
         for atom in name.split("."):
             value = getattr(value, atom)
@@ -140,7 +169,7 @@ class Program:
 
     @cached_property
     def first_names(self) -> Mapping[str, str]:
-        """Each tensor that the graph reads by name -> the first name under which it reads the same tensor."""
+        """Name of each tensor that the graph reads, mapped to the first name under which it reads the same tensor."""
         first: dict[Hashable, str] = {}
         names = {}
         for node in self.graph.nodes:
@@ -150,20 +179,22 @@ class Program:
         return names
 
     def scalar(self, node: fx.Node, batch: int = 1) -> Any:
-        """A scalar of the graph (a size, a flag) as a number, batch symbols set to `batch`."""
+        """The value of a scalar `node` (a size, a flag), with batch symbols set to `batch`."""
         value = node.meta["val"]
         return self.dim(value, batch) if isinstance(value, (int, torch.SymInt)) else value
 
     def follows_batch(self, size: int | torch.SymInt) -> bool:
-        """Whether a dimension grows with the batch."""
+        """Whether the dimension `size` depends on the batch size."""
         return bool(_symbols(size) & self.batch_symbols)
 
     def shape(self, node: fx.Node, batch: int = 1) -> tuple[int, ...]:
-        """The shape of a node's tensor, batch symbols set to `batch` and other dynamic dims to their traced size."""
+        """The shape of the tensor of `node`, with batch symbols set to `batch` and other dynamic dimensions to their
+        traced size.
+        """
         return tuple(self.dim(d, batch) for d in node.meta["val"].shape)
 
     def dim(self, size: int | torch.SymInt, batch: int = 1) -> int:
-        """One dimension as a number, batch symbols set to `batch`."""
+        """The dimension `size` as an int, with batch symbols set to `batch`."""
         if isinstance(size, int):
             return size
         expr = size.node.expr
@@ -171,8 +202,9 @@ class Program:
         return int(expr.xreplace(values))
 
     def path(self, node: fx.Node) -> str:
-        """The module path that the node was traced from (``layer1.0.conv1``), for an ONNX file the name of the ONNX
-        node, or "" when it is not known."""
+        """The module path that `node` was traced from (``layer1.0.conv1``), or the name of the node in the ONNX file.
+        Empty when it is not known.
+        """
         named = node.meta.get("custom", {}).get("onnx_node")
         if named:
             return str(named)
@@ -182,26 +214,43 @@ class Program:
         return str(list(stack.values())[-1][0])
 
     def text(self) -> str:
-        """The graph as deterministic text: one line a node, symbols renamed in order of appearance."""
+        """The graph as deterministic text, one line per node, with symbols renamed in order of appearance."""
         from .text import program_text
 
         return program_text(self)
 
     def excerpt(self, node: fx.Node, context: int = 2) -> str:
-        """The lines of the graph text around a node, for error messages."""
+        """The lines of the graph text around `node`, with `context` lines on either side."""
         from .text import node_excerpt
 
         return node_excerpt(self, node, context)
 
     def check(self, before: Program | None = None) -> None:
-        """Raise ProgramError unless the graph, the stated shapes, the tensors and the signature fit together; with
-        `before`, unless what was one tensor there is one tensor here."""
+        """Check that graph, stated shapes, tensors and signature agree.
+
+        Arguments:
+            before: The program before a rewrite. If given, names that shared one tensor there have to share one here,
+                and inputs and outputs must keep their names.
+
+        Raises:
+            ProgramError: At the first invariant that does not hold, with the node.
+        """
         from .program_check import check_program
 
         check_program(self, before)
 
     def flatten(self, batch: Batch) -> list[Any]:
-        """The placeholders' values, in order, for a batch in the model's own input structure."""
+        """Flatten a batch into the values of the placeholders.
+
+        Arguments:
+            batch: One batch in the input structure of the model.
+
+        Returns:
+            The values, in the order of the placeholders.
+
+        Raises:
+            CaptureError: If the batch does not have the structure of the captured inputs.
+        """
         args, kwargs = as_arguments(batch)
         in_spec = getattr(self.module, "_in_spec", None)
         if in_spec is None:
@@ -221,7 +270,7 @@ class Program:
         return leaves
 
     def structure(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the module from the placeholders' values: the inverse of `flatten`."""
+        """The ``(args, kwargs)`` of the module for the values of the placeholders: the inverse of `flatten`."""
         spec = getattr(self.module, "_in_spec", None)
         if spec is None:
             return tuple(leaves), {}

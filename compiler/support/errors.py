@@ -10,11 +10,27 @@ from dataclasses import dataclass
 
 
 class CompilerError(Exception):
-    """Base of all foldcut errors.
+    """Base class of the errors that foldcut raises on purpose.
 
-    Fields: `stage` is the step that failed (``capture``, ``calibrate``, ``resolve`` ...), `node` the graph node
-    concerned, `expected` and `actual` the two sides of a failed check, `excerpt` the lines of the graph
-    around the node, `hint` what to do. All but `stage` may be None.
+    The text of the error lists the fields that are set, the hint last.
+
+    Arguments:
+        message: What is wrong, in one sentence.
+        hint: What to do about it.
+        node: Name of the graph node concerned.
+        expected: What a failed check asked for.
+        actual: What it found.
+        excerpt: Lines of the graph text around the node.
+
+    Attributes:
+        stage: The step that failed, such as ``capture``, ``calibrate`` or ``export``. Set by each subclass.
+
+    Example:
+        >>> try:
+        ...     foldcut.Channels(2)
+        ... except foldcut.CompilerError as error:
+        ...     print(error.stage, "|", error.message)
+        goal | Channels(2) is not a goal
     """
 
     stage = "compile"
@@ -53,39 +69,70 @@ class CompilerError(Exception):
 
 
 class CaptureError(CompilerError):
-    """The model could not be captured into a graph."""
+    """The model could not be captured into a graph.
+
+    Raised when `torch.export` or the ONNX importer cannot take the model, when a file cannot be read as a network,
+    when graph and model disagree, or when a batch does not have the structure of the captured inputs.
+    """
 
     stage = "capture"
 
 
 class CalibrationError(CompilerError):
-    """The calibration set is empty, of the wrong shape or dtype, or holds values that are not finite."""
+    """The calibration set cannot be used.
+
+    Raised when it is empty, ragged, not numeric or not finite, when its shapes or dtypes do not fit the inputs of the
+    network, and for options of reading samples or of `MimicSettings` that are out of range.
+    """
 
     stage = "calibrate"
 
 
 class RewriteError(CompilerError):
-    """A rewrite was asked for something that the graph does not allow, or failed its own check."""
+    """A rewrite does not apply to the graph, or its result failed a check.
+
+    Raised when a decision names a region, channel or layer that the program does not have or may not lose.
+    """
 
     stage = "rewrite"
 
 
 class ProgramError(CompilerError):
-    """A Program does not hold what it promises: shapes, names or tensors disagree with its graph."""
+    """A `Program` breaks an invariant: shapes, names or tensors disagree with its graph.
+
+    Raised by `Program.check`. The `node` and the lines around it are part of the error.
+    """
 
     stage = "check"
 
 
 class PlanError(CompilerError):
-    """A plan does not fit the program that it was applied to, or its file cannot be read."""
+    """A plan does not fit the program, or cannot be read.
+
+    Raised when a plan was made for another network or other weights, when it is malformed or of an unknown version,
+    and when one of its decisions belongs to a rewrite that is not available.
+    """
 
     stage = "plan"
 
 
 class GoalError(CompilerError):
-    """The goal is not a legal one, or cannot be met.
+    """The goal is not valid, or cannot be met.
 
-    When it cannot be met, `best` holds the best result reached (a `Compiled`), so that no work is lost.
+    Raised before anything is computed for a goal out of range and for rewrites that cannot serve it, and after the
+    search when the result misses the goal. Patterns in `ignore` that match nothing raise it too.
+
+    Arguments:
+        message: What is wrong, in one sentence.
+        best: The best result found, a `Compiled`, when the goal was missed; None otherwise.
+        hint: What to do about it.
+
+    Example:
+        >>> try:
+        ...     foldcut.Blocks(0)
+        ... except foldcut.GoalError as error:
+        ...     print(error.hint, error.best)
+        give the number of blocks to drop, 1 or more None
     """
 
     stage = "goal"
@@ -102,26 +149,39 @@ class MimicError(CompilerError):
 
 
 class ExportError(CompilerError):
-    """The program could not be written as ONNX or `.pt2`, or what was written computes something else."""
+    """The program could not be written as ONNX or ``.pt2``, or the file written computes something else."""
 
     stage = "export"
 
 
 class BackendError(CompilerError):
-    """A backend is unknown, not installed, or refused the model."""
+    """The backend is unknown or not installed, or refused the model."""
 
     stage = "backend"
 
 
 class OutputError(CompilerError):
-    """The output folder or file cannot be written."""
+    """A file or folder cannot be written, or a saved folder cannot be read.
+
+    Raised by `Compiled.save` and `Sweep.save`, and by `load` and `apply` when a saved file is missing, damaged or
+    from another run.
+    """
 
     stage = "output"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """Why a candidate was left alone: a value to show and to test, not an exception."""
+    """Why a candidate was left unchanged. A value to show and to test, not an exception.
+
+    Arguments:
+        reason: The reason, in one sentence.
+        node: Name of the node or of the unit group concerned. May be empty.
+
+    Example:
+        >>> print(foldcut.Reject(reason="a value inside is also used outside", node="add_3"))
+        add_3: a value inside is also used outside
+    """
 
     reason: str
     node: str
