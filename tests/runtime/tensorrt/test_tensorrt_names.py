@@ -19,7 +19,7 @@ from foldcut.runtime.tensorrt.library import (
     missing_names,
 )
 
-SOURCES = sorted((Path(__file__).parents[2] / "runtime").glob("tensorrt*.py"))
+SOURCES = sorted((Path(__file__).parents[3] / "runtime" / "tensorrt").glob("*.py"))
 
 #: The names under which the source holds objects of TensorRT, and the classes of these.
 HOLDERS = {

@@ -10,6 +10,7 @@ import foldcut
 import numpy as np
 import pytest
 import torch
+from foldcut.compiler.driver.sealed import with_plan
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.support.errors import CaptureError, CompilerError, OutputError, PlanError
 from foldcut.compiler.support.strict_json import read_json
@@ -45,7 +46,7 @@ def test_a_plan_nested_without_end(tmp_path: Path) -> None:
 
 def test_a_report_nested_without_end(tmp_path: Path) -> None:
     plan = foldcut.Plan(decisions=(), goal=foldcut.Blocks(1), fingerprint="", predicted={})
-    files = foldcut.compiler.driver.saved.with_plan(plan, {"model.onnx": b"", "model.pt2": b""})
+    files = with_plan(plan, {"model.onnx": b"", "model.pt2": b""})
     for name, content in {**files, "report.json": DEEP.encode()}.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(OutputError, match="nested too deep"):

@@ -24,7 +24,7 @@ import foldcut.compiler.store.checkpoint as checkpoint
 import foldcut.runtime.measure.measure as measure
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import conftest
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.frontend.capture import capture
