@@ -17,9 +17,12 @@ from .pipeline_settings import PipelineSettings
 
 
 def _of_folders() -> tuple[type[Rewrite], ...]:
-    """The rewrite of every folder of ``passes/`` that has a ``rewrite.py``, in the order of application."""
-    folders = [f"{passes.__name__}.{folder.name}" for folder in iter_modules(passes.__path__) if folder.ispkg]
-    homes = [import_module(f"{name}.rewrite") for name in folders if find_spec(f"{name}.rewrite")]
+    """The rewrites below ``passes/``: those of files there, and of every folder that has a ``rewrite.py``, in the order
+    of application."""
+    names = [
+        f"{passes.__name__}.{found.name}{'.rewrite' if found.ispkg else ''}" for found in iter_modules(passes.__path__)
+    ]
+    homes = [import_module(name) for name in names if find_spec(name)]
     classes = [value for home in homes for value in vars(home).values() if _is_of(value, home.__name__)]
     return tuple(sorted(classes, key=lambda rewrite: rewrite.phase))
 
