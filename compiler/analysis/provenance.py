@@ -245,7 +245,7 @@ def _settle_slots(trace: Trace) -> bool:
 
 
 def _settle_crossed(trace: Trace) -> bool:
-    """Tensors must stay rectangular: where classes cross, tie along all dimensions but the one that leaves the most."""
+    """Keep tensors rectangular: where classes cross, tie all dimensions but the one that leaves the most."""
     changed = False
     # classes only grow, so what is rectangular stays so
     crossed, trace.crossed = trace.crossed, []

@@ -1,7 +1,6 @@
-"""Removable regions: parts of the graph with one entry and one exit of the same shape and dtype.
-
-Every path from the input to the exit runs through the entry, every path from the entry to the output through the exit
-(dominators and post-dominators of the data flow), with a contraction in between. Module names play no part.
+"""Removable regions: parts of the graph with one entry and one exit of the same shape and dtype. Every path from the
+input to the exit runs through the entry, every path from the entry to the output through the exit (dominators and
+post-dominators of the data flow), with a contraction in between. Module names play no part.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ class Region:
         parent: Name of the smallest region that strictly contains this one, or None.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)).eval()
-        >>> region = foldcut.find_regions(foldcut.capture(net, torch.randn(2, 4))).regions[0]
-        >>> region.name, region.kind, region.cost.macs
-        ('linear>linear_1', 'plain', 64)
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+        >>> [(region.name, region.kind, region.cost.macs) for region in foldcut.find_regions(program).regions]
+        [('input_1>linear', 'plain', 16)]
     """
 
     entry: str
@@ -74,9 +72,8 @@ class RegionAnalysis:
         rejects: Additions of two activations that close no removable region, with the reason.
 
     Example:
-        >>> analysis = foldcut.find_regions(foldcut.capture(nn.Sequential(nn.Linear(4, 8)), torch.randn(2, 4)))
-        >>> analysis.regions, analysis.rejects
-        ((), ())
+        >>> foldcut.find_regions(foldcut.capture(nn.Sequential(nn.Linear(4, 8)).eval(), torch.randn(2, 4)))
+        RegionAnalysis(regions=(), rejects=())
     """
 
     regions: tuple[Region, ...]
@@ -110,7 +107,7 @@ def find_regions(program: Program) -> RegionAnalysis:
         A `RegionAnalysis`: the regions, and the additions that close none.
 
     Example:
-        >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(2, 4))
         >>> [region.path for region in foldcut.find_regions(program).regions]
         ['0']
     """
@@ -285,14 +282,13 @@ def _region(program: Program, flow: _Flow, entry: str, exit_: str) -> Region:
 
 
 def removed_nodes(program: Program, entry: str, exit_: str) -> set[str]:
-    """The nodes that nobody reads any more once `exit_` is replaced by `entry`. Parameters are not listed."""
+    """The nodes without a reader once `exit_` is replaced by `entry`, except parameters and what feeds `entry`."""
     dead = {exit_}
     for node in reversed(list(program.graph.nodes)):
         if node.op != "call_function" or program.order[node.name] >= program.order[exit_] or node.name == entry:
             continue
         if node.users and all(user.name in dead for user in node.users):
             dead.add(node.name)
-    # what feeds the entry stays alive with it
     alive = _upstream(program.nodes[entry])
     return {n for n in dead if n not in alive}
 

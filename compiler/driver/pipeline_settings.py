@@ -1,4 +1,4 @@
-"""How each stage of a compile works."""
+"""Settings of each stage of a compile."""
 
 from __future__ import annotations
 
@@ -32,11 +32,37 @@ MOST_HELD_OUT = 0.45
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
-    """How each stage works. `mimic` None leaves gradient mimicking out; `held_out` is the share of samples that judge,
-    and of those that test (`divided`); `views` add changed copies of the fitting samples that the task does not care
-    about (a mirrored image); `solve_samples` caps what the re-solve reads, originals first; `search_seconds` what the
-    search for a better mix takes (it is not repeatable then), None as long as it finds better plans; `save_temps` is a
-    folder for the program after every pass, as text and as .pt2."""
+    """Settings of each stage of a compile.
+
+    `compile` takes batch, threads, seed and views from its own arguments, and `mimic` too unless it is True.
+
+    Arguments:
+        resolve: How layers are re-solved.
+        channels: How channels are chosen.
+        ranks: How layers are factorised.
+        recoverability: How the loss of a block is predicted.
+        mimic: How the result is trained on the features of the original. None leaves that out.
+        held_out: Share of the samples that judge, and the same share again that test, above 0 and at most 0.45. At
+            most 64 samples judge and 256 test.
+        views: Functions of a batch. Each adds a changed copy of the samples to fit with.
+        solve_samples: Largest number of samples that the re-solve reads, originals before views.
+        batch: Batch size of the measurement.
+        threads: Number of CPU threads of the measurement.
+        seed: Seed of all random choices.
+        opset: ONNX opset of the export. If None, the exporter decides.
+        search_seconds: Time after which the search for better plans ends, in seconds. The result is then not
+            repeatable. If None, it ends when no better plan is found.
+        save_temps: Folder for the program after every pass, as text and as ``.pt2``.
+
+    Raises:
+        CompilerError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> limits = foldcut.ChannelLimits(multiple_of=4, ignore=("head*",))
+        >>> settings = foldcut.PipelineSettings(channels=foldcut.ChannelSettings(limits=limits), held_out=0.2)
+        >>> settings.channels.limits.multiple, settings.with_mimic(False).mimic
+        (4, None)
+    """
 
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     channels: ChannelSettings = field(default_factory=ChannelSettings)
@@ -71,15 +97,31 @@ class PipelineSettings:
         settled(self)
 
     def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
-        """With gradient mimicking as an argument of the API asks for it: True leaves it as it is, False and None leave
-        it out."""
+        """Set the training as an argument of `compile` asks for it.
+
+        Arguments:
+            mimic: True keeps the setting, False and None leave training out, a `MimicSettings` replaces it.
+
+        Returns:
+            The settings.
+        """
         if mimic is True:
             return self
         return replace(self, mimic=mimic or None)
 
     def split(self, samples: CalibrationSet, program: Program) -> SampleSets:
-        """The samples to fit with, views of them included, those to judge by, and those for the error that is reported.
-        Warns when they are too few for that. Raises CalibrationError when the samples do not suit the program."""
+        """Divide the samples into those that fit, judge and test. Warns if there are too few.
+
+        Arguments:
+            samples: The calibration set.
+            program: The network that takes them.
+
+        Returns:
+            The three parts. Views are added to the samples to fit with only.
+
+        Raises:
+            CalibrationError: If the samples do not fit the inputs of the program.
+        """
         samples = samples.aligned(program)
         samples.check(program)
         sets = divided(samples, self.seed, self.held_out)
@@ -95,7 +137,22 @@ class PipelineSettings:
         clock: StageClock,
         progress: Progress,
     ) -> Context:
-        """What rewrites work with. Raises CalibrationError when the samples do not suit the program."""
+        """Make the context that rewrites work with.
+
+        Arguments:
+            program: The original network.
+            samples: The calibration set.
+            goal: The goal.
+            store: Where results of analyses are kept.
+            clock: Counts the time of each stage.
+            progress: Gets (stage, done, total).
+
+        Returns:
+            The context, without a latency to measure.
+
+        Raises:
+            CalibrationError: If the samples do not fit the inputs of the program.
+        """
         return Context(
             teacher=program,
             goal=goal,
@@ -113,14 +170,14 @@ class PipelineSettings:
 
 
 def check_run(batch: object, threads: object, seed: object) -> None:
-    """Raise CompilerError for what is no batch size, no number of threads or no seed."""
+    """Raise CompilerError for an invalid batch size, number of threads or seed."""
     for name, value in (("batch", batch), ("threads", threads)):
         check_whole(name, value, Allowed(least=1, words="a whole number: batch and threads start at 1"))
     check_seed(seed)
 
 
 def check_seed(seed: object) -> None:
-    """Raise CompilerError for what is no seed."""
+    """Raise CompilerError for an invalid seed."""
     # torch takes others, what draws inputs does not
     check_whole("seed", seed, Allowed(least=0, most=2**63 - 1, words="a whole number from 0 on, below 2 ** 63"))
 
@@ -132,7 +189,7 @@ def check_options(
     cache: bool | str | Path,
     settings: PipelineSettings | None,
 ) -> None:
-    """Raise CompilerError for options that are not what `compile` takes."""
+    """Raise CompilerError for options that `compile` does not take."""
     if mimic is not None and not isinstance(mimic, (bool, MimicSettings)):
         refuse("mimic", mimic, "True, False, None or a foldcut.MimicSettings")
     check_functions("views", views, "foldcut.horizontal_flip")

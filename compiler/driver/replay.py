@@ -1,4 +1,4 @@
-"""A plan put into effect again on the network that it was made for, with the first weights or with data."""
+"""Applying a plan again to the network that it was made for, with saved weights or with data."""
 
 from __future__ import annotations
 
@@ -50,19 +50,48 @@ def apply(
     progress: Progress = silent,
     cache: bool | str | Path = True,
 ) -> Compiled:
-    """Put the decisions of a plan into effect on the network that it was made for.
+    """Apply a plan to the network that it was made for.
 
-    `plan` is a `Plan` or the path of a plan.json. With `weights` (the model.pt2 that was saved with the plan, or any
-    network of that shape; without `calibration` the model.pt2 beside the plan) the result is the network of the first
-    time, and no data is needed. With `calibration` alone the layers are solved again, and mimicked unless `mimic` is
-    False, as `compile` does; the units that the plan keeps, the blocks and the ranks stay its own, and `settings` say
-    how they are solved. With both the weights are taken as they are, and the calibration set only says what the inputs
-    look like, as `example`, a batch of inputs, does for a module without one. `rewrites` are those of the plan's
-    decisions that foldcut does not bring. `cache` as in `compile`: what an interrupted call had solved is kept.
+    With weights, the result has those weights, and no data is needed. The ``model.pt2`` beside a plan that is given
+    by its path is used if neither `weights` nor `calibration` is given. With `calibration` alone, the layers are
+    re-solved as in `compile`, and trained unless `mimic` is False; blocks, channels and ranks are those of the plan.
+    With both, the weights are used as they are, and the samples only show what the inputs look like.
 
-    Raises PlanError when the plan was made for another network or other weights, when the weights do not fit, or when
-    there are neither weights nor data; OutputError when the model.pt2 beside the plan is not the one that was saved
-    with it; CaptureError and CalibrationError; CompilerError when settings of two rewrites contradict each other.
+    Arguments:
+        model: The original network, in any form that `compile` takes.
+        plan: A `Plan`, or the path of a ``plan.json``.
+        weights: A network with the shapes of the result, such as the ``model.pt2`` saved with the plan.
+        calibration: Samples to re-solve with, in any form that `compile` takes.
+        example: One batch of inputs, to capture a module without calibration samples.
+        rewrites: `Rewrite` instances for decisions that are not built in.
+        mimic: As in `compile`. Only used without `weights`.
+        views: As in `compile`. Only used without `weights`.
+        seed: Seed of all random choices.
+        settings: How each stage works.
+        progress: A function that gets (stage, done, total).
+        cache: As in `compile`. A call that was interrupted continues from it.
+
+    Returns:
+        The `Compiled` network, without a report.
+
+    Raises:
+        PlanError: If the plan was made for another network or other weights, if the weights do not fit, or if neither
+            weights nor samples are given.
+        OutputError: If the ``model.pt2`` beside the plan is not the one saved with it.
+        RewriteError: If a decision names what the network does not have.
+        CaptureError: If the model or the weights cannot be captured.
+        CalibrationError: If the samples do not fit the network.
+        CompilerError: If an argument is out of range, or if settings of two rewrites contradict each other.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+        >>> samples = torch.randn(40, 8)
+        >>> cut = foldcut.PruneChannels(group="0", kept=tuple(range(16)), total=32)
+        >>> fingerprint = foldcut.capture(net, samples[:2]).fingerprint
+        >>> plan = foldcut.Plan(decisions=(cut,), goal=foldcut.Channels(0.5), fingerprint=fingerprint, predicted={})
+        >>> out = foldcut.apply(net, plan, calibration=samples, mimic=False, cache=False)
+        >>> out.program.parameter_count(), list(out.output_errors)
+        (212, ['unsolved', 'rewritten', 're-solved'])
     """
     check_options(mimic, views, progress, cache, settings)
     check_seed(seed)
@@ -98,7 +127,7 @@ def apply(
 
 
 def plan_rewrites(plan: Plan, rewrites: Sequence[Rewrite], settings: PipelineSettings | None = None) -> list[Rewrite]:
-    """The rewrites that a plan's decisions are of. Raises PlanError when one is not there."""
+    """The rewrites of the decisions of a plan. Raises PlanError when one is not available."""
     known = {rewrite.name: rewrite for rewrite in (*built_in(settings or PipelineSettings()), *rewrites)}
     require_rewrites(list(known.values()), plan.decisions)
     kinds = {decision.kind for decision in plan.decisions}
@@ -118,8 +147,7 @@ def _check_decisions(teacher: Program, decisions: Sequence[Decision], rewrites: 
 
 
 def _beside(path: Path, plan: Plan) -> Path | None:
-    """The network that was saved with a plan, where it still lies beside it. Raises OutputError when what lies there
-    is that of another run."""
+    """The network saved beside a plan, if it is there. Raises OutputError when it is that of another run."""
     found = path.with_name(PT2)
     if not found.is_file():
         return None
@@ -129,14 +157,38 @@ def _beside(path: Path, plan: Plan) -> Path | None:
 
 
 def _warn_of_others(weights: Path, plan: Plan) -> None:
-    """Weights trained further since are welcome; those of another network of these shapes were hardly meant."""
+    """Weights trained further since are fine; those of another network of these shapes are probably a mistake."""
     if weights.is_file() and plan.files.get(PT2) not in (None, digest(weights.read_bytes())):
         warnings.warn(f"{weights} is not the {PT2} that was saved with the plan: its weights are taken", stacklevel=3)
 
 
 def apply_plan(program: Program, plan: Plan, rewrites: Sequence[Rewrite] = ()) -> Program:
-    """`decided` with a plan's decisions, on the network that it was made for. Raises PlanError when the plan was made
-    for another network or other weights."""
+    """Apply the decisions of a plan to a program, without data.
+
+    Regions are bypassed, channels removed and layers factorised. The weights that are left stay as they are; factors
+    are the best approximation of the weight alone. Re-solve the result with `apply`.
+
+    Arguments:
+        program: The network that the plan was made for.
+        plan: The plan.
+        rewrites: `Rewrite` instances for decisions that are not built in.
+
+    Returns:
+        The rewritten `Program`.
+
+    Raises:
+        PlanError: If the plan was made for another network or other weights, or if the rewrite of a decision is not
+            available.
+        RewriteError: If a decision names what the program does not have.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+        >>> drop = foldcut.DropBlock(entry="input_1", exit="linear")
+        >>> goal, fingerprint = foldcut.Blocks(1), program.fingerprint
+        >>> plan = foldcut.Plan(decisions=(drop,), goal=goal, fingerprint=fingerprint, predicted={})
+        >>> program.parameter_count(), foldcut.apply_plan(program, plan).parameter_count()
+        (108, 36)
+    """
     with alone():
         if program.fingerprint != plan.fingerprint:
             program = fold_parameters(program)  # as compile does before it plans
@@ -145,18 +197,15 @@ def apply_plan(program: Program, plan: Plan, rewrites: Sequence[Rewrite] = ()) -
 
 
 def decided(program: Program, decisions: Sequence[Decision], rewrites: Sequence[Rewrite] = ()) -> Program:
-    """The decisions in effect: regions bypassed, channels removed, layers factorised. The weights stay those of
-    `program`, and factors are the best approximation of these: re-solve them with a calibration set, or load trained
-    ones. `rewrites` are those beside the built-in ones.
-
-    Raises PlanError and RewriteError when a decision is about what the program does not have.
+    """Apply decisions without data: `apply_plan` without the check that the plan was made for this network. Raises
+    PlanError and RewriteError when a decision is about what the program does not have.
     """
     known = {rewrite.name: rewrite for rewrite in (*built_in(PipelineSettings()), *rewrites)}
     return applied_plain(list(known.values()), program, decisions)
 
 
 def with_weights(program: Program, trained: Program) -> Program:
-    """The program with the parameters and buffers of another network of the same names and shapes. Raises PlanError."""
+    """The program with the tensors of another network of the same names and shapes. Raises PlanError."""
     ours, theirs = program.module.state_dict(), trained.module.state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
         shapes = [list(state[name].shape) if name in state else None for state in (ours, theirs)]

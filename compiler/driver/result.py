@@ -1,4 +1,4 @@
-"""A compiled network, however it came about: compiled now, made again from a plan, or read from its folder."""
+"""A compiled network: the result of a compile, of applying a plan, or of reading a saved folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,26 @@ Networks = Mapping[str, bytes]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compiled:
-    """A compiled network: `.program` and `.module` (which runs any batch size), `.onnx` (bytes), `.plan`, `.report`,
-    and `.save(folder)`.
+    """A compiled network with its plan, and its report if there is one. Returned by `compile`, `apply` and `load`.
 
-    `output_errors` are the relative output errors after each stage on the samples that judge, and `tested` that of the
-    result on samples that nothing was chosen by; without data, as where a plan was applied with its weights, there are
-    none. `outcome` has all that a compile measured on the way, where one just ran. The report is that of the compile;
-    a network made again from its plan has none.
+    Arguments:
+        plan: The decisions, in the order of application.
+        make_program: Builds `program` when it is first needed.
+        make_networks: Builds the bytes of ``model.onnx`` and ``model.pt2`` when they are first needed.
+        compiled_report: The report of the compile. None for a network made from a plan.
+        outcome: Everything the compile measured. None for a network made from a plan or read from a folder.
+        output_errors: Relative output error on the judging samples after each stage. Empty without data.
+        tested: Relative output error on the test samples, with its 95 % interval. None without data.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+        >>> samples = torch.randn(40, 8)
+        >>> cut = foldcut.PruneChannels(group="0", kept=tuple(range(16)), total=32)
+        >>> fingerprint = foldcut.capture(net, samples[:2]).fingerprint
+        >>> plan = foldcut.Plan(decisions=(cut,), goal=foldcut.Channels(0.5), fingerprint=fingerprint, predicted={})
+        >>> out = foldcut.apply(net, plan, calibration=samples, mimic=False, cache=False)
+        >>> out.module(samples[:3]).shape, out.program.parameter_count(), out.tested.samples
+        (torch.Size([3, 4]), 212, 4)
     """
 
     plan: Plan
@@ -46,35 +59,43 @@ class Compiled:
 
     @cached_property
     def program(self) -> Program:
-        """Of a folder, read when it is first asked for. Raises CaptureError when model.pt2 cannot be read, OutputError
-        when it has changed since the folder was."""
+        """The network as a `Program`.
+
+        Raises:
+            CaptureError: If ``model.pt2`` of a saved folder cannot be read.
+            OutputError: If it has changed since the folder was loaded.
+        """
         return self.make_program()
 
     @property
     def module(self) -> fx.GraphModule:
-        """The network as a torch module; arguments and outputs as the original's."""
+        """The network as a torch module, with the arguments and outputs of the original, for any batch size."""
         return self.program.module
 
     @property
     def report(self) -> Report:
-        """What the compile measured and decided. Raises CompilerError where there was none."""
+        """The report of the compile.
+
+        Raises:
+            CompilerError: If there is none, as for a network made from its plan.
+        """
         if self.compiled_report is None:
             raise CompilerError("a network made from its plan has no report", hint="the folder of the compile has it")
         return self.compiled_report
 
     @cached_property
     def networks(self) -> Networks:
-        """model.onnx and model.pt2, by name."""
+        """The bytes of ``model.onnx`` and ``model.pt2``, by file name."""
         return self.make_networks()
 
     @property
     def onnx(self) -> bytes:
-        """The network as an ONNX model."""
+        """The network as the bytes of an ONNX model."""
         return self.networks[ONNX]
 
     @cached_property
     def files(self) -> dict[str, bytes]:
-        """The content of the output folder by file name."""
+        """The files that `save` writes, by name."""
         files = with_plan(self.plan, self.networks)
         if self.compiled_report is None:
             return files
@@ -83,8 +104,32 @@ class Compiled:
         return {**files, REPORT: json_file(report), PAGE: page}
 
     def save(self, folder: str | Path) -> Path:
-        """Write model.onnx, model.pt2, plan.json, and, of a compile, report.json and report.html; all or none appear. A
-        report that was there of another network goes. Raises OutputError when they cannot be written."""
+        """Write the network to a folder.
+
+        Writes ``model.onnx``, ``model.pt2`` and ``plan.json``; with a report, ``report.json`` and ``report.html``
+        too. Without one, reports already in the folder are deleted. Either all files appear or none.
+
+        Arguments:
+            folder: The folder. It is made if it does not exist.
+
+        Returns:
+            The path of the folder.
+
+        Raises:
+            OutputError: If the files cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+            >>> samples = torch.randn(40, 8)
+            >>> cut = foldcut.PruneChannels(group="0", kept=tuple(range(16)), total=32)
+            >>> goal, fingerprint = foldcut.Channels(0.5), foldcut.capture(net, samples[:2]).fingerprint
+            >>> plan = foldcut.Plan(decisions=(cut,), goal=goal, fingerprint=fingerprint, predicted={})
+            >>> out = foldcut.apply(net, plan, calibration=samples, mimic=False, cache=False)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     sorted(file.name for file in out.save(folder).iterdir())
+            ['model.onnx', 'model.pt2', 'plan.json']
+        """
         without = () if self.compiled_report is not None else (REPORT, PAGE)
         write_folder(Path(folder), self.files, without=without)
         return Path(folder)
@@ -95,6 +140,6 @@ Replayed = Saved = Compiled
 
 
 def exported(program: Program, opset: int | None) -> Networks:
-    """A program as the files of a network."""
+    """The files of a network, from its program."""
     found = to_exported(program)
     return {ONNX: to_onnx(program, opset=opset, exported=found), PT2: to_pt2(found)}

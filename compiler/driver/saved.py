@@ -1,4 +1,4 @@
-"""What `Compiled.save` wrote, read back."""
+"""Reading a folder that `Compiled.save` wrote."""
 
 from __future__ import annotations
 
@@ -17,11 +17,33 @@ from .sealed import ONNX, PLAN, PT2, REPORT, check_file, check_plan
 
 
 def load(folder: str | Path) -> Compiled:
-    """Read what `Compiled.save`, `foldcut compile` or `foldcut apply` wrote. The network has its weights in it: no
-    calibration set is needed to run it.
+    """Read a folder written by `Compiled.save`, ``foldcut compile`` or ``foldcut apply``.
 
-    Raises OutputError when the folder or one of its files is missing, unreadable or of another run, PlanError for a
-    plan of another version.
+    The files are checked against the digests in ``plan.json``, so a damaged file or one of another run is refused.
+    The weights are part of the folder: no data is needed.
+
+    Arguments:
+        folder: The folder.
+
+    Returns:
+        The `Compiled` network, with its report if the folder has one.
+
+    Raises:
+        OutputError: If the folder or one of its files is missing, unreadable or of another run.
+        PlanError: If ``plan.json`` is malformed or of an unknown version.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+        >>> samples = torch.randn(40, 8)
+        >>> cut = foldcut.PruneChannels(group="0", kept=tuple(range(16)), total=32)
+        >>> fingerprint = foldcut.capture(net, samples[:2]).fingerprint
+        >>> plan = foldcut.Plan(decisions=(cut,), goal=foldcut.Channels(0.5), fingerprint=fingerprint, predicted={})
+        >>> out = foldcut.apply(net, plan, calibration=samples, mimic=False, cache=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = foldcut.load(out.save(folder))
+        ...     torch.equal(again.module(samples), out.module(samples))
+        True
     """
     path = Path(folder)
     missing = [name for name in (ONNX, PT2, PLAN) if not (path / name).is_file()]

@@ -1,4 +1,4 @@
-"""Several goals in one go: the compiled networks, and which of them no other beats in latency and error at once."""
+"""Compiling to several goals, and the Pareto front of the results in latency and error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,19 @@ SWEEP = "sweep.json"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepPoint:
-    """One goal: its result, or why nothing could be done towards it (`compiled` None)."""
+    """The result for one goal of a sweep.
+
+    Arguments:
+        goal: The goal.
+        compiled: The result, or the best there is if the goal was missed. None if nothing could be done.
+        met: Whether the goal is met.
+        reason: Why the goal was missed. Empty if it was met.
+
+    Example:
+        >>> point = foldcut.SweepPoint(goal=foldcut.Macs(0.5), compiled=None, met=False, reason="nothing to prune")
+        >>> point.name, point.cost
+        ('MACs-ratio-0.5', None)
+    """
 
     goal: Goal
     compiled: Compiled | None
@@ -46,17 +58,18 @@ class SweepPoint:
 
     @property
     def name(self) -> str:
-        """A name for a folder: ``latency-ratio-0.6``."""
+        """Name of the folder of this point: ``latency-ratio-0.6``."""
         return "-".join(str(self.goal).replace("%", "").split())
 
     @property
     def cost(self) -> tuple[float, float] | None:
-        """(measured latency ratio, relative output error on the test samples)."""
+        """(measured latency ratio, relative output error on the test samples). None without a result."""
         if self.compiled is None:
             return None
         return float(self.compiled.report.latency["ratio"]), self.compiled.report.output_error
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
         data: dict[str, Any] = {"goal": self.goal.to_dict(), "met": self.met, "folder": self.name}
         if self.compiled is None:
             return {**data, "folder": None, "reason": self.reason}
@@ -74,14 +87,25 @@ class SweepPoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sweep:
-    """The points in the order of the goals."""
+    """The results of a sweep.
+
+    Arguments:
+        points: One point per goal, in the order of the goals.
+
+    Example:
+        >>> point = foldcut.SweepPoint(goal=foldcut.Macs(0.5), compiled=None, met=False, reason="nothing to prune")
+        >>> sweep = foldcut.Sweep(points=(point,))
+        >>> sweep.front, sweep.to_dict()["points"][0]["reason"]
+        ((), 'nothing to prune')
+    """
 
     points: tuple[SweepPoint, ...]
 
     @property
     def front(self) -> tuple[SweepPoint, ...]:
-        """The Pareto front, fastest first: points that no other equals or beats in both measured latency ratio and
-        output error."""
+        """The Pareto front, fastest first: the points that no other equals or beats in both latency ratio and output
+        error.
+        """
         found: list[SweepPoint] = []
         for point in sorted((p for p in self.points if p.cost is not None), key=lambda p: p.cost or ()):
             if not found or (point.cost or (0, 0))[1] < (found[-1].cost or (0, 0))[1]:
@@ -89,19 +113,39 @@ class Sweep:
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: the content of ``sweep.json``."""
         front = {point.name for point in self.front}
         return {"version": 1, "points": [{**p.to_dict(), "on_front": p.name in front} for p in self.points]}
 
     def save(self, folder: str | Path) -> Path:
-        """Write every point's files into a folder of its own, then sweep.json. Each appears whole or not at all. Raises
-        OutputError."""
+        """Write the files of each point to a folder of its own, and ``sweep.json`` beside them.
+
+        Arguments:
+            folder: The folder that holds them.
+
+        Returns:
+            The path of the folder.
+
+        Raises:
+            OutputError: If files cannot be written. Each folder appears whole or not at all.
+        """
         for point in self.points:
             if point.compiled is not None:
                 point.compiled.save(Path(folder) / point.name)
         return self.save_index(folder)
 
     def save_index(self, folder: str | Path) -> Path:
-        """Write sweep.json alone, where the points are there already. Raises OutputError."""
+        """Write ``sweep.json`` alone.
+
+        Arguments:
+            folder: The folder that holds the points.
+
+        Returns:
+            The path of the folder.
+
+        Raises:
+            OutputError: If the file cannot be written.
+        """
         write_folder(Path(folder), {SWEEP: json_file(self.to_dict())})
         return Path(folder)
 
@@ -123,13 +167,39 @@ def sweep(
     cache: bool | str | Path = True,
     each: Callable[[SweepPoint], None] | None = None,
 ) -> Sweep:
-    """Compile to each of `goals`; what the analyses find out is shared, so a further goal costs its own plan only.
+    """Compile to several goals. Analyses are shared, so that a further goal mostly costs its own search.
 
-    The other arguments are those of `foldcut.compile`; of the `rewrites` a goal takes those that reach it; `cache`
-    False keeps the analyses for the time of the sweep. A goal that cannot be met is a point with `met` False and the
-    best there is. `each` is called with every point as it is there. Raises GoalError when `goals` is empty or names one
-    twice, and what was wrong with the first goal when nothing could be done towards any: then it was hardly the goal
-    that was wrong. Else what `compile` raises.
+    A goal that is missed becomes a point with `met` False and the best result found.
+
+    Arguments:
+        model: As in `compile`.
+        calibration: As in `compile`. A generator is read once.
+        goals: The goals, each named once. By default latency ratios from 0.9 down to 0.4.
+        backend: As in `compile`.
+        batch: As in `compile`.
+        rewrites: As in `compile`. Each goal uses those of them that can serve it.
+        mimic: As in `compile`.
+        views: As in `compile`.
+        seed: As in `compile`.
+        progress: As in `compile`.
+        threads: As in `compile`.
+        settings: As in `compile`.
+        cache: As in `compile`, except that False keeps analyses until the sweep ends.
+        each: A function that gets every `SweepPoint` as soon as it is made.
+
+    Returns:
+        The `Sweep`.
+
+    Raises:
+        GoalError: If `goals` is empty or names a goal twice, or if nothing could be done towards any of them.
+        CompilerError: As in `compile`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+        >>> options = {"progress": False, "cache": False, "mimic": False}
+        >>> found = foldcut.sweep(net, torch.randn(40, 8), goals=[foldcut.Channels(0.5)], **options)
+        >>> [(point.name, point.met) for point in found.points]
+        [('0.5-of-the-channels-kept', True)]
     """
     _check_goals(goals)
     check_options(mimic, views, progress, cache, settings)
@@ -200,8 +270,9 @@ def _leaving_alone(
 def _allowed(
     goal: Goal, goals: Sequence[Goal], rewrites: Sequence[str | Rewrite] | None
 ) -> Sequence[str | Rewrite] | None:
-    """Those of the rewrites that reach one of several goals. One that reaches none of them, or all of them where none
-    reaches this goal, stay in the list: it is then refused."""
+    """The rewrites that serve a goal. One that serves no goal of the sweep stays in the list, and so do all where
+    none serves this goal: `compile` then refuses it.
+    """
     if rewrites is None:
         return None
     found = named(rewrites, PipelineSettings())

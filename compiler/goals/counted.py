@@ -21,7 +21,15 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class CountedGoal(Goal):
-    """Come down to at most `ratio` times what the original has of something that is counted."""
+    """At most `ratio` of a quantity of the original that is counted, not measured. Base class of `Macs` and
+    `Parameters`.
+
+    Arguments:
+        ratio: Share of the original's count, between 0 and 1, both excluded.
+
+    Raises:
+        GoalError: If the ratio is out of range.
+    """
 
     ratio: float
 
@@ -41,32 +49,38 @@ class CountedGoal(Goal):
             )
 
     def counted(self, program: Program) -> int:
-        """How much of it a network has."""
+        """The count of the network `program`."""
         raise NotImplementedError
 
     def whole(self, original: Program) -> int:
-        """How much the network as the user has it, at least 1: what the ratio is of."""
+        """The count of the network `original` as it was given, at least 1."""
         return max(1, self.counted(original))
 
     def budget(self, ctx: Context, shape: Shape) -> CountedBudget:
+        """The budget in counts."""
         return CountedBudget(self.ratio, self.unit, self.counted, self.whole(ctx.teacher), shape)
 
     def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
+        """The plan of least error found that leaves at most `ratio`, and whether it does."""
         search.offer(self.ratio)
         found = search.searched(self.ratio)
         return search.made(found), found.met
 
     def recounted(self, delivered: Delivered) -> bool:
+        """Whether the finished network has at most `ratio` of the original's count."""
         return self.counted(delivered.program) <= (self.ratio + ROUNDING) * self.whole(delivered.teacher)
 
     def unmet(self, result: Any) -> str:
+        """The least ratio that was reached, in words."""
         ratio = self.counted(result.program) / self.whole(result.outcome.ctx.teacher)
         return f"{self} cannot be met: with all that may be cut at its least, the ratio is {ratio:.3f}"
 
     def words(self) -> str:
+        """The goal as reports word it."""
         return f"at most {self.ratio:g} of the original's {self.what}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
         return {"kind": self.kind, "ratio": float(self.ratio)}
 
     def __str__(self) -> str:
@@ -75,7 +89,23 @@ class CountedGoal(Goal):
 
 @dataclass(frozen=True)
 class Macs(CountedGoal):
-    """Come down to at most `ratio` times the original's multiply-accumulates, cut where it costs the least error."""
+    """Goal: at most `ratio` of the original's multiply-accumulates.
+
+    MACs are those of convolutions, linear layers, matrix products and attention, for one sample. They are cut where
+    that costs the least error: by pruning channels unless `rewrites` names others.
+
+    Arguments:
+        ratio: Share of the original's MACs, between 0 and 1, both excluded.
+
+    Raises:
+        GoalError: If the ratio is out of range.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+        >>> goal = foldcut.Macs(0.5)
+        >>> goal.counted(program), goal.words()
+        (32, "at most 0.5 of the original's multiply-accumulates")
+    """
 
     kind = "macs"
     unit = "macs"
@@ -84,13 +114,28 @@ class Macs(CountedGoal):
     _example = "Macs(0.6) asks for 40 % fewer multiply-accumulates"
 
     def counted(self, program: Program) -> int:
+        """The multiply-accumulates of `program` for one sample."""
         return program_cost(program).macs
 
 
 @dataclass(frozen=True)
 class Parameters(CountedGoal):
-    """Come down to at most `ratio` times the original's trained values, cut where it costs the least error: for a limit
-    on the size of a file or on memory. Vectors that several layers of the original share count once."""
+    """Goal: at most `ratio` of the original's trained values, for a limit on file size or memory.
+
+    Tensors that several layers share count once. Values are cut where that costs the least error: by pruning channels
+    unless `rewrites` names others.
+
+    Arguments:
+        ratio: Share of the original's parameters, between 0 and 1, both excluded.
+
+    Raises:
+        GoalError: If the ratio is out of range.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+        >>> foldcut.Parameters(0.5).counted(program)
+        36
+    """
 
     kind = "parameters"
     unit = "parameters"
@@ -98,7 +143,9 @@ class Parameters(CountedGoal):
     _example = "Parameters(0.5) asks for half of the parameters"
 
     def counted(self, program: Program) -> int:
+        """The number of trained values of `program`."""
         return program.parameter_count()
 
     def whole(self, original: Program) -> int:
+        """The number of trained values of `original`, without the copies that folding made; at least 1."""
         return max(1, self.counted(original) - original.copied_parameters)

@@ -1,4 +1,4 @@
-"""The goal in measured latency, and what the caches hold when it is measured."""
+"""The goal in measured latency, with hot or cold caches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,26 @@ from .latency_budget import LatencyBudget
 
 @dataclass(frozen=True)
 class Latency(Goal):
-    """Reach a measured latency of at most `ratio` times the original's, or of at most `ms` milliseconds for one
-    inference at the batch measured. Give one of them.
+    """Goal: a measured latency of at most `ratio` of the original's, or of at most `ms` milliseconds.
 
-    `regime` says what the caches hold: ``hot``, the network itself, as in a loop without pauses; ``cold``, nothing of
-    it, as in a server whose requests come with pauses.
+    Latency is that of one inference on the chosen backend, at the batch size and number of threads of the compile.
+    Exactly one of `ratio` and `ms` is given.
+
+    Arguments:
+        ratio: Share of the original's latency, between 0 and 1, both excluded.
+        ms: Latency in milliseconds, above 0.
+        regime: ``hot``: the caches hold the network, as in a loop without pauses. ``cold``: they hold nothing of it,
+            as in a server with pauses between requests.
+
+    Raises:
+        GoalError: If not exactly one of `ratio` and `ms` is given, if it is out of range, or if the regime is
+            unknown.
+
+    Example:
+        >>> foldcut.Latency(0.7).words()
+        "at most 0.7 of the original's latency"
+        >>> print(foldcut.Latency(ms=2.5, regime="cold"))
+        cold latency 2.5 ms
     """
 
     ratio: float | None = None
@@ -54,12 +69,22 @@ class Latency(Goal):
 
     @property
     def share(self) -> float:
-        """The ratio. A goal in milliseconds has none before it is `relative`."""
+        """The ratio. A goal in milliseconds has one only after `relative`."""
         assert self.ratio is not None
         return self.ratio
 
     def relative(self, before_ms: float) -> Latency:
-        """The goal as a ratio, for an original that takes `before_ms`. Raises GoalError when that is fast enough."""
+        """The goal as a ratio.
+
+        Arguments:
+            before_ms: Measured latency of the original in milliseconds.
+
+        Returns:
+            The goal with a ratio: ``ms / before_ms`` if it was in milliseconds, itself otherwise.
+
+        Raises:
+            GoalError: If the original is fast enough already.
+        """
         if self.ms is None:
             return self
         if self.ms >= before_ms:
@@ -70,43 +95,51 @@ class Latency(Goal):
         return self.at(self.ms / before_ms)
 
     def at(self, share: float) -> Latency:
-        """The same goal at another ratio."""
+        """The same goal with the ratio `share`."""
         return replace(self, ratio=share, ms=None)
 
     def settled(self, ctx: Context) -> Latency:
+        """The goal as a ratio of the measured latency of the original."""
         assert ctx.latency is not None
         return self if self.ms is None else self.relative(ctx.latency.original_ms())
 
     def budget(self, ctx: Context, shape: Shape) -> LatencyBudget:
+        """The budget in measured latency."""
         assert ctx.latency is not None
         return LatencyBudget(self.share, ctx.latency, shape)
 
     def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
+        """The plan of least error found within the ratio, and whether it is within."""
         search.offer(self.share)
         found = search.searched(self.share)
         return search.made(found), found.met
 
     def recounted(self, delivered: Delivered) -> bool:
+        """Whether the plan was measured to reach the goal."""
         return delivered.planned
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
-        """A plan that was found to reach the goal has been measured with its whole interval below it, so of the second
-        measurement the ratio has to be; of any other network the whole interval."""
+        """The verdict by the final measurement: the ratio must be met, or the upper end of its 95 % interval where
+        the plan was not measured to reach the goal.
+        """
         del error
         return (measurement.ratio if recounted else measurement.high) <= self.share
 
     def unmet(self, result: Any) -> str:
+        """The decisions and the measured ratio, in words."""
         m = result.outcome.measurement
         done = " and ".join(counted_words(result.plan.decisions)) or "nothing done"
         return f"{self} is not met: with {done}, the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
 
     def words(self) -> str:
+        """The goal as reports word it."""
         where = " with cold caches" if self.regime == "cold" else ""
         if self.ms is not None:
             return f"at most {self.ms:g} ms for one inference{where}"
         return f"at most {self.share:g} of the original's latency{where}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON. The regime is left out if it is ``hot``."""
         wanted = {"ms": float(self.ms)} if self.ms is not None else {"ratio": float(self.share)}
         # plans of earlier versions name no regime
         return {"kind": "latency", **wanted, **({} if self.regime == "hot" else {"regime": self.regime})}

@@ -1,4 +1,4 @@
-"""The goal that bounds the error."""
+"""The goal with a bound on the output error."""
 
 from __future__ import annotations
 
@@ -24,8 +24,22 @@ ROOM = 0.15
 
 @dataclass(frozen=True)
 class MaxError(Goal):
-    """Be as fast as can be while the relative output error stays at most `error`: sum ||S - T||^2 / sum ||T||^2 over
-    all outputs. The verdict is that of the test samples, which no choice has seen."""
+    """Goal: the fastest network found whose relative output error is at most `error`.
+
+    The error is ``sum ||S(x) - T(x)||^2 / sum ||T(x)||^2`` over all outputs, in float64, with S the result and T the
+    original. Latency ratios below 0.25 are not looked for. The verdict is that of the test samples, which no choice
+    has seen.
+
+    Arguments:
+        error: The bound, between 0 and 1, both excluded.
+
+    Raises:
+        GoalError: If the bound is out of range.
+
+    Example:
+        >>> foldcut.MaxError(0.02).words()
+        'as fast as a relative output error of 0.02 allows'
+    """
 
     error: float
 
@@ -42,17 +56,26 @@ class MaxError(Goal):
             )
 
     def budget(self, ctx: Context, shape: Shape) -> LatencyBudget:
+        """The budget in measured latency."""
         assert ctx.latency is not None
         return LatencyBudget(LEAST_RATIO, ctx.latency, shape)
 
     def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
-        """The fastest network whose output error stays within the bound.
+        """Search for the fastest network whose output error is within the bound.
 
-        The latency is bisected: each search gives the plan of least error at a latency, and all that it tried counts.
-        Plans are compared after a quick re-solve on few samples; the whole re-solve mostly leaves less: when the first
-        network has room left, or is above the bound, the bound on what plans may lose is moved by as much, once, and a
-        second time when no network has come out within. A network counts with the upper end of its error's interval:
-        the verdict is that of the test samples, which nothing here has seen, and those may come out higher.
+        The latency ratio is bisected. Plans are compared after a quick re-solve on few samples, which mostly leaves
+        more error than the full one. If the finished network is above the bound, or far below it, the bound on plans
+        is scaled accordingly, at most twice. A network counts with the upper end of the 95 % interval of its error on
+        the judging samples.
+
+        Arguments:
+            search: The search over plans.
+
+        Returns:
+            The network, and whether it is within the bound on the judging samples.
+
+        Raises:
+            GoalError: If nothing can be changed within the bound.
         """
         search.offer(LEAST_RATIO)
         bound, best = self.error, None
@@ -76,19 +99,24 @@ class MaxError(Goal):
         return best[1], best[2]
 
     def recounted(self, delivered: Delivered) -> bool:
+        """Whether the network was found to be within the bound on the judging samples."""
         return delivered.planned
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
+        """Whether the error on the test samples is within the bound; `recounted` if it is not known."""
         del measurement
         return recounted if error is None else error <= self.error
 
     def unmet(self, result: Any) -> str:
+        """The error on the test samples, in words."""
         return f"{self} is not met: the least that was found is {result.outcome.tested}"
 
     def words(self) -> str:
+        """The goal as reports word it."""
         return f"as fast as a relative output error of {self.error:g} allows"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
         return {"kind": self.kind, "error": float(self.error)}
 
     def __str__(self) -> str:

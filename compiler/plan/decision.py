@@ -1,4 +1,4 @@
-"""What a plan does to one thing of a network: the base of all decisions, with a JSON round trip."""
+"""One change of a network by a plan: the base class of decisions, with a JSON round trip."""
 
 from __future__ import annotations
 
@@ -15,11 +15,23 @@ PREDICTIONS = ("error", "saving")
 
 
 class Decision:
-    """One change of a network, as plain data. A rewrite brings its own: subclass this as a frozen dataclass whose
-    fields JSON can hold, and set `kind` to the rewrite's name.
+    """One change of a network, as plain data. Base class; each rewrite has its own subclass.
 
-    A subclass is known by its `kind` from where it is defined on, so that plans are read with it. Every decision has a
-    field `error`, what it is predicted to add to the relative output error, or None.
+    Subclass it as a frozen dataclass whose fields JSON can hold, with a field `error` (the relative output error that
+    the change is predicted to add, or None), and set `kind` to the name of the rewrite. Defining the subclass
+    registers its `kind`, so that plans are read with it.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class ToRelu(foldcut.Decision):
+        ...     node: str
+        ...     error: float | None = None
+        ...     kind = "to_relu"
+        >>> ToRelu(node="gelu").to_dict()
+        {'kind': 'to_relu', 'node': 'gelu', 'error': None}
+        >>> ToRelu.from_dict({"kind": "to_relu", "node": "gelu", "error": None}) == ToRelu(node="gelu")
+        True
     """
 
     #: The name of the rewrite.
@@ -36,35 +48,43 @@ class Decision:
 
     @property
     def subject(self) -> str:
-        """The name of what it is about: a plan has one decision of a kind about each."""
+        """Name of what is changed. A plan has one decision of a kind per subject."""
         raise NotImplementedError
 
     @property
     def what(self) -> str:
-        """What it is about, for people."""
+        """What is changed, for display."""
         return self.subject
 
     @property
     def how(self) -> str:
-        """What was done to that, for people: ``8 of 16 units kept``."""
+        """How it is changed, for display: ``8 of 16 units kept``."""
         return str(self)
 
     def marks(self, program: Program) -> dict[str, dict[str, Any]]:
-        """What a picture of the original shows beside its nodes, by name: plain data, such as the ranks of a layer."""
+        """What a picture of the original network shows beside its nodes.
+
+        Arguments:
+            program: The original network.
+
+        Returns:
+            Plain data by node name, such as the ranks of a layer.
+        """
         del program
         return {}
 
     @property
     def takes_away(self) -> bool:
-        """Whether anything changes by it at all."""
+        """Whether the decision changes anything."""
         return True
 
     @property
     def change(self) -> Any:
-        """What becomes of the network, as plain data: equal for two decisions that do the same."""
+        """The change without its predictions, as plain data. Equal for two decisions that do the same."""
         return {name: value for name, value in self._fields().items() if name not in PREDICTIONS}
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: the kind and all fields."""
         return {"kind": self.kind, **self._fields()}
 
     def _fields(self) -> dict[str, Any]:
@@ -73,13 +93,23 @@ class Decision:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Decision:
-        """The decision that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read a decision back.
+
+        Arguments:
+            data: The result of `to_dict`.
+
+        Returns:
+            The decision.
+
+        Raises:
+            KeyError, TypeError, ValueError: If `data` is anything else.
+        """
         return cls(**{name: value for name, value in data.items() if name != "kind"})
 
 
 @dataclass(frozen=True)
 class UnknownDecision(Decision):
-    """A decision of a rewrite that is not there: it is carried along as it was read, and cannot be put into effect."""
+    """A decision of a rewrite that is not available. It is kept as it was read, and cannot be applied."""
 
     kind: str  # type: ignore[misc]
     data: Mapping[str, Any] = field(hash=False)

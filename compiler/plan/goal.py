@@ -1,4 +1,4 @@
-"""What a compile is to reach: the base of all goals, with a JSON round trip."""
+"""The goal of a compile: the base class of goals, with a JSON round trip."""
 
 from __future__ import annotations
 
@@ -33,10 +33,30 @@ class Delivered:
 
 
 class Goal:
-    """A goal is a frozen dataclass with a `kind`; it is known by that from where it is defined on.
+    """What a compile has to reach. Base class.
 
-    `mixes` says that plans of several rewrites are searched for; a goal that is in units of one rewrite's own (blocks,
-    ranks) leaves the plan to that rewrite.
+    Subclass it as a frozen dataclass with a `kind`. Defining the subclass registers its `kind`, so that plans are
+    read with it. A goal that mixes rewrites implements `budget` and `sought`. Any other goal is in units of one
+    rewrite (blocks, ranks), which makes the plan.
+
+    Attributes:
+        kind: Name of the goal in ``plan.json``.
+        mixes: Whether plans of several rewrites are searched for.
+        measured: Whether plans have to save latency.
+        bounds_error: Whether the output error on the test samples decides.
+        regime: State of the caches when latency is measured: ``hot`` or ``cold``.
+        needs_change: Whether an unchanged network can never reach it.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Layers(foldcut.Goal):
+        ...     count: int
+        ...     kind = "layers"
+        >>> Layers(3).to_dict()
+        {'kind': 'layers', 'count': 3}
+        >>> Layers.from_dict({"kind": "layers", "count": 3}) == Layers(3), Layers(3).mixes
+        (True, False)
     """
 
     kind: ClassVar[str]
@@ -57,54 +77,114 @@ class Goal:
             Goal._known[cls.kind] = cls
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the kind, and what was given."""
+        """Plain data, ready for JSON: the kind, and the fields that are not None."""
         fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
         return {"kind": self.kind, **{name: value for name, value in fields.items() if value is not None}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Goal:
-        """The goal that `to_dict` wrote. Raises GoalError, KeyError or TypeError for anything else."""
+        """Read a goal back.
+
+        Arguments:
+            data: The result of `to_dict`.
+
+        Returns:
+            The goal.
+
+        Raises:
+            GoalError, KeyError, TypeError: If `data` is anything else.
+        """
         return cls(**{name: value for name, value in data.items() if name != "kind"})
 
     def words(self) -> str:
-        """The goal as a report says it."""
+        """The goal as reports word it."""
         return str(self)
 
     def settled(self, ctx: Context) -> Goal:
-        """The goal once the original has been measured."""
+        """The goal once the original has been measured.
+
+        Arguments:
+            ctx: The context of the compile.
+
+        Returns:
+            The goal, in terms of a ratio if it was not.
+        """
         del ctx
         return self
 
     def budget(self, ctx: Context, shape: Shape) -> PlanBudget:
-        """What it bounds; `shape` makes the network of a plan. Asked for where it `mixes`."""
+        """The quantity that the goal bounds. Only called if `mixes`.
+
+        Arguments:
+            ctx: The context of the compile.
+            shape: Builds the network of a plan, with any weights.
+
+        Returns:
+            The budget that a search for plans goes by.
+        """
         raise NotImplementedError
 
     def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
-        """The network that reaches it best, and whether its plan was found to. Asked for where it `mixes`."""
+        """Search for the network that reaches the goal best. Only called if `mixes`.
+
+        Arguments:
+            search: The search over plans.
+
+        Returns:
+            The network, and whether its plan was found to reach the goal.
+        """
         raise NotImplementedError
 
     @property
     def share(self) -> float | None:
-        """The latency ratio that it asks for: a network that misses it is planned again, for less. None where it asks
-        for none."""
+        """The latency ratio to reach, or None. A network that misses it is planned again for a smaller one."""
         return None
 
     def at(self, share: float) -> Goal:
-        """The same goal at another latency ratio."""
+        """The same goal at another latency ratio.
+
+        Arguments:
+            share: The latency ratio.
+
+        Returns:
+            The goal.
+        """
         raise NotImplementedError
 
     def recounted(self, delivered: Delivered) -> bool:
-        """Whether what the goal counts is so in the network that goes out, not in the plan for it."""
+        """Count again in the finished network what its plan promised.
+
+        Arguments:
+            delivered: The original, the finished network, and what its plan said.
+
+        Returns:
+            Whether the finished network has what the goal counts.
+        """
         return delivered.planned and delivered.in_effect()
 
     def unmet(self, result: Any) -> str:
-        """How far a result is from the goal, for the error that says so."""
+        """Word how far a result is from the goal, for the `GoalError`.
+
+        Arguments:
+            result: The best `Compiled`.
+
+        Returns:
+            One sentence.
+        """
         del result
         return f"{self} is not met"
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
-        """The verdict on a finished network: its measured latency, whether it was `recounted`, and its relative output
-        error on the test samples, where that is known."""
+        """The verdict on a finished network.
+
+        Arguments:
+            measurement: Its measured latency against the original.
+            recounted: The result of `recounted`.
+            error: Its relative output error on the test samples, if known.
+
+        Returns:
+            Whether the goal is met.
+        """
         del measurement, error
         return recounted
 

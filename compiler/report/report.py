@@ -1,4 +1,4 @@
-"""What a compile reports: the content of report.json, and the table that people read."""
+"""The report of a compile: the content of ``report.json``, and its table."""
 
 from __future__ import annotations
 
@@ -12,27 +12,62 @@ from ..support.strict_json import finite
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything measured about one compile. `to_dict()` is report.json.
+    """Everything that one compile measured.
 
-    `model` is the name of the network's file or class and `fingerprint` what its plan knows it by; `made` when the
-    report was made (UTC), `versions` of what made it; `rewrites` those that were allowed, `kinds` what they are called
-    and how they are drawn, `words` the decisions in words (`what`, `how`), in their order, and `mimicked` whether the
-    result has been trained to mimic the original.
+    A part that could not be made holds a ``missing`` entry with the reason.
 
-    `latency` has ratio, low, high (95 % interval), pairs, clock, before_ms, after_ms, and the regime that the goal
-    names; `regimes` the same by regime (``hot``, ``cold``), measured in the same loads, with a `missing` where the
-    backend cannot; `macs` and `parameters` before and after, at batch 1; `output_error` the relative mean squared error
-    of the outputs on the test samples, which nothing was chosen by, and `test` the same with its 95 % interval (error,
-    low, high, samples); `output_errors` that on the judging samples after each stage, which plans were compared by;
-    `groups` the unit groups, kept and total, and `multiple_of` what channel counts went to
-    multiples of, where channels were pruned; `calibration` how many samples there were and how they were divided;
-    `seconds` wall and CPU seconds per stage.
+    Arguments:
+        goal: The goal, as plain data.
+        met: Whether it is met.
+        backend: Name of the backend.
+        batch: Batch size of the measurement.
+        latency: ``ratio`` with its 95 % interval ``low`` to ``high``, ``before_ms``, ``after_ms``, ``pairs``,
+            ``clock``, in the regime of the goal.
+        macs: Multiply-accumulates ``before`` and ``after``, for one sample.
+        parameters: Trained values ``before`` and ``after``.
+        output_error: Relative mean squared error of the outputs on the test samples.
+        output_errors: The same on the judging samples, after each stage.
+        decisions: The decisions, as plain data.
+        rejects: What was left unchanged, and why.
+        onnx_difference: Difference between ``model.onnx`` and the program.
+        calibration: How many samples there were, and how they were divided.
+        seconds: Wall and CPU time per stage, in seconds.
+        environment: Machine and versions of the measurement.
+        seed: Seed of all random choices.
+        warnings: The warnings of the compile.
+        groups: The unit groups, with units kept and in total, if channels were pruned.
+        multiple_of: What channel counts were multiples of, if channels were pruned.
+        errors_by_output: Relative error of each output by name, on the test samples.
+        tried: The plans that were compared.
+        aims: The latency ratios that were planned for: that of the goal, and smaller ones after a miss.
+        changes: For each kind of decision, the error that it makes alone, before any re-solve.
+        graph: The network block by block, and what became of each layer.
+        block_latency: Latency per block, before and after.
+        model: Name of the file or class of the network.
+        fingerprint: Fingerprint of the program that the plan was made for.
+        made: When the report was made, in UTC.
+        versions: Versions of foldcut and torch.
+        rewrites: Names of the rewrites that were used.
+        goal_words: The goal in words.
+        kinds: What the rewrites are called, and how they are drawn.
+        words: The decisions in words: ``what`` and ``how``.
+        mimicked: Whether the result was trained on the features of the original.
+        test: The output error on the test samples with its 95 % interval: ``error``, ``low``, ``high``, ``samples``.
+        regimes: The latency in both regimes, ``hot`` and ``cold``, by name.
 
-    `errors_by_output` is the final error of each output by name, on the test samples; `tried` the plans that were
-    compared on the way (`TriedPlan`), `aims` the latency ratios that they were made for: the goal, and less where the
-    finished network missed it; `changes` what each kind of decision costs by itself (`errors_by_class`); `graph` the
-    network block by block with what became of each layer (`describe_graph`); `block_latency` where the time went before
-    and after. A part that is not there has a `missing` with the reason.
+    Example:
+        >>> counts, latency = {"before": 4000, "after": 2000}, {"ratio": 0.6, "low": 0.58, "high": 0.62}
+        >>> report = foldcut.Report(
+        ...     goal={"kind": "macs", "ratio": 0.5}, met=True, backend="onnxruntime", batch=1, seed=0,
+        ...     latency={**latency, "before_ms": 2.0, "after_ms": 1.2}, macs=counts, parameters=counts,
+        ...     output_error=0.01, output_errors={}, onnx_difference=0.0, decisions=(), rejects=(),
+        ...     calibration={}, seconds={}, environment={},
+        ... )
+        >>> for row in report.rows()[:3]:
+        ...     print(row)
+        ('latency', '2.000 ms', '1.200 ms', 'x0.600 (95 %: 0.580 to 0.620)')
+        ('MACs', '0.00 M', '0.00 M', 'x0.500')
+        ('parameters', '4.00 k', '2.00 k', 'x0.500')
     """
 
     goal: Mapping[str, Any]
@@ -74,17 +109,26 @@ class Report:
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:
-        """The report that report.json holds. What this version does not know is left out. Raises TypeError when a part
-        is missing that every version had."""
+        """Read a report back. Parts that this version does not know are left out.
+
+        Arguments:
+            data: The content of ``report.json``.
+
+        Returns:
+            The report.
+
+        Raises:
+            TypeError: If a part is missing that every version had.
+        """
         known = {part.name for part in fields(cls)}
         return cls(**{name: value for name, value in data.items() if name in known})
 
     def __getitem__(self, name: str) -> Any:
-        """A part by its name in report.json."""
+        """The part called `name` in ``report.json``."""
         return self.to_dict()[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; a figure that is not finite is None."""
+        """Plain data, ready for JSON: the content of ``report.json``. Numbers that are not finite are None."""
         data = {
             "version": 1,
             "model": self.model,
@@ -127,7 +171,7 @@ class Report:
         return {key: finite(value) for key, value in data.items()}
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """(quantity, before, after, change) for a table."""
+        """Rows (quantity, before, after, change) of a table, as strings."""
         own = self.latency.get("regime", "hot")
         rows = [_latency_row("latency" if own == "hot" else f"latency, {own}", self.latency)]
         others = {name: found for name, found in self.regimes.items() if name != own and "ratio" in found}

@@ -1,4 +1,4 @@
-"""The protocol of rewrites. The driver knows nothing else of them."""
+"""The protocol of rewrites. The driver uses nothing else of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,22 @@ R = TypeVar("R", bound="Rewrite")
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a rewrite can do towards a goal: items of which a search takes some, and why the rest is left alone.
+    """What a rewrite can do towards a goal.
 
-    `starts` are whole plans of these items that are worth a trial; `savings` says how what the items save adds up where
-    that is not one by one; `report` goes into report.json as it is.
+    Arguments:
+        items: What can be changed, each with proposals of which a search takes at most one.
+        rejects: What was left unchanged, with the reason.
+        starts: Whole plans of these items that are worth a trial.
+        savings: How the savings of several items combine. None if they add up.
+        report: Entries for ``report.json``.
+
+    Example:
+        >>> from foldcut.compiler.plan.proposals import Claims, Item, Proposal
+        >>> drop = foldcut.DropBlock(entry="relu", exit="relu_1")
+        >>> proposal = Proposal(error=0.01, saving=0.2, decision=drop)
+        >>> item = Item(kind=drop.kind, name=drop.region, claims=Claims(), proposals=(proposal,))
+        >>> foldcut.Offer(items=(item,)).items[0].name
+        'relu>relu_1'
     """
 
     items: tuple[Item, ...] = ()
@@ -37,7 +49,7 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPlan:
-    """The plan of one rewrite for a goal in units of its own, and whether it reaches the goal."""
+    """The plan of one rewrite for a goal in its own units, and whether it reaches the goal."""
 
     decisions: tuple[Decision, ...]
     met: bool = True
@@ -47,11 +59,26 @@ class OwnPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A program with decisions in effect, and what a solve has to know about them.
+    """A program with decisions in effect, and what the re-solve needs to know about them.
 
-    `decisions` are those that are in effect, as the plan is to hold them. `plain` is the same network before any weight
-    was solved, None where there is no other. `changes` are what a solve has to know; `errors` the relative output
-    errors on the judging samples, stage by stage; `tried` the plans that were compared on the way."""
+    Arguments:
+        program: The rewritten program.
+        decisions: The decisions in effect, as the plan will hold them.
+        plain: The same network before any weight was re-solved. None if there is no other.
+        changes: Dropped regions, kept channels and replaced nodes, for the re-solve.
+        layers: Squared error of each re-solved layer, before and after.
+        rejects: What was refused, with the reason.
+        report: Entries for ``report.json``.
+        errors: Relative output error on the judging samples after each stage.
+        tried: The plans that were compared.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 4))
+        >>> drop = foldcut.DropBlock(entry="input_1", exit="linear")
+        >>> smaller = foldcut.Drop().shape(program, [drop])
+        >>> foldcut.Applied(program=smaller, decisions=(drop,)).program.parameter_count()
+        10
+    """
 
     program: Program
     decisions: tuple[Decision, ...] = ()
@@ -65,11 +92,31 @@ class Applied:
 
 
 class Rewrite:
-    """One kind of change of a network: offered, priced, carried out. Subclass it as a frozen dataclass whose fields are
-    its settings, and pass an instance in `rewrites=`; nothing has to be registered.
+    """One kind of change of a network. Base class.
 
-    Rewrites of one plan are applied by `phase`, the lowest first: each sees the network that those before it leave.
-    After all of them the layers are solved once more, by the driver.
+    Subclass it as a frozen dataclass whose fields are its settings, and pass an instance in `rewrites=`. Nothing has
+    to be registered. The rewrites of a plan are applied by `phase`, the lowest first; each sees the network that
+    those before it left. After all of them the driver re-solves the layers once more.
+
+    Attributes:
+        name: Name in ``plan.json`` and in `rewrites=`: the `kind` of its decisions.
+        verb: What it does, for reports: ``drop blocks``.
+        mark: How reports draw it: ``drops``, ``channels``, ``ranks`` or ``mix``.
+        decides: Its class of decisions.
+        phase: Its place in the order of application.
+        solves_before_next: Whether the network is re-solved before the next rewrite sees it.
+        ignore: Shell-style patterns of what is left unchanged.
+        ignores: What these patterns match: ``layer``.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Nothing(foldcut.Rewrite):
+        ...     name = "nothing"
+        ...     def shape(self, program, decisions):
+        ...         return program
+        >>> Nothing().serves(foldcut.Macs(0.5)), Nothing().serves(foldcut.Blocks(1))
+        (True, False)
     """
 
     #: In plan.json, in `rewrites=` and in reports: the `kind` of its decisions.
@@ -95,64 +142,178 @@ class Rewrite:
         return cls()
 
     def serves(self, goal: Goal) -> bool:
-        """Whether it can be used towards a goal: by default, all for which plans of several rewrites are searched."""
+        """Whether the rewrite can be used towards a goal. By default, towards every goal that mixes rewrites.
+
+        Arguments:
+            goal: The goal.
+
+        Returns:
+            True if it can.
+        """
         return goal.mixes
 
     def by_default(self, goal: Goal) -> bool:
-        """Whether it is used where none is named."""
+        """Whether the rewrite is used when `rewrites=` is not given.
+
+        Arguments:
+            goal: The goal.
+
+        Returns:
+            True if it is; by default, wherever it `serves`.
+        """
         return self.serves(goal)
 
     def prepared(self: R, ctx: Context) -> R:
-        """The rewrite with settings that depend on the backend. Raises BackendError."""
+        """Adapt the settings to the backend.
+
+        Arguments:
+            ctx: The context of the compile.
+
+        Returns:
+            The rewrite to use; by default, itself.
+
+        Raises:
+            BackendError: If the backend cannot be probed.
+        """
         del ctx
         return self
 
     def named(self, program: Program) -> Sequence[str]:
-        """The names that `ignore` may use of a program."""
+        """The names that patterns in `ignore` are matched with.
+
+        Arguments:
+            program: The original network.
+
+        Returns:
+            The names.
+        """
         del program
         return ()
 
     def ignoring(self: R, patterns: tuple[str, ...]) -> R:
-        """The rewrite that leaves these alone."""
+        """The same rewrite with other patterns in `ignore`.
+
+        Arguments:
+            patterns: Shell-style patterns.
+
+        Returns:
+            The rewrite.
+        """
         return replace(self, ignore=patterns)  # type: ignore[type-var]
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """What it can do to `ctx.teacher` towards the aim of a budget. Never changes the program."""
+        """Find what can be done to ``ctx.teacher`` towards the aim of a budget. The program is not changed.
+
+        Arguments:
+            ctx: The context of the compile.
+            budget: The quantity that the goal bounds.
+
+        Returns:
+            The `Offer`.
+        """
         raise NotImplementedError
 
     def own_plan(self, ctx: Context) -> OwnPlan:
-        """The plan for `ctx.goal`, a goal in its own units. Raises GoalError where nothing can be done."""
+        """Make the plan for ``ctx.goal``, a goal in the rewrite's own units.
+
+        Arguments:
+            ctx: The context of the compile.
+
+        Returns:
+            The decisions, and whether they reach the goal.
+
+        Raises:
+            GoalError: If nothing can be done.
+        """
         raise GoalError(f"{self.name} has no plan of its own for {ctx.goal}")
 
     def still(self, program: Program, decisions: Sequence[Decision]) -> Sequence[Decision]:
-        """Those of the decisions of a search that still save something on what earlier rewrites have left."""
+        """Select the decisions that still save something.
+
+        Arguments:
+            program: The network that earlier rewrites left.
+            decisions: Decisions of a search.
+
+        Returns:
+            Those to apply; by default, all.
+        """
         del program
         return decisions
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
-        """Raise RewriteError or PlanError where the program does not have what a decision is about."""
+        """Check that the program has what the decisions are about. By default, nothing is checked.
+
+        Arguments:
+            program: The network before this rewrite.
+            decisions: The decisions to apply.
+
+        Raises:
+            RewriteError, PlanError: If something is missing.
+        """
 
     def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
-        """Raise RewriteError where a rewritten program is not what the decisions say that took effect. That inputs and
-        outputs stay what they were is checked by the driver."""
+        """Check that a rewritten program is what the decisions say. By default, nothing is checked. The driver itself
+        checks that inputs and outputs stay the same.
+
+        Arguments:
+            before: The network before this rewrite.
+            after: The network after it.
+            decisions: The decisions applied.
+
+        Raises:
+            RewriteError: If it is not.
+        """
 
     def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
-        """The network that decisions lead to, with any weights: the same graph and shapes, so the same latency."""
+        """Build the network of some decisions, with any weights.
+
+        Arguments:
+            program: The network before this rewrite.
+            decisions: The decisions to apply.
+
+        Returns:
+            A program with the final graph and shapes, so with the final latency.
+        """
         raise NotImplementedError
 
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
-        """The network with the decisions in effect, and weights that suit it as well as this rewrite alone can say."""
+        """Build the network of some decisions, with weights fitted to it as well as this rewrite alone can.
+
+        Arguments:
+            program: The network before this rewrite.
+            decisions: The decisions to apply.
+            ctx: The context of the compile.
+
+        Returns:
+            The `Applied` program.
+        """
         raise NotImplementedError
 
     def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
-        """The same without data: by default the `shape`."""
+        """Build the network of some decisions without data.
+
+        Arguments:
+            program: The network before this rewrite.
+            decisions: The decisions to apply.
+
+        Returns:
+            The rewritten program; by default, that of `shape`.
+        """
         return self.shape(program, decisions)
 
     def unsolved_by(self) -> tuple[str, ...]:
-        """The settings that forbid the solve of all layers after it, by name: ``ChannelSettings.resolve=False``."""
+        """Names of the settings that forbid the final re-solve: ``ChannelSettings.resolve=False``."""
         return ()
 
     def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
-        """What report.json says about it beside its decisions."""
+        """Entries for ``report.json`` beside the decisions.
+
+        Arguments:
+            ctx: The context of the compile.
+            applied: The network that was made.
+
+        Returns:
+            Plain data by name.
+        """
         del ctx, applied
         return {}
