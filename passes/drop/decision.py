@@ -15,11 +15,18 @@ from ...compiler.support.errors import GoalError
 
 @dataclass(frozen=True, kw_only=True)
 class DropBlock(Decision):
-    """Bypass one region: `exit` is replaced by `entry`.
+    """Decision: bypass one region, so that `exit` is replaced by `entry`.
 
-    `path` is the module path for people. `error` is the relative output error that was predicted when the block was
-    chosen (with the decisions before it in force), `saving` the predicted share of the original's latency (None where
-    nothing was measured).
+    Arguments:
+        entry: Name of the node that stays.
+        exit: Name of the node that is replaced.
+        path: Module path of the region, for display.
+        error: Predicted relative output error with this and all earlier drops in effect. None if not predicted.
+        saving: Predicted share of the original's latency that it saves. None if not measured.
+
+    Example:
+        >>> print(foldcut.DropBlock(entry="relu", exit="relu_1", path="layer1.0"))
+        drop layer1.0
     """
 
     entry: str
@@ -33,21 +40,26 @@ class DropBlock(Decision):
 
     @property
     def region(self) -> str:
+        """Name of the region: ``entry>exit``."""
         return f"{self.entry}>{self.exit}"
 
     @property
     def subject(self) -> str:
+        """Name of the region: ``entry>exit``."""
         return self.region
 
     @property
     def what(self) -> str:
+        """The module path, or the name of the region."""
         return self.path or self.region
 
     @property
     def how(self) -> str:
+        """``dropped``, and the predicted saving if there is one."""
         return "dropped" if self.saving is None else f"dropped, predicted to save {self.saving:.1%} of the latency"
 
     def marks(self, program: Program) -> dict[str, dict[str, Any]]:
+        """The decision for each node of `program` that is removed."""
         if not {self.entry, self.exit} <= set(program.nodes):
             return {}
         drop = {"region": self.region, "error": self.error, "saving": self.saving}
@@ -55,13 +67,16 @@ class DropBlock(Decision):
 
     @property
     def change(self) -> list[str]:
+        """Entry and exit."""
         return [self.entry, self.exit]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
         return {"kind": self.kind, "region": self.region, **self._fields()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DropBlock:
+        """The decision that `to_dict` wrote."""
         ends = {key: str(data[key]) for key in ("entry", "exit", "path")}
         return cls(**ends, error=predicted(data["error"]), saving=predicted(data["saving"]))
 
@@ -71,7 +86,21 @@ class DropBlock(Decision):
 
 @dataclass(frozen=True)
 class Blocks(Goal):
-    """Drop exactly `count` blocks, those whose loss the rest of the network recovers best."""
+    """Goal: drop `count` blocks.
+
+    Blocks are chosen one at a time: the one whose loss the rest of the network recovers best, with the earlier ones
+    dropped. Residual regions come first, other removable regions only when those do not suffice.
+
+    Arguments:
+        count: Number of blocks, 1 or more.
+
+    Raises:
+        GoalError: If the number is out of range.
+
+    Example:
+        >>> print(foldcut.Blocks(4))
+        4 blocks dropped
+    """
 
     count: int
 
@@ -84,9 +113,11 @@ class Blocks(Goal):
             )
 
     def recounted(self, delivered: Delivered) -> bool:
+        """Whether the plan drops enough blocks, and the network costs what that leaves."""
         return delivered.decisions >= self.count and delivered.in_effect()
 
     def unmet(self, result: Any) -> str:
+        """How many blocks can be dropped, in words."""
         return f"only {len(result.plan.decisions)} of {self.count} blocks can be dropped"
 
     def __str__(self) -> str:

@@ -30,10 +30,29 @@ NEAR = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Drop(RecoverabilitySettings, Rewrite):
-    """Drop blocks: bypass whole branches, and solve the layers around them (PRACTISE, arXiv 2202.07861).
+    """Rewrite: drop blocks, so that whole branches are bypassed (PRACTISE, arXiv 2202.07861).
 
-    The fields are those of `RecoverabilitySettings`, which say how well the rest recovers. `ignore` are patterns of
-    layers (node, module path or weight): a region that holds one of them stays.
+    A block is scored by the error left in the features before the head when it is dropped, ``sum ||F_S - F_T||^2 /
+    sum ||F_T||^2``, with sums in float64 and the blocks chosen before it dropped too. Under a goal that bounds a
+    cost, the score is that added error per saved cost. The layers around are re-solved afterwards.
+
+    Arguments:
+        mode: How the error is predicted. ``plain``: bypass and run. ``local``: re-solve the layer in front too.
+            ``calibrated``: the local error, times the share of it that a full re-solve of that block leaves.
+            ``exact``: re-solve all layers behind. ``adaptors``: train the 1x1 adaptors of PRACTISE.
+        samples: Number of samples that are read, half to solve and half to judge.
+        adaptors: How adaptors are trained.
+        resolve: How layers are re-solved for the prediction.
+        ignore: Shell-style patterns of layers (node, module path or weight). A region with such a layer stays.
+
+    Raises:
+        CompilerError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 4))
+        >>> drop = foldcut.DropBlock(entry="input_1", exit="linear")
+        >>> foldcut.Drop(samples=32).shape(program, [drop]).parameter_count()
+        10
     """
 
     ignore: tuple[str, ...] = ()
@@ -50,15 +69,19 @@ class Drop(RecoverabilitySettings, Rewrite):
         return cls(**vars(settings.recoverability), ignore=settings.ranks.ignore)
 
     def serves(self, goal: Goal) -> bool:
+        """True for `Blocks`, and for goals that mix rewrites."""
         return goal.mixes or isinstance(goal, Blocks)
 
     def by_default(self, goal: Goal) -> bool:
+        """True for `Blocks`, and for goals in latency."""
         return goal.measured or isinstance(goal, Blocks)
 
     def named(self, program: Program) -> Sequence[str]:
+        """The layers of `program`: node, module path and weight."""
         return all_layer_names(program)
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
+        """The regions whose drops reach the aim of `budget`, one after the other, each with the error that it adds."""
         analysis = self._regions(ctx)
         regions = analysis.regions
         if not regions:
@@ -78,6 +101,7 @@ class Drop(RecoverabilitySettings, Rewrite):
         return Offer(items=tuple(items), rejects=tuple(analysis.rejects))
 
     def own_plan(self, ctx: Context) -> OwnPlan:
+        """The plan for a goal in blocks. Raises GoalError when nothing can be dropped."""
         assert isinstance(ctx.goal, Blocks)
         with ctx.clock.stage("analyse"):
             analysis = self._regions(ctx)
@@ -95,9 +119,11 @@ class Drop(RecoverabilitySettings, Rewrite):
         return OwnPlan(decisions=choice.decisions, met=choice.met, rejects=tuple(analysis.rejects))
 
     def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with the regions bypassed. Exact where the branch of a region is zero."""
         return drop_blocks(program, _drops(decisions))
 
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
+        """The program with the regions bypassed. The layers around are re-solved by the driver."""
         del ctx  # the layers around are solved by the driver
         drops = _drops(decisions)
         return Applied(program=drop_blocks(program, drops), decisions=tuple(drops), changes=changes_of_drops(drops))
@@ -164,7 +190,7 @@ def _reaching(ctx: Context, budget: Budget, savings: Mapping[str, float]) -> Eno
 
 
 def _require_regions(analysis: RegionAnalysis, goal: Blocks) -> None:
-    """Raise GoalError, with the reasons, when nothing can be removed; warn when there is less than asked for."""
+    """Raise GoalError, with the reasons, when nothing can be removed; warn when it is less than the goal."""
     if analysis.regions:
         if goal.count > len(analysis.regions):
             warnings.warn(

@@ -14,10 +14,19 @@ from ...compiler.support.errors import GoalError
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizeLayer(Decision):
-    """Replace one layer by the factors of a scheme at these ranks, per group; `full` are the ranks at which it would be
-    exact.
+    """Decision: replace one layer by a chain of thinner ones.
 
-    `error` is the relative error of the layer's output when the ranks were chosen.
+    Arguments:
+        layer: Name of the node.
+        scheme: ``channel``, ``spatial`` or ``tucker``.
+        ranks: Ranks of the factors, per group.
+        full: Ranks at which the scheme is exact up to rounding.
+        path: Module path of the layer, for display.
+        error: Relative error of the layer's output when the ranks were chosen. None if not predicted.
+
+    Example:
+        >>> print(foldcut.FactorizeLayer(layer="conv2d_3", scheme="spatial", ranks=(40,), full=(192,)))
+        factorise conv2d_3 (spatial) to rank 40 of 192
     """
 
     layer: str
@@ -32,26 +41,32 @@ class FactorizeLayer(Decision):
 
     @property
     def subject(self) -> str:
+        """Name of the layer."""
         return self.layer
 
     @property
     def what(self) -> str:
+        """The module path, or the name of the layer."""
         return self.path or self.layer
 
     @property
     def how(self) -> str:
+        """Scheme and ranks."""
         return f"{self.scheme}, {self._rank_words()}"
 
     def marks(self, program: Program) -> dict[str, dict[str, Any]]:
+        """Scheme and ranks of the layer."""
         del program
         return {self.layer: {"scheme": self.scheme, "ranks": list(self.ranks), "full": list(self.full)}}
 
     @property
     def change(self) -> list[Any]:
+        """Layer, scheme and ranks."""
         return [self.layer, self.scheme, list(self.ranks)]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FactorizeLayer:
+        """The decision that `to_dict` wrote."""
         ranks, full = whole_numbers(data["ranks"], 1), whole_numbers(data["full"], 1)
         if not isinstance(data["scheme"], str) or not data["scheme"]:
             raise ValueError(f"{data['scheme']!r} is no scheme")
@@ -68,10 +83,23 @@ class FactorizeLayer(Decision):
 
 @dataclass(frozen=True)
 class Ranks(Goal):
-    """Factorise every layer that gets cheaper by it, each on its own: to `rank`, to a share `keep` of its full rank,
-    to the least rank that keeps a share `energy` of its output's energy, or whose relative error is at most `error`
-    (energy 0.99 and error 0.01 are the same), or to the largest rank that costs at most a share `macs` of the layer's
-    multiply-accumulates. Give just one of them."""
+    """Goal: factorise every layer that gets cheaper by it, each on its own. Exactly one argument is given.
+
+    Arguments:
+        rank: The rank of each layer, 1 or more.
+        keep: Share of the full rank.
+        energy: Least rank that keeps this share of the energy of the layer's output. The same as ``error=1 -
+            energy``.
+        error: Cheapest factorisation with at most this relative error of the layer's output.
+        macs: Most accurate factorisation with at most this share of the layer's multiply-accumulates.
+
+    Raises:
+        GoalError: If not exactly one is given, or if it is out of range. Shares are above 0 and at most 1.
+
+    Example:
+        >>> print(foldcut.Ranks(energy=0.99))
+        0.99 of the energy
+    """
 
     rank: int | None = None
     keep: float | None = None
@@ -98,6 +126,7 @@ class Ranks(Goal):
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def words(self) -> str:
+        """The goal as reports word it."""
         return f"layers factorised to {self}"
 
     def __str__(self) -> str:

@@ -42,7 +42,38 @@ LEAST_SAVING = 0.0005
 
 @dataclass(frozen=True, kw_only=True)
 class Factorize(RankSettings, Rewrite):
-    """Replace layers by chains of thinner ones, from what the layers see; the fields are those of `RankSettings`."""
+    """Rewrite: replace layers by chains of thinner ones, from the inputs that they get on the calibration set.
+
+    With W the weight as a matrix, A the rows of inputs, ``G = A^T A`` their Gram matrix and D the diagonal matrix of
+    gains of the outputs behind the layer, a scheme minimises
+
+        ||A (W - W')^T D||_F^2 = tr D (W - W') G (W - W')^T D
+
+    over factorisations W' of the given rank. Sums and decompositions are in float64. ``channel`` reaches the minimum
+    (a truncated eigendecomposition); ``spatial`` and ``tucker`` choose the first factor from the whitened weight and
+    solve the others given it. At full rank W' equals W up to rounding.
+
+    Arguments:
+        schemes: Schemes to choose from. ``channel``: k x k to r channels, then 1 x 1. ``spatial``: k x 1, then 1 x k.
+            ``tucker``: 1 x 1, k x k, 1 x 1.
+        multiple_of: Ranks are multiples of this.
+        least: Least rank, as a share of the full rank.
+        metric: ``data`` weighs errors by the inputs of the layer. ``weights`` uses G = I and D = I, and reads no
+            data.
+        resolve: Whether the factors and the layers behind are re-solved on the whole network.
+        rows_per_column: Largest number of rows of A in a Gram matrix, per column. None reads all.
+        ignore: Shell-style patterns of layers (node, module path or weight) that stay whole.
+        on_lattice: Whether `multiple_of` is taken from the backend.
+
+    Raises:
+        GoalError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(32, 32)).eval(), torch.randn(2, 32))
+        >>> cut = foldcut.FactorizeLayer(layer="linear", scheme="channel", ranks=(8,), full=(32,))
+        >>> foldcut.Factorize(multiple_of=8).plain(program, [cut]).parameter_count()
+        544
+    """
 
     name = "factorize"
     verb = "factorise layers"
@@ -55,25 +86,31 @@ class Factorize(RankSettings, Rewrite):
         return cls(**vars(settings.ranks))
 
     def serves(self, goal: Goal) -> bool:
+        """True for `Ranks`, and for goals that mix rewrites."""
         return goal.mixes or isinstance(goal, Ranks)
 
     def by_default(self, goal: Goal) -> bool:
+        """True for `Ranks`, and for goals in latency."""
         return goal.measured or isinstance(goal, Ranks)
 
     def prepared(self, ctx: Context) -> Factorize:
+        """With `on_lattice`, the rewrite with the multiple that the backend favours."""
         if not self.on_lattice or ctx.latency is None:
             return self
         return replace(self, multiple_of=ctx.latency.probe.lattice(progress=ctx.progress).multiple_for(ctx.teacher))
 
     def named(self, program: Program) -> Sequence[str]:
+        """The layers of `program`: node, module path and weight."""
         return all_layer_names(program)
 
     def unsolved_by(self) -> tuple[str, ...]:
+        """``RankSettings.resolve=False`` where that is set."""
         return () if self.resolve else ("RankSettings.resolve=False",)
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """Every layer at its options. Layers alone reach what can be counted by the plan that `search_plan` finds: a
-        search starts from it."""
+        """Every layer with its ranks. Where the goal is counted, the plan of least error by layers alone is a start
+        of the search.
+        """
         with ctx.clock.stage("offer ranks"):
             analysis = self._analysis(ctx)
             rejects = tuple(analysis.rejects)
@@ -89,6 +126,7 @@ class Factorize(RankSettings, Rewrite):
             return Offer(items=items, rejects=rejects, starts=starts)
 
     def own_plan(self, ctx: Context) -> OwnPlan:
+        """The plan for a goal in ranks. Raises GoalError when no layer can be factorised."""
         assert isinstance(ctx.goal, Ranks)
         with ctx.clock.stage("analyse"):
             analysis = self._analysis(ctx)
@@ -103,20 +141,23 @@ class Factorize(RankSettings, Rewrite):
         return OwnPlan(decisions=decisions, rejects=tuple(analysis.rejects))
 
     def still(self, program: Program, decisions: Sequence[Decision]) -> Sequence[Decision]:
-        """A layer that an earlier rewrite has narrowed below its ranks stays whole."""
+        """The decisions whose ranks an earlier rewrite has left below the full rank."""
         return within_full(program, _ranks(decisions))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
+        """Raise RewriteError or PlanError where `program` does not have a layer as planned."""
         check_decisions(program, _ranks(decisions))
 
     def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with factors of the final shapes, for timing and counting."""
         return factorize_for_timing(program, within_full(program, _ranks(decisions)))
 
     def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with factors of the weights alone."""
         return factorize_plain(program, _ranks(decisions))
 
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
-        """Factors cut out of what the layers now see."""
+        """The program with factors fitted to what the layers now get as inputs."""
         ranks = _ranks(decisions)
         smaller = factorize(program, self._factors(program, ranks, ctx))
         changes = Changes(replaced=tuple(decision.layer for decision in ranks))

@@ -54,12 +54,24 @@ Judging = Literal["data", "weights"]
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
-    """How ranks are looked for: `schemes` to choose from, ranks in multiples of `multiple_of`, at least `least` times
-    the full rank; `metric` ``data`` or ``weights`` (plain, data-free).
+    """How layers are factorised. `Factorize` describes what is minimised.
 
-    With `resolve` the factors and the layers behind are solved again on the whole network. `ignore` are patterns of
-    layers that stay whole (node, module path or weight: ``head*``). `on_lattice` takes the multiple from the backend.
-    `rows_per_column` caps the rows of A that a Gram matrix reads, relative to its columns.
+    Arguments:
+        schemes: Schemes to choose from: ``channel``, ``spatial``, ``tucker``.
+        multiple_of: Ranks are multiples of this.
+        least: Least rank, as a share of the full rank, 0 to 1.
+        metric: ``data`` weighs errors by the inputs of the layer. ``weights`` reads no data.
+        resolve: Whether the factors and the layers behind are re-solved on the whole network.
+        rows_per_column: Largest number of rows of inputs in a Gram matrix, per column. None reads all.
+        ignore: Shell-style patterns of layers (node, module path or weight) that stay whole: ``head*``.
+        on_lattice: Whether `multiple_of` is taken from the backend. The result then depends on the machine.
+
+    Raises:
+        GoalError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> foldcut.RankSettings(schemes=("channel",), multiple_of=8).metric
+        'data'
     """
 
     schemes: tuple[str, ...] = ("channel", "spatial", "tucker")

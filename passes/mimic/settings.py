@@ -1,4 +1,4 @@
-"""How `mimic` trains."""
+"""Settings of feature mimicking."""
 
 from __future__ import annotations
 
@@ -17,13 +17,34 @@ Augment = Callable[[Batch, torch.Generator], Batch]
 
 @dataclass(frozen=True, kw_only=True)
 class MimicSettings:
-    """`learning_rate` is relative to the root mean square of each weight tensor, so it needs no tuning per network;
-    it falls by a cosine.
+    """How the result is trained on the features of the original, from unlabelled samples.
 
-    `hints` and `outputs` weigh the losses at stage ends and outputs. `augment` draws a new version of each batch (the
-    teacher then runs in every iteration; without it, its features are computed once and kept while they fit into
-    `cache_bytes`). `checks` times the held-out error is looked at; the best state wins. `patience` checks without
-    improvement end the training. `bfloat16` None uses it where the CPU multiplies bfloat16 matrices in hardware.
+    The loss is ``sum_f w_f ||S_f(x) - T_f(x)||^2 / ||T_f(x)||^2`` over the features f before the head (weight 1), the
+    last stream of each shape (weight `hints`) and the outputs (weight `outputs`). The feature term is that of
+    PRACTISE (arXiv 2202.07861), here relative. Adam trains all weights behind the first change; batch norms keep
+    their statistics. The state of least held-out error is returned, the first one included.
+
+    Arguments:
+        iterations: Largest number of iterations.
+        batch_size: Samples per iteration.
+        learning_rate: Learning rate relative to the root mean square of each tensor. It falls along a cosine.
+        hints: Weight of the streams at stage ends.
+        outputs: Weight of the outputs. Without features before the head it is at least 1.
+        augment: A function of a batch and a `torch.Generator` that changes the batch at random. The original then
+            runs in every iteration.
+        checks: How often the held-out error is looked at.
+        patience: Checks in a row without improvement after which training ends.
+        bfloat16: Whether to use autocast to bfloat16. None uses it on CPUs that multiply such matrices in hardware.
+        cache_bytes: Memory for the features of the original, in bytes. If they need more, they are computed in every
+            iteration.
+
+    Raises:
+        CalibrationError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> settings = foldcut.MimicSettings(iterations=100, checks=4)
+        >>> settings.iterations // settings.checks
+        25
     """
 
     iterations: int = 400

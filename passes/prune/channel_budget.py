@@ -1,4 +1,4 @@
-"""How many units each group keeps: a uniform share, or a MACs goal allocated by the groups' error curves."""
+"""How many units each group keeps: a uniform share, or a goal allocated by the error curves of the groups."""
 
 from __future__ import annotations
 
@@ -24,12 +24,21 @@ STEP = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelLimits:
-    """What may be cut: channel counts go to multiples of `multiple_of` (a group that cannot keeps all), at least
-    `least` of a group's units stay, and `ignore` names what is left alone: patterns over group names (``head*``), or
-    names of outputs, for all that serves that output only.
+    """What channel pruning may remove.
 
-    `multiple_of` None is 8, and for goals that are counted, in multiply-accumulates or parameters, whatever loses
-    least: several multiples are tried, and units are given back one by one.
+    Arguments:
+        multiple_of: Channel counts are multiples of this. A group that cannot be cut to one keeps all its units. If
+            None, 8; for `Macs` and `Parameters` several multiples are tried, and units are given back one by one.
+        least: Least share of the units of a group that stays, 0 to 1.
+        ignore: Shell-style patterns of unit groups that stay whole (``head*``), or names of outputs, for all that
+            serves that output only.
+
+    Raises:
+        GoalError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> foldcut.ChannelLimits(least=0.25).multiple
+        8
     """
 
     multiple_of: int | None = None
@@ -44,7 +53,7 @@ class ChannelLimits:
 
     @property
     def multiple(self) -> int:
-        """The multiple that counts go to where no search looks for a better one."""
+        """The multiple of channel counts where none is searched for."""
         return STEP if self.multiple_of is None else self.multiple_of
 
 

@@ -13,9 +13,18 @@ from ...compiler.support.errors import GoalError
 
 @dataclass(frozen=True, kw_only=True)
 class PruneChannels(Decision):
-    """Keep these units of one unit group (positions within the group, ascending) and remove the others.
+    """Decision: keep some units of a unit group and remove the others.
 
-    `error` is the relative error of the layers that consume the group, as predicted when the units were chosen.
+    Arguments:
+        group: Name of the unit group.
+        kept: Positions within the group of the units that stay, ascending.
+        total: Number of units of the group.
+        error: Relative error of the layers that consume the group, predicted when the units were chosen. None if not
+            predicted.
+
+    Example:
+        >>> print(foldcut.PruneChannels(group="layer1.0.conv1", kept=(0, 2, 3), total=8))
+        keep 3 of 8 units of layer1.0.conv1
     """
 
     group: str
@@ -28,23 +37,27 @@ class PruneChannels(Decision):
 
     @property
     def subject(self) -> str:
+        """Name of the unit group."""
         return self.group
 
     @property
     def how(self) -> str:
+        """Units kept and in total."""
         return f"{len(self.kept)} of {self.total} units kept"
 
     @property
     def count(self) -> int:
-        """How many units stay."""
+        """Number of units that stay."""
         return len(self.kept)
 
     @property
     def takes_away(self) -> bool:
+        """Whether any unit is removed."""
         return len(self.kept) < self.total
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruneChannels:
+        """The decision that `to_dict` wrote."""
         (total,) = whole_numbers([data["total"]], 1)
         kept = whole_numbers(data["kept"], 0, total)
         if list(kept) != sorted(set(kept)):
@@ -57,8 +70,9 @@ class PruneChannels(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitCount(Decision):
-    """Keep so many units of a group, whichever the layers that read them need most: what a plan says before the units
-    are chosen. It never stands in a finished plan."""
+    """Keep `count` units of a group, chosen later by what the layers that read them need. It never stands in a
+    finished plan.
+    """
 
     group: str
     count: int
@@ -80,7 +94,21 @@ class UnitCount(Decision):
 
 @dataclass(frozen=True)
 class Channels(Goal):
-    """Keep a share `keep` of the units of every prunable group, as near as the channel lattice allows."""
+    """Goal: keep a share of the units of every prunable group.
+
+    Each group keeps the nearest count on its lattice (multiples of `ChannelLimits.multiple_of` channels), and at
+    least the minimum of `ChannelLimits`.
+
+    Arguments:
+        keep: Share of the units, above 0 and at most 1.
+
+    Raises:
+        GoalError: If the share is out of range.
+
+    Example:
+        >>> foldcut.Channels(0.5).words()
+        '50 % of the channels kept in every group'
+    """
 
     keep: float
 
@@ -94,9 +122,11 @@ class Channels(Goal):
             )
 
     def words(self) -> str:
+        """The goal as reports word it."""
         return f"{100 * self.keep:g} % of the channels kept in every group"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
         return {"kind": self.kind, "keep": float(self.keep)}
 
     def __str__(self) -> str:

@@ -35,9 +35,36 @@ from .units import channel_decision, group_rejects, removed_units, units_of
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(ChannelSettings, Rewrite):
-    """Remove channels that the layers behind can do without, and re-solve these (El Halabi et al., arXiv 2203.04940).
+    """Rewrite: remove channels, and re-solve the layers that consume them (El Halabi et al., arXiv 2203.04940).
 
-    The fields are those of `ChannelSettings`; what is left alone is named in its `limits`.
+    With A the rows of inputs of a consumer, T its target, S the kept units and W0 the old weights, the score of S is
+
+        F(S) = J({}) - J(S),     J(S) = min_W ||A_S W - T||_F^2 + ridge * ||W - W0_S||_F^2.
+
+    Units are added greedily, with sums in float64. Without ridge, greedy selection reaches ``(1 - exp(-gamma))
+    F(best)``, with gamma the submodularity ratio of F. Groups are chosen in topological order, each on the network as
+    pruned so far (``asymmetric``, ``sequential``). A group with several consumers is chosen on the original network,
+    by the sum of their relative objectives. Exact where the removed units carry nothing that is read.
+
+    Arguments:
+        limits: What may be removed.
+        score: ``submodular``: F. ``l1`` or ``l2``: the norm of the weights that make a channel.
+        variant: ``asymmetric``: inputs of the pruned network, targets of the original. ``sequential``: inputs and
+            targets of the pruned network. ``layerwise``: inputs and targets of the original.
+        resolve: Whether the consumers are re-solved.
+        stream_target: Whether a layer that feeds a residual addition is solved toward the stream behind it.
+        polish: Whether all layers affected are re-solved once more after the cut.
+        on_lattice: Whether the multiple of channel counts is taken from the backend.
+
+    Raises:
+        CompilerError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        >>> program = foldcut.capture(net, torch.randn(2, 8))
+        >>> cut = foldcut.PruneChannels(group="0", kept=tuple(range(8)), total=16)
+        >>> program.parameter_count(), foldcut.Prune().plain(program, [cut]).parameter_count()
+        (212, 108)
     """
 
     name = "prune_channels"
@@ -49,6 +76,7 @@ class Prune(ChannelSettings, Rewrite):
 
     @property
     def ignore(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The patterns of `limits`."""
         return self.limits.ignore
 
     @classmethod
@@ -56,24 +84,30 @@ class Prune(ChannelSettings, Rewrite):
         return cls(**vars(settings.channels))
 
     def serves(self, goal: Goal) -> bool:
+        """True for `Channels`, and for goals that mix rewrites."""
         return goal.mixes or isinstance(goal, Channels)
 
     def prepared(self, ctx: Context) -> Prune:
+        """With `on_lattice`, the rewrite with the multiple that the backend favours."""
         if not self.on_lattice or ctx.latency is None:
             return self
         multiple = ctx.latency.probe.lattice(progress=ctx.progress).multiple_for(ctx.teacher)
         return replace(self, limits=replace(self.limits, multiple_of=multiple))
 
     def named(self, program: Program) -> Sequence[str]:
+        """The unit groups and the outputs of `program`."""
         return [*(group.name for group in units_of(program).groups), *(spec.name for spec in program.outputs)]
 
     def ignoring(self, patterns: tuple[str, ...]) -> Prune:
+        """The same rewrite with `patterns` in its limits."""
         return replace(self, limits=replace(self.limits, ignore=patterns))
 
     def unsolved_by(self) -> tuple[str, ...]:
+        """``ChannelSettings.resolve=False`` and ``ChannelSettings.polish=False`` where they are set."""
         return tuple(f"ChannelSettings.{name}=False" for name in ("resolve", "polish") if not getattr(self, name))
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
+        """The unit groups that can be cut, each with the counts that it may keep."""
         with ctx.clock.stage("offer channels"):
             units = units_of(ctx.teacher)
             try:
@@ -84,6 +118,7 @@ class Prune(ChannelSettings, Rewrite):
             return replace(made(ctx, budget, units, groups, self.limits), rejects=rejects)
 
     def own_plan(self, ctx: Context) -> OwnPlan:
+        """The plan for a goal in channels. Raises GoalError when no group can be pruned."""
         assert isinstance(ctx.goal, Channels)
         with ctx.clock.stage("analyse"):
             units = units_of(ctx.teacher)
@@ -102,9 +137,11 @@ class Prune(ChannelSettings, Rewrite):
         return OwnPlan(decisions=decisions, rejects=rejects)
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
+        """Raise PlanError or RewriteError where `program` does not have a group as planned."""
         removed_units(units_of(program), _given(decisions))  # says which group is not the one planned for
 
     def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with the planned number of units in each group, whichever they are."""
         counts = _counts(decisions)
         units = units_of(program)
         groups = _cut_groups(units, counts)
@@ -114,13 +151,24 @@ class Prune(ChannelSettings, Rewrite):
         return smaller
 
     def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with the planned units removed, and no weight re-solved."""
         units = units_of(program)
         return prune_channels(units, removed_units(units, _given(decisions))).program
 
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
-        """Choose the units that go, unless the decisions name those that stay, remove them, and re-solve what reads
-        them. Where a cut is refused, the group that refuses stays whole and the choice is made again; a plan that names
-        units is carried out as it stands, or not at all."""
+        """Choose the units to remove unless the decisions name them, remove them, and re-solve their consumers.
+
+        A group whose cut is refused stays whole, and the choice is made again. Decisions that name units are all
+        carried out, or none. `ChannelSettings` says how the units are chosen.
+
+        Arguments:
+            program: The network before this rewrite.
+            decisions: The decisions to apply.
+            ctx: The context of the compile.
+
+        Returns:
+            The `Applied` program.
+        """
         units, given = units_of(program), _given(decisions)
         counts = _counts(decisions)
         groups = _cut_groups(units, counts)
@@ -157,6 +205,7 @@ class Prune(ChannelSettings, Rewrite):
 
     def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
         # goals that are counted go unit by unit where no multiple is given
+        """The unit groups with the units kept, and the multiple of channel counts."""
         by_unit = isinstance(ctx.goal, CountedGoal) and self.limits.multiple_of is None
         return groups_report(units_of(ctx.teacher), applied, 1 if by_unit else self.limits.multiple)
 

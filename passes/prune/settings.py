@@ -1,4 +1,4 @@
-"""How channels are chosen."""
+"""Settings of channel pruning."""
 
 from __future__ import annotations
 
@@ -14,13 +14,28 @@ Score = Literal["submodular", "l1", "l2"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSettings:
-    """How channels are chosen.
+    """How channels are chosen. `Prune` describes the score.
 
-    `score` is what the next layer can do without, or the L1 or L2 norm of the weights that make a channel; `variant`
-    the paper's. With `resolve` the consumers are re-solved, with `stream_target` those that feed a residual addition
-    for the stream behind it, not for their own output; with `polish` what is left is solved once more and refined
-    together after the cut. `on_lattice` takes the multiple that channel counts go to from the backend, by
-    `probe_lattice`, in place of `limits.multiple_of`; the cut then depends on the machine.
+    Arguments:
+        limits: What may be removed.
+        score: ``submodular``: how well the consumers can do without a channel. ``l1`` or ``l2``: the norm of the
+            weights that make it.
+        variant: One of the variants of El Halabi et al. (arXiv 2203.04940): ``asymmetric``, ``sequential`` or
+            ``layerwise``.
+        resolve: Whether the layers that consume removed channels are re-solved.
+        stream_target: Whether a layer that feeds a residual addition is solved toward the stream behind it, instead
+            of its own output.
+        polish: Whether all layers affected are re-solved and refined together after the cut.
+        on_lattice: Whether the multiple of channel counts is taken from the backend, instead of from `limits`. The
+            result then depends on the machine.
+
+    Raises:
+        CompilerError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> limits = foldcut.ChannelLimits(multiple_of=16)
+        >>> foldcut.ChannelSettings(limits=limits, score="l1").limits.multiple
+        16
     """
 
     limits: ChannelLimits = field(default_factory=ChannelLimits)
