@@ -62,8 +62,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         W' = W + argmin_D ||A D^T - R||_F^2 + ridge * d * ||D||_F^2,     R = T - A W^T,
 
     with A the rows of inputs that a layer now gets, T the output of the original network and d the mean diagonal of
-    the Gram matrix ``A^T A``. Sums and solves are in float64. `mimic` trains the result on the features of the
-    original. After each of these steps the weights are kept only if they are no worse on the judging samples.
+    the Gram matrix ``A^T A``. Products are in float32, sums and solves in float64. `mimic` trains the result on the
+    features of the original. After each of these steps the weights are kept only if they are no worse on the judging
+    samples.
 
     The samples are divided: a tenth judges plans, a tenth tests, the rest fits. The output error that is reported,
     ``sum ||S(x) - T(x)||^2 / sum ||T(x)||^2`` over all outputs, is that of the test samples, which no choice has

@@ -39,7 +39,7 @@ class PipelineSettings:
     Arguments:
         resolve: How layers are re-solved.
         channels: How channels are chosen.
-        ranks: How layers are factorised.
+        ranks: How layers are factorised. Blocks with a layer that its `ignore` names are not dropped either.
         recoverability: How the loss of a block is predicted.
         mimic: How the result is trained on the features of the original. None leaves that out.
         held_out: Share of the samples that judge, and the same share again that test, above 0 and at most 0.45. At

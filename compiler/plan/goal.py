@@ -36,16 +36,10 @@ class Goal:
     """What a compile has to reach. Base class.
 
     Subclass it as a frozen dataclass with a `kind`. Defining the subclass registers its `kind`, so that plans are
-    read with it. A goal that mixes rewrites implements `budget` and `sought`. Any other goal is in units of one
-    rewrite (blocks, ranks), which makes the plan.
-
-    Attributes:
-        kind: Name of the goal in ``plan.json``.
-        mixes: Whether plans of several rewrites are searched for.
-        measured: Whether plans have to save latency.
-        bounds_error: Whether the output error on the test samples decides.
-        regime: State of the caches when latency is measured: ``hot`` or ``cold``.
-        needs_change: Whether an unchanged network can never reach it.
+    read with it. A goal with `mixes` set implements `budget` and `sought`, and plans of several rewrites are searched
+    for. Any other goal is in units of one rewrite (blocks, ranks), which makes the plan. `measured` says that plans
+    have to save latency, `bounds_error` that the output error on the test samples decides, and `needs_change` that an
+    unchanged network does not reach the goal.
 
     Example:
         >>> from dataclasses import dataclass

@@ -29,7 +29,8 @@ class Report:
         output_errors: The same on the judging samples, after each stage.
         decisions: The decisions, as plain data.
         rejects: What was left unchanged, and why.
-        onnx_difference: Difference between ``model.onnx`` and the program.
+        onnx_difference: Largest difference between the outputs of ``model.onnx`` on the backend and those of torch,
+            relative to the largest output.
         calibration: How many samples there were, and how they were divided.
         seconds: Wall and CPU time per stage, in seconds.
         environment: Machine and versions of the measurement.

@@ -96,17 +96,11 @@ class Rewrite:
 
     Subclass it as a frozen dataclass whose fields are its settings, and pass an instance in `rewrites=`. Nothing has
     to be registered. The rewrites of a plan are applied by `phase`, the lowest first; each sees the network that
-    those before it left. After all of them the driver re-solves the layers once more.
+    those before it left. After all of them the driver re-solves the layers once more, unless the settings forbid it.
 
-    Attributes:
-        name: Name in ``plan.json`` and in `rewrites=`: the `kind` of its decisions.
-        verb: What it does, for reports: ``drop blocks``.
-        mark: How reports draw it: ``drops``, ``channels``, ``ranks`` or ``mix``.
-        decides: Its class of decisions.
-        phase: Its place in the order of application.
-        solves_before_next: Whether the network is re-solved before the next rewrite sees it.
-        ignore: Shell-style patterns of what is left unchanged.
-        ignores: What these patterns match: ``layer``.
+    A subclass sets `name` (in ``plan.json`` and in `rewrites=`), `verb` and `mark` (what reports call it, and how
+    they draw it) and `decides` (its class of decisions), and implements `offer`, `shape` and `apply`; for a goal in
+    its own units, `own_plan` too.
 
     Example:
         >>> from dataclasses import dataclass
@@ -137,7 +131,14 @@ class Rewrite:
 
     @classmethod
     def configured(cls: type[R], settings: Any) -> R:
-        """The rewrite as `foldcut.PipelineSettings` sets it, where it is used by its name: by default as it comes."""
+        """The rewrite with the settings of a pipeline, for a rewrite that is used by its name.
+
+        Arguments:
+            settings: The `PipelineSettings`.
+
+        Returns:
+            The rewrite; by default, with its own defaults.
+        """
         del settings
         return cls()
 
@@ -258,7 +259,7 @@ class Rewrite:
         Arguments:
             before: The network before this rewrite.
             after: The network after it.
-            decisions: The decisions applied.
+            decisions: The decisions that took effect.
 
         Raises:
             RewriteError: If it is not.

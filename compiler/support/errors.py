@@ -12,7 +12,8 @@ from dataclasses import dataclass
 class CompilerError(Exception):
     """Base class of the errors that foldcut raises on purpose.
 
-    The text of the error lists the fields that are set, the hint last.
+    The text of the error lists the fields that are set, the hint last. `stage` names the step that failed, such as
+    ``capture``, ``calibrate`` or ``export``; each subclass sets it.
 
     Arguments:
         message: What is wrong, in one sentence.
@@ -21,9 +22,6 @@ class CompilerError(Exception):
         expected: What a failed check asked for.
         actual: What it found.
         excerpt: Lines of the graph text around the node.
-
-    Attributes:
-        stage: The step that failed, such as ``capture``, ``calibrate`` or ``export``. Set by each subclass.
 
     Example:
         >>> try:
@@ -120,7 +118,8 @@ class GoalError(CompilerError):
     """The goal is not valid, or cannot be met.
 
     Raised before anything is computed for a goal out of range and for rewrites that cannot serve it, and after the
-    search when the result misses the goal. Patterns in `ignore` that match nothing raise it too.
+    search when the result misses the goal. Patterns in `ignore` that match nothing raise it too, as do settings of
+    `RankSettings` and `ChannelLimits` that are out of range.
 
     Arguments:
         message: What is wrong, in one sentence.

@@ -21,8 +21,10 @@ class DropBlock(Decision):
         entry: Name of the node that stays.
         exit: Name of the node that is replaced.
         path: Module path of the region, for display.
-        error: Predicted relative output error with this and all earlier drops in effect. None if not predicted.
-        saving: Predicted share of the original's latency that it saves. None if not measured.
+        error: Predicted relative error of the features before the head, with this and all earlier drops in effect.
+            None if not predicted.
+        saving: Predicted share of the original's latency, MACs or parameters that it saves. None if the goal bounds
+            none.
 
     Example:
         >>> print(foldcut.DropBlock(entry="relu", exit="relu_1", path="layer1.0"))

@@ -66,6 +66,7 @@ class Drop(RecoverabilitySettings, Rewrite):
 
     @classmethod
     def configured(cls, settings: Any) -> Drop:
+        """The rewrite with ``settings.recoverability``, and what ``settings.ranks`` ignores."""
         return cls(**vars(settings.recoverability), ignore=settings.ranks.ignore)
 
     def serves(self, goal: Goal) -> bool:
@@ -129,6 +130,7 @@ class Drop(RecoverabilitySettings, Rewrite):
         return Applied(program=drop_blocks(program, drops), decisions=tuple(drops), changes=changes_of_drops(drops))
 
     def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        """Raise RewriteError where nodes of a dropped region are still in the program."""
         for drop in _drops(decisions):
             left = removed_nodes(before, drop.entry, drop.exit) & set(after.nodes)
             if left:

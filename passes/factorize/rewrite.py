@@ -45,13 +45,14 @@ class Factorize(RankSettings, Rewrite):
     """Rewrite: replace layers by chains of thinner ones, from the inputs that they get on the calibration set.
 
     With W the weight as a matrix, A the rows of inputs, ``G = A^T A`` their Gram matrix and D the diagonal matrix of
-    gains of the outputs behind the layer, a scheme minimises
+    gains of the outputs behind the layer, a scheme looks for the least
 
         ||A (W - W')^T D||_F^2 = tr D (W - W') G (W - W')^T D
 
-    over factorisations W' of the given rank. Sums and decompositions are in float64. ``channel`` reaches the minimum
-    (a truncated eigendecomposition); ``spatial`` and ``tucker`` choose the first factor from the whitened weight and
-    solve the others given it. At full rank W' equals W up to rounding.
+    over factorisations W' of the given rank. G has a small ridge on its diagonal, and is that of A without its mean
+    where a bias can take over the rest. Products are in float32, sums and decompositions in float64. ``channel``
+    reaches the least (a truncated eigendecomposition); ``spatial`` and ``tucker`` take the first factor from the
+    whitened weight and solve the others given it. At full rank W' equals W up to rounding.
 
     Arguments:
         schemes: Schemes to choose from. ``channel``: k x k to r channels, then 1 x 1. ``spatial``: k x 1, then 1 x k.
@@ -83,6 +84,7 @@ class Factorize(RankSettings, Rewrite):
 
     @classmethod
     def configured(cls, settings: Any) -> Factorize:
+        """The rewrite with ``settings.ranks``."""
         return cls(**vars(settings.ranks))
 
     def serves(self, goal: Goal) -> bool:
@@ -141,7 +143,9 @@ class Factorize(RankSettings, Rewrite):
         return OwnPlan(decisions=decisions, rejects=tuple(analysis.rejects))
 
     def still(self, program: Program, decisions: Sequence[Decision]) -> Sequence[Decision]:
-        """The decisions whose ranks an earlier rewrite has left below the full rank."""
+        """The decisions with their ranks cut to what an earlier rewrite has left of the layer, without those that no
+        longer save MACs.
+        """
         return within_full(program, _ranks(decisions))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
@@ -164,6 +168,7 @@ class Factorize(RankSettings, Rewrite):
         return Applied(program=smaller, decisions=tuple(ranks), changes=changes)
 
     def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        """Raise RewriteError where the factors do not have the planned sizes."""
         check_factors(before, after, _ranks(decisions))
 
     def _analysis(self, ctx: Context) -> RankAnalysis:

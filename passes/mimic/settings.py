@@ -22,7 +22,8 @@ class MimicSettings:
     The loss is ``sum_f w_f ||S_f(x) - T_f(x)||^2 / ||T_f(x)||^2`` over the features f before the head (weight 1), the
     last stream of each shape (weight `hints`) and the outputs (weight `outputs`). The feature term is that of
     PRACTISE (arXiv 2202.07861), here relative. Adam trains all weights behind the first change; batch norms keep
-    their statistics. The state of least held-out error is returned, the first one included.
+    their statistics. The state of least held-out error at which the outputs are no worse than before is returned, the
+    first one included.
 
     Arguments:
         iterations: Largest number of iterations.

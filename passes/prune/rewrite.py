@@ -41,10 +41,11 @@ class Prune(ChannelSettings, Rewrite):
 
         F(S) = J({}) - J(S),     J(S) = min_W ||A_S W - T||_F^2 + ridge * ||W - W0_S||_F^2.
 
-    Units are added greedily, with sums in float64. Without ridge, greedy selection reaches ``(1 - exp(-gamma))
-    F(best)``, with gamma the submodularity ratio of F. Groups are chosen in topological order, each on the network as
-    pruned so far (``asymmetric``, ``sequential``). A group with several consumers is chosen on the original network,
-    by the sum of their relative objectives. Exact where the removed units carry nothing that is read.
+    Units are added greedily, with products in float32 and sums in float64. Without ridge, greedy selection reaches
+    ``(1 - exp(-gamma)) F(best)``, with gamma the submodularity ratio of F. Groups are chosen in topological order,
+    each on the network as pruned so far (``asymmetric``, ``sequential``). A group with several consumers is chosen on
+    the original network, by the sum of their relative objectives. Exact where the removed units carry nothing that is
+    read.
 
     Arguments:
         limits: What may be removed.
@@ -81,6 +82,7 @@ class Prune(ChannelSettings, Rewrite):
 
     @classmethod
     def configured(cls, settings: Any) -> Prune:
+        """The rewrite with ``settings.channels``."""
         return cls(**vars(settings.channels))
 
     def serves(self, goal: Goal) -> bool:
@@ -196,6 +198,7 @@ class Prune(ChannelSettings, Rewrite):
         )
 
     def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        """Raise RewriteError where a parameter that makes a pruned group has not become smaller."""
         groups = {group.name: group for group in units_of(before).groups}
         for cut in _given(decisions):
             for name, dim in groups[cut.group].producers:
