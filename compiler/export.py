@@ -17,6 +17,7 @@ from .logs import quiet_exporters
 from .onnx_direct import as_it_is, direct_translations
 from .onnx_file import OLDEST_OPSET
 from .onnx_file import opset as written_opset
+from .onnx_registry import filled_once
 from .program import Program, is_tensor
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def to_onnx_model(
     exported = exported or to_exported(program)
     version = None if target is None else max(target, EXPORTER_OPSET)
     try:
-        with quiet_exporters(), torch.no_grad():
+        with quiet_exporters(), torch.no_grad(), filled_once():
             try:
                 result = _translated(as_it_is(exported), version, translations() | direct_translations())
             except Exception:  # an operator that has an ONNX form only once it is decomposed
