@@ -18,6 +18,7 @@ from ..support.atomic_files import write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
 from .direct import as_it_is, direct_translations
+from .registry import filled_once
 
 if TYPE_CHECKING:
     import onnx
@@ -120,7 +121,7 @@ def to_onnx_model(
     exported = exported or to_exported(program)
     version = None if target is None else max(target, EXPORTER_OPSET)
     try:
-        with quiet_exporters(), torch.no_grad():
+        with quiet_exporters(), torch.no_grad(), filled_once():
             try:
                 result = _translated(as_it_is(exported), version, translations() | direct_translations())
             except Exception:  # an operator that has an ONNX form only once it is decomposed

@@ -11,6 +11,7 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.export import exporter as export
+from foldcut.compiler.export import registry as onnx_registry
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import bypass
@@ -191,3 +192,26 @@ def test_cutting_out_nothing_changes_nothing(residual: Program, residual_onnx: b
     same = onnx_without(residual_onnx, [])
     assert same is not None
     assert np.array_equal(run(same, x=x)[0], run(residual_onnx, x=x)[0])
+
+
+def test_the_exporters_table_is_filled_once(residual: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file as with a table of its own for each export, and what one export adds the next does not see."""
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_registry, "_registry", lambda: None)  # as with a torch that keeps its table elsewhere
+        own = to_onnx(residual)
+    torch_registry = onnx_registry._registry()
+    filled, fill = [], vars(torch_registry)["from_torchlib"].__func__
+
+    def counted(cls: Any, *args: Any, **options: Any) -> Any:
+        filled.append(options)
+        return fill(cls, *args, **options)
+
+    monkeypatch.setattr(torch_registry, "from_torchlib", classmethod(counted))
+    assert to_onnx(residual) == own == to_onnx(residual)
+    assert len(filled) == 1
+    with onnx_registry.filled_once():
+        first, second = torch_registry.from_torchlib(), torch_registry.from_torchlib()
+        first.register_op(torch.ops.aten.relu.default, torch.relu)
+        assert len(first.get_decomps(torch.ops.aten.relu.default)) == 2
+        assert len(second.get_decomps(torch.ops.aten.relu.default)) == 1
+    assert vars(torch_registry)["from_torchlib"].__func__ is counted
