@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import foldcut
 import torch
+from foldcut import Applied, Decision, Program
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.ir.edit import Call, replace_calls
-from foldcut.compiler.plan.proposals import Claims, Item, Proposal
-from foldcut.passes.solve.changes import Changes
 from torch import nn
 
 aten = torch.ops.aten
@@ -27,7 +25,7 @@ LEAST_SAVING = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToRelu(foldcut.Decision):
+class ToRelu(Decision):
     """Put a ReLU in the place of one activation."""
 
     node: str
@@ -63,39 +61,35 @@ class ExchangeActivations(foldcut.Rewrite):
     phase = 15  # behind dropped blocks, in front of what looks at activations
     solves_before_next = True
 
-    def offer(self, ctx: Any, budget: Any) -> foldcut.Offer:
+    def offer(self, ctx: foldcut.Context, budget: foldcut.Budget) -> foldcut.Offer:
         """Each activation alone: what the outputs lose before anything is solved, and what the backend gains."""
         program, few = ctx.teacher, ctx.judge.take(slice(0, self.samples))
-        found = [
-            ToRelu(node=node.name, was=COSTLY[node.target], path=program.path(node))
-            for node in program.graph.nodes
-            if node.target in COSTLY
-        ]
-        savings = budget.savings({d.node: partial(self.shape, program, [d]) for d in found})
+        costly = [node for node in program.graph.nodes if node.target in COSTLY]
+        changes = [ToRelu(node=n.name, was=COSTLY[n.target], path=program.path(n)) for n in costly]
+        savings = budget.savings({change.node: partial(self.shape, program, [change]) for change in changes})
         items = []
-        for decision in found:
-            if savings[decision.node] < LEAST_SAVING:
-                continue
-            error = output_error(program, self.shape(program, [decision]), few)
-            claims = Claims(replaces=frozenset([decision.node]), needs=frozenset([decision.node]))
-            proposal = Proposal(error=error, saving=savings[decision.node], decision=decision)
-            items.append(Item(kind=self.name, name=decision.node, claims=claims, proposals=(proposal,)))
+        for change in changes:
+            if savings[change.node] >= LEAST_SAVING:
+                error = output_error(program, self.shape(program, [change]), few)
+                claims = foldcut.Claims(replaces=frozenset([change.node]), needs=frozenset([change.node]))
+                proposals = (foldcut.Proposal(error=error, saving=savings[change.node], decision=change),)
+                items.append(foldcut.Item(kind=self.name, name=change.node, claims=claims, proposals=proposals))
         return foldcut.Offer(items=tuple(items))
 
-    def requires(self, program: foldcut.Program, decisions: Sequence[foldcut.Decision]) -> None:
+    def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
             if decision.subject not in program.nodes:
                 raise foldcut.RewriteError("no such activation", node=decision.subject)
 
-    def shape(self, program: foldcut.Program, decisions: Sequence[foldcut.Decision]) -> foldcut.Program:
+    def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
         nodes = [program.nodes[decision.subject] for decision in decisions]
         calls = {node.name: Call(target=aten.relu.default, args=node.args[:1], kwargs={}) for node in nodes}
         return replace_calls(program, calls, {}, note=f"{len(calls)} activations to ReLU")
 
-    def apply(self, program: foldcut.Program, decisions: Sequence[foldcut.Decision], ctx: Any) -> foldcut.Applied:
+    def apply(self, program: Program, decisions: Sequence[Decision], ctx: foldcut.Context) -> Applied:
         del ctx  # what the layers behind need is solved by foldcut
-        changes = Changes(replaced=tuple(decision.subject for decision in decisions))
-        return foldcut.Applied(program=self.shape(program, decisions), decisions=tuple(decisions), changes=changes)
+        changes = foldcut.Changes(replaced=tuple(decision.subject for decision in decisions))
+        return Applied(program=self.shape(program, decisions), decisions=tuple(decisions), changes=changes)
 
 
 def main() -> None:

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from .compiler.ir.program import TensorSpec as TensorSpec
     from .compiler.plan.decision import Decision as Decision
     from .compiler.plan.goal import Goal as Goal
+    from .compiler.plan.proposals import Claims as Claims
+    from .compiler.plan.proposals import Item as Item
+    from .compiler.plan.proposals import Proposal as Proposal
     from .compiler.report.report import Report as Report
+    from .compiler.rewrite.budget import Budget as Budget
+    from .compiler.rewrite.context import Context as Context
     from .compiler.rewrite.rewrite import Applied as Applied
     from .compiler.rewrite.rewrite import Offer as Offer
     from .compiler.rewrite.rewrite import Rewrite as Rewrite
@@ -67,6 +72,7 @@ if TYPE_CHECKING:
     from .passes.prune.decision import PruneChannels as PruneChannels
     from .passes.prune.rewrite import Prune as Prune
     from .passes.prune.settings import ChannelSettings as ChannelSettings
+    from .passes.solve.changes import Changes as Changes
 
 #: Where each public name is defined: it is imported when it is first asked for.
 _HOMES = {
@@ -88,7 +94,10 @@ _HOMES = {
     "compiler.ir.program": "Program TensorSpec",
     "compiler.plan.decision": "Decision",
     "compiler.plan.goal": "Goal",
+    "compiler.plan.proposals": "Claims Item Proposal",
     "compiler.report.report": "Report",
+    "compiler.rewrite.budget": "Budget",
+    "compiler.rewrite.context": "Context",
     "compiler.rewrite.rewrite": "Applied Offer Rewrite",
     "compiler.support.errors": "BackendError CalibrationError CaptureError CompilerError "
     "ExportError GoalError OutputError PlanError ProgramError Reject RewriteError",
@@ -102,19 +111,24 @@ _HOMES = {
     "passes.prune.decision": "Channels PruneChannels",
     "passes.prune.rewrite": "Prune",
     "passes.prune.settings": "ChannelSettings",
+    "passes.solve.changes": "Changes",
 }
 __all__ = [
     "Applied",
     "BackendError",
     "Blocks",
+    "Budget",
     "CalibrationError",
     "CalibrationSet",
     "CaptureError",
+    "Changes",
     "ChannelLimits",
     "ChannelSettings",
     "Channels",
+    "Claims",
     "Compiled",
     "CompilerError",
+    "Context",
     "Decision",
     "Drop",
     "DropBlock",
@@ -123,6 +137,7 @@ __all__ = [
     "FactorizeLayer",
     "Goal",
     "GoalError",
+    "Item",
     "Latency",
     "Macs",
     "MaxError",
@@ -135,6 +150,7 @@ __all__ = [
     "PlanError",
     "Program",
     "ProgramError",
+    "Proposal",
     "Provenance",
     "Prune",
     "PruneChannels",

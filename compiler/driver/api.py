@@ -29,7 +29,7 @@ from ..store.cache_folder import kept_in
 from ..support.errors import CompilerError, GoalError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, rich_progress, silent
-from .builtin import chosen_rewrites
+from .builtin import chosen_rewrites, own_sources
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, check_run
 from .report_parts import report_origin, report_parts
@@ -135,7 +135,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
             teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
             _check_fixed_batch(teacher, batch)
-        ctx = options.context(teacher, samples, goal, AnalysisStore(folder), clock, show)
+        ctx = options.context(teacher, samples, goal, AnalysisStore(folder, basis=own_sources(used)), clock, show)
         deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
         with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
             outcome = run_pipeline(ctx, used, probe, options)

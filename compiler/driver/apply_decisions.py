@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
 from ..data.output_error import no_worse, output_error
 from ..ir.edit import check_outputs
 from ..ir.program import Program
-from ..plan.decision import Decision
+from ..plan.decision import Decision, known_decision
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
 from ..rewrite.stored_resolve import stored_resolve
@@ -29,7 +29,7 @@ def each_applied(
 ) -> Program:
     """A program with decisions in effect as one of the methods of their rewrites does it. Raises PlanError when one is
     of a rewrite that is not there."""
-    require_rewrites(rewrites, decisions)
+    decisions = of_rewrites(rewrites, decisions)
     for rewrite in by_phase(rewrites):
         mine = [decision for decision in decisions if decision.kind == rewrite.name]
         if mine:
@@ -47,8 +47,9 @@ def applied_plain(rewrites: Sequence[Rewrite], program: Program, decisions: Sequ
     return each_applied(rewrites, program, decisions, lambda rewrite, now, mine: rewrite.plain(now, mine))
 
 
-def require_rewrites(rewrites: Sequence[Rewrite], decisions: Sequence[Decision]) -> None:
-    """Raise PlanError when a decision is of a rewrite that is not among these."""
+def of_rewrites(rewrites: Sequence[Rewrite], decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions as their rewrites read them: one that nobody knew when its plan was read is read again. Raises
+    PlanError when one is of a rewrite that is not among these, or is none of its decisions."""
     names = {rewrite.name for rewrite in rewrites}
     missing = dict.fromkeys(decision.kind for decision in decisions if decision.kind not in names)
     if missing:
@@ -56,6 +57,8 @@ def require_rewrites(rewrites: Sequence[Rewrite], decisions: Sequence[Decision])
             f"the plan has decisions of {', '.join(missing)}, which is not there",
             hint="pass that rewrite: rewrites=[...]; a plan of a newer version of foldcut needs that version",
         )
+    classes = {rewrite.name: rewrite.decides for rewrite in rewrites}
+    return [known_decision(decision, classes[decision.kind]) for decision in decisions]
 
 
 def solved_at_the_end(rewrites: Sequence[Rewrite]) -> bool:
@@ -82,7 +85,7 @@ def applied(
 
     Decisions of a search that no longer save anything then are left out; with `exactly`, those of a plan, all are
     carried out, or none. Each rewrite's `requires` and `ensures` are checked around its step."""
-    require_rewrites(rewrites, decisions)
+    decisions = of_rewrites(rewrites, decisions)
     using = [(r, [d for d in decisions if d.kind == r.name]) for r in by_phase(rewrites)]
     using = [(rewrite, mine) for rewrite, mine in using if mine]
     done = Applied(program=ctx.teacher)
@@ -130,28 +133,33 @@ def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
 
 
 def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision], *, exactly: bool = False) -> Applied:
-    """The network of a plan: rewritten, solved, and at each stage the better of before and after, judged on samples
-    that nothing was solved with. `errors` say what it loses after each stage."""
+    """The network of a plan: rewritten, then solved from the better of what a rewrite solved itself and what it did
+    not. After each stage the better of before and after stands, judged on samples that nothing was solved with.
+    `errors` say what it loses after each stage."""
     done = applied(ctx, rewrites, decisions, exactly=exactly)
-    stages: list[tuple[str, Program]] = [] if done.plain is None else [("unsolved", done.plain)]
-    stages.append(("rewritten", done.program))
-    with_solve = solved(ctx, rewrites, done)
-    if with_solve is not done:
-        stages.append(("re-solved", with_solve.program))
-    program, errors = best_of(ctx, stages)
-    return replace(with_solve, program=program, errors=errors)
+    stages = _Stages(ctx)
+    if done.plain is not None:
+        stages.take("unsolved", done.plain)
+    done = replace(done, program=stages.take("rewritten", done.program))
+    found = solved(ctx, rewrites, done)
+    program = done.program if found is done else stages.take("re-solved", found.program)
+    return replace(found, program=program, errors=stages.errors)
 
 
-def best_of(ctx: Context, stages: Sequence[tuple[str, Program]]) -> tuple[Program, Mapping[str, float]]:
-    """The last of several networks that is no worse than the one that stood before it, and what stands after each
-    stage: its relative output error on the judging samples."""
-    best: Program | None = None
-    errors: dict[str, float] = {}
-    before = float("inf")
-    for name, program in stages:
-        error = output_error(ctx.teacher, program, ctx.judge)
-        if best is None or no_worse(error, before):
-            best, before = program, error
-        errors[name] = before
-    assert best is not None
-    return best, errors
+class _Stages:
+    """Networks in the order in which they are made: the last that is no worse than the one that stood before it
+    stands. `errors` are the relative output errors of what stands after each stage, on the judging samples."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._best: Program | None = None
+        self._error = float("inf")
+        self.errors: dict[str, float] = {}
+
+    def take(self, name: str, program: Program) -> Program:
+        """What stands once this network is there."""
+        error = output_error(self._ctx.teacher, program, self._ctx.judge)
+        if self._best is None or no_worse(error, self._error):
+            self._best, self._error = program, error
+        self.errors[name] = self._error
+        return self._best

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
+import uuid
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 
 from ... import passes
+from .. import goals
 from ..plan.goal import Goal
 from ..plan.plan import Plan as Plan  # here the decisions of all built-in rewrites are known
 from ..rewrite.rewrite import Rewrite
@@ -31,8 +37,11 @@ def _is_of(value: object, home: str) -> bool:
     return isinstance(value, type) and issubclass(value, Rewrite) and value.__module__ == home
 
 
+_PROCESS = uuid.uuid4().hex
 #: What `rewrites=` takes by name. A rewrite that is not here is passed as an instance.
 BUILT_IN = _of_folders()
+for _found in iter_modules(goals.__path__):  # every goal's kind is known where plans are read
+    import_module(f"{goals.__name__}.{_found.name}")
 
 
 def built_in(settings: PipelineSettings) -> list[Rewrite]:
@@ -51,13 +60,16 @@ def chosen_rewrites(goal: Goal, asked: Sequence[str | Rewrite] | None, settings:
     default. Raises CompilerError for what is no rewrite, GoalError for one that the goal cannot use."""
     own = built_in(settings)
     if asked is None:
-        return [rewrite for rewrite in own if rewrite.by_default(goal)]
+        usual = [rewrite for rewrite in own if rewrite.by_default(goal)]
+        if not usual:
+            raise GoalError(f"no built-in rewrite is for {goal}", hint="pass one that is: rewrites=[...]")
+        return usual
     check_rewrites(asked)
     chosen = list({rewrite.name: rewrite for rewrite in named(asked, settings)}.values())
     useless = [rewrite.name for rewrite in chosen if not rewrite.serves(goal)]
-    able = [rewrite.name for rewrite in own if rewrite.serves(goal)]
+    able = list({rewrite.name: None for rewrite in (*own, *chosen) if rewrite.serves(goal)})
     if len(useless) == len(chosen):
-        needed = " or ".join(able)
+        needed = " or ".join(able) or "no built-in rewrite"
         raise GoalError(
             f"the goal {goal} is reached by {needed}, which rewrites={[_name(item) for item in asked]} leaves out",
             hint=f"add {needed} to rewrites, or leave rewrites out",
@@ -71,6 +83,24 @@ def chosen_rewrites(goal: Goal, asked: Sequence[str | Rewrite] | None, settings:
     return sorted(chosen, key=lambda rewrite: order.get(rewrite.name, len(order)))
 
 
+def own_sources(rewrites: Sequence[Rewrite]) -> list[str]:
+    """Hashes of the files that rewrites from outside this package are defined in: what was kept of a rewrite says
+    nothing about it once it is changed. A rewrite without a file is known for the time of the process only."""
+    modules = {
+        part.__module__ for rewrite in rewrites for of in (type(rewrite), rewrite.decides) for part in of.__mro__
+    }
+    package = f"{passes.__name__.partition('.')[0]}."
+    return [_source(name) for name in sorted(modules - {"builtins", "abc"}) if not name.startswith(package)]
+
+
+def _source(module: str) -> str:
+    try:
+        content = Path(inspect.getsourcefile(sys.modules[module]) or "").read_bytes()
+    except (KeyError, TypeError, OSError):
+        return f"{module} {_PROCESS}"
+    return f"{module} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
+
+
 def check_rewrites(asked: object) -> None:
     """Raise CompilerError for what is no list of rewrites."""
     if isinstance(asked, str):
@@ -80,6 +110,10 @@ def check_rewrites(asked: object) -> None:
             "rewrites", asked, "a tuple of strings: rewrites=('...',), or of foldcut.Rewrite", why="is no such tuple"
         )
     names = [rewrite.name for rewrite in BUILT_IN]
+    instances = [item.name for item in asked if isinstance(item, Rewrite)]
+    twice = sorted({name for name in instances if instances.count(name) > 1})
+    if twice:
+        raise CompilerError(f"two rewrites are called {twice[0]!r}", hint="give each class a name of its own")
     unknown = [item for item in asked if isinstance(item, str) and item not in names]
     if unknown or not asked:
         raise CompilerError(

@@ -19,7 +19,6 @@ from ..data.calibration_set import CalibrationSet
 from ..data.output_error import errors_by_output
 from ..data.sampled_error import SampledError, sampled_error
 from ..export.exporter import to_exported, to_onnx, to_pt2
-from ..goals.max_error import MaxError
 from ..ir.compare import compare
 from ..ir.cost import program_cost
 from ..ir.program import Batch, Program
@@ -30,6 +29,7 @@ from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
 from ..support.errors import ExportError, GoalError
 from .apply_decisions import made, shaped
+from .builtin import built_in
 from .ignore_patterns import sorted_ignores
 from .pipeline_settings import PipelineSettings
 from .plan_search import Search
@@ -81,7 +81,8 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
     ctx = replace(ctx, latency=latency)
     with ctx.clock.stage("measure original"):
         goal = ctx.goal.settled(ctx)
-    rewrites = sorted_ignores(ctx.teacher, rewrites)
+    # rewrites of a mix leave alone what the settings of those that take no part name, too
+    rewrites = sorted_ignores(ctx.teacher, rewrites, built_in(settings) if len(rewrites) > 1 else ())
     with ctx.clock.stage("probe lattice"):
         rewrites = [rewrite.prepared(ctx) for rewrite in rewrites]
 
@@ -113,14 +114,19 @@ def planned_network(ctx: Context, rewrites: Sequence[Rewrite]) -> tuple[Applied,
     Plans are searched for where the goal mixes rewrites; else the plan is that of the rewrite whose units it is in."""
     if ctx.goal.mixes:
         return ctx.goal.sought(Search(ctx=ctx, rewrites=rewrites))
-    (rewrite,) = rewrites
+    if len(rewrites) != 1:
+        names = ", ".join(rewrite.name for rewrite in rewrites)
+        raise GoalError(f"{ctx.goal} is reached by one rewrite alone, not by {names}", hint="name one: rewrites=[...]")
+    rewrite = rewrites[0]
     own = rewrite.own_plan(ctx)
     with ctx.clock.stage("re-solve"):
         done = made(ctx, rewrites, own.decisions)
     if own.decisions and not done.decisions:
         reasons = "; ".join(str(reject) for reject in done.rejects[:3])
         raise GoalError(f"nothing can be done towards {ctx.goal}: each change was refused", hint=reasons or None)
-    met = own.met and len(done.decisions) == len(own.decisions)
+    # what is refused is left alone, as what is locked is, and says why
+    settled = {*(decision.subject for decision in done.decisions), *(reject.node for reject in done.rejects)}
+    met = own.met and all(decision.subject in settled for decision in own.decisions)
     return replace(done, rejects=(*own.rejects, *done.rejects)), met
 
 
@@ -221,8 +227,7 @@ def mimicking(ctx: Context, done: Applied, settings: PipelineSettings) -> tuple[
         ctx.instruments.after("mimic", trained, done.program)
         error = sampled_error(ctx.teacher, trained, ctx.judge, seed=ctx.seed)
     # mimicking looks at every output relative to its size; a bound on the whole is not given up for that
-    bounded = isinstance(ctx.goal, MaxError) and error.most > ctx.goal.error
-    if bounded and error.error > list(errors.values())[-1]:
+    if not ctx.goal.within(error.most) and error.error > list(errors.values())[-1]:
         return done.program, errors
     return trained, {**errors, "mimicked": error.error}
 

@@ -77,7 +77,7 @@ class PipelineSettings:
     seed: int = 0
     opset: int | None = None
     search_seconds: float | None = None
-    save_temps: Path | None = None
+    save_temps: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_kind("resolve", self.resolve, ResolveSettings)
@@ -90,6 +90,8 @@ class PipelineSettings:
         check_functions("views", self.views, "foldcut.horizontal_flip")
         check_whole("solve_samples", self.solve_samples, Allowed(least=1))
         check_run(self.batch, self.threads, self.seed)
+        if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
+            refuse("save_temps", self.save_temps, "the path of a folder, or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
@@ -165,7 +167,7 @@ class PipelineSettings:
             resolve=self.resolve,
             solve_samples=self.solve_samples,
             seed=self.seed,
-            instruments=Instruments(folder=self.save_temps),
+            instruments=Instruments(folder=None if self.save_temps is None else Path(self.save_temps)),
         )
 
 

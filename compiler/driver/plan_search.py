@@ -130,7 +130,7 @@ class Search:
 
         with self.ctx.clock.stage("try plans"):
             try:
-                inputs = [quick.teacher, quick.solve, quick.judge, list(self.rewrites), keyed(mix)]
+                inputs = [quick.teacher, quick.solve, quick.judge, list(self.rewrites), keyed(mix), quick.seed]
                 error = self.ctx.store.value("mix trial", inputs, tried)
             except CompilerError as cause:
                 _left_out(mix, cause)

@@ -18,7 +18,6 @@ from ..ir.edit import set_tensors
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program
 from ..plan.decision import Decision
-from ..plan.plan import Plan
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
@@ -27,8 +26,8 @@ from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, silent
 from ..support.setting_checks import refuse
-from .apply_decisions import applied_plain, by_phase, each_applied, made, require_rewrites, solved_at_the_end
-from .builtin import built_in
+from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
+from .builtin import Plan, built_in, check_rewrites, own_sources
 from .pipeline import mimicking
 from .pipeline_settings import PipelineSettings, check_options, check_seed
 from .result import Compiled, exported
@@ -42,7 +41,7 @@ def apply(
     weights: Model | None = None,
     calibration: CalibrationData | None = None,
     example: Batch | None = None,
-    rewrites: Sequence[Rewrite] = (),
+    rewrites: Sequence[str | Rewrite] = (),
     mimic: MimicSettings | bool | None = True,
     views: Sequence[View] = (),
     seed: int = 0,
@@ -122,16 +121,27 @@ def apply(
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
         with kept_in(cache) as folder:
-            ctx = options.context(teacher, samples, read.goal, AnalysisStore(folder), StageClock(), progress)
+            ctx = options.context(
+                teacher, samples, read.goal, AnalysisStore(folder, basis=own_sources(using)), StageClock(), progress
+            )
             return _solved(ctx, read, using, options)
 
 
-def plan_rewrites(plan: Plan, rewrites: Sequence[Rewrite], settings: PipelineSettings | None = None) -> list[Rewrite]:
+def plan_rewrites(
+    plan: Plan, rewrites: Sequence[str | Rewrite], settings: PipelineSettings | None = None
+) -> list[Rewrite]:
     """The rewrites of the decisions of a plan. Raises PlanError when one is not available."""
-    known = {rewrite.name: rewrite for rewrite in (*built_in(settings or PipelineSettings()), *rewrites)}
-    require_rewrites(list(known.values()), plan.decisions)
+    known = {rewrite.name: rewrite for rewrite in (*built_in(settings or PipelineSettings()), *_own(rewrites))}
+    of_rewrites(list(known.values()), plan.decisions)
     kinds = {decision.kind for decision in plan.decisions}
     return [rewrite for name, rewrite in known.items() if name in kinds]
+
+
+def _own(rewrites: Sequence[str | Rewrite]) -> list[Rewrite]:
+    """Those that are not there by their name. Raises CompilerError for what is no rewrite."""
+    if rewrites:
+        check_rewrites(rewrites)
+    return [rewrite for rewrite in rewrites if isinstance(rewrite, Rewrite)]
 
 
 def _check_decisions(teacher: Program, decisions: Sequence[Decision], rewrites: Sequence[Rewrite]) -> None:
@@ -162,7 +172,7 @@ def _warn_of_others(weights: Path, plan: Plan) -> None:
         warnings.warn(f"{weights} is not the {PT2} that was saved with the plan: its weights are taken", stacklevel=3)
 
 
-def apply_plan(program: Program, plan: Plan, rewrites: Sequence[Rewrite] = ()) -> Program:
+def apply_plan(program: Program, plan: Plan, rewrites: Sequence[str | Rewrite] = ()) -> Program:
     """Apply the decisions of a plan to a program, without data.
 
     Regions are bypassed, channels removed and layers factorised. The weights that are left stay as they are; factors
@@ -196,11 +206,11 @@ def apply_plan(program: Program, plan: Plan, rewrites: Sequence[Rewrite] = ()) -
         return decided(program, plan.decisions, rewrites)
 
 
-def decided(program: Program, decisions: Sequence[Decision], rewrites: Sequence[Rewrite] = ()) -> Program:
+def decided(program: Program, decisions: Sequence[Decision], rewrites: Sequence[str | Rewrite] = ()) -> Program:
     """Apply decisions without data: `apply_plan` without the check that the plan was made for this network. Raises
     PlanError and RewriteError when a decision is about what the program does not have.
     """
-    known = {rewrite.name: rewrite for rewrite in (*built_in(PipelineSettings()), *rewrites)}
+    known = {rewrite.name: rewrite for rewrite in (*built_in(PipelineSettings()), *_own(rewrites))}
     return applied_plain(list(known.values()), program, decisions)
 
 

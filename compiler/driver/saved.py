@@ -8,10 +8,10 @@ from typing import Any
 
 from ..frontend.capture import capture
 from ..ir.program import Program
-from ..plan.plan import Plan
 from ..report.report import Report
 from ..support.errors import OutputError
 from ..support.strict_json import json_text, read_json
+from .builtin import Plan
 from .result import Compiled
 from .sealed import ONNX, PLAN, PT2, REPORT, check_file, check_plan
 
@@ -89,5 +89,5 @@ def _check_report(path: Path, plan: Plan, report: Any) -> None:
     if not isinstance(report, dict):
         raise OutputError(f"{path / REPORT} is not a report", hint="compile again, or copy the folder again")
     # through JSON: tuples come back from it as lists
-    if report and report.get("decisions") != read_json(json_text([d.to_dict() for d in plan.decisions])):
-        raise OutputError(f"{path / REPORT} tells of another plan", hint="compile again, or copy the folder again")
+    if report and report.get("decisions") != read_json(json_text(plan.as_read()["decisions"])):
+        raise OutputError(f"{path / REPORT} is that of another plan", hint="compile again, or copy the folder again")

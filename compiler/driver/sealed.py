@@ -49,4 +49,4 @@ def check_plan(plan: Plan) -> None:
 
 
 def _own_digest(plan: Plan) -> str:
-    return digest(json_file(replace(plan, files={}).to_dict()))
+    return digest(json_file(replace(plan, files={}).as_read()))

@@ -214,14 +214,14 @@ def sweep(
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
-    chosen = _leaving_alone(chosen, model, samples)
     with alone(), kept_in(cache) as place:
+        for_goal = _leaving_alone(chosen, model, samples)
         for goal in goals:
             options: dict[str, Any] = {
                 "goal": goal,
                 "backend": backend,
                 "batch": batch,
-                "rewrites": chosen[str(goal)],
+                "rewrites": for_goal[str(goal)],
                 "mimic": mimic,
                 "views": views,
                 "seed": seed,

@@ -15,6 +15,8 @@ from ..rewrite.search import PlanSearch
 from ..support.errors import GoalError
 from .counted_budget import CountedBudget
 
+#: What rewrites know how to count.
+COUNTED = ("macs", "parameters")
 #: What rounding may do to a share of a count.
 ROUNDING = 1e-9
 
@@ -39,6 +41,11 @@ class CountedGoal(Goal):
     short: ClassVar[str]
     what: ClassVar[str]
     _example: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.unit not in COUNTED:
+            raise TypeError(f"{cls.unit!r} is not among {COUNTED}: subclass Goal, with a budget of its own")
 
     def __post_init__(self) -> None:
         if not isinstance(self.ratio, (int, float)) or isinstance(self.ratio, bool) or not 0 < self.ratio < 1:

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 from ...runtime.measure.measurement import Measurement
 from ...runtime.measure.regime import Regime
-from ..plan.decision import counted_words
 from ..plan.goal import Delivered, Goal
 from ..rewrite.budget import Shape
 from ..rewrite.context import Context
@@ -124,12 +123,6 @@ class Latency(Goal):
         """
         del error
         return (measurement.ratio if recounted else measurement.high) <= self.share
-
-    def unmet(self, result: Any) -> str:
-        """The decisions and the measured ratio, in words."""
-        m = result.outcome.measurement
-        done = " and ".join(counted_words(result.plan.decisions)) or "nothing done"
-        return f"{self} is not met: with {done}, the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
 
     def words(self) -> str:
         """The goal as reports word it."""

@@ -102,10 +102,14 @@ class MaxError(Goal):
         """Whether the network was found to be within the bound on the judging samples."""
         return delivered.planned
 
+    def within(self, error: float) -> bool:
+        """Whether the error is within the bound."""
+        return error <= self.error
+
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
         """Whether the error on the test samples is within the bound; `recounted` if it is not known."""
         del measurement
-        return recounted if error is None else error <= self.error
+        return recounted if error is None else self.within(error)
 
     def unmet(self, result: Any) -> str:
         """The error on the test samples, in words."""

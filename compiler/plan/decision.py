@@ -134,6 +134,19 @@ def read_decision(data: Mapping[str, Any]) -> Decision:
     return UnknownDecision(kind=kind, data=dict(data)) if known is None else known.from_dict(data)
 
 
+def known_decision(decision: Decision, kind: type[Decision]) -> Decision:
+    """A decision as one of its class, also where that class came after its plan was read. Raises PlanError for what is
+    none of it."""
+    if not isinstance(decision, UnknownDecision):
+        return decision
+    try:
+        return kind.from_dict(decision.data)
+    except (KeyError, TypeError, ValueError) as cause:
+        raise PlanError(
+            f"no decision of {decision.kind}: {cause!r}", hint="pass a plan.json as it was saved"
+        ) from cause
+
+
 def counted_words(decisions: Sequence[Decision]) -> list[str]:
     """How many decisions there are of each kind: ``3 blocks dropped``."""
     nouns = {decision.kind: decision.nouns for decision in decisions}

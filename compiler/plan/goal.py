@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...runtime.measure.regime import Regime
 from ..ir.program import Program
 from ..support.errors import PlanError
+from .decision import counted_words
 
 if TYPE_CHECKING:
     from ...runtime.measure.measurement import Measurement
@@ -163,10 +164,23 @@ class Goal:
             result: The best `Compiled`.
 
         Returns:
-            One sentence.
+            One sentence: by default what was done, and the measured latency ratio.
         """
-        del result
-        return f"{self} is not met"
+        m = result.outcome.measurement
+        done = " and ".join(counted_words(result.plan.decisions)) or "nothing done"
+        return f"{self} is not met: with {done}, the ratio is {m.ratio:.3f} ({m.low:.3f} to {m.high:.3f})"
+
+    def within(self, error: float) -> bool:
+        """Whether the goal allows a relative output error.
+
+        Arguments:
+            error: The error.
+
+        Returns:
+            False where it is beyond a bound of the goal.
+        """
+        del error
+        return True
 
     def reached(self, measurement: Measurement, recounted: bool, error: float | None = None) -> bool:
         """The verdict on a finished network.

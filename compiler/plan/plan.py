@@ -1,9 +1,9 @@
-"""A plan: decisions in the order of application, for one network. Plain data with a JSON round trip, no tensors."""
+"""A plan: the decisions of a compile as plain data with a JSON round trip, without tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,63 @@ _RENAMED = {"drop_block": "drop_blocks", "factorize_layer": "factorize"}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Decisions in the order of application, for the program with the given fingerprint. `files` are the digests of the
-    networks that were saved with it, by file name; a plan is the same one without them."""
+    """The decisions of a compile, in the order of application, for one network.
+
+    Arguments:
+        decisions: The decisions.
+        goal: The goal that they were made for.
+        fingerprint: Fingerprint of the program that they were made for.
+        predicted: Latency ratio that was predicted, where known, and relative output error after each stage, by name.
+        files: Digests of the files that were saved with the plan, by name. Ignored when plans are compared.
+        version: Version of the format that the plan was read from. Ignored when plans are compared; plans are written
+            in the newest.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+        >>> drop = foldcut.DropBlock(entry="input_1", exit="linear")
+        >>> goal, fingerprint = foldcut.Blocks(1), program.fingerprint
+        >>> plan = foldcut.Plan(decisions=(drop,), goal=goal, fingerprint=fingerprint, predicted={})
+        >>> foldcut.Plan.from_dict(plan.to_dict()) == plan
+        True
+    """
 
     decisions: tuple[Decision, ...]
     goal: Goal
     fingerprint: str
     predicted: Mapping[str, float]
     files: Mapping[str, str] = field(default_factory=dict, compare=False)
+    version: int = field(default=PLAN_VERSION, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: the content of ``plan.json``."""
+        return replace(self, version=PLAN_VERSION).as_read()
+
+    def as_read(self) -> dict[str, Any]:
+        """The same in the version of the format that the plan was read from."""
+        names = {new: old for old, new in _RENAMED.items()} if self.version == 1 else {}
+        decisions = [decision.to_dict() for decision in self.decisions]
         return {
-            "version": PLAN_VERSION,
+            "version": self.version,
             "goal": self.goal.to_dict(),
             "fingerprint": self.fingerprint,
             "predicted": dict(self.predicted),
-            "decisions": [d.to_dict() for d in self.decisions],
+            "decisions": [{**data, "kind": names.get(data["kind"], data["kind"])} for data in decisions],
             **({"files": dict(self.files)} if self.files else {}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Raises PlanError for another version or a malformed plan. A decision of a rewrite that is not imported is
-        carried along as it is (`UnknownDecision`)."""
+        """Read a plan back. A decision of a rewrite that is not available is kept as it was read.
+
+        Arguments:
+            data: The result of `to_dict`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: If the data are malformed or of an unknown version.
+        """
         try:
             if data["version"] not in (1, PLAN_VERSION):
                 raise PlanError(
@@ -56,13 +90,24 @@ class Plan:
                 fingerprint=str(data["fingerprint"]),
                 predicted=dict(data["predicted"]),
                 files={str(name): str(digest) for name, digest in data.get("files", {}).items()},
+                version=data["version"],
             )
         except (KeyError, TypeError, ValueError, AttributeError, GoalError) as cause:
             raise PlanError(f"not a plan: {cause!r}", hint="pass a plan.json written by foldcut") from cause
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan.json. Raises PlanError."""
+        """Read a ``plan.json``.
+
+        Arguments:
+            path: The file.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: If the file cannot be read, is malformed or of an unknown version.
+        """
         try:
             data = read_json(Path(path).read_bytes())
         except (OSError, ValueError) as cause:
@@ -70,7 +115,14 @@ class Plan:
         return cls.from_dict(data)
 
     def check(self, fingerprint: str) -> None:
-        """Raise PlanError unless the plan was made for the program with this fingerprint."""
+        """Check that the plan was made for a program.
+
+        Arguments:
+            fingerprint: Fingerprint of the program.
+
+        Raises:
+            PlanError: If it was made for another one.
+        """
         if fingerprint != self.fingerprint:
             raise PlanError(
                 "the plan was made for another network",

@@ -13,8 +13,19 @@ from .option_milp import choose_options
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """One change: the relative output error that it is predicted to add and the share of the budget's whole (latency,
-    multiply-accumulates) that it saves. `decision` is what the rewrite carries out."""
+    """One way to change an `Item`.
+
+    Arguments:
+        error: Relative output error that the change is predicted to add. Errors of one rewrite are compared with each
+            other; how they compare with those of other rewrites is learnt from whole plans.
+        saving: Share of what the goal bounds (latency, MACs, parameters) that the change saves.
+        decision: What the rewrite then applies.
+
+    Example:
+        >>> drop = foldcut.DropBlock(entry="relu", exit="relu_1")
+        >>> foldcut.Proposal(error=0.02, saving=0.1, decision=drop)
+        Proposal(error=0.02, saving=0.1)
+    """
 
     error: float
     saving: float
@@ -23,12 +34,22 @@ class Proposal:
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    """What a change does to nodes of the program, by name; of two changes that clash a plan takes only one.
+    """What a change does to nodes of the program. Of two changes that clash a plan takes only one.
 
-    `removes` are nodes that are gone afterwards, `replaces` those that something else stands for, `resizes` those whose
-    weights change shape along a dimension of their own, `needs` those of which at least one has to be there. Two
-    changes clash where both remove or both replace a node, where one replaces what the other resizes, and where one
+    Two changes clash where both remove or both replace a node, where one replaces what the other resizes, and where one
     removes all that the other needs.
+
+    Arguments:
+        removes: Names of nodes that are gone afterwards.
+        replaces: Names of nodes that something else then stands for.
+        resizes: Names of nodes whose weights change shape along a dimension of their own.
+        needs: Names of nodes of which at least one has to be there.
+
+    Example:
+        >>> block = foldcut.Claims(removes=frozenset({"conv2d", "relu"}))
+        >>> layer = foldcut.Claims(replaces=frozenset({"conv2d"}), needs=frozenset({"conv2d"}))
+        >>> block.clashes(layer)
+        True
     """
 
     removes: frozenset[str] = frozenset()
@@ -37,7 +58,14 @@ class Claims:
     needs: frozenset[str] = frozenset()
 
     def clashes(self, other: Claims) -> bool:
-        """Whether a plan may take only one of two changes."""
+        """Whether a plan may take only one of two changes.
+
+        Arguments:
+            other: The claims of the other change.
+
+        Returns:
+            Whether they clash.
+        """
         return bool(
             self.removes & other.removes
             or self.replaces & (other.replaces | other.resizes)
@@ -49,8 +77,21 @@ class Claims:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer. `kind`
-    names the rewrite."""
+    """Something that can be changed in one of several ways, or left alone: a region, a unit group, a layer.
+
+    Arguments:
+        kind: Name of the rewrite.
+        name: Name of what is changed.
+        claims: What any of the changes does to nodes.
+        proposals: The ways to change it.
+
+    Example:
+        >>> drop = foldcut.DropBlock(entry="relu", exit="relu_1")
+        >>> proposal = foldcut.Proposal(error=0.02, saving=0.1, decision=drop)
+        >>> claims = foldcut.Claims(removes=frozenset({"conv2d"}))
+        >>> foldcut.Item(kind="drop_blocks", name=drop.region, claims=claims, proposals=(proposal,))
+        Item(kind='drop_blocks', name='relu>relu_1')
+    """
 
     kind: str
     name: str

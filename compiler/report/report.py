@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..support.strict_json import finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Mapping[str, Any]):
     """Everything that one compile measured.
 
     A part that could not be made holds a ``missing`` entry with the reason.
@@ -127,6 +127,14 @@ class Report:
     def __getitem__(self, name: str) -> Any:
         """The part called `name` in ``report.json``."""
         return self.to_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the parts of ``report.json``."""
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        """Number of parts."""
+        return len(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: the content of ``report.json``. Numbers that are not finite are None."""

@@ -27,12 +27,26 @@ class Budget(Protocol):
     latency: StoredLatency | None
 
     def share(self, changes: Any, program: Callable[[], Program]) -> float:
-        """What a network leaves of the original's. `changes` is what tells it from others, as plain data: what is known
-        of it is not found out again."""
+        """What a network leaves of what is bounded.
+
+        Arguments:
+            changes: What distinguishes the network from others, as plain data. What is known of it is not found out
+                again.
+            program: Makes the network.
+
+        Returns:
+            Its share of the original's.
+        """
 
     def savings(self, variants: Mapping[str, Callable[[], Program]]) -> dict[str, float]:
-        """Share of the original's that each of some variants of it saves, about: for a rewrite that cannot price its
-        changes more cheaply itself."""
+        """About what each of some variants of the original saves.
+
+        Arguments:
+            variants: Functions that make the variants, by name.
+
+        Returns:
+            The share of the original's that each saves, by name.
+        """
 
 
 class Savings(Protocol):

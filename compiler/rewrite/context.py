@@ -19,12 +19,38 @@ from .instruments import Instruments
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
-    """A compile: the original, its goal, the samples, and the means.
+    """What a rewrite works with: the original, its goal, the samples, and the means of one compile.
 
-    `sets` are the samples to fit with, to judge by and to test with; `solve_samples` caps what a solve reads. `latency`
-    measures on the backend, None where nothing is measured (a plan that is carried out again). `store` keeps what
-    analyses find out. `trial` says that a plan is only compared with others: less is solved, on fewer samples.
-    `instruments` are called after every pass.
+    It is made by `compile`, `sweep` and `apply`, and passed to every `Rewrite`.
+
+    Arguments:
+        teacher: The original network.
+        goal: The goal.
+        sets: The samples to fit with, to judge by and to test with.
+        latency: Measures on the backend. None where nothing is measured, as when a plan is applied again.
+        store: Keeps the results of analyses.
+        clock: Measures the stages.
+        progress: Gets (stage, done, total).
+        time: How long plans may be searched for.
+        resolve: Settings of the solve.
+        solve_samples: Number of samples that a solve reads at most.
+        seed: Seed of all random choices.
+        trial: Whether a plan is only compared with others: less is solved, with fewer samples.
+        instruments: Called after every pass.
+
+    Example:
+        >>> class Sizes(foldcut.Drop):
+        ...     def offer(self, ctx, budget):
+        ...         print(type(ctx).__name__, len(ctx.fit), len(ctx.judge), ctx.latency is None)
+        ...         return super().offer(ctx, budget)
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+        >>> options = {"progress": False, "cache": False, "mimic": False, "rewrites": (Sizes(),)}
+        >>> try:
+        ...     out = foldcut.compile(net, torch.randn(40, 8), goal=foldcut.Macs(0.5), **options)
+        ... except foldcut.GoalError as unmet:
+        ...     print(unmet.message)
+        Context 32 4 False
+        nothing can be done towards MACs ratio 0.5
     """
 
     teacher: Program

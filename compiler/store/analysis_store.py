@@ -63,15 +63,17 @@ class NotAddressableError(TypeError):
 class AnalysisStore:
     """Computes results, or reads those that were computed before; `folder` None keeps none.
 
-    `reused` and `computed` count them. What cannot be written costs a warning, once; what cannot be read is computed
-    again.
+    `basis` are texts that all results depend on besides their inputs and foldcut's own source, such as the source of
+    a user's rewrite. `reused` and `computed` count results. What cannot be written costs a warning, once; what cannot
+    be read is computed again.
     """
 
-    def __init__(self, folder: Path | None = None, *, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, folder: Path | None = None, *, basis: Sequence[str] = (), most_bytes: int = MOST_BYTES) -> None:
         #: Where measurements are kept as well, in files of their own.
         self.root = folder
         self.folder = None if folder is None else folder / f"analyses-{FORMAT_VERSION}"
         self.reused = self.computed = 0
+        self._basis = list(basis)
         self._most_bytes = most_bytes
         self._unlooked = _LOOK_BYTES  # what others have written is not known
 
@@ -117,7 +119,7 @@ class AnalysisStore:
         if self.folder is None:
             return None
         try:
-            text = json.dumps([name, _basis(), [_described(value) for value in inputs]])
+            text = json.dumps([name, _basis() + self._basis, [_described(value) for value in inputs]])
         except NotAddressableError:
             return None
         key = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
@@ -249,7 +251,7 @@ def _basis() -> list[str | int]:
 def _source() -> str:
     """Hash of foldcut's own source: a version number would not tell an edited copy from the release."""
     digest = hashlib.blake2b(digest_size=16)
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[2]
     for folder in ("compiler", "passes", "runtime"):
         for path in sorted((package / folder).rglob("*.py")):
             digest.update(path.relative_to(package).as_posix().encode())

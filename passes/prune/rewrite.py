@@ -200,7 +200,7 @@ class Prune(ChannelSettings, Rewrite):
     def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
         """Raise RewriteError where a parameter that makes a pruned group has not become smaller."""
         groups = {group.name: group for group in units_of(before).groups}
-        for cut in _given(decisions):
+        for cut in (cut for cut in _given(decisions) if cut.takes_away):
             for name, dim in groups[cut.group].producers:
                 widths = [_width(program, name, dim) for program in (before, after)]
                 if None not in widths and widths[1] >= widths[0]:  # type: ignore[operator]

@@ -10,16 +10,31 @@ from .targets import Kept
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """`dropped` lists (entry, exit) of bypassed regions by the names of the original's nodes, `kept` the channels left
-    of each node that lost some, `replaced` the nodes that stand where another one of that name stood (factorised
-    layers, exchanged activations)."""
+    """What rewrites did to a network, as far as the solve after them has to know it.
+
+    Arguments:
+        dropped: (entry, exit) of each bypassed region, by the names of the original's nodes.
+        kept: The channels that are left of each node that lost some.
+        replaced: The nodes that stand where another one of that name stood: factorised layers, other activations.
+
+    Example:
+        >>> foldcut.Changes(dropped=(("relu", "relu_1"),)).then(foldcut.Changes(replaced=("conv2d",)))
+        Changes(dropped=(('relu', 'relu_1'),), replaced=('conv2d',))
+    """
 
     dropped: tuple[tuple[str, str], ...] = ()
     kept: Mapping[str, Kept] = field(default_factory=dict, repr=False)
     replaced: tuple[str, ...] = ()
 
     def then(self, later: Changes) -> Changes:
-        """These, and those of a rewrite behind them."""
+        """These changes and later ones.
+
+        Arguments:
+            later: The changes of a rewrite that was applied after them.
+
+        Returns:
+            All of them.
+        """
         return Changes(
             dropped=(*self.dropped, *later.dropped),
             kept={**self.kept, **later.kept},

@@ -1,5 +1,6 @@
 """Results kept by content: found again, never for other inputs, whole or not there."""
 
+import hashlib
 import os
 import random
 import warnings
@@ -322,3 +323,16 @@ def test_without_a_folder_no_state_is_kept() -> None:
     kept = NOTHING_KEPT.checkpoint("training", [1])
     kept.keep(lambda: pytest.fail("a state was taken"))
     assert kept.read() is None
+
+
+def test_results_are_those_of_this_source() -> None:
+    """The hash goes over all of foldcut's files, not over none."""
+    assert analysis_store._source() != hashlib.blake2b(digest_size=16).hexdigest()
+
+
+def test_results_follow_from_the_basis(tmp_path: Path) -> None:
+    """What a store is told beside the inputs: the source of a user's rewrite."""
+    first, second = (AnalysisStore(tmp_path, basis=[basis]) for basis in ("one", "two"))
+    assert first.value("x", [1], Counter(3)) == 3
+    assert second.value("x", [1], Counter(4)) == 4
+    assert AnalysisStore(tmp_path, basis=["one"]).value("x", [1], Counter(5)) == 3
