@@ -43,7 +43,7 @@ class Context:
         ...     def offer(self, ctx, budget):
         ...         print(type(ctx).__name__, len(ctx.fit), len(ctx.judge), ctx.latency is None)
         ...         return super().offer(ctx, budget)
-        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
         >>> options = {"progress": False, "cache": False, "mimic": False, "rewrites": (Sizes(),)}
         >>> try:
         ...     out = foldcut.compile(net, torch.randn(40, 8), goal=foldcut.Macs(0.5), **options)
