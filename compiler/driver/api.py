@@ -240,6 +240,7 @@ def _report(
     return Report(
         goal=goal.to_dict(),
         goal_words=goal.words(),
+        goal_share=outcome.goal_share,
         met=outcome.met,
         backend=backend.name,
         batch=options.batch,

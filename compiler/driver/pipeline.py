@@ -49,8 +49,8 @@ class Outcome:
     found to reach the goal, by what was measured for it; `applied` the network before mimicking, and how it came about;
     `aims` the latency ratios that plans were made for, each after a network that missed; `output_errors` what the
     judging samples said on the way, `tested` (and `errors_by_output`) what the test samples say of the network that
-    stands; `sizes` how many samples there were of each; `regimes` the `measurement`, and that of the same loads in the
-    other regime where the backend can.
+    stands; `sizes` how many samples there were of each; `goal_share` the latency ratio to reach, where there is one;
+    `regimes` the `measurement`, and that of the same loads in the other regime where the backend can.
     """
 
     ctx: Context
@@ -72,6 +72,7 @@ class Outcome:
     sizes: Mapping[str, int] = field(default_factory=dict)
     profiles: Profiles | None = None
     regimes: Mapping[str, Measurement] = field(default_factory=dict)
+    goal_share: float | None = None
 
 
 def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe, settings: PipelineSettings) -> Outcome:
@@ -99,7 +100,7 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
                 in_effect=lambda: in_effect(ctx.teacher, outcome.program, done.decisions, rewrites),
             )
         )
-        return replace(outcome, met=goal.reached(outcome.measurement, counted))
+        return replace(outcome, met=goal.reached(outcome.measurement, counted), goal_share=goal.share)
 
     found = _aimed(goal, made, latency)
     if ctx.time.ran_out:

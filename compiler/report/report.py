@@ -50,6 +50,7 @@ class Report(Mapping[str, Any]):
         versions: Versions of foldcut and torch.
         rewrites: Names of the rewrites that were used.
         goal_words: The goal in words.
+        goal_share: The latency ratio to reach, if the goal has one.
         kinds: What the rewrites are called, and how they are drawn.
         words: The decisions in words: ``what`` and ``how``.
         mimicked: Whether the result was trained on the features of the original.
@@ -102,6 +103,7 @@ class Report(Mapping[str, Any]):
     versions: Mapping[str, str] = field(default_factory=dict)
     rewrites: Sequence[str] = ()
     goal_words: str = ""
+    goal_share: float | None = None
     kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     words: Sequence[Mapping[str, str]] = ()
     mimicked: bool = False
@@ -150,6 +152,7 @@ class Report(Mapping[str, Any]):
             "mimicked": self.mimicked,
             "goal": dict(self.goal),
             "goal_words": self.goal_words,
+            "goal_share": self.goal_share,
             "met": self.met,
             "backend": self.backend,
             "batch": self.batch,

@@ -73,7 +73,9 @@ def goal_words(report: Mapping[str, Any]) -> str:
 
 
 def goal_ratio(report: Mapping[str, Any]) -> float | None:
-    """The latency ratio that the goal asks for, where it asks for one."""
+    """The latency ratio that the goal asks for, where it asks for one; earlier versions had the goal's figures only."""
+    if report.get("goal_share") is not None:
+        return float(report["goal_share"])
     goal = report["goal"]
     if goal.get("kind") != "latency":
         return None

@@ -266,10 +266,11 @@ def test_a_page_that_cannot_be_made_is_no_error(report: dict[str, Any]) -> None:
     ids=str,
 )
 def test_every_goal(goal: Any, report: dict[str, Any]) -> None:
-    plot = pareto_plot({**report, "goal": goal.to_dict()})
+    asked = {**report, "goal": goal.to_dict(), "goal_words": goal.words(), "goal_share": None}
+    plot = pareto_plot(asked)
     assert (plot["goal"] is not None) == isinstance(goal, foldcut.Latency)
     figures = [v for v in goal.to_dict().values() if not isinstance(v, str)]
-    text = Reader(report_page({**report, "goal": goal.to_dict()})).text
+    text = Reader(report_page(asked)).text
     said = text[text.index("Goal: ") :].split(". It cost")[0]
     assert any(form in said for v in figures for form in (f"{v:g}", number(v), f"{100 * v:.0f} %"))
 
