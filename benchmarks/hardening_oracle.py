@@ -291,7 +291,7 @@ def rms_norm(
     subclass sees it, and the mean among them would count what is gone."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     dims, gone = list(range(x.dim() - len(shape), x.dim())), _gone_at(x, weight)
-    value = (x.value if isinstance(x, Marked) else x).masked_fill(gone, 0)
+    value = _values(x).masked_fill(gone, 0)
     count = (~gone).sum(dims, keepdim=True).clamp(min=1)
     y = value * torch.rsqrt((value * value).sum(dims, keepdim=True) / count + eps)
     if weight is not None:

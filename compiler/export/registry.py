@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +41,6 @@ def _filled(fill: Any, registry: type, *args: Any, **options: Any) -> Any:
 
 def _copied(fill: Any, registry: type, *args: Any, **options: Any) -> Any:
     """A table of its own for an export, which may add to it."""
-    full = _filled(fill, registry, *args, **options)
-    table = registry()
-    vars(table).update(vars(full))
-    table.functions = {target: list(functions) for target, functions in full.functions.items()}
+    table = copy.copy(_filled(fill, registry, *args, **options))
+    table.functions = {target: list(functions) for target, functions in table.functions.items()}
     return table

@@ -31,8 +31,9 @@ def needed_inputs(model: Any) -> ForwardInputs | None:
         return _of_exported(model)
     if not isinstance(model, nn.Module):
         return None
-    check_weights(unwrapped(model))
-    return _of_module(unwrapped(model))
+    inner = unwrapped(model)
+    check_weights(inner)
+    return _of_module(inner)
 
 
 def _of_module(model: nn.Module) -> ForwardInputs | None:
