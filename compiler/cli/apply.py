@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..frontend.capture import Model
 from ..frontend.model_source import load_model
 from ..support.atomic_files import check_writable
 from ..support.errors import CaptureError
-from ..support.progress import Progress, rich_progress, silent
+from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
 from .console import after_interrupt, guarded, out, show_line
 from .options import ApplyOptions
@@ -26,7 +25,7 @@ def run(options: ApplyOptions) -> None:
 
     def work() -> None:
         check_writable(options.output)
-        with nullcontext(silent) if options.as_json or options.quiet else rich_progress() as progress:
+        with opened_progress(not (options.as_json or options.quiet)) as progress:
             made = _applied(options, progress)
             made.save(options.output)
         if options.as_json:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-from ..support.progress import rich_progress, silent
+from ..support.progress import opened_progress
 from ..support.strict_json import json_text
 from .console import guarded, out
 from .measure_files import MeasureWish, measure_files, read_sizes, show_measured
@@ -26,7 +24,7 @@ def run(options: MeasureOptions) -> None:
             self_check=options.self_check,
             regime="cold" if options.regime == "cold" else "hot",
         )
-        with nullcontext(silent) if options.as_json or options.quiet else rich_progress() as progress:
+        with opened_progress(not (options.as_json or options.quiet)) as progress:
             found = measure_files(options.before, options.after, wish, progress=progress)
         if options.as_json:
             print(json_text(found.to_dict(samples=options.samples)))

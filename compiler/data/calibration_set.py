@@ -393,5 +393,5 @@ def _check_values(leaves: Sequence[torch.Tensor]) -> None:
             raise CalibrationError(
                 f"input {index} holds NaN or infinite values",
                 actual=f"{int(bad.sum())} of {leaf.shape[0]} samples, the first at {int(bad.nonzero()[0])}",
-                hint="leave those samples out or mend the preprocessing",
+                hint="leave those samples out, or correct how they are read",
             )

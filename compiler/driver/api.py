@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.errors import CompilerError, GoalError
 from ..support.one_at_a_time import alone
-from ..support.progress import Progress, StageClock, rich_progress, silent
+from ..support.progress import Progress, StageClock, opened_progress
 from .builtin import chosen_rewrites, own_sources
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, check_run
@@ -129,7 +129,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
-    with alone(), kept_in(cache) as folder, _progress(progress) as show, _collected_warnings() as messages:
+    with alone(), kept_in(cache) as folder, opened_progress(progress) as show, _collected_warnings() as messages:
         with clock.stage("capture"):
             network = opened(model)
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
@@ -214,12 +214,6 @@ def _check_fixed_batch(program: Program, batch: int) -> None:
             actual=f"batch={batch}",
             hint=f"measure with batch={fixed}, or export the file with a dynamic batch",
         )
-
-
-def _progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
-    if progress is True:
-        return rich_progress()
-    return nullcontext(silent if progress is False else progress)
 
 
 def _report(

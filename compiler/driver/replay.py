@@ -24,8 +24,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
-from ..support.progress import Progress, StageClock, silent
-from ..support.setting_checks import refuse
+from ..support.progress import Progress, StageClock, opened_progress
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
 from .builtin import Plan, built_in, check_rewrites, own_sources
 from .pipeline import mimicking
@@ -46,7 +45,7 @@ def apply(
     views: Sequence[View] = (),
     seed: int = 0,
     settings: PipelineSettings | None = None,
-    progress: Progress = silent,
+    progress: bool | Progress = True,
     cache: bool | str | Path = True,
 ) -> Compiled:
     """Apply a plan to the network that it was made for.
@@ -67,7 +66,7 @@ def apply(
         views: As in `compile`. Only used without `weights`.
         seed: Seed of all random choices.
         settings: How each stage works.
-        progress: A function that gets (stage, done, total).
+        progress: As in `compile`.
         cache: As in `compile`. A call that was interrupted continues from it.
 
     Returns:
@@ -88,14 +87,12 @@ def apply(
         >>> cut = foldcut.PruneChannels(group="0", kept=tuple(range(16)), total=32)
         >>> fingerprint = foldcut.capture(net, samples[:2]).fingerprint
         >>> plan = foldcut.Plan(decisions=(cut,), goal=foldcut.Channels(0.5), fingerprint=fingerprint, predicted={})
-        >>> out = foldcut.apply(net, plan, calibration=samples, mimic=False, cache=False)
+        >>> out = foldcut.apply(net, plan, calibration=samples, mimic=False, cache=False, progress=False)
         >>> out.program.parameter_count(), list(out.output_errors)
         (212, ['unsolved', 'rewritten', 're-solved'])
     """
     check_options(mimic, views, progress, cache, settings)
     check_seed(seed)
-    if isinstance(progress, bool):
-        refuse("progress", progress, "a function of (stage, done, total)")
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
         weights = _beside(Path(plan), read)
@@ -120,10 +117,9 @@ def apply(
         options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
-        with kept_in(cache) as folder:
-            ctx = options.context(
-                teacher, samples, read.goal, AnalysisStore(folder, basis=own_sources(using)), StageClock(), progress
-            )
+        with kept_in(cache) as folder, opened_progress(progress) as show:
+            store = AnalysisStore(folder, basis=own_sources(using))
+            ctx = options.context(teacher, samples, read.goal, store, StageClock(), show)
             return _solved(ctx, read, using, options)
 
 

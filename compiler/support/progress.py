@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 #: Seconds that a log of a running compile says nothing.
@@ -39,6 +39,13 @@ class StageClock:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: {"wall": round(self.wall_s[name], 3), "cpu": round(self.cpu_s[name], 3)} for name in self.wall_s}
+
+
+def opened_progress(progress: bool | Progress) -> AbstractContextManager[Progress]:
+    """What the argument `progress` stands for: True shows bars on stderr, False nothing, a function is called."""
+    if progress is True:
+        return rich_progress()
+    return nullcontext(silent if progress is False else progress)
 
 
 @contextmanager
