@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ... import passes
+
+
+def rewrite_names() -> list[str]:
+    """The names of the rewrites that foldcut brings, read off their source: help does not wait for torch."""
+    sources = [
+        path for place in passes.__path__ for path in (*Path(place).glob("*.py"), *Path(place).glob("*/rewrite.py"))
+    ]
+    found = [re.search(r'^    name = "(\w+)"$', path.read_text(encoding="utf-8"), re.MULTILINE) for path in sources]
+    return sorted(name[1] for name in found if name)
 
 
 class Caches(StrEnum):
@@ -29,7 +41,7 @@ ShapeOption = Annotated[
 ]
 RewritesOption = Annotated[
     str | None,
-    typer.Option(help="Rewrites that may be used: some of drop_blocks, prune_channels, factorize, or `all`."),
+    typer.Option(help=f"Rewrites that may be used: some of {', '.join(rewrite_names())}, or `all`."),
 ]
 MultipleOption = Annotated[
     str | None,
