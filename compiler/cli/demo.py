@@ -3,7 +3,7 @@ scikit-learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -76,12 +76,19 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
     return images[train], labels[train], images[test], labels[test]
 
 
-def train_digits(images: torch.Tensor, labels: torch.Tensor, *, seed: int, epochs: int = EPOCHS) -> DigitNet:
+def train_digits(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    seed: int,
+    epochs: int = EPOCHS,
+    make: Callable[[], nn.Module] = DigitNet,
+) -> nn.Module:
     """Ordinary supervised training; foldcut itself never sees the labels."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = DigitNet()
+        net = make()
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
     for _ in range(epochs):
