@@ -108,7 +108,8 @@ def import_root(state: str, folder: Path) -> Path:
     source = Path(state).resolve()
     if not source.is_dir():
         source = folder / "source"
-        found = subprocess.run(["git", "archive", state, *PARTS], check=True, stdout=subprocess.PIPE).stdout
+        command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "archive", state, *PARTS]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         with tarfile.open(fileobj=io.BytesIO(found)) as archive:
             archive.extractall(source, filter="data")
     package = folder / "import" / "foldcut"
