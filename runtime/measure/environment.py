@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,6 +52,31 @@ def version_tuple(version: str) -> tuple[int, ...]:
             break
         numbers.append(int(part))
     return tuple(numbers)
+
+
+class OtherWork:
+    """What other processes, and a hypervisor, keep this machine's CPUs busy with, from when it is made on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float:
+        """The share of all CPUs that others kept busy, 0 to 1; 0 too where the OS does not say (other than Linux)."""
+        wall, own, busy = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return min(max((busy - own) / max(wall * (os.cpu_count() or 1), 1e-9), 0.0), 1.0)
+
+    def _now(self) -> tuple[float, float, float]:
+        return time.perf_counter(), time.process_time(), _busy_s()
+
+
+def _busy_s() -> float:
+    """Seconds since its start that its CPUs were busy, or kept by a hypervisor; 0 where the OS does not say."""
+    try:
+        words = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)
+        user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = (int(word) for word in words[1:9])
+        return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return 0.0
 
 
 def _load_1min() -> str:

@@ -19,7 +19,7 @@ from ...compiler.support.errors import BackendError
 from .backend import Clock, Regime, Runner
 from .bootstrap import loads_interval
 from .cache_eviction import check_evictable
-from .environment import host_environment
+from .environment import OtherWork, host_environment
 from .measure import Environment, Rounds, common_clock
 from .measurement import Measurement
 from .timing import Timing
@@ -29,6 +29,8 @@ REGIMES: tuple[Regime, ...] = ("hot", "cold")
 _FEWEST_LOADS = 3
 _FEWEST_ROUNDS = 2  # both orders
 _COLD_ROUNDS = 2  # times as many: a cold sample is a single inference
+#: A machine is contended where others keep more of its CPUs busy: they share caches, memory and often a core's units.
+_MOST_OTHER_WORK = 0.1
 #: Memory held between two loads, at random, so that the next load's buffers do not fall where the last one's were.
 _MOST_BALLAST_BYTES = 1 << 20
 
@@ -81,8 +83,11 @@ class _Taken:
         self.samples += zip(before.tolist(), after.tolist(), strict=True)
         self.contended = self.contended or rounds.contended
 
-    def measurement(self, regime: Regime, clock: Clock, together: float, environment: Environment) -> Measurement:
-        interval = loads_interval(self.ratios, self.controls, together=together if self.contended else 1.0)
+    def measurement(
+        self, regime: Regime, clock: Clock, together: float, environment: Environment, disturbed: bool
+    ) -> Measurement:
+        contended = self.contended or disturbed
+        interval = loads_interval(self.ratios, self.controls, together=together if contended else 1.0)
         before, after = zip(*self.samples, strict=True)
         return Measurement(
             ratio=interval.estimate,
@@ -94,7 +99,7 @@ class _Taken:
             after_ms=float(np.median(after)),
             samples=tuple(self.samples),
             environment=dict(environment),
-            contended=self.contended,
+            contended=contended,
             regime=regime,
             loads=tuple(self.ratios),
             control=float(np.exp(np.mean(np.log(self.controls)))),
@@ -125,7 +130,7 @@ def measure_loads(
     """
     known = host_environment() if environment is None else environment
     generator = np.random.default_rng(effort.seed)
-    started = time.perf_counter()
+    started, other_work = time.perf_counter(), OtherWork()
     taken: dict[Regime, _Taken] = {}
     done = 0
     while True:
@@ -147,7 +152,8 @@ def measure_loads(
         late = time.perf_counter() - started >= effort.seconds
         if done < (min(_FEWEST_LOADS, effort.loads) if late else effort.loads):
             continue
-        found = {name: sums.measurement(name, clock, effort.together, known) for name, sums in taken.items()}
+        disturbed = clock != "cuda" and other_work.share() > _MOST_OTHER_WORK
+        found = {name: sums.measurement(name, clock, effort.together, known, disturbed) for name, sums in taken.items()}
         if late or done == effort.most_loads or found[effort.regime].half_width <= effort.target_halfwidth:
             return found
 

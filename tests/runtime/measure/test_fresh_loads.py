@@ -1,15 +1,20 @@
 """Measurements over fresh loads, on sessions whose time is drawn when they are loaded."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from foldcut.compiler.support.errors import BackendError
+from foldcut.runtime.measure import environment
 from foldcut.runtime.measure.backend import Array, Clock
 from foldcut.runtime.measure.bootstrap import loads_interval
 from foldcut.runtime.measure.cache_eviction import CacheEviction, last_level_bytes
+from foldcut.runtime.measure.environment import OtherWork
 from foldcut.runtime.measure.fresh_loads import Effort, measure_loads
 from foldcut.runtime.measure.measurement import Measurement
 
@@ -142,6 +147,40 @@ def test_a_disturbed_machine_widens_the_interval(monkeypatch: pytest.MonkeyPatch
     assert disturbed.contended and not quiet.contended
     assert disturbed.loads == quiet.loads
     assert disturbed.half_width == pytest.approx(quiet.half_width * 3**0.5)
+
+
+@pytest.mark.parametrize(("clock", "contended"), [("wall", True), ("thread_cpu", True), ("cuda", False)])
+def test_other_work_on_the_cpus_disturbs_what_is_timed_there(
+    monkeypatch: pytest.MonkeyPatch, clock: str, contended: bool
+) -> None:
+    """Samples of equal length do not show it: who shares a core's units slows each of them."""
+    quiet = Sessions(0.5, 0.02).measured()
+    monkeypatch.setattr("foldcut.runtime.measure.fresh_loads.common_clock", lambda _: clock)
+    monkeypatch.setattr("foldcut.runtime.measure.environment._busy_s", iter(range(0, 100_000, 1_000)).__next__)
+    beside = Sessions(0.5, 0.02).measured()
+    assert beside.contended == contended and beside.loads == quiet.loads
+    assert beside.half_width == pytest.approx(quiet.half_width * (3**0.5 if contended else 1))
+
+
+def test_the_share_of_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds on four CPUs of which others were busy for eight and this process for five."""
+    monkeypatch.setattr("foldcut.runtime.measure.environment.os.cpu_count", lambda: 4)
+    monkeypatch.setattr("foldcut.runtime.measure.environment.time.perf_counter", iter([100.0, 110.0]).__next__)
+    monkeypatch.setattr("foldcut.runtime.measure.environment.time.process_time", iter([1.0, 6.0]).__next__)
+    monkeypatch.setattr("foldcut.runtime.measure.environment._busy_s", iter([50.0, 63.0]).__next__)
+    assert OtherWork().share() == pytest.approx(0.2)
+
+
+def test_other_work_where_the_os_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldcut.runtime.measure.environment.Path.read_text", lambda *_, **__: "cpu  no numbers")
+    assert OtherWork().share() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="only Linux says")
+def test_a_busy_process_is_other_work() -> None:
+    started = environment._busy_s()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert environment._busy_s() - started > 0.4
 
 
 def test_both_regimes_come_from_the_same_loads() -> None:
