@@ -110,6 +110,9 @@ def check_rewrites(asked: object) -> None:
             "rewrites", asked, "a tuple of strings: rewrites=('...',), or of foldcut.Rewrite", why="is no such tuple"
         )
     names = [rewrite.name for rewrite in BUILT_IN]
+    for item in asked:
+        if isinstance(item, Rewrite):
+            _check_declared(item)
     instances = [item.name for item in asked if isinstance(item, Rewrite)]
     twice = sorted({name for name in instances if instances.count(name) > 1})
     if twice:
@@ -119,6 +122,21 @@ def check_rewrites(asked: object) -> None:
         raise CompilerError(
             f"unknown rewrites {[_name(item) for item in asked]}",
             expected=f"some of {names}, or instances of a Rewrite",
+        )
+
+
+def _check_declared(rewrite: Rewrite) -> None:
+    """Raise CompilerError for one that lacks what all have, or whose decisions are called otherwise than it is."""
+    of = type(rewrite).__name__
+    missing = [name for name in ("name", "verb", "decides") if not hasattr(rewrite, name)]
+    if missing:
+        raise CompilerError(
+            f"{of} does not set {', '.join(missing)}", hint="set them in the class: see foldcut.Rewrite"
+        )
+    if rewrite.decides.kind != rewrite.name:
+        raise CompilerError(
+            f"{of}.name is {rewrite.name!r}, and its decisions are of the kind {rewrite.decides.kind!r}",
+            hint="give both the same word: a plan finds the rewrite of a decision by it",
         )
 
 

@@ -52,7 +52,7 @@ class PipelineSettings:
         opset: ONNX opset of the export. If None, the exporter decides.
         search_seconds: Time after which the search for better plans ends, in seconds. The result is then not
             repeatable. If None, it ends when no better plan is found.
-        save_temps: Folder for the program after every pass, as text and as ``.pt2``.
+        save_temps: Folder for the program after every pass, as text and as ``.pt2``; in a sweep, one below it per goal.
 
     Raises:
         CompilerError: If a setting is out of range or of the wrong type.

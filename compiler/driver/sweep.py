@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class SweepPoint:
     @property
     def name(self) -> str:
         """Name of the folder of this point: ``latency-ratio-0.6``."""
-        return "-".join(str(self.goal).replace("%", "").split())
+        return _folder_name(self.goal)
 
     @property
     def cost(self) -> tuple[float, float] | None:
@@ -227,7 +227,7 @@ def sweep(
                 "seed": seed,
                 "progress": progress,
                 "threads": threads,
-                "settings": settings,
+                "settings": _for_goal(settings, goal),
                 "cache": place,
             }
             try:
@@ -240,6 +240,17 @@ def sweep(
     if len(refused) == len(points):
         raise refused[0]
     return Sweep(points=tuple(points))
+
+
+def _folder_name(goal: Goal) -> str:
+    return "-".join(str(goal).replace("%", "").split())
+
+
+def _for_goal(settings: PipelineSettings | None, goal: Goal) -> PipelineSettings | None:
+    """The settings of one goal's compile: what it saves between passes goes to a folder of its own."""
+    if settings is None or settings.save_temps is None:
+        return settings
+    return replace(settings, save_temps=Path(settings.save_temps) / _folder_name(goal))
 
 
 def _chosen(

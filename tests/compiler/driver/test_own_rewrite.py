@@ -136,6 +136,21 @@ def test_two_of_one_name_are_refused(own: ModuleType, net: nn.Module, images: to
         foldcut.compile(net, images, goal=foldcut.Latency(0.6), rewrites=twice)
 
 
+@pytest.mark.parametrize(
+    ("bare", "says"),
+    [
+        (False, "name is 'other', and its decisions are of the kind 'to_relu'"),
+        (True, "Bad does not set verb, decides"),
+    ],
+)
+def test_what_a_class_must_say_is_asked_for_at_once(
+    bare: bool, says: str, own: ModuleType, net: nn.Module, images: torch.Tensor
+) -> None:
+    bad = type("Bad", (foldcut.Rewrite if bare else own.ExchangeActivations,), {"name": "other"})
+    with pytest.raises(foldcut.CompilerError, match=says):
+        foldcut.compile(net, images, goal=foldcut.Latency(0.6), rewrites=[bad()])
+
+
 def test_what_is_kept_of_it_is_its_source_s(own: ModuleType, tmp_path: Path) -> None:
     """A store that knew the rewrite before it was changed is not asked for it."""
     assert own_sources([foldcut.Drop(), foldcut.Prune(), foldcut.Factorize()]) == []
