@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 
 import typer
 
+from ..starting import started
+
 
 def add_command(app: typer.Typer, name: str, kind: type, where: str) -> None:
     """Add a command with the options of a dataclass, whose docstring is its help.
@@ -21,6 +23,7 @@ def add_command(app: typer.Typer, name: str, kind: type, where: str) -> None:
     def run(**values: Any) -> None:
         module, _, function = where.partition(":")
         work: Callable[[Any], None] = getattr(import_module(f".{module}", __package__), function)
+        started()  # torch is there: until now Ctrl-C ended the process
         work(kind(**values))
 
     hints = get_type_hints(kind, include_extras=True)

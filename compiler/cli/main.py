@@ -10,7 +10,6 @@ from io import TextIOWrapper
 
 import typer
 
-from ..starting import started
 from .declared import add_command
 from .options import (
     ApplyOptions,
@@ -40,7 +39,6 @@ add_command(app, "demo", DemoOptions, "demo:run")
 
 def main() -> None:
     """Entry point of the `foldcut` command."""
-    started()
     if isinstance(sys.stdout, TextIOWrapper):  # as stderr does: a file name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     app()

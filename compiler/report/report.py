@@ -10,7 +10,7 @@ from ..data.sampled_error import interval_words
 from ..support.strict_json import finite
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # equal to what has the same content, as mappings are
 class Report(Mapping[str, Any]):
     """Everything that one compile measured.
 

@@ -142,7 +142,7 @@ def test_channels_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     )
     result = run("compile", "net.pt2", "--calib", "samples.npy", *arguments)
     assert result.exit_code == 0, result.output
-    assert "kept 6 of 12 units of 1.up" in " ".join(result.output.split())
+    assert "1.up: 6 of 12 units kept" in " ".join(result.output.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["goal"] == {"kind": "channels", "keep": 0.5}
     assert {g["group"]: (g["kept"], g["total"]) for g in report["groups"]}["1.up"] == (6, 12)
@@ -158,7 +158,7 @@ def test_low_rank_on_the_command_line(folder: Path, tmp_path: Path, goal: tuple[
     assert {d["kind"] for d in report["decisions"]} == {"factorize"}
     assert "3" not in {d["path"] for d in report["decisions"]}
     first = report["decisions"][0]
-    assert f"factorised {first['path']} (channel) to rank {first['ranks'][0]} of {first['full'][0]}" in " ".join(
+    assert f"{first['path']}: channel, rank {first['ranks'][0]} of {first['full'][0]}" in " ".join(
         result.output.split()
     )
 

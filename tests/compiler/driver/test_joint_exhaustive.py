@@ -26,6 +26,7 @@ from foldcut.compiler.plan.joint_search import Found, MixSearch
 from foldcut.compiler.plan.proposals import Mix, excluded_pairs
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.passes.prune.channel_budget import ChannelLimits
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.probe.stored_latency import StoredLatency
 from torch import nn
 from torch.nn import functional as F
@@ -117,7 +118,7 @@ class MacsProbe:
 
     model = before = b""
     inputs: Mapping[str, Any] = {}
-    batch, threads, seed, regime = 1, 1, 0, "hot"
+    conditions = Conditions()
     backend = SimpleNamespace(environment=lambda: {"backend": "MACs"})
 
     def __init__(self, program: Program) -> None:

@@ -133,7 +133,7 @@ def test_dropping_blocks_keeps_the_better_weights(
 ) -> None:
     """A re-solve that makes it worse on the samples that judge is undone."""
 
-    def worse(_store: Any, _teacher: Program, student: Program, *_: Any, **__: Any) -> Resolved:
+    def worse(_ctx: Any, student: Program, *_: Any) -> Resolved:
         name = "head.weight"
         changed = {name: 10 * student.module.get_parameter(name).detach()}
         return Resolved(program=set_tensors(student, changed, note="worse"), layers=(), locked=())

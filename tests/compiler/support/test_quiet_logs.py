@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import ctypes, os
-from foldcut.compiler.logs import without_native_output
+from foldcut.compiler.support.quiet_logs import without_native_output
 library = ctypes.CDLL(None)
 library.puts(b"before")
 with without_native_output():
