@@ -83,11 +83,8 @@ class _Taken:
         self.samples += zip(before.tolist(), after.tolist(), strict=True)
         self.contended = self.contended or rounds.contended
 
-    def measurement(
-        self, regime: Regime, clock: Clock, together: float, environment: Environment, disturbed: bool
-    ) -> Measurement:
-        contended = self.contended or disturbed
-        interval = loads_interval(self.ratios, self.controls, together=together if contended else 1.0)
+    def measurement(self, regime: Regime, clock: Clock, together: float, environment: Environment) -> Measurement:
+        interval = loads_interval(self.ratios, self.controls, together=together if self.contended else 1.0)
         before, after = zip(*self.samples, strict=True)
         return Measurement(
             ratio=interval.estimate,
@@ -99,7 +96,7 @@ class _Taken:
             after_ms=float(np.median(after)),
             samples=tuple(self.samples),
             environment=dict(environment),
-            contended=contended,
+            contended=self.contended,
             regime=regime,
             loads=tuple(self.ratios),
             control=float(np.exp(np.mean(np.log(self.controls)))),
@@ -153,7 +150,8 @@ def measure_loads(
         if done < (min(_FEWEST_LOADS, effort.loads) if late else effort.loads):
             continue
         disturbed = clock != "cuda" and other_work.share() > _MOST_OTHER_WORK
-        found = {name: sums.measurement(name, clock, effort.together, known, disturbed) for name, sums in taken.items()}
+        seen = {name: replace(sums, contended=sums.contended or disturbed) for name, sums in taken.items()}
+        found = {name: sums.measurement(name, clock, effort.together, known) for name, sums in seen.items()}
         if late or done == effort.most_loads or found[effort.regime].half_width <= effort.target_halfwidth:
             return found
 

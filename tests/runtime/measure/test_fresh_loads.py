@@ -164,16 +164,20 @@ def test_other_work_on_the_cpus_disturbs_what_is_timed_there(
 
 def test_the_share_of_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds on four CPUs of which others were busy for eight and this process for five."""
-    monkeypatch.setattr("foldcut.runtime.measure.environment.os.cpu_count", lambda: 4)
-    monkeypatch.setattr("foldcut.runtime.measure.environment.time.perf_counter", iter([100.0, 110.0]).__next__)
-    monkeypatch.setattr("foldcut.runtime.measure.environment.time.process_time", iter([1.0, 6.0]).__next__)
-    monkeypatch.setattr("foldcut.runtime.measure.environment._busy_s", iter([50.0, 63.0]).__next__)
-    assert OtherWork().share() == pytest.approx(0.2)
+    with monkeypatch.context() as patch:  # the clocks are everyone's
+        patch.setattr("foldcut.runtime.measure.environment.os.cpu_count", lambda: 4)
+        patch.setattr("foldcut.runtime.measure.environment.time.perf_counter", iter([100.0, 110.0]).__next__)
+        patch.setattr("foldcut.runtime.measure.environment.time.process_time", iter([1.0, 6.0]).__next__)
+        patch.setattr("foldcut.runtime.measure.environment._busy_s", iter([50.0, 63.0]).__next__)
+        share = OtherWork().share()
+    assert share == pytest.approx(0.2)
 
 
 def test_other_work_where_the_os_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldcut.runtime.measure.environment.Path.read_text", lambda *_, **__: "cpu  no numbers")
-    assert OtherWork().share() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("foldcut.runtime.measure.environment.Path.read_text", lambda *_, **__: "cpu  no numbers")
+        share = OtherWork().share()
+    assert share == 0
 
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="only Linux says")
