@@ -43,9 +43,13 @@ def compiled(residual_net: nn.Module, nets: SimpleNamespace) -> foldcut.Compiled
 
 @pytest.fixture(scope="module")
 def report(compiled: foldcut.Compiled) -> dict[str, Any]:
-    """A compile's own report, with a latency goal and plans that were tried on the way to it."""
+    """A compile's own report, with set times, a latency goal and plans that were tried on the way to it.
+
+    The times are set, not measured: what a busy machine measures of a network this small can reach past 1.
+    """
     data = json.loads(json.dumps(compiled.report.to_dict()))
-    ratio = data["latency"]["ratio"]
+    ratio = 0.7251
+    data["latency"] |= {"ratio": ratio, "low": 0.7013, "high": 0.7494}
     goal = foldcut.Latency(round(ratio + 0.02, 4))
     data["goal"], data["goal_words"] = goal.to_dict(), goal.words()
     data["kinds"] = {rewrite.name: _kind(rewrite) for rewrite in (foldcut.Drop(), foldcut.Prune(), foldcut.Factorize())}
