@@ -82,15 +82,21 @@ def network(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, torch.
     """A network and the images to compile it with."""
     if name in DEMO:
         images, labels, _, _ = demo.load_digits()
-        net = demo.DigitNet if name == "demo" else hardswish_net
-        made = demo.train_digits(images, labels, seed=arguments.seed, make=net)
+        made = demo.train_digits(images, labels, seed=arguments.seed, make=lambda: untrained(name))
         return made, images[: demo.CALIBRATION_SAMPLES]
+    torch.manual_seed(arguments.seed)
+    return untrained(name).eval(), torch.randn(arguments.samples, 3, arguments.size, arguments.size)
+
+
+def untrained(name: str) -> nn.Module:
+    """The network of a name, with random weights."""
+    if name in DEMO:
+        return demo.DigitNet() if name == "demo" else hardswish_net()
     declare_torchvision_ops()
     import torchvision
 
-    torch.manual_seed(arguments.seed)
-    made = torchvision.models.get_model(name, weights=None)
-    return made.eval(), torch.randn(arguments.samples, 3, arguments.size, arguments.size)
+    found: nn.Module = torchvision.models.get_model(name, weights=None)
+    return found
 
 
 def hardswish_net() -> nn.Module:
@@ -131,7 +137,7 @@ def compiled(name: str, arguments: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         out.save(folder)
         with torch.no_grad():
-            torch.save((net, images[:8], out.module(images[:8])), Path(folder) / "wanted.pt")
+            torch.save((name, net.state_dict(), images[:8], out.module(images[:8])), Path(folder) / "wanted.pt")
         again = subprocess.run([sys.executable, __file__, "--child", folder], capture_output=True, text=True)
         if again.returncode:
             raise RuntimeError(again.stderr)
@@ -151,7 +157,9 @@ def compiled(name: str, arguments: argparse.Namespace) -> Row:
 
 def replayed(folder: Path) -> float:
     """The largest difference of what the plan of a folder gives in this process, of the largest output."""
-    net, images, wanted = torch.load(folder / "wanted.pt", weights_only=False)
+    name, weights, images, wanted = torch.load(folder / "wanted.pt")
+    net = untrained(name).eval()
+    net.load_state_dict(weights)
     own = the_example().ExchangeActivations()
     again = foldcut.apply(net, folder / "plan.json", example=images[:2], rewrites=[own], progress=False)
     with torch.no_grad():

@@ -23,13 +23,14 @@ from ..onnx.file import in_one_piece
 from ..plan.goal import Goal
 from ..report.report import Report
 from ..rewrite.context import Context
+from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.errors import CompilerError, GoalError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
-from .builtin import chosen_rewrites, own_sources
+from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, check_run
 from .report_parts import report_origin, report_parts
@@ -135,7 +136,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
             teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
             _check_fixed_batch(teacher, batch)
-        ctx = options.context(teacher, samples, goal, AnalysisStore(folder, basis=own_sources(used)), clock, show)
+        ctx = options.context(teacher, samples, goal, AnalysisStore(folder, basis=own_sources(used, goal)), clock, show)
         deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
         with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
             outcome = run_pipeline(ctx, used, probe, options)

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
 from ..data.output_error import no_worse, output_error
-from ..ir.edit import check_outputs
+from ..ir.edit import check_interface
 from ..ir.program import Program
 from ..plan.decision import Decision, known_decision
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
 from ..rewrite.stored_resolve import stored_resolve
-from ..support.errors import CompilerError, PlanError
+from ..support.errors import CompilerError, PlanError, RewriteError
 
 
 def by_phase(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
-    """In the order of application."""
-    return sorted(rewrites, key=lambda rewrite: rewrite.phase)
+    """In the order of application, which no caller's list has a part in: by phase, then by name."""
+    return sorted(rewrites, key=lambda rewrite: (rewrite.phase, rewrite.name))
 
 
 def each_applied(
@@ -84,7 +84,7 @@ def applied(
     leaves is solved quickly before the next looks at it. Nothing is solved at the end.
 
     Decisions of a search that no longer save anything then are left out; with `exactly`, those of a plan, all are
-    carried out, or none. Each rewrite's `requires` and `ensures` are checked around its step."""
+    carried out, else RewriteError is raised. Each rewrite's `requires` and `ensures` are checked around its step."""
     decisions = of_rewrites(rewrites, decisions)
     using = [(r, [d for d in decisions if d.kind == r.name]) for r in by_phase(rewrites)]
     using = [(rewrite, mine) for rewrite, mine in using if mine]
@@ -96,12 +96,26 @@ def applied(
         mine = mine if exactly else list(rewrite.still(done.program, mine))
         rewrite.requires(done.program, mine)
         step = rewrite.apply(done.program, mine, ctx)
-        check_outputs(done.program, step.program)
+        check_interface(done.program, step.program)
         rewrite.ensures(done.program, step.program, step.decisions)
+        if exactly:
+            _require_all(rewrite, mine, step)
         ctx.instruments.after(rewrite.name, step.program, done.program)
         done = _joined(done, step)
         unsolved = rewrite.solves_before_next
     return done
+
+
+def _require_all(rewrite: Rewrite, asked: Sequence[Decision], step: Applied) -> None:
+    """Raise RewriteError unless each of the decisions that were asked for took effect."""
+    done = {decision.subject for decision in step.decisions}
+    left = [decision.subject for decision in asked if decision.subject not in done]
+    if left:
+        reasons = "; ".join(str(reject) for reject in step.rejects[:3])
+        raise RewriteError(
+            f"{rewrite.name} left out {len(left)} of {len(asked)} decisions of the plan: {', '.join(left[:3])}",
+            hint=reasons or None,
+        )
 
 
 def _joined(done: Applied, step: Applied) -> Applied:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import sys
-import uuid
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 from ... import passes
 from .. import goals
+from ..plan.decision import Decision
 from ..plan.goal import Goal
 from ..plan.plan import Plan as Plan  # here the decisions of all built-in rewrites are known
 from ..rewrite.rewrite import Rewrite
@@ -37,7 +35,6 @@ def _is_of(value: object, home: str) -> bool:
     return isinstance(value, type) and issubclass(value, Rewrite) and value.__module__ == home
 
 
-_PROCESS = uuid.uuid4().hex
 #: What `rewrites=` takes by name. A rewrite that is not here is passed as an instance.
 BUILT_IN = _of_folders()
 for _found in iter_modules(goals.__path__):  # every goal's kind is known where plans are read
@@ -80,25 +77,7 @@ def chosen_rewrites(goal: Goal, asked: Sequence[str | Rewrite] | None, settings:
             hint=f"leave it out of rewrites: this goal is reached by {' or '.join(able)}",
         )
     order = {rewrite.name: place for place, rewrite in enumerate(own)}
-    return sorted(chosen, key=lambda rewrite: order.get(rewrite.name, len(order)))
-
-
-def own_sources(rewrites: Sequence[Rewrite]) -> list[str]:
-    """Hashes of the files that rewrites from outside this package are defined in: what was kept of a rewrite says
-    nothing about it once it is changed. A rewrite without a file is known for the time of the process only."""
-    modules = {
-        part.__module__ for rewrite in rewrites for of in (type(rewrite), rewrite.decides) for part in of.__mro__
-    }
-    package = f"{passes.__name__.partition('.')[0]}."
-    return [_source(name) for name in sorted(modules - {"builtins", "abc"}) if not name.startswith(package)]
-
-
-def _source(module: str) -> str:
-    try:
-        content = Path(inspect.getsourcefile(sys.modules[module]) or "").read_bytes()
-    except (KeyError, TypeError, OSError):
-        return f"{module} {_PROCESS}"
-    return f"{module} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
+    return sorted(chosen, key=lambda rewrite: (order.get(rewrite.name, len(order)), rewrite.name))
 
 
 def check_rewrites(asked: object) -> None:
@@ -113,10 +92,13 @@ def check_rewrites(asked: object) -> None:
     for item in asked:
         if isinstance(item, Rewrite):
             _check_declared(item)
-    instances = [item.name for item in asked if isinstance(item, Rewrite)]
-    twice = sorted({name for name in instances if instances.count(name) > 1})
+    called = [_name(item) for item in asked]
+    twice = sorted({name for name in called if called.count(name) > 1})
     if twice:
-        raise CompilerError(f"two rewrites are called {twice[0]!r}", hint="give each class a name of its own")
+        raise CompilerError(
+            f"rewrites names {twice[0]!r} twice",
+            hint="name it once, or pass one instance with its settings; two classes need names of their own",
+        )
     unknown = [item for item in asked if isinstance(item, str) and item not in names]
     if unknown or not asked:
         raise CompilerError(
@@ -133,11 +115,45 @@ def _check_declared(rewrite: Rewrite) -> None:
         raise CompilerError(
             f"{of} does not set {', '.join(missing)}", hint="set them in the class: see foldcut.Rewrite"
         )
-    if rewrite.decides.kind != rewrite.name:
+    decides: Any = rewrite.decides
+    if not isinstance(decides, type) or not issubclass(decides, Decision):
+        raise CompilerError(f"{of}.decides is no class of decisions", hint="subclass foldcut.Decision")
+    if getattr(decides, "kind", None) != rewrite.name:
         raise CompilerError(
-            f"{of}.name is {rewrite.name!r}, and its decisions are of the kind {rewrite.decides.kind!r}",
+            f"{of}.name is {rewrite.name!r}, and its decisions are of the kind {getattr(decides, 'kind', None)!r}",
             hint="give both the same word: a plan finds the rewrite of a decision by it",
         )
+    if any(rewrite.name == known.name and not isinstance(rewrite, known) for known in BUILT_IN):
+        raise CompilerError(
+            f"{of}.name is {rewrite.name!r}, which is that of a rewrite of foldcut",
+            hint="give the rewrite and its decisions a name of their own",
+        )
+    if decides.subject is Decision.subject:
+        raise CompilerError(f"{decides.__name__} does not define subject", hint="name what a decision changes")
+    left = [what for what, there in _implemented(type(rewrite)).items() if not there]
+    if left:
+        raise CompilerError(f"{of} does not implement {', '.join(left)}", hint="see foldcut.Rewrite")
+    if type(rewrite).named is not Rewrite.named and not _takes_ignore(rewrite):
+        raise CompilerError(
+            f"{of} names what can be left alone, and has no field for it",
+            hint="add the field: ignore: tuple[str, ...] = ()",
+        )
+
+
+def _implemented(cls: type[Rewrite]) -> dict[str, bool]:
+    """Whether a class has what every rewrite needs."""
+    offers = cls.offer is not Rewrite.offer or cls.own_plan is not Rewrite.own_plan
+    return {
+        "offer": offers,
+        "shape": cls.shape is not Rewrite.shape,
+        "apply": cls.apply is not Rewrite.apply,
+    }
+
+
+def _takes_ignore(rewrite: Rewrite) -> bool:
+    """Whether `Rewrite.ignoring` works on it."""
+    own = type(rewrite).ignoring is not Rewrite.ignoring
+    return own or (is_dataclass(rewrite) and any(part.name == "ignore" for part in fields(rewrite)))
 
 
 def _name(item: str | Rewrite) -> str:

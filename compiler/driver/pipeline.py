@@ -25,6 +25,7 @@ from ..ir.program import Batch, Program
 from ..plan.decision import Decision
 from ..plan.goal import Delivered, Goal
 from ..plan.plan import Plan
+from ..rewrite.checked_offer import check_decisions
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
 from ..support.errors import ExportError, GoalError
@@ -100,6 +101,12 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
                 in_effect=lambda: in_effect(ctx.teacher, outcome.program, done.decisions, rewrites),
             )
         )
+        if planned and not counted and not in_effect(ctx.teacher, outcome.program, done.decisions, rewrites):
+            warnings.warn(
+                "the network does not cost what its plan was counted to: what `apply` of a rewrite makes is not what "
+                f"its `shape` promised ({', '.join(dict.fromkeys(d.kind for d in done.decisions))})",
+                stacklevel=3,
+            )
         return replace(outcome, met=goal.reached(outcome.measurement, counted), goal_share=goal.share)
 
     found = _aimed(goal, made, latency)
@@ -120,6 +127,7 @@ def planned_network(ctx: Context, rewrites: Sequence[Rewrite]) -> tuple[Applied,
         raise GoalError(f"{ctx.goal} is reached by one rewrite alone, not by {names}", hint="name one: rewrites=[...]")
     rewrite = rewrites[0]
     own = rewrite.own_plan(ctx)
+    check_decisions(rewrite, own.decisions)
     with ctx.clock.stage("re-solve"):
         done = made(ctx, rewrites, own.decisions)
     if own.decisions and not done.decisions:
@@ -163,7 +171,9 @@ def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) 
     while True:
         last = made(goal.at(aims[-1]))
         seen = [last.measurement.ratio, last.met]
-        ratio, met = latency.kept("finished", [aims, last.plan.decisions], functools.partial(list, seen))
+        ratio, met = latency.kept(
+            "finished", [goal.to_dict(), aims, last.plan.decisions], functools.partial(list, seen)
+        )
         if met != last.met:
             warnings.warn(_disagreement(goal, met, ratio, last.measurement), stacklevel=3)
         last = replace(last, met=met)
@@ -235,7 +245,8 @@ def mimicking(ctx: Context, done: Applied, settings: PipelineSettings) -> tuple[
 
 def make_plan(ctx: Context, done: Applied, errors: Mapping[str, float]) -> Plan:
     """The plan with what it was predicted to lose and, where that is known one by one, to save."""
-    savings = [getattr(decision, "saving", None) for decision in done.decisions]
+    # what a decision is predicted to save is a share of what the goal bounds
+    savings = [getattr(decision, "saving", None) for decision in done.decisions if ctx.goal.measured]
     known = [saving for saving in savings if saving is not None]
     saved = {"latency_ratio": 1 - sum(known)} if known and len(known) == len(savings) else {}
     return Plan(

@@ -19,6 +19,7 @@ from ..plan.decision import Decision
 from ..plan.joint_search import MOST_TRIALS, Found, Means, MixSearch
 from ..plan.proposals import Mix
 from ..rewrite.budget import PlanBudget, keyed
+from ..rewrite.checked_offer import checked_offer
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Offer, Rewrite
 from ..support.errors import CompilerError, GoalError, Reject
@@ -46,13 +47,13 @@ class Search:
     @functools.cached_property
     def budget(self) -> PlanBudget:
         """What the goal bounds."""
-        return self.ctx.goal.budget(self.ctx, lambda mix: shaped(self.rewrites, self.ctx.teacher, decisions_of(mix)))
+        return self.ctx.goal.budget(self.ctx, lambda mix: shaped(self.rewrites, self.ctx.teacher, self._decided(mix)))
 
     def offer(self, target: float) -> None:
         """Ask each of the rewrites what it can do towards a share of what is bounded."""
         self.budget.aim = target
         for rewrite in self.rewrites:
-            offer = rewrite.offer(self.ctx, self.budget)
+            offer = checked_offer(rewrite, rewrite.offer(self.ctx, self.budget))
             self.offers[rewrite.name] = offer
             if offer.savings is not None:
                 self.budget.models[rewrite.name] = offer.savings
@@ -94,7 +95,7 @@ class Search:
         if not found.best.mix:
             raise GoalError(f"nothing can be done towards {self.ctx.goal}", hint=self.reasons())
         with self.ctx.clock.stage("re-solve"):
-            done = made(self.ctx, self.rewrites, decisions_of(found.best.mix))
+            done = made(self.ctx, self.rewrites, self._decided(found.best.mix))
         return replace(done, rejects=(*self._rejects(), *done.rejects), tried=found.plans())
 
     def most_error(self, made: Applied) -> float:
@@ -105,6 +106,12 @@ class Search:
         """Why nothing can be done."""
         reasons = dict.fromkeys(reject.reason for reject in self._rejects())
         return "; ".join(reasons) or "no rewrite saves anything towards it"
+
+    def _decided(self, mix: Mix) -> list[Decision]:
+        """What a plan decides, in the order offered, however the search came to it."""
+        offered = [(item.kind, item.name) for offer in self.offers.values() for item in offer.items]
+        place = {item: number for number, item in enumerate(offered)}
+        return [mix[item].decision for item in sorted(mix, key=lambda item: place[item.kind, item.name])]
 
     def _rejects(self) -> list[Reject]:
         return [reject for offer in self.offers.values() for reject in offer.rejects]
@@ -125,7 +132,7 @@ class Search:
         quick = self._quick
 
         def tried() -> float:
-            network = solved(quick, self.rewrites, applied(quick, self.rewrites, decisions_of(mix)))
+            network = solved(quick, self.rewrites, applied(quick, self.rewrites, self._decided(mix)))
             return output_error(quick.teacher, network.program, quick.judge)
 
         with self.ctx.clock.stage("try plans"):
@@ -141,11 +148,6 @@ class Search:
     def _quick(self) -> Context:
         """The samples and means of a trial."""
         return self.ctx.for_trials(TRIAL_SAMPLES)
-
-
-def decisions_of(mix: Mix) -> list[Decision]:
-    """What a plan decides, in the order offered."""
-    return [proposal.decision for proposal in mix.values()]
 
 
 def trial_macs(program: Program, samples: int) -> int:

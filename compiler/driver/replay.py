@@ -19,6 +19,7 @@ from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program
 from ..plan.decision import Decision
 from ..rewrite.context import Context
+from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
@@ -26,7 +27,7 @@ from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
-from .builtin import Plan, built_in, check_rewrites, own_sources
+from .builtin import Plan, built_in, check_rewrites
 from .pipeline import mimicking
 from .pipeline_settings import PipelineSettings, check_options, check_seed
 from .result import Compiled, exported
@@ -118,7 +119,7 @@ def apply(
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
         with kept_in(cache) as folder, opened_progress(progress) as show:
-            store = AnalysisStore(folder, basis=own_sources(using))
+            store = AnalysisStore(folder, basis=own_sources(using, read.goal))
             ctx = options.context(teacher, samples, read.goal, store, StageClock(), show)
             return _solved(ctx, read, using, options)
 

@@ -6,6 +6,7 @@ A compile never fails over its report: a part that cannot be made is left out, w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,11 +23,15 @@ from ..report.block_latency import block_latency
 from ..report.graph import describe_graph
 from ..rewrite.rewrite import Rewrite
 from ..support.errors import first_line
+from ..support.strict_json import json_text, read_json
 from ..support.version import __version__
 from .apply_decisions import applied_plain
 from .pipeline import Outcome
 
 Part = dict[str, Any]
+
+#: Fields of a report that a rewrite may fill.
+OPEN = ("groups", "multiple_of")
 
 
 def report_origin(outcome: Outcome, model: Model) -> dict[str, Any]:
@@ -72,10 +77,21 @@ def report_parts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _of_rewrites(outcome: Outcome) -> dict[str, Any]:
-    """What the rewrites say beside their decisions."""
-    found: dict[str, Any] = {}
+    """What the rewrites say beside their decisions: fields of the report that the rest of it leaves open, all else in
+    `details` under the name of the rewrite."""
+    found: dict[str, Any] = {"details": {}}
     for rewrite in outcome.rewrites:
-        found |= rewrite.report(outcome.ctx, outcome.applied)
+        said = _or_reason(functools.partial(_said, rewrite, outcome))
+        own = {name: value for name, value in said.items() if name not in OPEN}
+        found |= {name: value for name, value in said.items() if name in OPEN}
+        if own:
+            found["details"][rewrite.name] = own
+    return found
+
+
+def _said(rewrite: Rewrite, outcome: Outcome) -> Part:
+    """What one says, as it will be read. Raises TypeError and ValueError for what JSON cannot hold."""
+    found: Part = read_json(json_text(dict(rewrite.report(outcome.ctx, outcome.applied))))
     return found
 
 

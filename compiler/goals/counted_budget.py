@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..plan.joint_search import Adjust
 from ..plan.mix_steps import Added, brought_within
 from ..plan.proposals import Item, Mix, Proposal, Scale
 from ..rewrite.budget import Savings, Shape, keyed
+from ..support.errors import CompilerError
 
 #: How often a plan is put right where it costs something else than its parts say.
 MOST_CORRECTIONS = 4
@@ -50,9 +52,16 @@ class CountedBudget:
         """The plan with steps given back one by one as far as the share `target` allows."""
         finer = dict(self._finer(item, taken) for item, taken in mix.items())
         found = mix
-        if self.ratio(mix) <= target:
+        if self._known(mix) <= target:
             found = self._adjusted(finer, target, {item: Scale() for item in finer})
-        return found if self.ratio(found) <= target else mix
+        return found if self._known(found) <= target else mix
+
+    def _known(self, mix: Mix) -> float:
+        """`ratio`; infinite where the plan cannot be put into effect, which a trial finds out, and says."""
+        try:
+            return self.ratio(mix)
+        except CompilerError:
+            return math.inf
 
     def _adjusted(self, mix: Mix, target: float, scales: Mapping[Item, Scale]) -> Mix:
         """The plan brought within the share `target` and filled up to it; `scales` are those of the items that may be
@@ -60,7 +69,9 @@ class CountedBudget:
         for."""
         parts = _Parts(self.models)
         for _ in range(MOST_CORRECTIONS):
-            off = self.ratio(mix) - parts.share(mix)
+            off = self._known(mix) - parts.share(mix)
+            if math.isinf(off):
+                break
             changed = brought_within(mix, target - off, scales, parts)
             if changed == mix:
                 break

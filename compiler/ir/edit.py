@@ -132,14 +132,22 @@ def replace_calls(
     result = replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
     infer_shapes(result, set(calls))
     result.graph.lint()
-    check_outputs(program, result)
+    check_interface(program, result)
     return result
 
 
-def check_outputs(program: Program, changed: Program) -> None:
-    """Raise RewriteError unless the outputs have the shapes and dtypes that they had."""
-    pairs = zip(output_nodes(program.graph), output_nodes(changed.graph), strict=True)
-    check_same(pairs, "a rewrite may not change the outputs")
+def check_interface(program: Program, changed: Program) -> None:
+    """Raise RewriteError unless inputs and outputs are as many as they were, of the shapes and dtypes that they had."""
+    for what, nodes in (("inputs", _input_nodes), ("outputs", output_nodes)):
+        before, after = nodes(program.graph), nodes(changed.graph)
+        message = f"a rewrite may not change the {what}"
+        if len(before) != len(after):
+            raise RewriteError(message, expected=len(before), actual=len(after))
+        check_same(zip(before, after, strict=True), message)
+
+
+def _input_nodes(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def check_same(pairs: Iterable[tuple[fx.Node, fx.Node]], message: str) -> None:

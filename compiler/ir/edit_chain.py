@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..support.errors import RewriteError
-from .edit import check_outputs, check_same, erase_dead, infer_shapes, rebuild
+from .edit import check_interface, check_same, erase_dead, infer_shapes, rebuild
 from .graph_copy import copied
 from .program import Program, argument
 
@@ -48,7 +48,7 @@ def replace_layers(program: Program, chains: Mapping[str, Sequence[Link]], *, no
     result = replace(program, module=rebuild(module, module.graph), history=(*program.history, note))
     infer_shapes(result, added)
     result.graph.lint()
-    check_outputs(program, result)
+    check_interface(program, result)
     check_same(((program.nodes[n], result.nodes[n]) for n in chains), "a rewrite may not change what a node is")
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from ..ir.program import Program
@@ -18,8 +18,11 @@ class Decision:
     """One change of a network, as plain data. Base class; each rewrite has its own subclass.
 
     Subclass it as a frozen dataclass whose fields JSON can hold, with a field `error` (the relative output error that
-    the change is predicted to add, or None), and set `kind` to the name of the rewrite. Defining the subclass
-    registers its `kind`, so that plans are read with it.
+    the change is predicted to add, or None), define `subject`, and set `kind` to the name of the rewrite. Defining
+    the subclass registers its `kind`, so that plans are read with it.
+
+    Raises:
+        PlanError: If a subclass has the `kind` of one that foldcut brings.
 
     Example:
         >>> from dataclasses import dataclass
@@ -28,6 +31,9 @@ class Decision:
         ...     node: str
         ...     error: float | None = None
         ...     kind = "to_relu"
+        ...     @property
+        ...     def subject(self):
+        ...         return self.node
         >>> ToRelu(node="gelu").to_dict()
         {'kind': 'to_relu', 'node': 'gelu', 'error': None}
         >>> ToRelu.from_dict({"kind": "to_relu", "node": "gelu", "error": None}) == ToRelu(node="gelu")
@@ -43,8 +49,15 @@ class Decision:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         kind = cls.__dict__.get("kind")
-        if isinstance(kind, str):
-            Decision._known[kind] = cls
+        if not isinstance(kind, str):
+            return
+        known = Decision._known.get(kind)
+        if known is not None and _of_foldcut(known) and not _of_foldcut(cls):
+            raise PlanError(
+                f"{cls.__name__}.kind is {kind!r}, which is that of foldcut.{known.__name__}",
+                hint="give the rewrite and its decisions a name of their own",
+            )
+        Decision._known[kind] = cls
 
     @property
     def subject(self) -> str:
@@ -104,7 +117,13 @@ class Decision:
         Raises:
             KeyError, TypeError, ValueError: If `data` is anything else.
         """
-        return cls(**{name: value for name, value in data.items() if name != "kind"})
+        tuples = {f.name for f in fields(cls) if str(f.type).startswith("tuple")}  # type: ignore[arg-type]
+        values = {name: value for name, value in data.items() if name != "kind"}
+        return cls(**{name: tuple(value) if name in tuples else value for name, value in values.items()})
+
+
+def _of_foldcut(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -135,12 +154,13 @@ def read_decision(data: Mapping[str, Any]) -> Decision:
 
 
 def known_decision(decision: Decision, kind: type[Decision]) -> Decision:
-    """A decision as one of its class, also where that class came after its plan was read. Raises PlanError for what is
-    none of it."""
-    if not isinstance(decision, UnknownDecision):
+    """A decision as one of its class, also where that class came, or was defined again, after its plan was read. Raises
+    PlanError for what is none of it."""
+    stands_in = not isinstance(vars(type(decision)).get("kind"), str) and not isinstance(decision, UnknownDecision)
+    if isinstance(decision, kind) or stands_in:  # what stands in for one, until it is decided, has no kind of its own
         return decision
     try:
-        return kind.from_dict(decision.data)
+        return kind.from_dict(decision.to_dict())
     except (KeyError, TypeError, ValueError) as cause:
         raise PlanError(
             f"no decision of {decision.kind}: {cause!r}", hint="pass a plan.json as it was saved"

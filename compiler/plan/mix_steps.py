@@ -53,24 +53,24 @@ def _lowered(mix: Mix, budget: float, scales: Mapping[Item, Scale], model: Share
 
 def _filled(mix: Mix, budget: float, scales: Mapping[Item, Scale], model: ShareModel) -> Mix:
     """Up to the budget by the steps that win the most error for what they cost."""
-    over: set[tuple[Item, Proposal | None]] = set()
+    over: set[tuple[Item, int]] = set()  # by place: a decision need not be hashable
     share = model.share(mix)
     while share <= budget:
         added, room = model.added(mix), budget - share
         steps = [
-            (scales[item].error * (_error(mix, item) - (p.error if p else 0.0)) / cost, item, p)
+            (scales[item].error * (_error(mix, item) - (p.error if p else 0.0)) / cost, item, place, p)
             for item in mix
-            for p in (*item.proposals, None)
-            if (item, p) not in over and ROUNDING < (cost := added(item, p)) <= room
+            for place, p in enumerate((*item.proposals, None))
+            if (item, place) not in over and ROUNDING < (cost := added(item, p)) <= room
         ]
         steps = [step for step in steps if step[0] >= 0]
         if not steps:
             break
-        _, item, taken = max(steps, key=lambda step: step[0])
+        _, item, place, taken = max(steps, key=lambda step: step[0])
         changed = {i: p for i, p in mix.items() if i is not item} if taken is None else {**mix, item: taken}
         grown = model.share(changed)
         if grown > budget:
-            over.add((item, taken))
+            over.add((item, place))
         else:
             mix, share = changed, grown
     return mix

@@ -149,7 +149,7 @@ def _drop_lines(drop: Mapping[str, Any] | None) -> list[str]:
     error, saving = known.get("error"), known.get("saving")
     return [
         "" if error is None else f"predicted error, with those dropped before it: {number(error)}",
-        "" if saving is None else f"predicted saving: {percent(saving)} of the latency",
+        "" if saving is None else f"predicted saving: {percent(saving)}",
     ]
 
 

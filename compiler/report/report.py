@@ -39,6 +39,7 @@ class Report(Mapping[str, Any]):
         groups: The unit groups, with units kept and in total, if channels were pruned.
         multiple_of: What channel counts were multiples of, if channels were pruned.
         errors_by_output: Relative error of each output by name, on the test samples.
+        details: What else the rewrites said, by name of the rewrite.
         tried: The plans that were compared.
         aims: The latency ratios that were planned for: that of the goal, and smaller ones after a miss.
         changes: For each kind of decision, the error that it makes alone, before any re-solve.
@@ -92,6 +93,7 @@ class Report(Mapping[str, Any]):
     groups: Sequence[Mapping[str, Any]] = ()
     multiple_of: int | None = None
     errors_by_output: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tried: Sequence[Mapping[str, Any]] = ()
     aims: Sequence[float] = ()
     changes: Sequence[Mapping[str, Any]] = ()
@@ -148,6 +150,7 @@ class Report(Mapping[str, Any]):
             "versions": dict(self.versions),
             "rewrites": list(self.rewrites),
             "kinds": {name: dict(kind) for name, kind in self.kinds.items()},
+            "details": {name: dict(said) for name, said in self.details.items()},
             "words": [dict(words) for words in self.words],
             "mimicked": self.mimicked,
             "goal": dict(self.goal),

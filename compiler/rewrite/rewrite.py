@@ -29,7 +29,6 @@ class Offer:
         rejects: What was left unchanged, with the reason.
         starts: Whole plans of these items that are worth a trial.
         savings: How the savings of several items combine. None if they add up.
-        report: Entries for ``report.json``.
 
     Example:
         >>> from foldcut.compiler.plan.proposals import Claims, Item, Proposal
@@ -44,7 +43,6 @@ class Offer:
     rejects: tuple[Reject, ...] = ()
     starts: tuple[Mix, ...] = ()
     savings: Savings | None = None
-    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,6 @@ class OwnPlan:
     decisions: tuple[Decision, ...]
     met: bool = True
     rejects: tuple[Reject, ...] = ()
-    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class Applied:
         changes: Dropped regions, kept channels and replaced nodes, for the re-solve.
         layers: Squared error of each re-solved layer, before and after.
         rejects: What was refused, with the reason.
-        report: Entries for ``report.json``.
+        report: What `Rewrite.report` goes by.
         errors: Relative output error on the judging samples after each stage.
         tried: The plans that were compared.
 
@@ -280,6 +277,9 @@ class Rewrite:
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
         """Build the network of some decisions, with weights fitted to it as well as this rewrite alone can.
 
+        It costs what `shape` says. What it makes is kept, and read again where program, decisions, settings, samples
+        and seed are the same, so it must not depend on anything else, ``ctx.goal`` included.
+
         Arguments:
             program: The network before this rewrite.
             decisions: The decisions to apply.
@@ -307,7 +307,7 @@ class Rewrite:
         return ()
 
     def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
-        """Entries for ``report.json`` beside the decisions.
+        """Entries for ``report.json`` beside the decisions. They are in ``details``, under the name of the rewrite.
 
         Arguments:
             ctx: The context of the compile.

@@ -58,7 +58,7 @@ class DropBlock(Decision):
     @property
     def how(self) -> str:
         """``dropped``, and the predicted saving if there is one."""
-        return "dropped" if self.saving is None else f"dropped, predicted to save {self.saving:.1%} of the latency"
+        return "dropped" if self.saving is None else f"dropped, predicted to save {self.saving:.1%}"
 
     def marks(self, program: Program) -> dict[str, dict[str, Any]]:
         """The decision for each node of `program` that is removed."""
