@@ -28,7 +28,7 @@ class OptionLatencies:
 
 def thinned(candidate: Candidate) -> list[Option]:
     """Some of a layer's options of each scheme, about evenly spread over their multiply-accumulates, the cheapest and
-    the dearest among them. What another scheme dominates by multiply-accumulates may yet be faster."""
+    the most expensive among them. What another scheme dominates by multiply-accumulates may yet be faster."""
     found = []
     for scheme in dict.fromkeys(option.scheme for option in candidate.every):
         options = [option for option in candidate.every if option.scheme == scheme]
