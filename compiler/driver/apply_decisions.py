@@ -55,7 +55,7 @@ def of_rewrites(rewrites: Sequence[Rewrite], decisions: Sequence[Decision]) -> l
     if missing:
         raise PlanError(
             f"the plan has decisions of {', '.join(missing)}, which is not there",
-            hint="pass that rewrite to foldcut.apply: rewrites=[...]; a plan of a newer version of foldcut needs that version",
+            hint="pass that rewrite to foldcut.apply: rewrites=[...]; one of a newer foldcut needs that version",
         )
     classes = {rewrite.name: rewrite.decides for rewrite in rewrites}
     return [known_decision(decision, classes[decision.kind]) for decision in decisions]
