@@ -15,6 +15,7 @@ from foldcut.compiler.export import registry as onnx_registry
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import bypass
+from foldcut.compiler.ir.graph_copy import copied
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.onnx.bypass import onnx_without
 from foldcut.compiler.support.errors import ExportError
@@ -215,3 +216,22 @@ def test_the_exporters_table_is_filled_once(residual: Program, monkeypatch: pyte
         assert len(first.get_decomps(torch.ops.aten.relu.default)) == 2
         assert len(second.get_decomps(torch.ops.aten.relu.default)) == 1
     assert vars(torch_registry)["from_torchlib"].__func__ is counted
+
+
+def test_an_input_named_like_a_builtin_is_exported_without_tracing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`input` is what nn.Sequential and many files call theirs; a copy of the graph that calls it `input_1` no longer
+    fits its signature, and the slow way was taken."""
+    program = capture(nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval(), torch.randn(2, 3))
+    calls: list[str] = []
+    translated = export._translated
+    monkeypatch.setattr(export, "_translated", lambda *args: calls.append("translated") or translated(*args))
+    onnx.checker.check_model(onnx.load_model_from_string(to_onnx(program)))
+    assert calls == ["translated"]
+
+
+def test_copies_of_graphs_keep_the_names_of_nodes() -> None:
+    exported = to_exported(capture(nn.Sequential(nn.Linear(3, 4)).eval(), torch.randn(2, 3)))
+    names = [node.name for node in exported.graph.nodes]
+    assert "input" in names
+    assert [node.name for node in copied(exported.graph).nodes] == names
+    assert [node.name for node in copied(exported.graph_module).graph.nodes] == names
