@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..archives.archive_check import check_exported_file
 from ..ir.compare import compare
 from ..ir.exported_program import WAY_OUT, from_exported
+from ..ir.graph_copy import copied
 from ..ir.program import Batch, Program, as_arguments
 from ..onnx import opaque_operator  # noqa: F401 - registers the operator of opaque nodes, which .pt2 files may hold
 from ..support.errors import CaptureError, named_first_line
@@ -75,7 +75,7 @@ def _capture(model: Model, example: Batch | None) -> Program:
     if isinstance(model, fx.GraphModule) and any(
         n.op == "call_module" and n.target == "_guards_fn" for n in model.graph.nodes
     ):
-        model = copy.deepcopy(model)
+        model = copied(model)
     if isinstance(model, nn.Module):
         if example is None:
             raise CaptureError("an example batch is needed to capture a module", hint="pass one batch of inputs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,10 @@ from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.driver.apply_decisions import applied
 from foldcut.compiler.driver.plan_search import Search
+from foldcut.compiler.plan.decision import read_decision
 from foldcut.compiler.rewrite.checked_offer import check_decisions
 from foldcut.compiler.rewrite.own_source import own_sources
+from foldcut.compiler.support.strict_json import json_text
 from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from torch import nn
 
@@ -117,7 +120,10 @@ def compiled(net: nn.Module, rows: torch.Tensor, *rewrites: Any, share: float = 
 def test_fields_hold_what_json_holds(
     makes: Callable[..., Any], net: nn.Module, rows: torch.Tensor, tmp_path: Path
 ) -> None:
-    tags = {"numbers": [1, 2.5], "nested": {"a": [1]}, "text": "text", "none": None}
+    tags = [1, 2.5, {"nested": {"a": [1]}}, "text", None]
+    for other in ([1, 2], {"a": [1]}, "text"):
+        decision = makes().decides(entry="a", exit="b", tags=other)
+        assert read_decision(json.loads(json_text(decision.to_dict()))) == decision
     out = compiled(net, rows, makes(tags=tags))
     folder = out.save(tmp_path / "out")
     again = foldcut.apply(net, folder / "plan.json", calibration=rows, rewrites=[makes(tags=tags)], **OPTIONS)
