@@ -72,6 +72,8 @@ if TYPE_CHECKING:
     from .passes.prune.decision import PruneChannels as PruneChannels
     from .passes.prune.rewrite import Prune as Prune
     from .passes.prune.settings import ChannelSettings as ChannelSettings
+    from .passes.quantize.decision import QuantizeLayer as QuantizeLayer
+    from .passes.quantize.rewrite import Quantize as Quantize
     from .passes.solve.changes import Changes as Changes
 
 #: Where each public name is defined: it is imported when it is first asked for.
@@ -111,6 +113,8 @@ _HOMES = {
     "passes.prune.decision": "Channels PruneChannels",
     "passes.prune.rewrite": "Prune",
     "passes.prune.settings": "ChannelSettings",
+    "passes.quantize.decision": "QuantizeLayer",
+    "passes.quantize.rewrite": "Quantize",
     "passes.solve.changes": "Changes",
 }
 __all__ = [

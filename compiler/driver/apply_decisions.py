@@ -17,8 +17,9 @@ from ..support.errors import CompilerError, PlanError, RewriteError
 
 
 def by_phase(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
-    """In the order of application, which no caller's list has a part in: by phase, then by name."""
-    return sorted(rewrites, key=lambda rewrite: (rewrite.phase, rewrite.name))
+    """In the order of application, which no caller's list has a part in: those that come last at the end, else by phase,
+    then by name."""
+    return sorted(rewrites, key=lambda rewrite: (rewrite.comes_last, rewrite.phase, rewrite.name))
 
 
 def each_applied(
@@ -84,11 +85,33 @@ def applied(
     leaves is solved quickly before the next looks at it. Nothing is solved at the end.
 
     Decisions of a search that no longer save anything then are left out; with `exactly`, those of a plan, all are
-    carried out, else RewriteError is raised. Each rewrite's `requires` and `ensures` are checked around its step."""
+    carried out, else RewriteError is raised. Each rewrite's `requires` and `ensures` are checked around its step.
+    Rewrites that come last are left to `finished`."""
     decisions = of_rewrites(rewrites, decisions)
+    first = [rewrite for rewrite in rewrites if not rewrite.comes_last]
+    return _stepped(ctx, first, Applied(program=ctx.teacher), decisions, exactly=exactly)
+
+
+def finished(
+    ctx: Context, rewrites: Sequence[Rewrite], done: Applied, decisions: Sequence[Decision], *, exactly: bool = False
+) -> Applied:
+    """The network behind the rewrites that come last, where the decisions have some of theirs: those of a network that
+    is solved, and trained where it is. `before_last` then is that network."""
+    last = [rewrite for rewrite in rewrites if rewrite.comes_last]
+    decisions = of_rewrites(rewrites, decisions)
+    if not any(decision.kind == rewrite.name for rewrite in last for decision in decisions):
+        return done
+    found = _stepped(ctx, last, done, decisions, exactly=exactly)
+    error = output_error(ctx.teacher, found.program, ctx.judge)
+    return replace(found, before_last=done, errors={**done.errors, last[-1].name: error})
+
+
+def _stepped(
+    ctx: Context, rewrites: Sequence[Rewrite], done: Applied, decisions: Sequence[Decision], *, exactly: bool
+) -> Applied:
+    """The decisions of some rewrites in effect on what is there already."""
     using = [(r, [d for d in decisions if d.kind == r.name]) for r in by_phase(rewrites)]
     using = [(rewrite, mine) for rewrite, mine in using if mine]
-    done = Applied(program=ctx.teacher)
     unsolved = False
     for rewrite, mine in using:
         if unsolved:
@@ -129,6 +152,7 @@ def _joined(done: Applied, step: Applied) -> Applied:
         layers=(*done.layers, *step.layers),
         rejects=(*done.rejects, *step.rejects),
         report={**done.report, **step.report},
+        errors=done.errors,
     )
 
 
@@ -148,8 +172,8 @@ def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
 
 def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision], *, exactly: bool = False) -> Applied:
     """The network of a plan: rewritten, then solved from the better of what a rewrite solved itself and what it did
-    not. After each stage the better of before and after stands, judged on samples that nothing was solved with.
-    `errors` say what it loses after each stage."""
+    not. After each stage the better of before and after stands, judged on samples that nothing was solved with; the
+    rewrites that come last change what stands then. `errors` say what it loses after each stage."""
     done = applied(ctx, rewrites, decisions, exactly=exactly)
     stages = _Stages(ctx)
     if done.plain is not None:
@@ -157,7 +181,7 @@ def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision
     done = replace(done, program=stages.take("rewritten", done.program))
     found = solved(ctx, rewrites, done)
     program = done.program if found is done else stages.take("re-solved", found.program)
-    return replace(found, program=program, errors=stages.errors)
+    return finished(ctx, rewrites, replace(found, program=program, errors=stages.errors), decisions, exactly=exactly)
 
 
 class _Stages:

@@ -29,7 +29,7 @@ from ..rewrite.checked_offer import check_decisions
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
 from ..support.errors import ExportError, GoalError
-from .apply_decisions import made, shaped
+from .apply_decisions import finished, made, shaped
 from .builtin import built_in
 from .ignore_patterns import sorted_ignores
 from .pipeline_settings import PipelineSettings
@@ -47,7 +47,7 @@ class Outcome:
     """What the pipeline made of a context: the student, its plan, its files' bytes, and everything measured on the way.
 
     `settings` and `rewrites` are those used, with what the backend said about them; `planned` whether the plan was
-    found to reach the goal, by what was measured for it; `applied` the network before mimicking, and how it came about;
+    found to reach the goal, by what was measured for it; `applied` the network and how it came about;
     `aims` the latency ratios that plans were made for, each after a network that missed; `output_errors` what the
     judging samples said on the way, `tested` (and `errors_by_output`) what the test samples say of the network that
     stands; `sizes` how many samples there were of each; `goal_share` the latency ratio to reach, where there is one;
@@ -200,7 +200,8 @@ def _finished(
     settings: PipelineSettings,
 ) -> Outcome:
     """Mimicking, export and the final measurement."""
-    student, errors = mimicking(ctx, done, settings)
+    done = mimicking(ctx, rewrites, done, settings)
+    student = done.program
     with ctx.clock.stage("export"):
         exported = to_exported(student)
         onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
@@ -212,13 +213,13 @@ def _finished(
     return Outcome(
         ctx=ctx,
         program=student,
-        plan=make_plan(ctx, done, errors),
+        plan=make_plan(ctx, done),
         met=planned,
         planned=planned,
         applied=done,
         rewrites=tuple(rewrites),
         measurement=regimes[probe.regime],
-        output_errors=errors,
+        output_errors=done.errors,
         onnx=onnx,
         pt2=pt2,
         onnx_difference=difference,
@@ -228,22 +229,25 @@ def _finished(
     )
 
 
-def mimicking(ctx: Context, done: Applied, settings: PipelineSettings) -> tuple[Program, dict[str, float]]:
-    """The network after gradient mimicking, where that is asked for, and its output errors stage by stage."""
-    errors = dict(done.errors)
+def mimicking(ctx: Context, rewrites: Sequence[Rewrite], done: Applied, settings: PipelineSettings) -> Applied:
+    """The network after gradient mimicking, where that is asked for: trained before the rewrites that come last."""
     if settings.mimic is None:
-        return done.program, errors
+        return done
+    base = done.before_last or done
     with ctx.clock.stage("mimic"):
-        trained = mimicked(ctx, done, settings.mimic)
-        ctx.instruments.after("mimic", trained, done.program)
+        trained = mimicked(ctx, base, settings.mimic)
+        ctx.instruments.after("mimic", trained, base.program)
         error = sampled_error(ctx.teacher, trained, ctx.judge, seed=ctx.seed)
     # mimicking looks at every output relative to its size; a bound on the whole is not given up for that
-    if not ctx.goal.within(error.most) and error.error > list(errors.values())[-1]:
-        return done.program, errors
-    return trained, {**errors, "mimicked": error.error}
+    if not ctx.goal.within(error.most) and error.error > list(base.errors.values())[-1]:
+        return done
+    better = replace(base, program=trained, errors={**base.errors, "mimicked": error.error})
+    if done.before_last is None:
+        return better
+    return replace(finished(ctx, rewrites, better, done.decisions), tried=done.tried)
 
 
-def make_plan(ctx: Context, done: Applied, errors: Mapping[str, float]) -> Plan:
+def make_plan(ctx: Context, done: Applied) -> Plan:
     """The plan with what it was predicted to lose and, where that is known one by one, to save."""
     # what a decision is predicted to save is a share of what the goal bounds
     savings = [getattr(decision, "saving", None) for decision in done.decisions if ctx.goal.measured]
@@ -253,7 +257,7 @@ def make_plan(ctx: Context, done: Applied, errors: Mapping[str, float]) -> Plan:
         decisions=done.decisions,
         goal=ctx.goal,
         fingerprint=ctx.teacher.fingerprint,
-        predicted={**saved, **errors},
+        predicted={**saved, **done.errors},
     )
 
 

@@ -23,7 +23,7 @@ from ..rewrite.checked_offer import checked_offer
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Offer, Rewrite
 from ..support.errors import CompilerError, GoalError, Reject
-from .apply_decisions import applied, made, shaped, solved, solved_at_the_end
+from .apply_decisions import applied, finished, made, shaped, solved, solved_at_the_end
 
 #: Samples that a plan is put into effect with while plans are compared.
 TRIAL_SAMPLES = 128
@@ -132,7 +132,9 @@ class Search:
         quick = self._quick
 
         def tried() -> float:
-            network = solved(quick, self.rewrites, applied(quick, self.rewrites, self._decided(mix)))
+            decisions = self._decided(mix)
+            network = solved(quick, self.rewrites, applied(quick, self.rewrites, decisions))
+            network = finished(quick, self.rewrites, network, decisions)
             return output_error(quick.teacher, network.program, quick.judge)
 
         with self.ctx.clock.stage("try plans"):

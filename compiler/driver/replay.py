@@ -229,10 +229,9 @@ def with_weights(program: Program, trained: Program) -> Program:
 
 def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: PipelineSettings) -> Compiled:
     solved_at_the_end(rewrites)
-    done = made(ctx, rewrites, plan.decisions, exactly=True)
-    program, errors = mimicking(ctx, done, options)
-    tested = sampled_error(ctx.teacher, program, ctx.sets.test, seed=ctx.seed)
-    return replace(_result(program, plan, options.opset), output_errors=errors, tested=tested)
+    done = mimicking(ctx, rewrites, made(ctx, rewrites, plan.decisions, exactly=True), options)
+    tested = sampled_error(ctx.teacher, done.program, ctx.sets.test, seed=ctx.seed)
+    return replace(_result(done.program, plan, options.opset), output_errors=done.errors, tested=tested)
 
 
 def _result(program: Program, plan: Plan, opset: int | None) -> Compiled:

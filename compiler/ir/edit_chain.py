@@ -30,7 +30,7 @@ def replace_layers(program: Program, chains: Mapping[str, Sequence[Link]], *, no
     """Replace each named convolution or linear layer by a chain of calls.
 
     The first link reads the layer's input, each other one the link before; only the last has the layer's bias, and its
-    node keeps the layer's name, whose value it now approximates. Weights become parameters ``<weight>_<name>``; the old
+    node keeps the layer's name, whose value it now approximates; each says in its meta which layer it `stands_for`. Weights become parameters ``<weight>_<name>``; the old
     one is left out when nothing else reads it. Shapes are worked out anew, the batch stays dynamic. The old Program
     does not change.
 
@@ -58,7 +58,7 @@ def _replace(module: fx.GraphModule, layer: fx.Node, links: Sequence[Link]) -> s
     value, bias = layer.args[0], argument(layer, 2, "bias")
     weight = layer.args[1]
     assert isinstance(weight, fx.Node)
-    kept = {key: item for key, item in layer.meta.items() if key != "val"}
+    kept = {key: item for key, item in layer.meta.items() if key != "val"} | {"stands_for": layer.name}
     names = set()
     for place, link in enumerate(links):
         last = place == len(links) - 1

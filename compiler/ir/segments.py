@@ -20,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .cost import node_macs
+from .edit_quantize import is_dequantized
 from .program import Program, data_inputs, dtype_name, is_size, is_tensor, output_nodes
 
 #: A cut may pass on so many times the elements of the cut before, unless the next ones do as well: an inverted
@@ -103,12 +104,23 @@ def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, fx.Node |
 def _with_contractions(parts: Sequence[_Part], macs: dict[str, int]) -> list[_Part]:
     """Parts of which each has a contraction: those without one join the part before, or the first one behind."""
     merged: list[_Part] = []
+    reading = False
     for part in parts:
-        if merged and not (_contracts(part, macs) and _contracts(merged[-1], macs)):
+        if merged and (reading or not (_contracts(part, macs) and _contracts(merged[-1], macs))):
+            if not reading and _reads_integers(part):
+                merged.append(part)
+                reading = not _contracts(part, macs)
+                continue
             merged[-1] += part
+            reading = reading and not _contracts(part, macs)
         else:
             merged.append(part)
     return merged
+
+
+def _reads_integers(part: _Part) -> bool:
+    """Whether a part begins by reading integers back: runtimes join that to what computes behind it."""
+    return is_dequantized(part.nodes[0])
 
 
 def _contracts(part: _Part, macs: dict[str, int]) -> bool:

@@ -66,6 +66,7 @@ class Applied:
         layers: Squared error of each re-solved layer, before and after.
         rejects: What was refused, with the reason.
         report: What `Rewrite.report` goes by.
+        before_last: The network before the rewrites that come last, which is the one to train. None if there are none.
         errors: Relative output error on the judging samples after each stage.
         tried: The plans that were compared.
 
@@ -84,6 +85,7 @@ class Applied:
     layers: tuple[LayerError, ...] = ()
     rejects: tuple[Reject, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    before_last: Applied | None = field(default=None, repr=False)
     errors: Mapping[str, float] = field(default_factory=dict)
     tried: tuple[TriedPlan, ...] = ()
 
@@ -121,6 +123,9 @@ class Rewrite:
     phase: ClassVar[int] = 50
     #: Whether what the network then computes is solved before the next rewrite looks at it.
     solves_before_next: ClassVar[bool] = False
+    #: Whether it is applied to the finished network: after all others, the final re-solve and mimicking. Nothing is
+    #: solved after it.
+    comes_last: ClassVar[bool] = False
     #: Names of what the user wants left alone, patterns as those of a shell.
     ignore: tuple[str, ...] = ()
     #: What those names are names of.

@@ -104,7 +104,7 @@ def resolve_network(
     layers, locked = find_layers(student)
     roles = counterparts(student, teacher, changes.dropped)
     own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in teacher.nodes}
-    targets, changed = _touched(student, layers, roles, changes.kept, {*changes.replaced, *own})
+    targets, changed = touched(student, layers, roles, changes.kept, {*changes.replaced, *own})
     targets = [t if t.anchor in teacher.nodes else replace(t, counterparts=()) for t in targets]
     steps = plan_steps(teacher, student, group_targets(student, targets), changed)
     tensors: dict[str, torch.Tensor] = {}
@@ -140,7 +140,7 @@ def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int 
     return max(1, min(64, budget_bytes // largest))
 
 
-def _touched(
+def touched(
     student: Program, layers: dict[str, Layer], roles: dict[str, str], kept: Mapping[str, Kept], other: set[str]
 ) -> tuple[list[Target], set[str]]:
     """Targets of the layers to solve, in order, and all student nodes whose value will differ from the teacher's."""

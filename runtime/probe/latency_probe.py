@@ -22,6 +22,7 @@ from ..measure.measure import measure_savings, measure_single
 from ..measure.measurement import Measurement
 from ..measure.measurement_cache import MeasurementCache
 from ..measure.timing import Timing
+from ..predict.integer_kernels import IntegerKernels, probe_integers
 from ..predict.latency_table import LatencyTable
 from ..predict.lattice import Lattice, probe_lattice
 
@@ -136,6 +137,11 @@ class LatencyProbe:
         return probe_lattice(
             self.backend, batch=how.batch, threads=how.threads, cache=self._cache(), seed=how.seed, progress=progress
         )
+
+    def integers(self) -> IntegerKernels:
+        """Integers that the backend computes with exactly; tried once for each environment and kept on disk. Raises
+        BackendError where there are none."""
+        return probe_integers(self.backend, threads=self.conditions.threads, cache=self._cache())
 
     def final(self, model: bytes) -> Measurement:
         """The finished model against the original in the probe's regime, with the narrowest interval that is worth its

@@ -8,7 +8,7 @@ from typing import Any
 import foldcut
 import pytest
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.apply_decisions import applied
+from foldcut.compiler.driver.apply_decisions import applied, finished
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.plan.decision import Decision
 from foldcut.compiler.rewrite.context import Context
@@ -30,14 +30,21 @@ def factorize(program: Program) -> tuple[Rewrite, Decision]:
     return foldcut.Factorize(), foldcut.FactorizeLayer(layer="conv2d_1", scheme="channel", ranks=(2,), full=(8,))
 
 
-@pytest.mark.parametrize("made", [drop, prune, factorize])
+def quantize(program: Program) -> tuple[Rewrite, Decision]:
+    del program
+    return foldcut.Quantize(), foldcut.QuantizeLayer(layer="conv2d_1")
+
+
+@pytest.mark.parametrize("made", [drop, prune, factorize, quantize])
 def test_what_is_applied_is_what_is_ensured(
     made: Callable[[Program], tuple[Rewrite, Decision]], residual: Program, nets: Any, contexts: Callable[..., Context]
 ) -> None:
     """A rewrite that is carried out keeps its word; a program that is still the old one does not."""
     rewrite, decision = made(residual)
     rewrite.requires(residual, [decision])
-    done = applied(contexts(residual, CalibrationSet.of(nets.images(12))), [rewrite], [decision], exactly=True)
+    ctx = contexts(residual, CalibrationSet.of(nets.images(12)))
+    done = applied(ctx, [rewrite], [decision], exactly=True)
+    done = finished(ctx, [rewrite], done, [decision], exactly=True)
     rewrite.ensures(residual, done.program, done.decisions)
     with pytest.raises(foldcut.RewriteError):
         rewrite.ensures(residual, residual, done.decisions)

@@ -14,7 +14,7 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
-from foldcut.compiler.driver.apply_decisions import applied
+from foldcut.compiler.driver.apply_decisions import applied, finished
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import Call, bypass, replace_calls, set_tensors
 from foldcut.compiler.ir.edit_chain import Link, replace_layers
@@ -67,6 +67,11 @@ def factorise(program: Program) -> Decision:
     return foldcut.FactorizeLayer(layer=last, scheme="channel", ranks=(2,), full=(4,))
 
 
+def quantise(program: Program) -> Decision:
+    *_, last = (n.name for n in program.graph.nodes if n.target is aten.conv2d.default)
+    return foldcut.QuantizeLayer(layer=last)
+
+
 def convolution(program: Program) -> Any:
     return next(n for n in program.graph.nodes if n.target is aten.conv2d.default)
 
@@ -89,6 +94,7 @@ REWRITES: dict[str, tuple[foldcut.Rewrite, Callable[[Program], Decision]]] = {
     "drop_blocks": (foldcut.Drop(), drop),
     "prune_channels": (foldcut.Prune(resolve=False), prune),
     "factorize": (foldcut.Factorize(resolve=False), factorise),
+    "quantize": (foldcut.Quantize(ranges="minmax"), quantise),
 }
 EDITS: dict[str, Callable[[Program], Program]] = {
     "bypass": lambda p: bypass(p, drop(p).entry, drop(p).exit, note="a bypass"),  # type: ignore[attr-defined]
@@ -115,10 +121,13 @@ def test_a_rewrite_makes_of_a_small_graph(name: str, small: Program, contexts: A
     rewrite, decide = REWRITES[name]
     decisions: Sequence[Decision] = [decide(small)]
     samples = foldcut.CalibrationSet.of(torch.randn(4, 3, 8, 8))
-    made = applied(contexts(small, samples), [rewrite], decisions, exactly=True)
-    compared(name, small, made.program)
-    assert [d.change for d in made.decisions] == [d.change for d in decisions]
+    ctx = contexts(small, samples)
+    made = applied(ctx, [rewrite], decisions, exactly=True)
+    made = finished(ctx, [rewrite], made, decisions, exactly=True)
     shaped = rewrite.shape(small, decisions)
+    # the scales of values are data; what they are scales of is the graph
+    compared(name, small, shaped if rewrite.comes_last else made.program)
+    assert [d.change for d in made.decisions] == [d.change for d in decisions]
     assert [n.name for n in shaped.graph.nodes] == [n.name for n in made.program.graph.nodes]
 
 

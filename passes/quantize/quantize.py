@@ -1,0 +1,177 @@
+"""A network with layers in int8: grids for values from data, weights rounded one layer after another, each on what
+those before it now deliver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.edit import set_tensors
+from ...compiler.ir.edit_quantize import IntegerWeights, ValueGrid, quantize_program
+from ...compiler.ir.execute import bind, run_until
+from ...compiler.ir.program import Program
+from ...compiler.support.progress import Progress, silent
+from ..solve.closed_form import solve
+from ..solve.joins import group_targets
+from ..solve.layers import Layer, add_delta, current_parameter, find_layers
+from ..solve.lockstep import Lockstep, plan_steps
+from ..solve.resolve_network import ResolveSettings, batch_size_for, step_moments, touched, write_correction
+from .ranges import RANGES, GridKind, Histogram, histograms
+from .rounding import Rounded, rounded
+from .values import quantizable, values_of
+
+#: Samples that tell how a range does at the layers behind.
+RANGE_SAMPLES = 32
+
+
+def choose_grids(
+    program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind, ranges: str
+) -> dict[str, ValueGrid]:
+    """The grids of the values around some layers. With `ranges` ``best``, for each value the range that loses least at
+    the layers that read it; else the range of that name."""
+    names = values_of(program, layers)
+    found = histograms(program, names, samples, batch_size=batch_size_for(program, quantizable(program).values()))
+    if ranges != "best":
+        return {name: RANGES[ranges](found[name], kind) for name in names}
+    return _least_lost(program, layers, samples.take(slice(0, RANGE_SAMPLES)), found, kind)
+
+
+def _least_lost(
+    program: Program,
+    layers: Sequence[str],
+    few: CalibrationSet,
+    found: Mapping[str, Histogram],
+    kind: GridKind,
+) -> dict[str, ValueGrid]:
+    offered = {
+        name: list(dict.fromkeys(way(histogram, kind) for way in RANGES.values())) for name, histogram in found.items()
+    }
+    lost = {name: [0.0] * len(grids) for name, grids in offered.items()}
+    there = quantizable(program)
+    readers: dict[str, list[Layer]] = {}
+    for name in layers:
+        readers.setdefault(there[name].input, []).append(there[name])
+    for batch in few.batches(8):
+        with torch.no_grad():
+            values = run_until(program, list(found), bind(program, batch))
+            for name, grids in offered.items():
+                for place, grid in enumerate(grids):
+                    change = grid.rounded(values[name]) - values[name]
+                    lost[name][place] += sum(_passed_on(program, r, change) for r in readers.get(name, ())) or float(
+                        change.double().square().sum()
+                    )
+    return {name: grids[lost[name].index(min(lost[name]))] for name, grids in offered.items()}
+
+
+def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
+    """Sum of squares of what a change of its input does to a layer's output."""
+    node = program.nodes[layer.node]
+    weight = program.module.get_parameter(layer.weight)
+    settings = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
+    passed: torch.Tensor = node.target(change, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
+    return float(passed.double().square().sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How weights are rounded: integers up to `limit`, layers solved again before where `resolve` is set, which rows a
+    solve reads."""
+
+    limit: int
+    resolve: bool = True
+    rows_per_column: int | None = 50
+
+
+def quantize(
+    program: Program,
+    layers: Sequence[str],
+    grids: Mapping[str, ValueGrid],
+    samples: CalibrationSet,
+    how: Rounding,
+    *,
+    progress: Progress = silent,
+) -> Program:
+    """Put the values on their grids and round the weights of the layers, in topological order, in one streamed sweep.
+
+    Each layer is first solved toward what it computes in `program`, on the rounded values that it now gets, then rounded
+    by the same Gram matrix (`rounded`); those behind it are solved on what it then computes. Layers that stay in
+    floating point are solved where their inputs have changed. The products are in float32, sums and solves in float64.
+    """
+    student = quantize_program(program, grids, {}, note="values on integer grids")
+    settings = ResolveSettings(refine=0, guard_samples=0, rows_per_column=how.rows_per_column)
+    settings = replace(settings, ridge=settings.ridge_for(len(samples)))
+    there, _ = find_layers(student)
+    own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in program.nodes}
+    targets, changed = touched(student, there, {}, {}, own)
+    steps = plan_steps(program, student, group_targets(student, targets), changed)
+    tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, Rounded] = {}
+    batch_size = batch_size_for(student, there.values())
+    with Lockstep(program, student, samples, batch_size=batch_size, ram_bytes=settings.ram_bytes) as lockstep:
+        for done, step in enumerate(steps, 1):
+            lockstep.advance(step, tensors)
+            for target in step.targets:
+                moments = step_moments(lockstep, step, target, tensors, settings)
+                if how.resolve:
+                    solved = solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
+                    write_correction(student, target, solved, moments.rows, tensors)
+                if target.layer.node in layers:
+                    stored[target.layer.node] = _round(student, target.layer, moments.gram, how.limit, tensors)
+            lockstep.finish(step)
+            progress("quantise", done, len(steps))
+    solved_program = set_tensors(program, tensors, note="re-solve for integers") if tensors else program
+    weights = {name: _integers(solved_program, there[name], grids, stored[name], how.limit) for name in layers}
+    note = f"{len(layers)} layers in int8"
+    return quantize_program(solved_program, grids, weights, note=note)
+
+
+def plain_integers(
+    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], limit: int
+) -> dict[str, IntegerWeights]:
+    """Weights rounded value by value: the whole range of each output, without data."""
+    there = quantizable(program)
+    found = {}
+    for name in layers:
+        weight = there[name].matrix(program.module.get_parameter(there[name].weight).detach()).double()
+        scales = (weight.abs().amax(2, keepdim=True) / limit).float().clamp(min=torch.finfo(torch.float32).tiny)
+        values = (weight / scales.double()).round().clamp(-limit, limit).to(torch.int8)
+        plain = Rounded(values=values, scales=scales.double(), shift=weight.new_zeros(weight.shape[:2]))
+        found[name] = _integers(program, there[name], grids, plain, limit)
+    return found
+
+
+def _round(student: Program, layer: Layer, gram: torch.Tensor, limit: int, tensors: dict[str, torch.Tensor]) -> Rounded:
+    """The weight of a layer rounded, in `tensors`, with what its bias takes over."""
+    weight = current_parameter(student, layer.weight, tensors)
+    if layer.bias is None:  # nothing takes over what is lost on average
+        gram = gram.clone()
+        gram[:, -1], gram[:, :, -1], gram[:, -1, -1] = 0.0, 0.0, 1.0
+    found = rounded(layer.matrix(weight), gram, limit)
+    tensors[layer.weight] = (found.values.double() * found.scales).reshape(weight.shape).to(weight.dtype)
+    if layer.bias is not None:
+        tensors[layer.bias] = add_delta(current_parameter(student, layer.bias, tensors), found.shift)
+    return found
+
+
+def _integers(
+    program: Program, layer: Layer, grids: Mapping[str, ValueGrid], found: Rounded, limit: int
+) -> IntegerWeights:
+    """A rounded weight as it is stored, the bias in steps of the input's times the weight's."""
+    shape = program.module.get_parameter(layer.weight).shape
+    scales = found.scales.reshape(-1).float()
+    source = layer.input.removesuffix("_dequantized")
+    steps = scales * grids[source].scale
+    bias = None
+    if layer.bias is not None:
+        exact = program.module.get_parameter(layer.bias).detach().double() / steps.double()
+        bias = exact.round().clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    return IntegerWeights(
+        values=found.values.reshape(shape),
+        scales=scales,
+        limit=limit,
+        bias=bias,
+        bias_scales=None if bias is None else steps,
+    )

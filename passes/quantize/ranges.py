@@ -1,0 +1,136 @@
+"""Ranges of values on a calibration set, from streamed histograms, and the integer grids that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.ir.edit_quantize import ValueGrid
+from ...compiler.ir.execute import bind, run_until
+from ...compiler.ir.program import Program
+from ...compiler.support.errors import CalibrationError
+
+#: Bins of a histogram, over the whole range of a value.
+BINS = 2048
+#: Ranges from so many steps of clipping are compared.
+CLIPPINGS = 64
+#: Share of the values that `percentile` keeps at either end.
+PERCENTILE = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How often values of a tensor lie where: `counts` of equal bins from `low` to `high`, in float64."""
+
+    low: float
+    high: float
+    counts: torch.Tensor = field(repr=False)
+
+    @property
+    def centres(self) -> torch.Tensor:
+        """The middle of each bin."""
+        edges = torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.float64)
+        return (edges[1:] + edges[:-1]) / 2
+
+
+def histograms(
+    program: Program, names: Sequence[str], samples: CalibrationSet, *, batch_size: int
+) -> dict[str, Histogram]:
+    """Histograms of the values of some nodes, in two streamed passes: ranges first, then counts.
+
+    Raises CalibrationError when a value is not finite, or when there is a single sample: its range says nothing about
+    others.
+    """
+    if len(samples) < 2:
+        raise CalibrationError(
+            "ranges cannot be taken from a single sample", hint="give a few hundred samples, as for everything else"
+        )
+    low, high = dict.fromkeys(names, torch.inf), dict.fromkeys(names, -torch.inf)
+    for values in _batches(program, names, samples, batch_size):
+        for name, value in values.items():
+            least, most = (float(v) for v in torch.aminmax(value))
+            low[name], high[name] = min(low[name], least), max(high[name], most)
+            if not low[name] > -torch.inf or not high[name] < torch.inf:
+                raise CalibrationError(
+                    "activations are not finite",
+                    node=name,
+                    excerpt=program.excerpt(program.nodes[name]),
+                    hint="the network overflows on the calibration set: check its normalisation",
+                )
+    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in names}
+    for values in _batches(program, names, samples, batch_size):
+        for name, value in values.items():
+            if high[name] > low[name]:
+                found = torch.histc(value.float(), BINS, low[name], high[name])
+                counts[name] += found.double()
+            else:
+                counts[name][0] += value.numel()
+    return {name: Histogram(low=low[name], high=high[name], counts=counts[name]) for name in names}
+
+
+def _batches(program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int) -> object:
+    for batch in samples.batches(batch_size):
+        with torch.no_grad():
+            found = run_until(program, list(names), bind(program, batch))
+        yield {name: found[name] for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridKind:
+    """The integers that a backend wants for values: `dtype`, and whether zero is in the middle."""
+
+    dtype: torch.dtype = torch.uint8
+    symmetric: bool = False
+
+    def over(self, low: float, high: float) -> ValueGrid:
+        """The grid over a range, which is widened to hold zero: then zeros (padding, ReLU) are exact."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        info = torch.iinfo(self.dtype)
+        if self.symmetric:
+            most = max(-low, high) or 1.0
+            return ValueGrid(scale=most / 127, zero_point=0, low=-127, high=127, dtype=torch.int8)
+        scale = (high - low) / (info.max - info.min) or 1.0 / (info.max - info.min)
+        zero = round(info.min - low / scale)
+        return ValueGrid(
+            scale=scale, zero_point=min(max(zero, info.min), info.max), low=info.min, high=info.max, dtype=self.dtype
+        )
+
+
+def minmax(found: Histogram, kind: GridKind) -> ValueGrid:
+    """The whole range."""
+    return kind.over(found.low, found.high)
+
+
+def percentile(found: Histogram, kind: GridKind) -> ValueGrid:
+    """The range without the outermost values at either end."""
+    share = found.counts.cumsum(0) / found.counts.sum()
+    edges = torch.linspace(found.low, found.high, len(share) + 1, dtype=torch.float64)
+    inside = ((share >= 1 - PERCENTILE) & (share <= PERCENTILE)).nonzero().reshape(-1)
+    if not len(inside):
+        return minmax(found, kind)
+    return kind.over(float(edges[inside[0]]), float(edges[min(int(inside[-1]) + 2, len(share))]))
+
+
+def squared_error(found: Histogram, kind: GridKind) -> ValueGrid:
+    """The range of least mean squared error of what is read back: the high end first, then the low end."""
+
+    def clipped(low: float, high: float) -> float:
+        back = kind.over(low, high).rounded(found.centres.float()).double()
+        return float((found.counts * (back - found.centres).square()).sum())
+
+    steps = [1 - step / (CLIPPINGS + CLIPPINGS // 4) for step in range(CLIPPINGS)]
+    low, high = found.low, found.high
+    high = min((share * high for share in steps), key=lambda most: clipped(low, most)) if high > 0 else high
+    low = min((share * low for share in steps), key=lambda least: clipped(least, high)) if low < 0 else low
+    return kind.over(low, high)
+
+
+#: Ways to a range, by name.
+RANGES: dict[str, Callable[[Histogram, GridKind], ValueGrid]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": squared_error,
+}

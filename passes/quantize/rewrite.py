@@ -1,0 +1,321 @@
+"""The rewrite that puts layers into int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...compiler.data.output_error import output_error
+from ...compiler.ir.cost import node_macs
+from ...compiler.ir.edit_folds import fold_batch_norms
+from ...compiler.ir.edit_quantize import ValueGrid, is_dequantized, quantize_program
+from ...compiler.ir.program import Program, argument
+from ...compiler.ir.segments import find_segments
+from ...compiler.plan.decision import Decision
+from ...compiler.plan.goal import Goal
+from ...compiler.plan.proposals import Claims, Item, Mix, Proposal
+from ...compiler.rewrite.budget import Budget
+from ...compiler.rewrite.context import Context
+from ...compiler.rewrite.rewrite import Applied, Offer, Rewrite
+from ...compiler.support.errors import BackendError, Reject, RewriteError
+from ...compiler.support.setting_checks import Allowed, check_switch, check_texts, check_whole, check_word, settled
+from ...runtime.predict.integer_kernels import IntegerKernels
+from ..solve.layers import all_layer_names, find_layers, matching_layers
+from .decision import QuantizeLayer
+from .quantize import Rounding, choose_grids, plain_integers, quantize
+from .ranges import RANGES, GridKind
+from .values import quantizable, standing_for, values_of
+
+#: Layers that save less of the latency than this stay as they are: they are lost in noise.
+LEAST_SAVING = 0.0005
+#: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
+LEFT_OUT = (0.0, 0.1, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Rewrite):
+    """Rewrite: store the weights of layers, and the values in front of them and behind them, in int8.
+
+    QuantizeLinear and DequantizeLinear stand around what is computed (`quantize_per_tensor` and its kin in torch).
+    Weights are symmetric, one scale for each output; values have one scale and zero point each. Each layer is solved on
+    the rounded values that it gets, then rounded so that what one weight loses others make up for; see
+    `foldcut.passes.quantize.rounding` for the equation. It comes last: everything else is cut, solved and trained
+    before.
+
+    Which integers the kernels of the backend multiply exactly is tried on it: where 8-bit weights overflow, 7-bit ones
+    are used. Where int8 is not faster, it is not taken.
+
+    Arguments:
+        ranges: How the range of a value is taken from the samples. ``minmax``: all of it. ``percentile``: without the
+            outermost 0.01 % at either end. ``mse``: that of least squared error. ``best``: for each value the one of
+            these that loses least at the layers behind it.
+        resolve: Whether layers are solved on the values that they get before they are rounded.
+        rows_per_column: Largest number of rows of inputs in a Gram matrix, per column. None reads all.
+        samples: Number of judging samples that say what each layer alone loses.
+        ignore: Shell-style patterns of layers (node, module path or weight) that stay as they are.
+
+    Raises:
+        CompilerError: If a setting is out of range or of the wrong type.
+
+    Example:
+        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+        >>> smaller = foldcut.Quantize().shape(program, [foldcut.QuantizeLayer(layer="linear")])
+        >>> [node.name for node in smaller.graph.nodes if node.name.endswith("_quantized")]
+        ['input_1_quantized', 'relu_quantized']
+    """
+
+    ranges: str = "best"
+    resolve: bool = True
+    rows_per_column: int | None = 50
+    samples: int = 16
+    ignore: tuple[str, ...] = ()
+    kernels: IntegerKernels | None = None
+    refused: str = ""
+
+    name = "quantize"
+    verb = "quantise layers"
+    decides = QuantizeLayer
+    phase = 90
+    comes_last = True
+
+    def __post_init__(self) -> None:
+        check_word("ranges", self.ranges, (*RANGES, "best"))
+        check_switch("resolve", self.resolve)
+        check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
+        check_whole("samples", self.samples, Allowed(least=2))
+        check_texts("ignore", self.ignore)
+        settled(self)
+
+    def serves(self, goal: Goal) -> bool:
+        """True for goals that go by a measured latency."""
+        return goal.mixes and goal.measured
+
+    def by_default(self, goal: Goal) -> bool:
+        """False: integers are asked for."""
+        del goal
+        return False
+
+    def prepared(self, ctx: Context) -> Quantize:
+        """The rewrite with the integers that the backend computes exactly, or with the reason why there are none."""
+        if ctx.latency is None or self.kernels is not None:
+            return self
+        try:
+            return replace(self, kernels=ctx.latency.probe.integers())
+        except BackendError as refusal:
+            return replace(self, refused=refusal.message)
+
+    def named(self, program: Program) -> Sequence[str]:
+        """The layers of `program`: node, module path and weight."""
+        return all_layer_names(program)
+
+    def offer(self, ctx: Context, budget: Budget) -> Offer:
+        """Every layer that is faster in int8 beside others in int8, with what it alone loses."""
+        if self.refused or self.kernels is None:
+            return Offer(rejects=(Reject(reason=self.refused or "no backend to quantise for"),))
+        program = ctx.teacher
+        left = matching_layers(program, self.ignore)
+        layers = [name for name in _layers(program) if name not in left]
+        if not layers:
+            return Offer(rejects=(Reject(reason="there is no layer that can be quantised"),))
+        with ctx.clock.stage("time integers"):
+            savings = self._savings(ctx, budget, layers)
+        faster = [name for name in layers if savings[name] >= LEAST_SAVING]
+        with ctx.clock.stage("weigh integers"):
+            errors = self._errors(ctx, faster)
+        items = tuple(self._item(program, name, errors[name], savings[name]) for name in faster)
+        slower = [name for name in layers if name not in savings or savings[name] < LEAST_SAVING]
+        rejects = tuple(Reject(reason="not faster in int8 on this backend", node=name) for name in slower)
+        return Offer(items=items, rejects=rejects, starts=_starts(items))
+
+    def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
+        """Raise RewriteError where `program` does not have a layer as planned."""
+        for decision in _mine(decisions):
+            if decision.bits != 8:
+                raise RewriteError(f"no integers of {decision.bits} bits", node=decision.layer, hint="bits are 8")
+        found = standing_for(program, [decision.layer for decision in _mine(decisions)])
+        for name, standing in found.items():
+            if not standing:
+                raise RewriteError(f"no layer {name!r} to quantise", hint="apply a plan to the network it was made for")
+
+    def still(self, program: Program, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """The decisions whose layers are there."""
+        found = standing_for(program, [decision.layer for decision in _mine(decisions)])
+        return [decision for decision in _mine(decisions) if found[decision.layer]]
+
+    def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with the layers in int8, on grids of any scale, for timing and counting."""
+        return self._plainly(program, _mine(decisions), {})
+
+    def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
+        """The program with the grids of the decisions, weights rounded one by one. Raises RewriteError where a decision
+        has no grids: ranges come from data."""
+        mine = _mine(decisions)
+        missing = [decision.layer for decision in mine if not decision.grids]
+        if missing:
+            raise RewriteError(
+                f"no ranges are known for {missing[0]}", hint="ranges come from data: give a calibration set"
+            )
+        grids = {node: _grid(d, scale, zero) for d in mine for node, scale, zero in d.grids}
+        return self._plainly(program, mine, grids)
+
+    def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
+        """The program with the layers in int8: ranges from ``ctx.solve``, weights solved and rounded on it."""
+        mine = _mine(decisions)
+        folded, layers = _folded(program, mine)
+        names = [name for standing in layers.values() for name in standing]
+        kind = _kind(mine)
+        grids = choose_grids(folded, names, ctx.solve, kind, self.ranges)
+        how = Rounding(limit=mine[0].weight_limit, resolve=self.resolve, rows_per_column=self.rows_per_column)
+        made = quantize(folded, names, grids, ctx.solve, how, progress=ctx.progress)
+        settled_ = tuple(replace(d, grids=_around(folded, layers[d.layer], grids)) for d in mine)
+        return Applied(program=made, decisions=settled_)
+
+    def ensures(self, before: Program, after: Program, decisions: Sequence[Decision]) -> None:
+        """Raise RewriteError where a layer still has a weight or an input in floating point."""
+        _, layers = _folded(before, _mine(decisions))
+        for name in (name for standing in layers.values() for name in standing):
+            node = after.nodes.get(name)
+            if node is None or not all(is_dequantized(argument(node, place, "")) for place in (0, 1)):
+                raise RewriteError("the layer is not in int8", node=name)
+
+    def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
+        """The integers used, and the share of the multiply-accumulates that is done in them."""
+        program = applied.program
+        macs = {name: node_macs(program, node) for name, node in program.nodes.items()}
+        inside = sum(count for name, count in macs.items() if count and is_dequantized(program.nodes[name].args[0]))
+        mine = _mine(applied.decisions)
+        del ctx
+        if not mine:
+            return {}
+        return {
+            "values": mine[0].values,
+            "weight_limit": mine[0].weight_limit,
+            "share_of_macs": inside / max(1, sum(macs.values())),
+        }
+
+    def _item(self, program: Program, name: str, error: float, saving: float) -> Item:
+        decision = replace(self._decision(name), path=program.path(program.nodes[name]), error=error)
+        proposal = Proposal(error=error, saving=saving, decision=decision)
+        return Item(kind=self.name, name=name, claims=Claims(needs=frozenset([name])), proposals=(proposal,))
+
+    def _decision(self, name: str) -> QuantizeLayer:
+        assert self.kernels is not None
+        return QuantizeLayer(
+            layer=name,
+            weight_limit=self.kernels.weight_limit,
+            values=self.kernels.values,
+            symmetric=self.kernels.symmetric,
+        )
+
+    def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, float]:
+        """What each layer saves where all of them are in int8: the difference of its segment, by its share of the
+        multiply-accumulates there."""
+        assert budget.latency is not None
+        table = budget.latency.probe.table()
+        folded, standing = _folded(ctx.teacher, [self._decision(name) for name in layers])
+        whole = self.shape(ctx.teacher, [self._decision(name) for name in layers])
+        before, after = (
+            _node_times(program, table.predict(program, progress=ctx.progress)) for program in (folded, whole)
+        )
+        total = sum(time for _, time in before)
+        macs = {name: node_macs(folded, node) for name, node in folded.nodes.items()}
+        return {
+            name: sum(_share(inside, before, after, macs) for inside in found) / total
+            for name, found in standing.items()
+        }
+
+    def _errors(self, ctx: Context, layers: Sequence[str]) -> dict[str, float]:
+        """Relative output errors with each layer alone in int8, its weight rounded value by value."""
+        few = ctx.judge.take(slice(0, self.samples))
+
+        def found() -> list[float]:
+            folded, standing = _folded(ctx.teacher, [self._decision(name) for name in layers])
+            names = [name for found in standing.values() for name in found]
+            grids = choose_grids(folded, names, ctx.solve, _kind([self._decision(layers[0])]), "minmax")
+            errors = []
+            for done, (name, inside) in enumerate(standing.items(), 1):
+                around = {value: grids[value] for value in values_of(folded, inside)}
+                limit = self._decision(name).weight_limit
+                alone = quantize_program(
+                    folded, around, plain_integers(folded, inside, grids, limit), note=f"{name} in int8"
+                )
+                errors.append(output_error(ctx.teacher, alone, few))
+                ctx.progress("weigh integers", done, len(standing))
+            return errors
+
+        kept = ctx.store.value("integer errors", [ctx.teacher, ctx.solve, few, self, list(layers)], found)
+        return dict(zip(layers, kept, strict=True))
+
+    def _plainly(self, program: Program, decisions: Sequence[QuantizeLayer], grids: Mapping[str, ValueGrid]) -> Program:
+        if not decisions:
+            return program
+        folded, layers = _folded(program, decisions)
+        names = [name for standing in layers.values() for name in standing]
+        usual = _kind(decisions).over(-4.0, 4.0)
+        used = {value: grids.get(value, usual) for value in values_of(folded, names)}
+        weights = plain_integers(folded, names, used, decisions[0].weight_limit)
+        return quantize_program(folded, used, weights, note=f"{len(names)} layers in int8")
+
+
+def _mine(decisions: Sequence[Decision]) -> list[QuantizeLayer]:
+    return [decision for decision in decisions if isinstance(decision, QuantizeLayer)]
+
+
+def _kind(decisions: Sequence[QuantizeLayer]) -> GridKind:
+    return GridKind(dtype=getattr(torch, decisions[0].values), symmetric=decisions[0].symmetric)
+
+
+def _grid(decision: QuantizeLayer, scale: float, zero: int) -> ValueGrid:
+    return replace(_kind([decision]).over(-1.0, 1.0), scale=scale, zero_point=zero)
+
+
+def _around(
+    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid]
+) -> tuple[tuple[str, float, int], ...]:
+    return tuple((value, grids[value].scale, grids[value].zero_point) for value in values_of(program, layers))
+
+
+def _layers(program: Program) -> list[str]:
+    """The layers that can be quantised once batch norms are folded into them, by their names before."""
+    folded, _ = fold_batch_norms(program)
+    weights = {layer.weight for layer in quantizable(folded).values()}
+    return [name for name, layer in find_layers(program)[0].items() if layer.weight in weights]
+
+
+def _folded(program: Program, decisions: Sequence[QuantizeLayer]) -> tuple[Program, dict[str, list[str]]]:
+    """The program with batch norms folded into its layers, and the layers there that stand for each of the decisions':
+    a layer that took over a norm has the norm's name."""
+    before = {name: layer.weight for name, layer in find_layers(program)[0].items()}
+    standing = standing_for(program, [decision.layer for decision in decisions])
+    folded, _ = fold_batch_norms(program)
+    after = {layer.weight: name for name, layer in quantizable(folded).items()}
+    return folded, {name: [after[before[inside]] for inside in found] for name, found in standing.items()}
+
+
+Times = list[tuple[frozenset[str], float]]
+
+
+def _node_times(program: Program, prediction: Any) -> Times:
+    segments = find_segments(program)
+    return [(frozenset(s.nodes), time.units) for s, time in zip(segments, prediction.segments, strict=True)]
+
+
+def _share(name: str, before: Times, after: Times, macs: Mapping[str, int]) -> float:
+    """What a layer's segment saves, by the layer's share of the multiply-accumulates there."""
+    (old,) = [(nodes, time) for nodes, time in before if name in nodes]
+    (new,) = [(nodes, time) for nodes, time in after if name in nodes]
+    return (old[1] / _macs(old[0], macs) - new[1] / _macs(new[0], macs)) * macs[name]
+
+
+def _macs(nodes: frozenset[str], macs: Mapping[str, int]) -> int:
+    return max(1, sum(macs.get(name, 0) for name in nodes))
+
+
+def _starts(items: Sequence[Item]) -> tuple[Mix, ...]:
+    """All layers, and all but those that lose the most for what they save."""
+    worst = sorted(items, key=lambda item: item.proposals[0].error / item.proposals[0].saving)
+    counts = dict.fromkeys(round(len(items) * (1 - share)) for share in LEFT_OUT)
+    return tuple({item: item.proposals[0] for item in worst[:count]} for count in counts if count)

@@ -1,0 +1,62 @@
+"""Which values stand on integer grids when a layer is quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from ...compiler.ir.program import Program, argument, is_call, is_tensor
+from ..solve.layers import Layer, find_layers
+
+aten = torch.ops.aten
+#: What runtimes compute with the layer in front, in its grid: a range is cut off, nothing else changes.
+_CLIPS = (aten.relu, aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min)
+
+
+def quantizable(program: Program) -> dict[str, Layer]:
+    """The layers that can be quantised, by node name: those that can be re-solved, with a floating-point input."""
+    layers, _ = find_layers(program)
+    return {name: layer for name, layer in layers.items() if _can_be(program, layer)}
+
+
+def _can_be(program: Program, layer: Layer) -> bool:
+    biased = argument(program.nodes[layer.node], 2, "bias") is not None
+    return program.nodes[layer.input].meta["val"].dtype == torch.float32 and biased == (layer.bias is not None)
+
+
+def standing_for(program: Program, names: Iterable[str]) -> dict[str, list[str]]:
+    """The layers that now stand where each of the named ones stood: itself, and what a chain put in front of it."""
+    there = quantizable(program)
+    found: dict[str, list[str]] = {name: [name] if name in there else [] for name in names}
+    for name in there:
+        whole = program.nodes[name].meta.get("stands_for")
+        if whole in found and whole != name:
+            found[whole].append(name)
+    return found
+
+
+def values_of(program: Program, layers: Iterable[str]) -> list[str]:
+    """The values in front of the layers and behind them, in topological order. Behind a layer, what alone clips it
+    counts with it; what the network returns stays as it is."""
+    found: dict[str, None] = {}
+    for name in layers:
+        node = program.nodes[name]
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        found[source.name] = None
+        behind = clipped(node)
+        if not any(user.op == "output" for user in behind.users):
+            found[behind.name] = None
+    return sorted(found, key=program.order.__getitem__)
+
+
+def clipped(node: fx.Node) -> fx.Node:
+    """The last of the calls that alone read a value and cut off a range of it; the value itself where there is none."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not (is_call(user, *_CLIPS) and is_tensor(user) and user.args[0] is node):
+            break
+        node = user
+    return node
