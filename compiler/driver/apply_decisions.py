@@ -17,8 +17,8 @@ from ..support.errors import CompilerError, PlanError, RewriteError
 
 
 def by_phase(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
-    """In the order of application, which no caller's list has a part in: those that come last at the end, else by phase,
-    then by name."""
+    """In the order of application, which no caller's list has a part in: those that come last at the end, else by
+    phase, then by name."""
     return sorted(rewrites, key=lambda rewrite: (rewrite.comes_last, rewrite.phase, rewrite.name))
 
 

@@ -30,9 +30,9 @@ def replace_layers(program: Program, chains: Mapping[str, Sequence[Link]], *, no
     """Replace each named convolution or linear layer by a chain of calls.
 
     The first link reads the layer's input, each other one the link before; only the last has the layer's bias, and its
-    node keeps the layer's name, whose value it now approximates; each says in its meta which layer it `stands_for`. Weights become parameters ``<weight>_<name>``; the old
-    one is left out when nothing else reads it. Shapes are worked out anew, the batch stays dynamic. The old Program
-    does not change.
+    node keeps the layer's name, whose value it now approximates; each says in its meta which layer it `stands_for`.
+    Weights become parameters ``<weight>_<name>``; the old one is left out when nothing else reads it. Shapes are worked
+    out anew, the batch stays dynamic. The old Program does not change.
 
     Raises RewriteError when a node is missing or no such layer, or when the chain's result has another shape or dtype.
     """

@@ -48,8 +48,8 @@ class ValueGrid:
 class IntegerWeights:
     """A layer's weight as int8, and its bias as int32 where it has one.
 
-    The weight is ``values * scales`` with one scale for each output channel (dim 0). The bias is ``bias * bias_scales``,
-    with the scale of the input times that of the weight: then the layer's sum is one of integers.
+    The weight is ``values * scales`` with one scale for each output channel (dim 0). The bias is ``bias *
+    bias_scales``, with the scale of the input times that of the weight: then the layer's sum is one of integers.
     """
 
     values: torch.Tensor = field(repr=False)

@@ -96,9 +96,9 @@ def quantize(
 ) -> Program:
     """Put the values on their grids and round the weights of the layers, in topological order, in one streamed sweep.
 
-    Each layer is first solved toward what it computes in `program`, on the rounded values that it now gets, then rounded
-    by the same Gram matrix (`rounded`); those behind it are solved on what it then computes. Layers that stay in
-    floating point are solved where their inputs have changed. The products are in float32, sums and solves in float64.
+    Each layer is first solved toward what it computes in `program`, on the rounded values that it now gets, then
+    rounded by the same Gram matrix (`rounded`); those behind it are solved on what it then computes. Layers that stay
+    in floating point are solved where their inputs have changed. Products are in float32, sums and solves in float64.
     """
     student = quantize_program(program, grids, {}, note="values on integer grids")
     settings = ResolveSettings(refine=0, guard_samples=0, rows_per_column=how.rows_per_column)

@@ -27,7 +27,7 @@ from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .decision import QuantizeLayer
 from .quantize import Rounding, choose_grids, plain_integers, quantize
 from .ranges import RANGES, GridKind
-from .values import quantizable, standing_for, values_of
+from .values import quantizable, standing_for, usual_grid, values_of
 
 #: Layers that save less of the latency than this stay as they are: they are lost in noise.
 LEAST_SAVING = 0.0005
@@ -61,7 +61,8 @@ class Quantize(Rewrite):
         CompilerError: If a setting is out of range or of the wrong type.
 
     Example:
-        >>> program = foldcut.capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> program = foldcut.capture(net, torch.randn(2, 8))
         >>> smaller = foldcut.Quantize().shape(program, [foldcut.QuantizeLayer(layer="linear")])
         >>> [node.name for node in smaller.graph.nodes if node.name.endswith("_quantized")]
         ['input_1_quantized', 'relu_quantized']
@@ -124,7 +125,7 @@ class Quantize(Rewrite):
             savings = self._savings(ctx, budget, layers)
         faster = [name for name in layers if savings[name] >= LEAST_SAVING]
         with ctx.clock.stage("weigh integers"):
-            errors = self._errors(ctx, faster)
+            errors = self._errors(ctx, faster) if faster else {}
         items = tuple(self._item(program, name, errors[name], savings[name]) for name in faster)
         slower = [name for name in layers if name not in savings or savings[name] < LEAST_SAVING]
         rejects = tuple(Reject(reason="not faster in int8 on this backend", node=name) for name in slower)
@@ -254,8 +255,8 @@ class Quantize(Rewrite):
             return program
         folded, layers = _folded(program, decisions)
         names = [name for standing in layers.values() for name in standing]
-        usual = _kind(decisions).over(-4.0, 4.0)
-        used = {value: grids.get(value, usual) for value in values_of(folded, names)}
+        around = values_of(folded, names)
+        used = {value: grids.get(value) or usual_grid(folded, value, _kind(decisions)) for value in around}
         weights = plain_integers(folded, names, used, decisions[0].weight_limit)
         return quantize_program(folded, used, weights, note=f"{len(names)} layers in int8")
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from ...compiler.ir.edit_quantize import ValueGrid
 from ...compiler.ir.program import Program, argument, is_call, is_tensor
 from ..solve.layers import Layer, find_layers
+from .ranges import GridKind
 
 aten = torch.ops.aten
 #: What runtimes compute with the layer in front, in its grid: a range is cut off, nothing else changes.
@@ -50,6 +52,16 @@ def values_of(program: Program, layers: Iterable[str]) -> list[str]:
         if not any(user.op == "output" for user in behind.users):
             found[behind.name] = None
     return sorted(found, key=program.order.__getitem__)
+
+
+def usual_grid(program: Program, name: str, kind: GridKind) -> ValueGrid:
+    """A grid of any scale for a value, with zero where data would put it: at the lower end of what is cut off below
+    zero. Runtimes fuse such a clip with the layer in front only then."""
+    node = program.nodes[name]
+    least = {aten.relu: 0.0, aten.relu6: 0.0}.get(getattr(node.target, "overloadpacket", None))
+    if is_call(node, aten.hardtanh, aten.clamp, aten.clamp_min):
+        least = argument(node, 1, "min" if is_call(node, aten.clamp, aten.clamp_min) else "min_val")
+    return kind.over(0.0 if least is not None and least >= 0 else -4.0, 4.0)
 
 
 def clipped(node: fx.Node) -> fx.Node:

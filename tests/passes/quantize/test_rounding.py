@@ -12,9 +12,8 @@ def gram_of(rows: torch.Tensor) -> torch.Tensor:
 
 
 def correlated(groups: int = 1, columns: int = 24, count: int = 400) -> torch.Tensor:
-    return (
-        torch.randn(groups, columns, 5) @ torch.randn(groups, 5, count) + 0.3 * torch.randn(groups, columns, count)
-    ).relu()
+    mixed = torch.randn(groups, columns, 5) @ torch.randn(groups, 5, count)
+    return (mixed + 0.3 * torch.randn(groups, columns, count)).relu()
 
 
 def loss(weight: torch.Tensor, found: Rounded, rows: torch.Tensor) -> torch.Tensor:
