@@ -41,7 +41,8 @@ class ValueGrid:
     def rounded(self, value: torch.Tensor) -> torch.Tensor:
         """The value as it is read back: float, of the same shape."""
         stored = quantized.quantize_per_tensor(value, *self.settings)
-        return quantized.dequantize_per_tensor(stored, *self.settings)  # type: ignore[no-any-return]
+        read: torch.Tensor = quantized.dequantize_per_tensor(stored, *self.settings)
+        return read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +71,9 @@ def histograms(
     return {name: Histogram(low=low[name], high=high[name], counts=counts[name]) for name in names}
 
 
-def _batches(program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int) -> object:
+def _batches(
+    program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
     for batch in samples.batches(batch_size):
         with torch.no_grad():
             found = run_until(program, list(names), bind(program, batch))

@@ -114,13 +114,12 @@ class Quantize(Rewrite):
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """Every layer that is faster in int8 beside others in int8, with what it alone loses."""
-        if self.refused or self.kernels is None:
-            return Offer(rejects=(Reject(reason=self.refused or "no backend to quantise for"),))
         program = ctx.teacher
         left = matching_layers(program, self.ignore)
         layers = [name for name in _layers(program) if name not in left]
-        if not layers:
-            return Offer(rejects=(Reject(reason="there is no layer that can be quantised"),))
+        if self.kernels is None or not layers:
+            reason = self.refused or "there is no backend to quantise for"
+            return Offer(rejects=tuple(Reject(reason=reason, node=name) for name in layers))
         with ctx.clock.stage("time integers"):
             savings = self._savings(ctx, budget, layers)
         faster = [name for name in layers if savings[name] >= LEAST_SAVING]

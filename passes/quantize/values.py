@@ -58,7 +58,7 @@ def usual_grid(program: Program, name: str, kind: GridKind) -> ValueGrid:
     """A grid of any scale for a value, with zero where data would put it: at the lower end of what is cut off below
     zero. Runtimes fuse such a clip with the layer in front only then."""
     node = program.nodes[name]
-    least = {aten.relu: 0.0, aten.relu6: 0.0}.get(getattr(node.target, "overloadpacket", None))
+    least = 0.0 if is_call(node, aten.relu, aten.relu6) else None
     if is_call(node, aten.hardtanh, aten.clamp, aten.clamp_min):
         least = argument(node, 1, "min" if is_call(node, aten.clamp, aten.clamp_min) else "min_val")
     return kind.over(0.0 if least is not None and least >= 0 else -4.0, 4.0)

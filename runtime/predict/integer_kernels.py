@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,7 +104,7 @@ def _layer(kind: str, kernels: IntegerKernels) -> tuple[bytes, Mapping[str, Arra
     real = sums * (scale * weight_scale).reshape((-1, 1, 1) if conv else (-1,))
     step = float(np.abs(real).max() / 100)
     expected = (np.clip(np.rint(real / step) + zero, low, high) - zero) * step
-    tensors = {
+    tensors: dict[str, Any] = {
         "w": weight.astype(np.int8),
         "ws": weight_scale.astype(np.float32),
         "wz": np.zeros(_OUTPUTS, np.int8),
@@ -118,7 +119,7 @@ def _layer(kind: str, kernels: IntegerKernels) -> tuple[bytes, Mapping[str, Arra
     return model, {"x": ((values - zero) * scale).astype(np.float32)}, expected.astype(np.float32), step
 
 
-def _model(conv: bool, before: tuple[int, ...], after: tuple[int, ...], tensors: Mapping[str, Array]) -> bytes:
+def _model(conv: bool, before: tuple[int, ...], after: tuple[int, ...], tensors: Mapping[str, Any]) -> bytes:
     node = helper.make_node
     layer = (
         node("Conv", ["xd", "wd", "bd"], ["y"], pads=[1] * 4)
