@@ -49,8 +49,9 @@ class ValueGrid:
 class IntegerWeights:
     """A layer's weight as int8, and its bias as int32 where it has one.
 
-    The weight is ``values * scales`` with one scale for each output channel (dim 0). The bias is ``bias *
-    bias_scales``, with the scale of the input times that of the weight: then the layer's sum is one of integers.
+    The weight is ``values * scales``, of the layer's shape or as a matrix, with one scale for each output channel (dim
+    0). The bias is ``bias * bias_scales``, with the scale of the input times that of the weight: then the layer's sum
+    is one of integers.
     """
 
     values: torch.Tensor = field(repr=False)
@@ -121,8 +122,9 @@ def _store(module: fx.GraphModule, layer: fx.Node, weights: IntegerWeights) -> s
         raise RewriteError("not a layer with a stored weight", node=layer.name)
     limit = weights.limit
     names = {}
+    values = weights.values.reshape(weight.meta["val"].shape)
     names[weight] = _read(
-        module, layer, f"{layer.name}_weight", (weight, "int8", weights.values, weights.scales, (-limit, limit))
+        module, layer, f"{layer.name}_weight", (weight, "int8", values, weights.scales, (-limit, limit))
     )
     if weights.bias is not None:
         if not isinstance(bias, fx.Node) or weights.bias_scales is None:

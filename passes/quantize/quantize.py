@@ -18,6 +18,7 @@ from ..solve.closed_form import solve
 from ..solve.joins import group_targets
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
 from ..solve.lockstep import Lockstep, plan_steps
+from ..solve.moments import collect_moments
 from ..solve.resolve_network import ResolveSettings, batch_size_for, step_moments, touched, write_correction
 from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
@@ -25,6 +26,8 @@ from .values import quantizable, values_of
 
 #: Samples that tell how a range does at the layers behind.
 RANGE_SAMPLES = 32
+#: Rows of inputs in a Gram matrix, per column, where plans are only compared.
+QUICK_ROWS = 10
 
 
 def choose_grids(
@@ -123,7 +126,10 @@ def quantize(
             lockstep.finish(step)
             progress("quantise", done, len(steps))
     solved_program = set_tensors(program, tensors, note="re-solve for integers") if tensors else program
-    weights = {name: _integers(solved_program, there[name], grids, stored[name], how.limit) for name in layers}
+    weights = {
+        name: _integers(there[name], grids, stored[name], _bias(solved_program, there[name]), how.limit)
+        for name in layers
+    }
     note = f"{len(layers)} layers in int8"
     return quantize_program(solved_program, grids, weights, note=note)
 
@@ -139,39 +145,63 @@ def plain_integers(
         scales = (weight.abs().amax(2, keepdim=True) / limit).float().clamp(min=torch.finfo(torch.float32).tiny)
         values = (weight / scales.double()).round().clamp(-limit, limit).to(torch.int8)
         plain = Rounded(values=values, scales=scales.double(), shift=weight.new_zeros(weight.shape[:2]))
-        found[name] = _integers(program, there[name], grids, plain, limit)
+        found[name] = _integers(there[name], grids, plain, _bias(program, there[name]), limit)
     return found
+
+
+def quick_integers(
+    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], samples: CalibrationSet, limit: int
+) -> dict[str, IntegerWeights]:
+    """Weights rounded by the Gram matrices of what the layers get in floating point: one pass over the samples, for
+    plans that are compared."""
+    there = {name: layer for name, layer in quantizable(program).items() if name in set(layers)}
+    size = batch_size_for(program, there.values())
+    moments = collect_moments(program, there, samples, batch_size=size, rows_per_column=QUICK_ROWS)
+    found = {}
+    for name, layer in there.items():
+        weight = program.module.get_parameter(layer.weight).detach()
+        made = rounded(layer.matrix(weight), _gram(layer, moments[name].gram), limit)
+        bias = _bias(program, layer)
+        shifted = None if bias is None else add_delta(bias, made.shift)
+        found[name] = _integers(layer, grids, made, shifted, limit)
+    return found
+
+
+def _gram(layer: Layer, gram: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix that a layer is rounded by: without a bias nothing takes over what is lost on average."""
+    if layer.bias is None:
+        gram = gram.clone()
+        gram[:, -1], gram[:, :, -1], gram[:, -1, -1] = 0.0, 0.0, 1.0
+    return gram
 
 
 def _round(student: Program, layer: Layer, gram: torch.Tensor, limit: int, tensors: dict[str, torch.Tensor]) -> Rounded:
     """The weight of a layer rounded, in `tensors`, with what its bias takes over."""
     weight = current_parameter(student, layer.weight, tensors)
-    if layer.bias is None:  # nothing takes over what is lost on average
-        gram = gram.clone()
-        gram[:, -1], gram[:, :, -1], gram[:, -1, -1] = 0.0, 0.0, 1.0
-    found = rounded(layer.matrix(weight), gram, limit)
+    found = rounded(layer.matrix(weight), _gram(layer, gram), limit)
     tensors[layer.weight] = (found.values.double() * found.scales).reshape(weight.shape).to(weight.dtype)
     if layer.bias is not None:
         tensors[layer.bias] = add_delta(current_parameter(student, layer.bias, tensors), found.shift)
     return found
 
 
+def _bias(program: Program, layer: Layer) -> torch.Tensor | None:
+    return None if layer.bias is None else program.module.get_parameter(layer.bias).detach()
+
+
 def _integers(
-    program: Program, layer: Layer, grids: Mapping[str, ValueGrid], found: Rounded, limit: int
+    layer: Layer, grids: Mapping[str, ValueGrid], found: Rounded, bias: torch.Tensor | None, limit: int
 ) -> IntegerWeights:
     """A rounded weight as it is stored, the bias in steps of the input's times the weight's."""
-    shape = program.module.get_parameter(layer.weight).shape
     scales = found.scales.reshape(-1).float()
-    source = layer.input.removesuffix("_dequantized")
-    steps = scales * grids[source].scale
-    bias = None
-    if layer.bias is not None:
-        exact = program.module.get_parameter(layer.bias).detach().double() / steps.double()
-        bias = exact.round().clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    steps = scales * grids[layer.input.removesuffix("_dequantized")].scale
+    whole = None
+    if bias is not None:
+        whole = (bias.double() / steps.double()).round().clamp(-(2**31), 2**31 - 1).to(torch.int32)
     return IntegerWeights(
-        values=found.values.reshape(shape),
+        values=found.values,
         scales=scales,
         limit=limit,
-        bias=bias,
+        bias=whole,
         bias_scales=None if bias is None else steps,
     )

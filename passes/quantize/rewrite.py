@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ...compiler.data.output_error import output_error
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.edit_folds import fold_batch_norms
-from ...compiler.ir.edit_quantize import ValueGrid, is_dequantized, quantize_program
+from ...compiler.ir.edit_quantize import IntegerWeights, ValueGrid, is_dequantized, quantize_program
 from ...compiler.ir.program import Program, argument
 from ...compiler.ir.segments import find_segments
 from ...compiler.plan.decision import Decision
@@ -25,10 +26,12 @@ from ...compiler.support.setting_checks import Allowed, check_switch, check_text
 from ...runtime.predict.integer_kernels import IntegerKernels
 from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .decision import QuantizeLayer
-from .quantize import Rounding, choose_grids, plain_integers, quantize
+from .quantize import Rounding, choose_grids, plain_integers, quantize, quick_integers
 from .ranges import RANGES, GridKind
 from .values import quantizable, standing_for, usual_grid, values_of
 
+#: What trials found out about networks, for as long as these are there.
+_QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 #: Layers that save less of the latency than this stay as they are: they are lost in noise.
 LEAST_SAVING = 0.0005
 #: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
@@ -166,10 +169,13 @@ class Quantize(Rewrite):
         mine = _mine(decisions)
         folded, layers = _folded(program, mine)
         names = [name for standing in layers.values() for name in standing]
-        kind = _kind(mine)
-        grids = choose_grids(folded, names, ctx.solve, kind, self.ranges)
-        how = Rounding(limit=mine[0].weight_limit, resolve=self.resolve, rows_per_column=self.rows_per_column)
-        made = quantize(folded, names, grids, ctx.solve, how, progress=ctx.progress)
+        if ctx.trial:
+            grids, weights = self._quickly(program, folded, names, mine, ctx)
+            made = quantize_program(folded, grids, weights, note=f"{len(names)} layers in int8")
+        else:
+            grids = choose_grids(folded, names, ctx.solve, _kind(mine), self.ranges)
+            how = Rounding(limit=mine[0].weight_limit, resolve=self.resolve, rows_per_column=self.rows_per_column)
+            made = quantize(folded, names, grids, ctx.solve, how, progress=ctx.progress)
         settled_ = tuple(replace(d, grids=_around(folded, layers[d.layer], grids)) for d in mine)
         return Applied(program=made, decisions=settled_)
 
@@ -248,6 +254,28 @@ class Quantize(Rewrite):
 
         kept = ctx.store.value("integer errors", [ctx.teacher, ctx.solve, few, self, list(layers)], found)
         return dict(zip(layers, kept, strict=True))
+
+    def _quickly(
+        self,
+        program: Program,
+        folded: Program,
+        names: Sequence[str],
+        decisions: Sequence[QuantizeLayer],
+        ctx: Context,
+    ) -> tuple[dict[str, ValueGrid], dict[str, IntegerWeights]]:
+        """Grids and weights for a plan that is compared with others. Those of the original are worked out once for all
+        of its layers: what a layer gets in floating point does not depend on which others are quantised."""
+        one = decisions[0]
+        key = (id(ctx.solve), self.ranges, one.weight_limit, one.values, one.symmetric)
+        known = _QUICK.setdefault(program.module, {})
+        if key not in known:
+            every = list(quantizable(folded)) if program is ctx.teacher else list(names)
+            grids = choose_grids(folded, every, ctx.solve, _kind(decisions), self.ranges)
+            # the samples are kept with what they gave, so that no others are at their address
+            known[key] = ctx.solve, grids, quick_integers(folded, every, grids, ctx.solve, one.weight_limit)
+        _, grids, weights = known[key]
+        around = values_of(folded, names)
+        return {value: grids[value] for value in around}, {name: weights[name] for name in names}
 
     def _plainly(self, program: Program, decisions: Sequence[QuantizeLayer], grids: Mapping[str, ValueGrid]) -> Program:
         if not decisions:
