@@ -4,7 +4,7 @@ those before it now deliver."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,12 +14,12 @@ from ...compiler.ir.edit_quantize import IntegerWeights, ValueGrid, quantize_pro
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.progress import Progress, silent
-from ..solve.closed_form import solve
 from ..solve.joins import group_targets
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
 from ..solve.lockstep import Lockstep, plan_steps
-from ..solve.moments import collect_moments
-from ..solve.resolve_network import ResolveSettings, batch_size_for, step_moments, touched, write_correction
+from ..solve.moments import Moments, collect_moments
+from ..solve.resolve_network import ResolveSettings, batch_size_for, step_moments, touched
+from ..solve.targets import Target
 from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
 from .values import quantizable, values_of
@@ -80,11 +80,11 @@ def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How weights are rounded: integers up to `limit`, layers solved again before where `resolve` is set, which rows a
-    solve reads."""
+    """How weights are rounded: integers up to `limit`, biases corrected where `correct` is set, and the rows of inputs
+    that a Gram matrix reads, per column."""
 
     limit: int
-    resolve: bool = True
+    correct: bool = True
     rows_per_column: int | None = 50
 
 
@@ -99,13 +99,13 @@ def quantize(
 ) -> Program:
     """Put the values on their grids and round the weights of the layers, in topological order, in one streamed sweep.
 
-    Each layer is first solved toward what it computes in `program`, on the rounded values that it now gets, then
-    rounded by the same Gram matrix (`rounded`); those behind it are solved on what it then computes. Layers that stay
-    in floating point are solved where their inputs have changed. Products are in float32, sums and solves in float64.
+    Each bias first takes over the mean of what rounded inputs change of the layer's output. Then the weight is rounded
+    by the Gram matrix of the same inputs (`rounded`). The layers behind see what it then computes. Weights are not
+    solved again toward the original: what rounding does to values is noise to them, and fitting it to a few hundred
+    samples loses more than it gains (docs/quantize.md). Products are in float32, sums and solves in float64.
     """
     student = quantize_program(program, grids, {}, note="values on integer grids")
     settings = ResolveSettings(refine=0, guard_samples=0, rows_per_column=how.rows_per_column)
-    settings = replace(settings, ridge=settings.ridge_for(len(samples)))
     there, _ = find_layers(student)
     own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in program.nodes}
     targets, changed = touched(student, there, {}, {}, own)
@@ -118,14 +118,14 @@ def quantize(
             lockstep.advance(step, tensors)
             for target in step.targets:
                 moments = step_moments(lockstep, step, target, tensors, settings)
-                if how.resolve:
-                    solved = solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
-                    write_correction(student, target, solved, moments.rows, tensors)
-                if target.layer.node in layers:
-                    stored[target.layer.node] = _round(student, target.layer, moments.gram, how.limit, tensors)
+                if target.layer.node not in layers:
+                    continue
+                if how.correct:
+                    _correct(student, target, moments, tensors)
+                stored[target.layer.node] = _round(student, target.layer, moments.gram, how.limit, tensors)
             lockstep.finish(step)
             progress("quantise", done, len(steps))
-    solved_program = set_tensors(program, tensors, note="re-solve for integers") if tensors else program
+    solved_program = set_tensors(program, tensors, note="weights and biases on integer grids") if tensors else program
     weights = {
         name: _integers(there[name], grids, stored[name], _bias(solved_program, there[name]), how.limit)
         for name in layers
@@ -165,6 +165,15 @@ def quick_integers(
         shifted = None if bias is None else add_delta(bias, made.shift)
         found[name] = _integers(layer, grids, made, shifted, limit)
     return found
+
+
+def _correct(student: Program, target: Target, moments: Moments, tensors: dict[str, torch.Tensor]) -> None:
+    """Let the bias take over the mean of what is left of the layer's output."""
+    if target.shift is None:
+        return
+    mean = moments.cross[:, -1].reshape(-1) / moments.rows
+    change = mean if target.shift_scale is None else mean * target.shift_scale
+    tensors[target.shift] = add_delta(current_parameter(student, target.shift, tensors), change)
 
 
 def _gram(layer: Layer, gram: torch.Tensor) -> torch.Tensor:

@@ -43,10 +43,15 @@ class Quantize(Rewrite):
     """Rewrite: store the weights of layers, and the values in front of them and behind them, in int8.
 
     QuantizeLinear and DequantizeLinear stand around what is computed (`quantize_per_tensor` and its kin in torch).
-    Weights are symmetric, one scale for each output; values have one scale and zero point each. Each layer is solved on
-    the rounded values that it gets, then rounded so that what one weight loses others make up for; see
-    `foldcut.passes.quantize.rounding` for the equation. It comes last: everything else is cut, solved and trained
-    before.
+    Weights are symmetric, one scale for each output; values have one scale and zero point each. With ``G = A^T A`` the
+    Gram matrix of the rounded inputs of a layer, in float64, its weight W is rounded to the integers Q, times their
+    scales, that keep
+
+        ||A (W - Q)^T||_F^2 = tr (W - Q) G (W - Q)^T
+
+    small: column by column, what one loses is taken over by those still free (GPTQ, arXiv 2210.17323, equation 3). No
+    output loses more than by rounding each weight to the nearest. Exact where weights and values are on their grids.
+    It comes last: everything else is cut, solved and trained before.
 
     Which integers the kernels of the backend multiply exactly is tried on it: where 8-bit weights overflow, 7-bit ones
     are used. Where int8 is not faster, it is not taken.
@@ -55,7 +60,7 @@ class Quantize(Rewrite):
         ranges: How the range of a value is taken from the samples. ``minmax``: all of it. ``percentile``: without the
             outermost 0.01 % at either end. ``mse``: that of least squared error. ``best``: for each value the one of
             these that loses least at the layers behind it.
-        resolve: Whether layers are solved on the values that they get before they are rounded.
+        correct: Whether biases take over the mean of what rounding changes.
         rows_per_column: Largest number of rows of inputs in a Gram matrix, per column. None reads all.
         samples: Number of judging samples that say what each layer alone loses.
         ignore: Shell-style patterns of layers (node, module path or weight) that stay as they are.
@@ -72,7 +77,7 @@ class Quantize(Rewrite):
     """
 
     ranges: str = "best"
-    resolve: bool = True
+    correct: bool = True
     rows_per_column: int | None = 50
     samples: int = 16
     ignore: tuple[str, ...] = ()
@@ -87,7 +92,7 @@ class Quantize(Rewrite):
 
     def __post_init__(self) -> None:
         check_word("ranges", self.ranges, (*RANGES, "best"))
-        check_switch("resolve", self.resolve)
+        check_switch("correct", self.correct)
         check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
         check_whole("samples", self.samples, Allowed(least=2))
         check_texts("ignore", self.ignore)
@@ -174,7 +179,7 @@ class Quantize(Rewrite):
             made = quantize_program(folded, grids, weights, note=f"{len(names)} layers in int8")
         else:
             grids = choose_grids(folded, names, ctx.solve, _kind(mine), self.ranges)
-            how = Rounding(limit=mine[0].weight_limit, resolve=self.resolve, rows_per_column=self.rows_per_column)
+            how = Rounding(limit=mine[0].weight_limit, correct=self.correct, rows_per_column=self.rows_per_column)
             made = quantize(folded, names, grids, ctx.solve, how, progress=ctx.progress)
         settled_ = tuple(replace(d, grids=_around(folded, layers[d.layer], grids)) for d in mine)
         return Applied(program=made, decisions=settled_)

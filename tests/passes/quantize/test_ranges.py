@@ -80,6 +80,6 @@ def test_a_value_that_is_always_the_same(value: float) -> None:
 
 def test_settings_are_checked(nets: SimpleNamespace) -> None:
     del nets
-    for wrong in ({"ranges": "widest"}, {"samples": 1}, {"resolve": "yes"}, {"rows_per_column": 0}):
+    for wrong in ({"ranges": "widest"}, {"samples": 1}, {"correct": "yes"}, {"rows_per_column": 0}):
         with pytest.raises(foldcut.CompilerError):
             foldcut.Quantize(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,176 @@
+"""Layers in int8: the program computes what the exported file computes, in a plan and out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import foldcut
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.output_error import output_error
+from foldcut.compiler.export.exporter import to_onnx
+from foldcut.compiler.ir.edit_folds import fold_batch_norms
+from foldcut.compiler.ir.edit_quantize import is_dequantized
+from foldcut.compiler.ir.segments import find_segments
+from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
+from foldcut.passes.quantize.ranges import GridKind
+from foldcut.passes.quantize.values import quantizable
+from foldcut.runtime.predict.integer_kernels import IntegerKernels
+from torch import nn
+
+KINDS = [GridKind(), GridKind(dtype=torch.int8), GridKind(dtype=torch.int8, symmetric=True)]
+
+
+def run_plainly(model: bytes, x: torch.Tensor) -> torch.Tensor:
+    """By ONNX Runtime, node by node as the standard defines it."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def in_int8(program: foldcut.Program, samples: CalibrationSet, kind: GridKind, limit: int = 127) -> foldcut.Program:
+    folded, _ = fold_batch_norms(program)
+    layers = list(quantizable(folded))
+    grids = choose_grids(folded, layers, samples, kind, "best")
+    made = quantize(folded, layers, grids, samples, Rounding(limit=limit))
+    made.check(folded)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("limit", [127, 63])
+def test_onnx_computes_the_same_integers(kind: GridKind, limit: int, residual: foldcut.Program, nets: Any) -> None:
+    made = in_int8(residual, CalibrationSet.of(nets.images(40)), kind, limit)
+    x = nets.images(16, seed=3)
+    with torch.no_grad():
+        ours = made.module(x)
+    theirs = run_plainly(to_onnx(made), x)
+    same = (ours - theirs).abs() <= 1e-5 * ours.abs().max()
+    # a sum halfway between two integers goes up in the one and down in the other
+    assert float(same.all(1).float().mean()) >= 0.8
+    assert float((ours - theirs).square().sum() / theirs.square().sum()) < 1e-4
+
+
+NETWORKS = ["Residual", "PreActivation", "Inverted", "Gated", "Nested", "Downsample"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_little_is_lost(name: str, nets: SimpleNamespace) -> None:
+    width = 16 if name == "Downsample" else 8
+    net = nets.seeded(lambda: nets.image_net(getattr(nets, name)(), channels=width))
+    images = nets.images(64)
+    program = foldcut.capture(net, images[:2])
+    made = in_int8(program, CalibrationSet.of(images), KINDS[0])
+    assert output_error(program, made, CalibrationSet.of(nets.images(32, seed=5))) < 3e-3
+
+
+def test_a_transformer(transformer: foldcut.Program, nets: SimpleNamespace) -> None:
+    samples = CalibrationSet.of(nets.tokens(64))
+    made = in_int8(transformer, samples, KINDS[0])
+    assert output_error(transformer, made, samples) < 3e-3
+
+
+def test_segments_end_where_integers_are_handed_on(residual: foldcut.Program, nets: SimpleNamespace) -> None:
+    made = in_int8(residual, CalibrationSet.of(nets.images(40)), KINDS[0])
+    inner = find_segments(made)[:-1]
+    assert len(inner) > 2
+    assert all(exit_.endswith("_quantized") for segment in inner for exit_ in segment.exits)
+
+
+@pytest.fixture(scope="module")
+def backend(counting_backend: Any) -> Any:
+    """Layers in int8 take a quarter of the time, and each change between floats and integers a little."""
+
+    class Integers(type(counting_backend)):  # type: ignore[misc]
+        name = "integers"
+
+        def load(self, engine: Any, inputs: Any, *, threads: int = 1) -> Any:
+            runner = super().load(engine, inputs, threads=threads)
+            graph = onnx.load_model_from_string(engine).graph
+            made = {output: node for node in graph.node for output in node.output}
+            convs = [node for node in graph.node if node.op_type == "Conv"]
+            integer = [c for c in convs if made.get(c.input[1], c).op_type == "DequantizeLinear"]
+            runner.time_ms = 1 + 4.0 * (len(convs) - len(integer)) + len(integer)
+            return runner
+
+    return Integers()
+
+
+@pytest.fixture(scope="module")
+def net(nets: SimpleNamespace) -> nn.Module:
+    return nets.seeded(lambda: nets.ResNet(2, 8))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def made(net: nn.Module, nets: SimpleNamespace, backend: Any, quick_measurement: None) -> foldcut.Compiled:
+    with pytest.MonkeyPatch.context() as patch:
+        kernels = IntegerKernels(values="uint8", symmetric=False, weight_limit=63)
+        patch.setattr("foldcut.runtime.probe.latency_probe.probe_integers", lambda *_args, **_options: kernels)
+        return foldcut.compile(
+            net,
+            nets.images(60),
+            goal=foldcut.Latency(0.5),
+            rewrites=("quantize",),
+            backend=backend,
+            mimic=False,
+            progress=False,
+            cache=False,
+        )
+
+
+def test_a_goal_is_reached_by_integers(made: foldcut.Compiled) -> None:
+    assert made.report.met
+    assert {type(decision) for decision in made.plan.decisions} == {foldcut.QuantizeLayer}
+    convs = [n for n in made.program.graph.nodes if n.target is torch.ops.aten.conv2d.default]
+    assert sum(is_dequantized(node.args[1]) for node in convs) == len(made.plan.decisions) >= 3
+    details = made.report.to_dict()["details"]["quantize"]
+    assert details["weight_limit"] == 63 and 0.5 < details["share_of_macs"] <= 1
+    assert made.report.output_errors["quantize"] < 0.01
+
+
+def test_a_plan_with_its_weights_gives_the_same(
+    made: foldcut.Compiled, net: nn.Module, nets: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder = made.save(tmp_path / "out")
+    images = nets.images(8)
+    again = foldcut.apply(net, folder / "plan.json", example=images[:2], progress=False)
+    torch.testing.assert_close(again.module(images), made.module(images), rtol=0, atol=0)
+    loaded = foldcut.load(folder)
+    assert loaded.plan.decisions == made.plan.decisions
+    torch.testing.assert_close(loaded.module(images), made.module(images), rtol=0, atol=1e-6)
+
+
+def test_a_plan_with_data_gives_it_anew(made: foldcut.Compiled, net: nn.Module, nets: SimpleNamespace) -> None:
+    again = foldcut.apply(net, made.plan, calibration=nets.images(60), mimic=False, cache=False, progress=False)
+    assert again.output_errors["quantize"] < 0.01
+    assert again.program.parameter_count() == made.program.parameter_count()
+
+
+def test_what_a_plan_cannot_be(net: nn.Module, nets: SimpleNamespace) -> None:
+    program = foldcut.capture(net, nets.images(2))
+    rewrite = foldcut.Quantize()
+    with pytest.raises(foldcut.RewriteError, match="no layer 'conv2d_99' to quantise"):
+        rewrite.requires(program, [foldcut.QuantizeLayer(layer="conv2d_99")])
+    with pytest.raises(foldcut.RewriteError, match="no integers of 4 bits"):
+        rewrite.requires(program, [foldcut.QuantizeLayer(layer="conv2d", bits=4)])
+    with pytest.raises(foldcut.RewriteError, match="ranges come from data"):
+        rewrite.plain(program, [foldcut.QuantizeLayer(layer="conv2d")])
+
+
+def test_other_goals_are_not_served(net: nn.Module, nets: SimpleNamespace) -> None:
+    with pytest.raises(foldcut.GoalError, match="rewrites"):
+        foldcut.compile(net, nets.images(20), goal=foldcut.Macs(0.5), rewrites=("quantize",), progress=False)
+
+
+def test_the_chosen_program_is_exported_as_it_is(made: foldcut.Compiled, nets: SimpleNamespace) -> None:
+    x = nets.images(4, seed=9)
+    ours = made.module(x).detach()
+    theirs = run_plainly(made.files["model.onnx"], x)
+    assert float((ours - theirs).abs().max()) <= 1e-5 * float(np.abs(theirs.numpy()).max())
