@@ -20,7 +20,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .cost import node_macs
-from .edit_quantize import is_dequantized
 from .program import Program, data_inputs, dtype_name, is_size, is_tensor, output_nodes
 
 #: A cut may pass on so many times the elements of the cut before, unless the next ones do as well: an inverted
@@ -116,6 +115,11 @@ def _with_contractions(parts: Sequence[_Part], macs: dict[str, int]) -> list[_Pa
         else:
             merged.append(part)
     return merged
+
+
+def is_dequantized(value: object) -> bool:
+    """Whether a value, or a weight, is read back from integers."""
+    return isinstance(value, fx.Node) and str(value.target).startswith("quantized_decomposed.dequantize")
 
 
 def _reads_integers(part: _Part) -> bool:

@@ -10,7 +10,6 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import set_tensors
-from ...compiler.ir.edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.progress import Progress, silent
@@ -20,6 +19,7 @@ from ..solve.lockstep import Lockstep, plan_steps
 from ..solve.moments import Moments, collect_moments
 from ..solve.resolve_network import ResolveSettings, batch_size_for, step_moments, touched
 from ..solve.targets import Target
+from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
 from .values import quantizable, values_of

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
-from ...compiler.ir.edit_quantize import ValueGrid
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import CalibrationError
+from .edit_quantize import ValueGrid
 
 #: Bins of a histogram, over the whole range of a value.
 BINS = 2048

@@ -12,9 +12,8 @@ import torch
 from ...compiler.data.output_error import output_error
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.edit_folds import fold_batch_norms
-from ...compiler.ir.edit_quantize import IntegerWeights, ValueGrid, is_dequantized, quantize_program
 from ...compiler.ir.program import Program, argument
-from ...compiler.ir.segments import find_segments
+from ...compiler.ir.segments import find_segments, is_dequantized
 from ...compiler.plan.decision import Decision
 from ...compiler.plan.goal import Goal
 from ...compiler.plan.proposals import Claims, Item, Mix, Proposal
@@ -26,6 +25,7 @@ from ...compiler.support.setting_checks import Allowed, check_switch, check_text
 from ...runtime.predict.integer_kernels import IntegerKernels
 from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .decision import QuantizeLayer
+from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from .quantize import Rounding, choose_grids, plain_integers, quantize, quick_integers
 from .ranges import RANGES, GridKind
 from .values import quantizable, standing_for, usual_grid, values_of

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from ...compiler.ir.edit_quantize import ValueGrid
 from ...compiler.ir.program import Program, argument, is_call, is_tensor
 from ..solve.layers import Layer, find_layers
+from .edit_quantize import ValueGrid
 from .ranges import GridKind
 
 aten = torch.ops.aten

@@ -16,8 +16,7 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
-from foldcut.compiler.ir.edit_quantize import is_dequantized
-from foldcut.compiler.ir.segments import find_segments
+from foldcut.compiler.ir.segments import find_segments, is_dequantized
 from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.values import quantizable

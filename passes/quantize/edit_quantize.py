@@ -10,10 +10,10 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import fx, nn
 
-from ..support.errors import RewriteError
-from .edit import check_interface, erase_dead, infer_shapes, rebuild
-from .graph_copy import copied
-from .program import Program, argument, is_call, is_tensor
+from ...compiler.ir.edit import check_interface, erase_dead, infer_shapes, rebuild
+from ...compiler.ir.graph_copy import copied
+from ...compiler.ir.program import Program, argument, is_tensor
+from ...compiler.support.errors import RewriteError
 
 quantized = torch.ops.quantized_decomposed
 
@@ -90,13 +90,6 @@ def quantize_program(
     result.graph.lint()
     check_interface(program, result)
     return result
-
-
-def is_dequantized(value: object) -> bool:
-    """Whether a value, or a weight, is read back from integers."""
-    return isinstance(value, fx.Node) and is_call(
-        value, quantized.dequantize_per_tensor, quantized.dequantize_per_channel
-    )
 
 
 def _around(module: fx.GraphModule, node: fx.Node, grid: ValueGrid) -> set[str]:
