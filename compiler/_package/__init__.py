@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from .passes.prune.rewrite import Prune as Prune
     from .passes.prune.settings import ChannelSettings as ChannelSettings
     from .passes.quantize.decision import QuantizeLayer as QuantizeLayer
+    from .passes.quantize.dequantize import dequantize as dequantize
     from .passes.quantize.rewrite import Quantize as Quantize
     from .passes.solve.changes import Changes as Changes
 
@@ -114,6 +115,7 @@ _HOMES = {
     "passes.prune.rewrite": "Prune",
     "passes.prune.settings": "ChannelSettings",
     "passes.quantize.decision": "QuantizeLayer",
+    "passes.quantize.dequantize": "dequantize",
     "passes.quantize.rewrite": "Quantize",
     "passes.solve.changes": "Changes",
 }
@@ -158,6 +160,8 @@ __all__ = [
     "Provenance",
     "Prune",
     "PruneChannels",
+    "Quantize",
+    "QuantizeLayer",
     "RankSettings",
     "Ranks",
     "Region",
@@ -176,6 +180,7 @@ __all__ = [
     "apply_plan",
     "capture",
     "compile",
+    "dequantize",
     "find_regions",
     "find_units",
     "horizontal_flip",

@@ -10,12 +10,12 @@ from ..data.calibration_set import horizontal_flip
 from ..driver.replay import apply
 from ..driver.result import Compiled
 from ..frontend.capture import Model
-from ..frontend.model_source import load_model
 from ..support.atomic_files import check_writable
 from ..support.errors import CaptureError
 from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
 from .console import after_interrupt, guarded, out, show_line
+from .models import read_model
 from .options import ApplyOptions
 from .samples import read_cache, read_shape, sample_reader
 
@@ -45,7 +45,7 @@ def run(options: ApplyOptions) -> None:
 def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
     read = sample_reader(options.calib, options, input_shape=options.input_shape)
     samples = None if read is None else read(options.limit)
-    loaded: Model = load_model(options.model, options.weights)
+    loaded: Model = read_model(options)
     if options.calib is None and options.input_shape is None and isinstance(loaded, torch.nn.Module):
         raise CaptureError(
             "the input shape is not known",

@@ -14,13 +14,13 @@ from ..driver.api import Compiled
 from ..driver.api import compile as compile_model
 from ..driver.sealed import PAGE
 from ..frontend.capture import Model
-from ..frontend.model_source import load_model
 from ..report.report import Report
 from ..support.atomic_files import check_writable
 from ..support.errors import GoalError
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
 from .goals import read_goal, read_rewrites, read_settings
+from .models import read_model
 from .options import CompileOptions
 from .samples import read_cache, read_samples
 
@@ -34,7 +34,7 @@ def run(options: CompileOptions) -> None:
         check_writable(options.output)
         samples = read_samples(options.calib, options, limit=options.limit, input_shape=options.input_shape)
         result, unmet = best_of(
-            load_model(options.model, options.weights),
+            read_model(options),
             samples,
             goal=goal,
             backend=options.backend,

@@ -13,13 +13,13 @@ from ...passes.prune.unit_report import unit_groups
 from ..analysis.provenance import find_units
 from ..analysis.regions import find_regions
 from ..frontend.capture import Model, capture
-from ..frontend.model_source import load_model
 from ..ir.cost import program_cost
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
 from ..support.errors import CaptureError
 from ..support.strict_json import json_text
 from .console import guarded, out, show_line
+from .models import read_model
 from .options import InspectOptions
 from .samples import Reader, read_shape, sample_reader
 
@@ -32,7 +32,7 @@ def run(options: InspectOptions) -> None:
 
     def work() -> None:
         read = sample_reader(options.calib, options, input_shape=options.input_shape)
-        loaded = load_model(options.model, options.weights)
+        loaded = read_model(options)
         program = fold_parameters(capture(loaded, _example(loaded, options.input_shape, read)))
         if options.graph:
             print(program.text(), end="")

@@ -35,6 +35,10 @@ ModelArgument = Annotated[
 ]
 CalibOption = Annotated[Path, typer.Option(help="Unlabelled inputs: .npy, .npz, .pt or a folder of images.")]
 WeightsOption = Annotated[Path | None, typer.Option(help="A state_dict (.pt) to load into the module.")]
+DequantizeOption = Annotated[
+    bool,
+    typer.Option("--dequantize", help="Take a model with QuantizeLinear and DequantizeLinear back to floats first."),
+]
 ShapeOption = Annotated[
     str | None,
     typer.Option(metavar="C,H,W", help="Shape of one input sample, when there is no calibration set."),
@@ -151,6 +155,7 @@ class RunOptions(SolveOptions):
     batch: BatchOption = 1
     threads: ThreadsOption = 1
     weights: WeightsOption = None
+    dequantize: DequantizeOption = False
     save_temps: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Save the program there after every pass.")
     ] = None
@@ -223,6 +228,7 @@ class ApplyOptions(SolveOptions):
         ),
     ] = None
     weights: WeightsOption = None
+    dequantize: DequantizeOption = False
     input_shape: ShapeOption = None
 
 
@@ -232,6 +238,7 @@ class InspectOptions(ImageOptions):
 
     model: ModelArgument
     weights: WeightsOption = None
+    dequantize: DequantizeOption = False
     input_shape: ShapeOption = None
     calib: Annotated[Path | None, typer.Option(help="A calibration set to take the input shape from.")] = None
     graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False

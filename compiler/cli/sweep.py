@@ -9,11 +9,11 @@ from rich.markup import escape
 
 from ..data.calibration_set import horizontal_flip
 from ..driver.sweep import Sweep, SweepPoint, sweep
-from ..frontend.model_source import load_model
 from ..support.atomic_files import check_writable
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
 from .goals import read_goals, read_rewrites, read_settings
+from .models import read_model
 from .options import SweepOptions
 from .samples import read_cache, read_samples
 
@@ -26,7 +26,7 @@ def run(options: SweepOptions) -> None:
         allowed = read_rewrites(options.rewrites, goals)
         check_writable(options.output)
         samples = read_samples(options.calib, options, limit=options.limit)
-        loaded = load_model(options.model, options.weights)
+        loaded = read_model(options)
         found = sweep(
             loaded,
             samples,

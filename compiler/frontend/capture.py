@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers what .pt2 files may hold
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 

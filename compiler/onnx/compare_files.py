@@ -67,7 +67,10 @@ def compare_onnx(
         raise CaptureError("batch starts at 1", actual=batch, hint="leave it out for the files' own batch, or 32")
     paths = [Path(p) for p in (before, after)]
     signatures = [OnnxSignature.of(read_onnx(path)) for path in paths]
-    sessions = [reference_session(str(path)) for path in paths]
+    sessions = [
+        reference_session(str(path), optimise=not signature.quantised)
+        for path, signature in zip(paths, signatures, strict=True)
+    ]
     size = _batch_size(signatures, batch)
     worst: dict[str, Difference] = {}
     fixed = any(s.fixed_batch is not None for s in signatures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
 
 #: A dimension: its size, its name, or None where the file says nothing.
 FileDim = int | str | None
+
+
+#: Operators that round values to integers.
+_ROUNDING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,9 @@ class OnnxSignature:
     graph_name: str = ""
     graph_doc_string: str = ""
     metadata: tuple[tuple[str, str], ...] = field(default=())
+    #: Whether it puts values on integer grids. What that means is then read off it unfused: some machines' integer
+    #: kernels compute something else.
+    quantised: bool = False
 
     @property
     def fixed_batch(self) -> int | None:
@@ -62,6 +70,7 @@ class OnnxSignature:
             graph_name=model.graph.name,
             graph_doc_string=model.graph.doc_string,
             metadata=tuple((p.key, p.value) for p in model.metadata_props),
+            quantised=any(node.op_type in _ROUNDING for node in _nodes(model)),
         )
 
     def write(self, model: onnx.ModelProto, shapes: dict[str, tuple[int | str, ...]]) -> None:
@@ -84,6 +93,12 @@ class OnnxSignature:
         for proto, declared in zip(protos, (*self.inputs, *self.outputs), strict=True):
             proto.doc_string = declared.doc_string
             _write_shape(proto, declared.shape, shapes.get(declared.name))
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    yield from model.graph.node
+    for function in model.functions:
+        yield from function.node
 
 
 def _value(proto: onnx.ValueInfoProto) -> OnnxValue:

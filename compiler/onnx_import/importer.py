@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ def import_onnx(
     graph = normalised(model)
     fuse_layer_norms(graph)
     _refuse_unsupported(unsupported(graph, signature.opset))
-    tolerance = _tolerance(signature, {node.op for node in graph.nodes})
+    tolerance = _tolerance(signature)
     module = OnnxModule(graph, signature.opset, initializers=[t.name for t in model.graph.initializer])
     del graph
     inputs = _example(signature, example, sizes or {}, seed)
@@ -246,7 +246,7 @@ class _Reference:
         if self._session is None:
             source = self._source
             content = str(source) if isinstance(source, (str, Path)) else source.SerializeToString()
-            self._session = reference_session(content)
+            self._session = reference_session(content, optimise=not self._signature.quantised)
         names = [v.name for v in self._signature.inputs]
         outputs = run_reference(self._session, {n: a.numpy() for n, a in zip(names, arguments, strict=True)})
         try:
@@ -258,8 +258,8 @@ class _Reference:
             ) from cause
 
 
-def _tolerance(signature: OnnxSignature, ops: Container[str]) -> float:
-    if "QuantizeLinear" in ops or "DynamicQuantizeLinear" in ops:
+def _tolerance(signature: OnnxSignature) -> float:
+    if signature.quantised:
         return QUANTISED_TOLERANCE
     types = [DTYPES.get(v.element_type, torch.float32) for v in (*signature.inputs, *signature.outputs)]
     return max((TOLERANCE[t] for t in types if t in TOLERANCE), default=1e-4)

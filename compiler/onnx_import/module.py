@@ -29,6 +29,7 @@ from ..onnx.functions import STANDARD
 from ..onnx.opaque_node import can_be_opaque, opaque
 from ..onnx.weights import trained_names
 from ..support.errors import CaptureError, first_line
+from . import integer_operators as onnx_integers  # noqa: F401 - they fill the table
 from . import math_operators as onnx_math  # noqa: F401 - they fill the table
 from . import nn_operators as onnx_nn  # noqa: F401 - they fill the table
 from . import shape_operators as onnx_shape  # noqa: F401 - they fill the table
