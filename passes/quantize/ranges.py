@@ -119,14 +119,45 @@ def percentile(found: Histogram, kind: GridKind) -> ValueGrid:
 def squared_error(found: Histogram, kind: GridKind) -> ValueGrid:
     """The range of least mean squared error of what is read back: the high end first, then the low end."""
 
-    def clipped(low: float, high: float) -> float:
-        back = kind.over(low, high).rounded(found.centres.float()).double()
+    def lost(grid: ValueGrid) -> float:
+        back = grid.rounded(found.centres.float()).double()
         return float((found.counts * (back - found.centres).square()).sum())
 
+    return _clipped(found, kind, lost)
+
+
+def entropy(found: Histogram, kind: GridKind) -> ValueGrid:
+    """The range of least Kullback-Leibler divergence of what is read back from the values inside the range and, at its
+    ends, those beyond (the calibration of TensorRT): each integer's values count as spread evenly over the bins that it
+    stands for and that hold any."""
+    held = found.counts > 0
+
+    def lost(grid: ValueGrid) -> float:
+        stored = (found.centres / grid.scale).round() + grid.zero_point
+        places = (stored.clamp(grid.low, grid.high) - grid.low).long()
+        inside = held & (stored >= grid.low) & (stored <= grid.high)
+        if not bool(inside.any()):
+            return float("inf")
+        ends = inside.nonzero()[[0, -1]].reshape(-1)
+        true = torch.where(inside, found.counts, found.counts.new_zeros(()))
+        wanted = true.clone()
+        wanted[ends[0]] += found.counts[: ends[0]].sum()
+        wanted[ends[1]] += found.counts[ends[1] + 1 :].sum()
+        sizes = (grid.high - grid.low + 1,)
+        sums, bins = (torch.zeros(sizes, dtype=torch.float64).index_add(0, places, v) for v in (true, inside.double()))
+        spread = (sums / bins.clamp(min=1))[places]
+        p, q = wanted[inside] / wanted.sum(), spread[inside] / true.sum()
+        return float((p * (p / q).log()).sum())
+
+    return _clipped(found, kind, lost)
+
+
+def _clipped(found: Histogram, kind: GridKind, lost: Callable[[ValueGrid], float]) -> ValueGrid:
+    """The best of the ranges with the high end moved in, then of those with the low end."""
     steps = [1 - step / (CLIPPINGS + CLIPPINGS // 4) for step in range(CLIPPINGS)]
     low, high = found.low, found.high
-    high = min((share * high for share in steps), key=lambda most: clipped(low, most)) if high > 0 else high
-    low = min((share * low for share in steps), key=lambda least: clipped(least, high)) if low < 0 else low
+    high = min((s * high for s in steps), key=lambda most: lost(kind.over(low, most))) if high > 0 else high
+    low = min((s * low for s in steps), key=lambda least: lost(kind.over(least, high))) if low < 0 else low
     return kind.over(low, high)
 
 
@@ -135,4 +166,5 @@ RANGES: dict[str, Callable[[Histogram, GridKind], ValueGrid]] = {
     "minmax": minmax,
     "percentile": percentile,
     "mse": squared_error,
+    "entropy": entropy,
 }

@@ -58,8 +58,9 @@ class Quantize(Rewrite):
 
     Arguments:
         ranges: How the range of a value is taken from the samples. ``minmax``: all of it. ``percentile``: without the
-            outermost 0.01 % at either end. ``mse``: that of least squared error. ``best``: for each value the one of
-            these that loses least at the layers behind it.
+            outermost 0.01 % at either end. ``mse``: that of least squared error. ``entropy``: that of least
+            Kullback-Leibler divergence. ``best``: for each value the one of these that loses least at the layers
+            behind it.
         correct: Whether biases take over the mean of what rounding changes.
         rows_per_column: Largest number of rows of inputs in a Gram matrix, per column. None reads all.
         samples: Number of judging samples that say what each layer alone loses.

@@ -83,3 +83,15 @@ def test_settings_are_checked(nets: SimpleNamespace) -> None:
     for wrong in ({"ranges": "widest"}, {"samples": 1}, {"correct": "yes"}, {"rows_per_column": 0}):
         with pytest.raises(foldcut.CompilerError):
             foldcut.Quantize(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_divergence_is_that_of_its_definition() -> None:
+    """By hand: two bins to an integer, one value beyond the range."""
+    counts = torch.zeros(2048, dtype=torch.float64)
+    counts[:512] = torch.arange(1, 513, dtype=torch.float64)
+    counts[2000] = 1
+    found = Histogram(low=0.0, high=2048.0, counts=counts)
+    entropy, whole = RANGES["entropy"](found, GridKind()), RANGES["minmax"](found, GridKind())
+    assert whole.scale == pytest.approx(2048 / 255)
+    # a range that ends where the values do keeps each integer's neighbours apart; one value more or less is nothing
+    assert 400 <= entropy.scale * 255 <= 700
