@@ -16,7 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .moments import Moments
+from .moments import Moments, SplitMoments
+
+#: Ridges that are judged, times the one that is asked for.
+RIDGES = (0.1, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,39 @@ def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | N
         before=float(moments.energy.sum()),
         after=float(after.sum()),
     )
+
+
+def judged_solve(moments: SplitMoments, *, ridge: float, bias: bool) -> Correction:
+    """`solve` with the ridge, of some around the one given, whose correction from the other rows loses least on those
+    held out; no change where each would lose more there than none.
+
+    A change that only fits the samples at hand is worth nothing, and how much does differs from layer to layer: the
+    last layers of a network see few positions of each sample. With no rows held out this is `solve`.
+    """
+    if moments.held is None or ridge == 0:
+        return solve(moments.whole, ridge=ridge, bias=bias)
+    fit = moments.whole - moments.held
+    size = fit.gram.shape[1] - (0 if bias else 1)
+    level, least, factor = ridge_level(fit), moments.held.error(), 0.0
+    for tried in RIDGES:
+        delta = torch.zeros_like(fit.cross)
+        delta[:, :size] = _ridge_solve(
+            fit.gram[:, :size, :size], fit.cross[:, :size], tried * ridge, level, penalised=fit.gram.shape[1] - 1
+        )
+        error = float(moments.held.error_after(delta).sum())
+        if error < least:
+            least, factor = error, tried
+    if factor > 0:
+        return solve(moments.whole, ridge=factor * ridge, bias=bias)
+    return _nothing(moments.whole, bias)
+
+
+def _nothing(moments: Moments, bias: bool) -> Correction:
+    """The correction that changes no weight."""
+    columns, before = moments.gram.shape[1] - 1, moments.error()
+    weight = torch.zeros(*moments.energy.shape, columns, dtype=torch.float64)
+    shift = torch.zeros(moments.energy.numel(), dtype=torch.float64) if bias else None
+    return Correction(weight=weight, bias=shift, before=before, after=before)
 
 
 def solve_without(

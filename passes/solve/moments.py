@@ -38,6 +38,15 @@ class Moments:
             rows=self.rows + other.rows,
         )
 
+    def __sub__(self, other: Moments) -> Moments:
+        """The moments of the rows that are not among the other's, which are a part of these."""
+        return Moments(
+            gram=self.gram - other.gram,
+            cross=self.cross - other.cross,
+            energy=self.energy - other.energy,
+            rows=self.rows - other.rows,
+        )
+
     def without_residual(self) -> Moments:
         """With the layer's own output as the target: nothing is left over before a cut."""
         return replace(self, cross=torch.zeros_like(self.cross), energy=torch.zeros_like(self.energy))

@@ -19,11 +19,11 @@ from ...compiler.support.errors import Reject
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
 from .changes import Changes
-from .closed_form import Correction, solve
+from .closed_form import Correction, judged_solve
 from .joins import group_targets
 from .layers import Layer, add_delta, current_parameter, find_layers
 from .lockstep import Lockstep, Step, plan_steps
-from .moments import Moments, SplitMoments, check_finite, thinning
+from .moments import Moments, SplitMoments, check_finite, split_batch_size, thinning
 from .refine import propose_step
 from .targets import Kept, Target, counterparts, residual_at, trace_target
 
@@ -33,7 +33,7 @@ class ResolveSettings:
     """How layers are re-solved.
 
     `ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour from
-    50 to 500 samples); `refine` is the number of rounds in which the inner layers of a branch are corrected for the
+    50 to 500 samples); the layers of a whole network take a tenth of it to a hundred times that, as held-out rows say; `refine` is the number of rounds in which the inner layers of a branch are corrected for the
     error left at its end. `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all):
     neighbouring patches say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept
     in memory.
@@ -95,11 +95,12 @@ def resolve_network(
     that the teacher does not have (a first factor) have nothing to be solved toward: they are refined for the error
     behind the layer that they feed.
 
-    Solves in float64 from float32 products; the graph does not change, only weights, biases and batch-norm biases. When
-    nothing differs, every weight stays as it is, bit for bit. Each layer's error at its own anchor never grows, and
-    when the output error on the first `guard_samples` samples did, the student comes back as it was.
+    Solves in float64 from float32 products; the graph does not change, only weights, biases and batch-norm biases. How
+    far a layer's solve may go is judged on a quarter of the samples (`judged_solve`). When nothing differs, every
+    weight stays as it is, bit for bit. Each layer's error at its own anchor never grows, and when the output error on
+    the first `guard_samples` samples did, the student comes back as it was.
     """
-    settings = settings or ResolveSettings()
+    settings, calibration = settings or ResolveSettings(), calibration.views_together()
     settings = replace(settings, ridge=settings.ridge_for(len(calibration)))
     layers, locked = find_layers(student)
     roles = counterparts(student, teacher, changes.dropped)
@@ -109,7 +110,7 @@ def resolve_network(
     steps = plan_steps(teacher, student, group_targets(student, targets), changed)
     tensors: dict[str, torch.Tensor] = {}
     errors: list[LayerError] = []
-    batch_size = settings.batch_size or batch_size_for(student, layers.values())
+    batch_size = split_batch_size(calibration, settings.batch_size or batch_size_for(student, layers.values()))
     with Lockstep(teacher, student, calibration, batch_size=batch_size, ram_bytes=settings.ram_bytes) as lockstep:
         for index, step in enumerate(steps):
             lockstep.advance(step, tensors)
@@ -162,9 +163,9 @@ def _solve_group(
     errors: dict[str, LayerError] = {}
     seen: dict[str, Moments] = {}
     for target in step.targets:
-        moments = step_moments(lockstep, step, target, tensors, settings)
-        check_finite(moments, lockstep.student, target.layer.node)
-        seen[target.layer.node] = moments
+        moments = split_step_moments(lockstep, step, target, tensors, settings)
+        check_finite(moments.whole, lockstep.student, target.layer.node)
+        seen[target.layer.node] = moments.whole
         if not target.counterparts:
             continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
@@ -188,9 +189,9 @@ def _refine(
     old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
     tensors.update(proposed)
     for index, target in enumerate(t for t in step.targets if t.anchor == step.targets[-1].anchor):
-        moments = step_moments(lockstep, step, target, tensors, settings)
+        moments = split_step_moments(lockstep, step, target, tensors, settings)
         before = errors[target.layer.node]
-        if index == 0 and not moments.error() / moments.rows < before.after:
+        if index == 0 and not moments.whole.error() / moments.whole.rows < before.after:
             tensors.update(old)
             return False
         now = _apply(lockstep.student, target, moments, tensors, settings)
@@ -246,11 +247,11 @@ def batch_moments(
 
 
 def _apply(
-    student: Program, target: Target, moments: Moments, tensors: dict[str, torch.Tensor], settings: ResolveSettings
+    student: Program, target: Target, moments: SplitMoments, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> LayerError:
     """Solve, and put the new weight and shift into `tensors`."""
-    correction = solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
-    return write_correction(student, target, correction, moments.rows, tensors)
+    correction = judged_solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
+    return write_correction(student, target, correction, moments.whole.rows, tensors)
 
 
 def write_correction(
