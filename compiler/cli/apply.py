@@ -15,9 +15,8 @@ from ..support.errors import CaptureError
 from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
 from .console import after_interrupt, guarded, out, show_line
-from .models import read_model
 from .options import ApplyOptions
-from .samples import read_cache, read_shape, sample_reader
+from .samples import read_cache, read_model, read_shape, sample_reader
 
 
 def run(options: ApplyOptions) -> None:

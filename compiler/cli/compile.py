@@ -20,9 +20,8 @@ from ..support.errors import GoalError
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
 from .goals import read_goal, read_rewrites, read_settings
-from .models import read_model
 from .options import CompileOptions
-from .samples import read_cache, read_samples
+from .samples import read_cache, read_model, read_samples
 
 
 def run(options: CompileOptions) -> None:

@@ -19,9 +19,8 @@ from ..ir.program import Program
 from ..support.errors import CaptureError
 from ..support.strict_json import json_text
 from .console import guarded, out, show_line
-from .models import read_model
 from .options import InspectOptions
-from .samples import Reader, read_shape, sample_reader
+from .samples import Reader, read_model, read_shape, sample_reader
 
 #: Columns of names, which are never shortened.
 NAMES = frozenset({"region", "path", "kind", "block", "group", "locked"})

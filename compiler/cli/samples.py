@@ -1,16 +1,25 @@
-"""Samples, shapes and settings as the command line gives them."""
+"""Models, samples, shapes and settings as the command line gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
+from ..frontend.capture import Model
+from ..frontend.model_source import load_model
 from ..support.errors import CalibrationError, CaptureError, CompilerError
-from .options import ImageOptions
+from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions
 
 #: Reads so many samples, or all of them where None is given.
 Reader = Callable[[int | None], CalibrationSet]
+
+
+def read_model(options: RunOptions | ApplyOptions | InspectOptions) -> Model:
+    """The model of a command's options, in floating point where they ask for it."""
+    model = load_model(options.model, options.weights)
+    return dequantize(model) if options.dequantize else model
 
 
 def read_samples(

@@ -13,9 +13,8 @@ from ..support.atomic_files import check_writable
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
 from .goals import read_goals, read_rewrites, read_settings
-from .models import read_model
 from .options import SweepOptions
-from .samples import read_cache, read_samples
+from .samples import read_cache, read_model, read_samples
 
 
 def run(options: SweepOptions) -> None:

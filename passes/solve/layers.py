@@ -76,6 +76,12 @@ class Layer:
             .reshape(self.groups, o // self.groups, -1)
         )
 
+    def picked(self, value: torch.Tensor, every: int) -> torch.Tensor:
+        """Each `every`-th position of an image of the layer's output shape, as samples of one position each."""
+        flat = value.flatten(2)
+        picks = torch.arange(0, flat.shape[0] * flat.shape[2], every)
+        return flat[picks // flat.shape[2], :, picks % flat.shape[2]][..., None, None]
+
     def _positions(self, kernel: tuple[int, int], image: torch.Tensor) -> tuple[int, int]:
         """Height and width of the output."""
         assert self.window is not None

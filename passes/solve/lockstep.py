@@ -21,7 +21,11 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import Tensors, bind, evaluate, required
 from ...compiler.ir.program import Program
+from ...compiler.support.memory import available_bytes
 from .targets import Target
+
+#: The share of the memory there is that frontiers may take.
+FREE_SHARE = 0.4
 
 Frontier = tuple[dict[str, Any], dict[str, Any]]
 
@@ -131,14 +135,15 @@ class Lockstep:
         calibration: CalibrationSet,
         *,
         batch_size: int,
-        ram_bytes: int = 2 << 30,
+        ram_bytes: int | None = None,
     ) -> None:
+        """`ram_bytes` is how much the frontiers may take in memory; None: a share of what there is."""
         self.teacher = teacher
         self.student = student
         self._frontiers: list[Frontier | Path] = [
             (bind(teacher, batch), bind(student, batch)) for batch in calibration.batches(batch_size)
         ]
-        self._ram_bytes = ram_bytes
+        self._ram_bytes = int(FREE_SHARE * available_bytes()) if ram_bytes is None else ram_bytes
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Lockstep:

@@ -33,10 +33,11 @@ class ResolveSettings:
     """How layers are re-solved.
 
     `ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour from
-    50 to 500 samples); the layers of a whole network take a tenth of it to a hundred times that, as held-out rows say; `refine` is the number of rounds in which the inner layers of a branch are corrected for the
-    error left at its end. `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all):
-    neighbouring patches say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept
-    in memory.
+    50 to 500 samples; layers whose held-out rows lose less so take ten or a hundred times that, or stay); `refine` is
+    the number of rounds in which the inner layers of a branch are corrected for the error left at its end.
+    `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all): neighbouring patches
+    say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept in memory (None: two
+    fifths of what is free).
     """
 
     ridge: float | None = None
@@ -44,13 +45,14 @@ class ResolveSettings:
     rows_per_column: int | None = 200
     batch_size: int | None = None
     guard_samples: int = 128
-    ram_bytes: int = 2 << 30
+    ram_bytes: int | None = None
 
     def __post_init__(self) -> None:
         check_number("ridge", self.ridge, Allowed(least=0, none=True))
         check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
         check_whole("batch_size", self.batch_size, Allowed(least=1, none=True))
-        for name in ("refine", "guard_samples", "ram_bytes"):
+        check_whole("ram_bytes", self.ram_bytes, Allowed(least=0, none=True))
+        for name in ("refine", "guard_samples"):
             check_whole(name, getattr(self, name), Allowed(least=0))
         settled(self)
 
@@ -234,16 +236,25 @@ def batch_moments(
     rows_per_column: int | None,
 ) -> Moments:
     """Moments of one batch out of `batches` equal ones, from the student's and the teacher's values at the target."""
-    value = ours[target.anchor]
-    residual = (
-        residual_at(target.teacher_value(theirs), value, target.zone)
-        if target.counterparts
-        else torch.zeros_like(value)
-    )
-    layer, value = target.layer, ours[target.layer.input]
+    layer, value, anchor = target.layer, ours[target.layer.input], ours[target.anchor]
     columns, count = layer.extent(student, value)
-    every = thinning(count * batches, columns, rows_per_column)
-    return Moments.of(layer.rows(student, value, every), layer.outputs(target.pull_back(residual), every))
+    every = left = thinning(count * batches, columns, rows_per_column)
+    if _thins_first(target, anchor, every):
+        # the residual of rows that are not read is not worked out
+        anchor, left = layer.picked(anchor, every), 1
+        theirs = {name: layer.picked(theirs[name], every) for name in target.counterparts}
+    residual = (
+        residual_at(target.teacher_value(theirs), anchor, target.zone)
+        if target.counterparts
+        else torch.zeros_like(anchor)
+    )
+    return Moments.of(layer.rows(student, value, every), layer.outputs(target.pull_back(residual), left))
+
+
+def _thins_first(target: Target, anchor: torch.Tensor, every: int) -> bool:
+    """Whether the rows can be picked at the anchor already: an image whose places are the output's."""
+    channels_only = all(indices is None or dim == 1 for dim, indices in enumerate(target.kept))
+    return every > 1 and target.pointwise and anchor.dim() == 4 and target.layer.window is not None and channels_only
 
 
 def _apply(

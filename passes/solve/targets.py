@@ -29,6 +29,9 @@ from ...compiler.ir.program import Program, argument, is_call, is_constant, is_t
 from .layers import Layer
 
 aten = torch.ops.aten
+_SHAPES = (aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.flatten)
+#: Calls that put elements elsewhere.
+_MOVES = (aten.permute, aten.transpose, aten.roll, *_SHAPES)
 Residual = Callable[[torch.Tensor], torch.Tensor]
 
 #: Indices that a channel cut left along each dimension; None where all are left.
@@ -46,7 +49,7 @@ class Target:
     of the kind. `shift` names the tensor that can
     take a change of the layer's bias, `shift_scale` what to multiply it by (a batch norm's own bias sits behind its
     scale); None when nothing can. `zone` is the flat zone of the activation behind the anchor, when it is the
-    anchor's only reader.
+    anchor's only reader. `pointwise`: an element of the anchor is at the place of the output that it depends on.
     """
 
     layer: Layer
@@ -57,6 +60,7 @@ class Target:
     shift_scale: torch.Tensor | None
     zone: FlatZone | None
     kept: Kept = ()
+    pointwise: bool = False
 
     def teacher_value(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the anchor should be: the mean of its counterparts' values in the teacher, in those channels that the
@@ -102,7 +106,7 @@ def trace_target(
     node = program.nodes[layer.node]
     steps: list[Residual] = []
     norm: BatchNorm | None = None
-    outputs = int(program.module.get_parameter(layer.weight).shape[0])
+    outputs, pointwise = int(program.module.get_parameter(layer.weight).shape[0]), True
     while (following := _only_user(node)) is not None:
         if is_call(following, aten.add) and _is_residual_join(following, node):
             node = following
@@ -116,6 +120,7 @@ def trace_target(
         if step is None:
             break
         steps.append(step)
+        pointwise = pointwise and not is_call(following, *_MOVES)
         node = following
     shift, scale = _shift(program, layer, norm)
     return Target(
@@ -127,6 +132,7 @@ def trace_target(
         shift_scale=scale,
         zone=_flat_zone(node),
         kept=(kept or {}).get(node.name, ()),
+        pointwise=pointwise,
     )
 
 
@@ -217,7 +223,7 @@ def _affine_step(program: Program, following: fx.Node, node: fx.Node, outputs: i
         shifts, dims = following.args[1], argument(following, 2, "dims", [])
         back = [-int(s) for s in shifts]  # type: ignore[union-attr, arg-type]
         return lambda residual: torch.roll(residual, back, dims)
-    if is_call(following, aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.flatten):
+    if is_call(following, *_SHAPES):
         trailing = _trailing_shape(node)
         return None if trailing is None else (lambda residual: residual.reshape(-1, *trailing))
     return None

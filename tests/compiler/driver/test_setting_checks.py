@@ -73,7 +73,7 @@ REFUSED: list[tuple[Callable[..., object], str, tuple[object, ...], str]] = [
     (ResolveSettings, "rows_per_column", (0, -1, 2.5, True), WHOLE + ", or None"),
     (ResolveSettings, "refine", (-1, 1.5, "2", True, None), COUNT),
     (ResolveSettings, "guard_samples", (-1, 1.5, "2", True, None), COUNT),
-    (ResolveSettings, "ram_bytes", (-1, 1.5, "2", True, None), COUNT),
+    (ResolveSettings, "ram_bytes", (-1, 1.5, "2", True), COUNT),
     (RecoverabilitySettings, "mode", ("foo", None), "give one of plain, local, calibrated, exact, adaptors"),
     (RecoverabilitySettings, "samples", (0, -1, 1.5, "64", True, None), WHOLE),
     (RecoverabilitySettings, "adaptors", (None, 5), "give AdaptorSettings(...)"),
