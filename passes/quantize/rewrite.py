@@ -65,6 +65,8 @@ class Quantize(Rewrite):
         rows_per_column: Largest number of rows of inputs in a Gram matrix, per column. None reads all.
         samples: Number of judging samples that say what each layer alone loses.
         ignore: Shell-style patterns of layers (node, module path or weight) that stay as they are.
+        kernels: The integers to use. If None, the finest that the backend computes exactly, which a compile tries.
+        refused: Why there are none, after they were tried.
 
     Raises:
         CompilerError: If a setting is out of range or of the wrong type.
