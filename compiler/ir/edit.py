@@ -40,6 +40,15 @@ def rebuild(root: fx.GraphModule, graph: fx.Graph, *, copy_tensors: bool = False
     return module
 
 
+def free_name(owner: nn.Module, wanted: str) -> str:
+    """The name itself where the module has nothing of it, else the first free one with a number behind it."""
+    name, number = wanted, 0
+    while hasattr(owner, name):
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
+
+
 def bypass(program: Program, entry: str, exit_: str, *, note: str | None = None) -> Program:
     """Replace every use of node `exit_` by node `entry` and remove what nobody reads any more.
 

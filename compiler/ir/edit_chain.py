@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..support.errors import RewriteError
-from .edit import check_interface, check_same, erase_dead, infer_shapes, rebuild
+from .edit import check_interface, check_same, erase_dead, free_name, infer_shapes, rebuild
 from .graph_copy import copied
 from .program import Program, argument
 
@@ -82,9 +82,7 @@ def _replace(module: fx.GraphModule, layer: fx.Node, links: Sequence[Link]) -> s
 def _new_parameter(module: fx.GraphModule, wanted: str, value: torch.Tensor) -> str:
     """Register a parameter beside the one that it stands for, under a name that is free; that name."""
     path, _, leaf = wanted.rpartition(".")
-    owner, free, number = module.get_submodule(path), leaf, 0
-    while hasattr(owner, free):
-        number += 1
-        free = f"{leaf}_{number}"
+    owner = module.get_submodule(path)
+    free = free_name(owner, leaf)
     owner.register_parameter(free, nn.Parameter(value.detach().contiguous()))
     return f"{path}.{free}" if path else free

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from ...compiler.ir.edit import check_interface, erase_dead, infer_shapes, rebuild
 from ...compiler.ir.graph_copy import copied
-from ...compiler.ir.program import Program, argument, is_call, is_constant
+from ...compiler.ir.program import Program, is_call, is_constant
+from .values import least_of
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
@@ -88,12 +89,8 @@ def _value(module: fx.GraphModule, stored: fx.Node) -> fx.Node:
 
 
 def _never_negative(node: fx.Node) -> bool:
-    if is_call(node, aten.relu, aten.relu6, aten.sigmoid):
-        return True
-    if is_call(node, aten.hardtanh):
-        return float(argument(node, 1, "min_val", -1.0)) >= 0
-    least = argument(node, 1, "min") if is_call(node, aten.clamp, aten.clamp_min) else None
-    return isinstance(least, (int, float)) and least >= 0
+    least = least_of(node)
+    return is_call(node, aten.sigmoid) or (least is not None and least >= 0)
 
 
 def _grid(node: fx.Node) -> tuple[Any, ...]:

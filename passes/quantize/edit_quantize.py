@@ -10,7 +10,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import fx, nn
 
-from ...compiler.ir.edit import check_interface, erase_dead, infer_shapes, rebuild
+from ...compiler.ir.edit import check_interface, erase_dead, free_name, infer_shapes, rebuild
 from ...compiler.ir.graph_copy import copied
 from ...compiler.ir.program import Program, argument, is_tensor
 from ...compiler.support.errors import RewriteError
@@ -136,7 +136,7 @@ def _read(module: fx.GraphModule, layer: fx.Node, name: str, stored: tuple[Any, 
     source, suffix, values, scales, bounds = stored
     path, _, leaf = str(source.target).rpartition(".")
     owner = module.get_submodule(path)
-    leaf = _free(owner, f"{leaf}_{suffix}")
+    leaf = free_name(owner, f"{leaf}_{suffix}")
     owner.register_parameter(leaf, nn.Parameter(values.contiguous(), requires_grad=False))
     owner.register_buffer(f"{leaf}_scales", scales.float())
     owner.register_buffer(f"{leaf}_zeros", torch.zeros(len(scales), dtype=torch.int64))
@@ -146,14 +146,6 @@ def _read(module: fx.GraphModule, layer: fx.Node, name: str, stored: tuple[Any, 
         read = _call(module, quantized.dequantize_per_channel.default, (*operands, 0, *bounds, values.dtype), name)
     read.meta = {key: item for key, item in layer.meta.items() if key != "val"}
     return read
-
-
-def _free(owner: nn.Module, wanted: str) -> str:
-    name, number = wanted, 0
-    while hasattr(owner, name):
-        number += 1
-        name = f"{wanted}_{number}"
-    return name
 
 
 def _call(module: fx.GraphModule, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:

@@ -16,9 +16,8 @@ from ...compiler.support.progress import Progress, silent
 from ..solve.joins import group_targets
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
 from ..solve.lockstep import Lockstep, plan_steps
-from ..solve.moments import Moments, collect_moments
-from ..solve.resolve_network import ResolveSettings, batch_size_for, step_moments, touched
-from ..solve.targets import Target
+from ..solve.moments import collect_moments
+from ..solve.resolve_network import ResolveSettings, add_shift, batch_size_for, step_moments, touched
 from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
@@ -121,7 +120,8 @@ def quantize(
                 if target.layer.node not in layers:
                     continue
                 if how.correct:
-                    _correct(student, target, moments, tensors)
+                    # what is left of its output, on average
+                    add_shift(student, target, moments.cross[:, -1].reshape(-1) / moments.rows, tensors)
                 stored[target.layer.node] = _round(student, target.layer, moments.gram, how.limit, tensors)
             lockstep.finish(step)
             progress("quantise", done, len(steps))
@@ -165,15 +165,6 @@ def quick_integers(
         shifted = None if bias is None else add_delta(bias, made.shift)
         found[name] = _integers(layer, grids, made, shifted, limit)
     return found
-
-
-def _correct(student: Program, target: Target, moments: Moments, tensors: dict[str, torch.Tensor]) -> None:
-    """Let the bias take over the mean of what is left of the layer's output."""
-    if target.shift is None:
-        return
-    mean = moments.cross[:, -1].reshape(-1) / moments.rows
-    change = mean if target.shift_scale is None else mean * target.shift_scale
-    tensors[target.shift] = add_delta(current_parameter(student, target.shift, tensors), change)
 
 
 def _gram(layer: Layer, gram: torch.Tensor) -> torch.Tensor:

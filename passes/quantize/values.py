@@ -57,11 +57,20 @@ def values_of(program: Program, layers: Iterable[str]) -> list[str]:
 def usual_grid(program: Program, name: str, kind: GridKind) -> ValueGrid:
     """A grid of any scale for a value, with zero where data would put it: at the lower end of what is cut off below
     zero. Runtimes fuse such a clip with the layer in front only then."""
-    node = program.nodes[name]
-    least = 0.0 if is_call(node, aten.relu, aten.relu6) else None
-    if is_call(node, aten.hardtanh, aten.clamp, aten.clamp_min):
-        least = argument(node, 1, "min" if is_call(node, aten.clamp, aten.clamp_min) else "min_val")
+    least = least_of(program.nodes[name])
     return kind.over(0.0 if least is not None and least >= 0 else -4.0, 4.0)
+
+
+def least_of(node: fx.Node) -> float | None:
+    """Where a clip cuts its values off below; None for other nodes, and where nothing is cut off there."""
+    if is_call(node, aten.relu, aten.relu6):
+        return 0.0
+    least = None
+    if is_call(node, aten.hardtanh):
+        least = argument(node, 1, "min_val", -1.0)
+    elif is_call(node, aten.clamp, aten.clamp_min):
+        least = argument(node, 1, "min")
+    return float(least) if isinstance(least, (int, float)) else None
 
 
 def clipped(node: fx.Node) -> fx.Node:

@@ -272,8 +272,14 @@ def write_correction(
     layer = target.layer
     weight = current_parameter(student, layer.weight, tensors)
     tensors[layer.weight] = add_delta(weight, correction.weight)
-    if target.shift is not None and correction.bias is not None:
-        change = correction.bias if target.shift_scale is None else correction.bias * target.shift_scale
-        shift = current_parameter(student, target.shift, tensors)
-        tensors[target.shift] = add_delta(shift, change)
+    if correction.bias is not None:
+        add_shift(student, target, correction.bias, tensors)
     return LayerError(node=layer.node, before=correction.before / rows, after=correction.after / rows)
+
+
+def add_shift(student: Program, target: Target, change: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    """Add a change of the layer's bias to the shift, in `tensors`, where the layer can take one."""
+    if target.shift is None:
+        return
+    change = change if target.shift_scale is None else change * target.shift_scale
+    tensors[target.shift] = add_delta(current_parameter(student, target.shift, tensors), change)
