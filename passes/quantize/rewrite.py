@@ -32,7 +32,8 @@ from .values import quantizable, standing_for, usual_grid, values_of
 
 #: What trials found out about networks, for as long as these are there.
 _QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
-#: Layers that save less of the latency than this stay as they are: they are lost in noise.
+#: Layers that are predicted to save less of the latency than this are put into int8 with all others or not at all: by
+#: themselves they are lost in noise, and one in floating point between others costs two more changes of precision.
 LEAST_SAVING = 0.0005
 #: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
 LEFT_OUT = (0.0, 0.1, 0.25)
@@ -124,7 +125,8 @@ class Quantize(Rewrite):
         return all_layer_names(program)
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """Every layer that is faster in int8 beside others in int8, with what it alone loses."""
+        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them together
+        are not faster."""
         program = ctx.teacher
         left = matching_layers(program, self.ignore)
         layers = [name for name in _layers(program) if name not in left]
@@ -133,13 +135,13 @@ class Quantize(Rewrite):
             return Offer(rejects=tuple(Reject(reason=reason, node=name) for name in layers))
         with ctx.clock.stage("time integers"):
             savings = self._savings(ctx, budget, layers)
-        faster = [name for name in layers if savings[name] >= LEAST_SAVING]
+        if sum(savings.values()) < LEAST_SAVING:
+            slower = "not faster in int8 on this backend"
+            return Offer(rejects=tuple(Reject(reason=slower, node=name) for name in layers))
         with ctx.clock.stage("weigh integers"):
-            errors = self._errors(ctx, faster) if faster else {}
-        items = tuple(self._item(program, name, errors[name], savings[name]) for name in faster)
-        slower = [name for name in layers if name not in savings or savings[name] < LEAST_SAVING]
-        rejects = tuple(Reject(reason="not faster in int8 on this backend", node=name) for name in slower)
-        return Offer(items=items, rejects=rejects, starts=_starts(items))
+            errors = self._errors(ctx, layers)
+        items = tuple(self._item(program, name, errors[name], savings[name]) for name in layers)
+        return Offer(items=items, starts=_starts(items))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
         """Raise RewriteError where `program` does not have a layer as planned."""
@@ -351,7 +353,9 @@ def _macs(nodes: frozenset[str], macs: Mapping[str, int]) -> int:
 
 
 def _starts(items: Sequence[Item]) -> tuple[Mix, ...]:
-    """All layers, and all but those that lose the most for what they save."""
-    worst = sorted(items, key=lambda item: item.proposals[0].error / item.proposals[0].saving)
-    counts = dict.fromkeys(round(len(items) * (1 - share)) for share in LEFT_OUT)
-    return tuple({item: item.proposals[0] for item in worst[:count]} for count in counts if count)
+    """All layers, and those that are faster but for the ones that lose the most for what they save."""
+    faster = [item for item in items if item.proposals[0].saving >= LEAST_SAVING]
+    worst = sorted(faster, key=lambda item: item.proposals[0].error / item.proposals[0].saving)
+    counts = dict.fromkeys(round(len(worst) * (1 - share)) for share in LEFT_OUT)
+    taken = [list(items), *(worst[:count] for count in counts)]
+    return tuple({item: item.proposals[0] for item in mix} for mix in taken if mix)
