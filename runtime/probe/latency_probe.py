@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 
@@ -83,6 +83,14 @@ class LatencyProbe:
 
     def _loaded(self, engine: object) -> Runner:
         return self.backend.load(engine, self.inputs, threads=self.conditions.threads)
+
+    def outputs(self, model: bytes, inputs: Sequence[Mapping[str, Array]]) -> Iterator[list[Array]]:
+        """What the backend computes from each of some inputs."""
+        engine = self._built(model)
+        for given in inputs:
+            with closing(self.backend.load(engine, given, threads=self.conditions.threads)) as runner:
+                runner.run()
+                yield [np.array(value) for value in runner.outputs()]
 
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""
