@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,19 @@ import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
+from foldcut.compiler.driver.pipeline import onnx_difference
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.compiler.ir.segments import find_segments, is_dequantized
+from foldcut.compiler.rewrite.rewrite import Applied
 from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.values import quantizable
+from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.predict.integer_kernels import IntegerKernels
+from foldcut.runtime.probe.latency_probe import LatencyProbe
+from onnx import numpy_helper
 from torch import nn
 
 KINDS = [GridKind(), GridKind(dtype=torch.int8), GridKind(dtype=torch.int8, symmetric=True)]
@@ -173,3 +180,37 @@ def test_the_chosen_program_is_exported_as_it_is(made: foldcut.Compiled, nets: S
     ours = made.module(x).detach()
     theirs = run_plainly(made.files["model.onnx"], x)
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(np.abs(theirs.numpy()).max())
+
+
+@pytest.fixture(scope="module")
+def rounded(residual: foldcut.Program, nets: SimpleNamespace) -> Applied:
+    """The network with weights up to 63, which are exact on any machine."""
+    made = in_int8(residual, CalibrationSet.of(nets.images(40)), KINDS[0], 63)
+    return Applied(program=made, before_last=Applied(program=residual))
+
+
+def exported_difference(done: Applied, model: bytes, samples: CalibrationSet) -> float:
+    probe = LatencyProbe(done.program, model, resolve_backend("onnxruntime"), samples, Conditions())
+    with closing(probe):
+        return onnx_difference(done, model, probe, samples)
+
+
+def test_an_export_may_round_to_the_other_side(rounded: Applied, nets: SimpleNamespace) -> None:
+    samples = CalibrationSet.of(nets.images(8, seed=4))
+    model = onnx.load_from_string(to_onnx(rounded.program))
+    assert exported_difference(rounded, model.SerializeToString(), samples) < 0.02
+    # scales of another size compute something else, which no rounding explains
+    for scale in (tensor for tensor in model.graph.initializer if "_int8" not in tensor.name and not tensor.dims):
+        value = numpy_helper.to_array(scale)
+        if value.dtype == np.float32:
+            scale.CopyFrom(numpy_helper.from_array(value * np.float32(1.05), scale.name))
+    with pytest.raises(foldcut.ExportError, match="at most 2 times what rounding changes"):
+        exported_difference(rounded, model.SerializeToString(), samples)
+
+
+def test_without_rounding_an_export_is_held_to_the_digits(rounded: Applied, nets: SimpleNamespace) -> None:
+    assert rounded.before_last is not None
+    plain, samples = rounded.before_last, CalibrationSet.of(nets.images(8, seed=4))
+    assert exported_difference(plain, to_onnx(plain.program), samples) < 1e-5
+    with pytest.raises(foldcut.ExportError, match="within 0.001 relative"):
+        exported_difference(plain, to_onnx(rounded.program), samples)
