@@ -212,5 +212,5 @@ def test_without_rounding_an_export_is_held_to_the_digits(rounded: Applied, nets
     assert rounded.before_last is not None
     plain, samples = rounded.before_last, CalibrationSet.of(nets.images(8, seed=4))
     assert exported_difference(plain, to_onnx(plain.program), samples) < 1e-5
-    with pytest.raises(foldcut.ExportError, match="within 0.001 relative"):
+    with pytest.raises(foldcut.ExportError, match=r"within 0\.001 relative"):
         exported_difference(plain, to_onnx(rounded.program), samples)
