@@ -147,7 +147,7 @@ def plain_integers(
     for name in layers:
         layer, bias = there[name], _bias(program, there[name])
         weight = _matrix(layer, program.module.get_parameter(layer.weight).detach(), bias).double()
-        least = _least_scales(weight, bias, _grid_before(layer, grids), how)
+        least = _least_scales(weight, bias, _grid_before(layer, grids))
         scales = torch.maximum(weight.abs().amax(2, keepdim=True) / how.limit, least).float().double()
         values = (weight / scales).round().clamp(-how.limit, how.limit).to(torch.int8)
         plain = Rounded(values=values, scales=scales, shift=weight.new_zeros(weight.shape[:2]))
@@ -192,7 +192,7 @@ def _round(
     weight = current_parameter(student, layer.weight, tensors)
     bias = None if layer.bias is None else current_parameter(student, layer.bias, tensors)
     matrix = _matrix(layer, weight, bias)
-    found = rounded(matrix, _gram(layer, gram), how.limit, _least_scales(matrix, bias, grid, how))
+    found = rounded(matrix, _gram(layer, gram), how.limit, _least_scales(matrix, bias, grid))
     tensors[layer.weight] = (found.values.double() * found.scales).reshape(weight.shape).to(weight.dtype)
     if layer.bias is not None and bias is not None:
         tensors[layer.bias] = add_delta(bias, found.shift)
@@ -216,11 +216,12 @@ def _grid_before(layer: Layer, grids: Mapping[str, ValueGrid]) -> ValueGrid:
     return grids[layer.input.removesuffix("_dequantized")]
 
 
-def _least_scales(weight: torch.Tensor, bias: torch.Tensor | None, grid: ValueGrid, how: Rounding) -> torch.Tensor:
+def _least_scales(weight: torch.Tensor, bias: torch.Tensor | None, grid: ValueGrid) -> torch.Tensor:
     """Scales of a weight as a matrix that are large enough for its bias, in steps of the input's scale times these, to
-    fit into int32: an output of zeros may have any bias (a batch norm whose factor is zero is folded into one)."""
+    fit into int32: an output of zeros may have any bias (a batch norm whose factor is zero is folded into one). Biases
+    in floating point too: runtimes may round them themselves."""
     steps = torch.full_like(weight[:, :, :1], LEAST_SCALE, dtype=torch.float64)
-    if bias is not None and how.bias == "int32":
+    if bias is not None:
         steps = torch.maximum(steps, bias.double().abs().reshape(steps.shape) / MOST_STEPS)
     return (steps / grid.scale).clamp(min=LEAST_SCALE)
 

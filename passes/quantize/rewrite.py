@@ -109,6 +109,7 @@ class Quantize(Rewrite):
         check_whole("samples", self.samples, Allowed(least=2))
         check_texts("ignore", self.ignore)
         check_kind("kernels", self.kernels, IntegerKernels, none=True)
+        check_kind("refused", self.refused, str)
         settled(self)
 
     def serves(self, goal: Goal) -> bool:
