@@ -17,7 +17,7 @@ from ..onnx.file import opset as written_opset
 from ..support.atomic_files import write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
-from .direct import as_it_is, direct_translations
+from .direct import as_it_is, direct_translations, integer_translations
 from .registry import filled_once
 
 if TYPE_CHECKING:
@@ -120,12 +120,13 @@ def to_onnx_model(
     target = target_opset(program, opset)
     exported = exported or to_exported(program)
     version = None if target is None else max(target, EXPORTER_OPSET)
+    table = translations() | integer_translations()
     try:
         with quiet_exporters(), torch.no_grad(), filled_once():
             try:
-                result = _translated(as_it_is(exported), version, translations() | direct_translations())
+                result = _translated(as_it_is(exported), version, table | direct_translations())
             except Exception:  # an operator that has an ONNX form only once it is decomposed
-                result = _translated(exported, version, translations())
+                result = _translated(exported, version, table)
     except Exception as cause:
         raise ExportError(
             f"torch.onnx cannot express the network: {named_first_line(cause)}",

@@ -57,6 +57,8 @@ def _grid(call: OnnxCall) -> tuple[Array, Array, torch.dtype]:
     if not isinstance(scale, Constant) or scale.array.dtype != np.float32 or scale.array.ndim > 1:
         raise Unsupported("its scale is not a constant in single precision")
     scales = np.ascontiguousarray(scale.array)
+    if not bool(((scales > 0) & np.isfinite(scales)).all()):
+        raise Unsupported("its scale is not a number above 0")
     if not call.has(2):
         dtype = {2: torch.uint8, 3: torch.int8, 5: torch.int16}.get(call.attr("output_dtype", 0) or 2)
         if dtype is None:

@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...compiler.ir.program import Program
-from ...compiler.plan.decision import Decision
+from ...compiler.plan.decision import Decision, predicted
+from ...compiler.support.errors import CompilerError
+from ...compiler.support.setting_checks import Allowed, check_number, check_whole, refuse, settled
+from ...runtime.predict.integer_kernels import IntegerKernels
+from .edit_quantize import ValueGrid
+
+#: Whether a zero point is one of the integers, a grid itself says.
+_ANY = Allowed(least=-128, most=255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +29,15 @@ class QuantizeLayer(Decision):
         weight_limit: Weights are integers from ``-weight_limit`` to ``weight_limit``: 127, or 63 where the backend's
             kernels overflow with more.
         values: Integers of values: ``uint8`` or ``int8``.
-        symmetric: Whether zero is in the middle of their range.
+        symmetric: Whether zero is in the middle of their range, for ``int8``.
+        bias: How its bias is stored: ``int32``, or ``float32`` where the backend takes no int32.
         grids: Node, scale and zero point of the values in front of the layer and behind it. Empty until they are
             known.
         path: Module path of the layer, for display.
         error: Relative output error when this layer alone is quantised. None if not predicted.
+
+    Raises:
+        CompilerError: If an argument is out of range or of the wrong type.
 
     Example:
         >>> print(foldcut.QuantizeLayer(layer="conv2d_3"))
@@ -36,12 +49,44 @@ class QuantizeLayer(Decision):
     weight_limit: int = 127
     values: str = "uint8"
     symmetric: bool = False
+    bias: str = "int32"
     grids: tuple[tuple[str, float, int], ...] = ()
     path: str = ""
     error: float | None = None
 
     kind = "quantize"
     nouns = ("layer in int8", "layers in int8")
+
+    def __post_init__(self) -> None:
+        for name, text in (("layer", self.layer), ("path", self.path)):
+            if not isinstance(text, str) or not (text or name == "path"):
+                refuse(name, text, "the name of a node", why="is no name")
+        check_whole("bits", self.bits, Allowed(least=8, most=8, words="8, there are no others"))
+        # integers and grids that there are none of are refused where they are made
+        _ = self.kernels, self.value_grids
+        settled(self)
+
+    @property
+    def kernels(self) -> IntegerKernels:
+        """The integers that the layer is computed with."""
+        return IntegerKernels(
+            values=self.values, symmetric=self.symmetric, weight_limit=self.weight_limit, bias=self.bias
+        )
+
+    @property
+    def value_grids(self) -> dict[str, ValueGrid]:
+        """The grids by node."""
+        found = {}
+        for grid in self.grids:
+            if not isinstance(grid, (tuple, list)) or len(grid) != 3 or not isinstance(grid[0], str):
+                refuse("grids", grid, "a node, a scale and a zero point for each", why="is no grid")
+            node, scale, zero = grid
+            check_number(f"scale of {node}", scale, Allowed(above=0))
+            check_whole(f"zero point of {node}", zero, Allowed(least=0, most=0) if self.symmetric else _ANY)
+            if node in found:
+                refuse("grids", node, "one grid for each node", why="is there twice")
+            found[node] = ValueGrid(scale=float(scale), zero_point=int(zero), dtype=getattr(torch, self.values))
+        return found
 
     @property
     def subject(self) -> str:
@@ -66,13 +111,17 @@ class QuantizeLayer(Decision):
     @property
     def change(self) -> list[Any]:
         """Layer and precision."""
-        return [self.layer, self.bits, self.weight_limit, self.values, self.symmetric]
+        return [self.layer, self.bits, self.weight_limit, self.values, self.symmetric, self.bias]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizeLayer:
         """Read a decision back. Raises KeyError, TypeError or ValueError for anything else."""
-        grids = tuple((str(node), float(scale), int(zero)) for node, scale, zero in data.get("grids", ()))
-        return cls(**{**{name: value for name, value in data.items() if name != "kind"}, "grids": grids})
+        values = {name: value for name, value in data.items() if name != "kind"}
+        grids = tuple(tuple(grid) for grid in data.get("grids", ()))
+        try:
+            return cls(**{**values, "grids": grids, "error": predicted(data.get("error"))})
+        except CompilerError as refusal:
+            raise ValueError(f"{refusal.message}: {refusal.hint}") from refusal
 
     def __str__(self) -> str:
         return f"quantise {self.layer} to int{self.bits}"

@@ -16,22 +16,36 @@ from ...compiler.ir.program import Program, argument, is_tensor
 from ...compiler.support.errors import RewriteError
 
 quantized = torch.ops.quantized_decomposed
+#: Files hold scales in single precision: one below is stored as 0, or lost where runtimes flush what is so small.
+LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueGrid:
     """The integers of a value: x is stored as ``q = clamp(round(x / scale) + zero_point, low, high)``, rounding half to
-    even, and read back as ``(q - zero_point) * scale``. `dtype` is ``torch.uint8`` or ``torch.int8``."""
+    even, and read back as ``(q - zero_point) * scale``. `dtype` is ``torch.uint8`` or ``torch.int8``; `low` and `high`
+    are its ends, where QuantizeLinear saturates."""
 
     scale: float
     zero_point: int
-    low: int
-    high: int
     dtype: torch.dtype = torch.uint8
 
     def __post_init__(self) -> None:
-        if not (0 < self.scale < float("inf")) or not self.low <= self.zero_point <= self.high:
-            raise RewriteError(f"no grid of integers: {self}", hint="the scale is above 0, zero is one of the integers")
+        if not (LEAST_SCALE <= self.scale < float("inf")) or not self.low <= self.zero_point <= self.high:
+            raise RewriteError(
+                f"no grid of integers: scale {self.scale}, zero point {self.zero_point}, {self.dtype}",
+                hint="the scale is finite and above 0 in single precision, the zero point is one of the integers",
+            )
+
+    @property
+    def low(self) -> int:
+        """The least of the integers."""
+        return torch.iinfo(self.dtype).min
+
+    @property
+    def high(self) -> int:
+        """The largest of them."""
+        return torch.iinfo(self.dtype).max
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -47,11 +61,11 @@ class ValueGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerWeights:
-    """A layer's weight as int8, and its bias as int32 where it has one.
+    """A layer's weight as int8, and its bias where it has one.
 
     The weight is ``values * scales``, of the layer's shape or as a matrix, with one scale for each output channel (dim
-    0). The bias is ``bias * bias_scales``, with the scale of the input times that of the weight: then the layer's sum
-    is one of integers.
+    0). The bias is ``bias * bias_scales``, int32 with the scale of the input times that of the weight: then the layer's
+    sum is one of integers. Without `bias_scales` it is in floating point.
     """
 
     values: torch.Tensor = field(repr=False)
@@ -119,9 +133,12 @@ def _store(module: fx.GraphModule, layer: fx.Node, weights: IntegerWeights) -> s
     names[weight] = _read(
         module, layer, f"{layer.name}_weight", (weight, "int8", values, weights.scales, (-limit, limit))
     )
-    if weights.bias is not None:
-        if not isinstance(bias, fx.Node) or weights.bias_scales is None:
-            raise RewriteError("the layer has no bias to quantise", node=layer.name)
+    if weights.bias is not None and not isinstance(bias, fx.Node):
+        raise RewriteError("the layer has no bias to store", node=layer.name)
+    if weights.bias is not None and weights.bias_scales is None:
+        path, _, leaf = str(bias.target).rpartition(".")
+        module.get_submodule(path).register_parameter(leaf, nn.Parameter(weights.bias.contiguous()))
+    elif weights.bias is not None:
         bounds = (torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
         names[bias] = _read(
             module, layer, f"{layer.name}_bias", (bias, "int32", weights.bias, weights.bias_scales, bounds)

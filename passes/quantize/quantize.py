@@ -12,13 +12,14 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
+from ...compiler.support.errors import RewriteError
 from ...compiler.support.progress import Progress, silent
 from ..solve.joins import group_targets
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
 from ..solve.lockstep import Lockstep, plan_steps
 from ..solve.moments import collect_moments
 from ..solve.resolve_network import ResolveSettings, add_shift, batch_size_for, step_moments, touched
-from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
+from .edit_quantize import LEAST_SCALE, IntegerWeights, ValueGrid, quantize_program
 from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
 from .values import quantizable, values_of
@@ -27,6 +28,8 @@ from .values import quantizable, values_of
 RANGE_SAMPLES = 32
 #: Rows of inputs in a Gram matrix, per column, where plans are only compared.
 QUICK_ROWS = 10
+#: A bias is at most so many steps: half of what int32 holds, so that sums of products fit in beside it.
+MOST_STEPS = 2**30
 
 
 def choose_grids(
@@ -79,10 +82,11 @@ def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How weights are rounded: integers up to `limit`, biases corrected where `correct` is set, and the rows of inputs
-    that a Gram matrix reads, per column."""
+    """How weights are rounded: integers up to `limit`, biases stored as `bias` says (``int32`` or ``float32``), and
+    corrected where `correct` is set, and the rows of inputs that a Gram matrix reads, per column."""
 
     limit: int
+    bias: str = "int32"
     correct: bool = True
     rows_per_column: int | None = 50
 
@@ -122,35 +126,37 @@ def quantize(
                 if how.correct:
                     # what is left of its output, on average
                     add_shift(student, target, moments.cross[:, -1].reshape(-1) / moments.rows, tensors)
-                stored[target.layer.node] = _round(student, target.layer, moments.gram, how.limit, tensors)
+                grid = _grid_before(target.layer, grids)
+                stored[target.layer.node] = _round(student, target.layer, moments.gram, how, grid, tensors)
             lockstep.finish(step)
             progress("quantise", done, len(steps))
     solved_program = set_tensors(program, tensors, note="weights and biases on integer grids") if tensors else program
     weights = {
-        name: _integers(there[name], grids, stored[name], _bias(solved_program, there[name]), how.limit)
-        for name in layers
+        name: _integers(there[name], grids, stored[name], _bias(solved_program, there[name]), how) for name in layers
     }
     note = f"{len(layers)} layers in int8"
     return quantize_program(solved_program, grids, weights, note=note)
 
 
 def plain_integers(
-    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], limit: int
+    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], how: Rounding
 ) -> dict[str, IntegerWeights]:
     """Weights rounded value by value: the whole range of each output, without data."""
     there = quantizable(program)
     found = {}
     for name in layers:
-        weight = there[name].matrix(program.module.get_parameter(there[name].weight).detach()).double()
-        scales = (weight.abs().amax(2, keepdim=True) / limit).float().clamp(min=torch.finfo(torch.float32).tiny)
-        values = (weight / scales.double()).round().clamp(-limit, limit).to(torch.int8)
-        plain = Rounded(values=values, scales=scales.double(), shift=weight.new_zeros(weight.shape[:2]))
-        found[name] = _integers(there[name], grids, plain, _bias(program, there[name]), limit)
+        layer, bias = there[name], _bias(program, there[name])
+        weight = _matrix(layer, program.module.get_parameter(layer.weight).detach(), bias).double()
+        least = _least_scales(weight, bias, _grid_before(layer, grids))
+        scales = torch.maximum(weight.abs().amax(2, keepdim=True) / how.limit, least).float().double()
+        values = (weight / scales).round().clamp(-how.limit, how.limit).to(torch.int8)
+        plain = Rounded(values=values, scales=scales, shift=weight.new_zeros(weight.shape[:2]))
+        found[name] = _integers(layer, grids, plain, bias, how)
     return found
 
 
 def quick_integers(
-    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], samples: CalibrationSet, limit: int
+    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], samples: CalibrationSet, how: Rounding
 ) -> dict[str, IntegerWeights]:
     """Weights rounded by the Gram matrices of what the layers get in floating point: one pass over the samples, for
     plans that are compared."""
@@ -159,11 +165,10 @@ def quick_integers(
     moments = collect_moments(program, there, samples, batch_size=size, rows_per_column=QUICK_ROWS)
     found = {}
     for name, layer in there.items():
-        weight = program.module.get_parameter(layer.weight).detach()
-        made = rounded(layer.matrix(weight), _gram(layer, moments[name].gram), limit)
-        bias = _bias(program, layer)
-        shifted = None if bias is None else add_delta(bias, made.shift)
-        found[name] = _integers(layer, grids, made, shifted, limit)
+        tensors: dict[str, torch.Tensor] = {}
+        made = _round(program, layer, moments[name].gram, how, _grid_before(layer, grids), tensors)
+        bias = None if layer.bias is None else tensors[layer.bias]
+        found[name] = _integers(layer, grids, made, bias, how)
     return found
 
 
@@ -175,13 +180,22 @@ def _gram(layer: Layer, gram: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def _round(student: Program, layer: Layer, gram: torch.Tensor, limit: int, tensors: dict[str, torch.Tensor]) -> Rounded:
+def _round(
+    student: Program,
+    layer: Layer,
+    gram: torch.Tensor,
+    how: Rounding,
+    grid: ValueGrid,
+    tensors: dict[str, torch.Tensor],
+) -> Rounded:
     """The weight of a layer rounded, in `tensors`, with what its bias takes over."""
     weight = current_parameter(student, layer.weight, tensors)
-    found = rounded(layer.matrix(weight), _gram(layer, gram), limit)
+    bias = None if layer.bias is None else current_parameter(student, layer.bias, tensors)
+    matrix = _matrix(layer, weight, bias)
+    found = rounded(matrix, _gram(layer, gram), how.limit, _least_scales(matrix, bias, grid))
     tensors[layer.weight] = (found.values.double() * found.scales).reshape(weight.shape).to(weight.dtype)
-    if layer.bias is not None:
-        tensors[layer.bias] = add_delta(current_parameter(student, layer.bias, tensors), found.shift)
+    if layer.bias is not None and bias is not None:
+        tensors[layer.bias] = add_delta(bias, found.shift)
     return found
 
 
@@ -189,19 +203,51 @@ def _bias(program: Program, layer: Layer) -> torch.Tensor | None:
     return None if layer.bias is None else program.module.get_parameter(layer.bias).detach()
 
 
-def _integers(
-    layer: Layer, grids: Mapping[str, ValueGrid], found: Rounded, bias: torch.Tensor | None, limit: int
-) -> IntegerWeights:
-    """A rounded weight as it is stored, the bias in steps of the input's times the weight's."""
-    scales = found.scales.reshape(-1).float()
-    steps = scales * grids[layer.input.removesuffix("_dequantized")].scale
-    whole = None
+def _matrix(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The weight as a matrix. Raises RewriteError where it or the bias is not finite: no grid has a place for that."""
+    if not bool(weight.isfinite().all()) or not (bias is None or bool(bias.isfinite().all())):
+        raise RewriteError(
+            "its weights are not finite", node=layer.node, hint=f"repair the network: {layer.weight} holds inf or NaN"
+        )
+    return layer.matrix(weight)
+
+
+def _grid_before(layer: Layer, grids: Mapping[str, ValueGrid]) -> ValueGrid:
+    return grids[layer.input.removesuffix("_dequantized")]
+
+
+def _least_scales(weight: torch.Tensor, bias: torch.Tensor | None, grid: ValueGrid) -> torch.Tensor:
+    """Scales of a weight as a matrix that are large enough for its bias, in steps of the input's scale times these, to
+    fit into int32: an output of zeros may have any bias (a batch norm whose factor is zero is folded into one). Biases
+    in floating point too: runtimes may round them themselves."""
+    steps = torch.full_like(weight[:, :, :1], LEAST_SCALE, dtype=torch.float64)
     if bias is not None:
-        whole = (bias.double() / steps.double()).round().clamp(-(2**31), 2**31 - 1).to(torch.int32)
-    return IntegerWeights(
-        values=found.values,
-        scales=scales,
-        limit=limit,
-        bias=whole,
-        bias_scales=None if bias is None else steps,
+        steps = torch.maximum(steps, bias.double().abs().reshape(steps.shape) / MOST_STEPS)
+    return (steps / grid.scale).clamp(min=LEAST_SCALE)
+
+
+def _integers(
+    layer: Layer, grids: Mapping[str, ValueGrid], found: Rounded, bias: torch.Tensor | None, how: Rounding
+) -> IntegerWeights:
+    """A rounded weight as it is stored, the bias in steps of the input's times the weight's.
+
+    Raises RewriteError where sums of products could leave the 32 bits that kernels add them up in.
+    """
+    grid = _grid_before(layer, grids)
+    scales = found.scales.reshape(-1).float()
+    steps = scales * grid.scale
+    reach = found.values.double().abs().sum(2).reshape(-1) * max(
+        grid.high - grid.zero_point, grid.zero_point - grid.low
     )
+    stored, bias_scales = bias, None
+    if bias is not None and how.bias == "int32":
+        stored = (bias.double() / steps.double()).round()
+        reach, bias_scales = reach + stored.abs(), steps
+        stored = stored.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    if float(reach.max()) >= 2**31:
+        raise RewriteError(
+            "its sums of products may not fit into 32 bits",
+            node=layer.node,
+            hint=f"leave it in floating point: foldcut.Quantize(ignore=({layer.node!r},))",
+        )
+    return IntegerWeights(values=found.values, scales=scales, limit=how.limit, bias=stored, bias_scales=bias_scales)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +12,8 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
-from ...compiler.support.errors import CalibrationError
-from .edit_quantize import ValueGrid
+from ...compiler.support.errors import CalibrationError, RewriteError
+from .edit_quantize import LEAST_SCALE, ValueGrid
 
 #: Bins of a histogram, over the whole range of a value.
 BINS = 2048
@@ -41,19 +43,20 @@ def histograms(
 ) -> dict[str, Histogram]:
     """Histograms of the values of some nodes, in two streamed passes: ranges first, then counts.
 
-    Raises CalibrationError when a value is not finite, or when there is a single sample: its range says nothing about
-    others.
+    Warns where there is a single sample. Raises CalibrationError when a value is not finite.
     """
     if len(samples) < 2:
-        raise CalibrationError(
-            "ranges cannot be taken from a single sample", hint="give a few hundred samples, as for everything else"
+        warnings.warn(
+            "the ranges of int8 values are those of a single sample, and what others have beyond them is cut off: give "
+            "a few hundred samples",
+            stacklevel=2,
         )
     low, high = dict.fromkeys(names, torch.inf), dict.fromkeys(names, -torch.inf)
     for values in _batches(program, names, samples, batch_size):
         for name, value in values.items():
             least, most = (float(v) for v in torch.aminmax(value))
             low[name], high[name] = min(low[name], least), max(high[name], most)
-            if not low[name] > -torch.inf or not high[name] < torch.inf:
+            if not (math.isfinite(least) and math.isfinite(most)):  # NaN gets lost in min and max
                 raise CalibrationError(
                     "activations are not finite",
                     node=name,
@@ -87,18 +90,24 @@ class GridKind:
     dtype: torch.dtype = torch.uint8
     symmetric: bool = False
 
+    def __post_init__(self) -> None:
+        if self.symmetric and torch.iinfo(self.dtype).min == 0:
+            raise RewriteError("zero is in the middle of no unsigned integers", hint="symmetric values are int8")
+
     def over(self, low: float, high: float) -> ValueGrid:
         """The grid over a range, which is widened to hold zero: then zeros (padding, ReLU) are exact."""
         low, high = min(low, 0.0), max(high, 0.0)
         info = torch.iinfo(self.dtype)
         if self.symmetric:
-            most = max(-low, high) or 1.0
-            return ValueGrid(scale=most / 127, zero_point=0, low=-127, high=127, dtype=torch.int8)
-        scale = (high - low) / (info.max - info.min) or 1.0 / (info.max - info.min)
+            return ValueGrid(scale=_step(max(-low, high), info.max), zero_point=0, dtype=self.dtype)
+        scale = _step(high - low, info.max - info.min)
         zero = round(info.min - low / scale)
-        return ValueGrid(
-            scale=scale, zero_point=min(max(zero, info.min), info.max), low=info.min, high=info.max, dtype=self.dtype
-        )
+        return ValueGrid(scale=scale, zero_point=min(max(zero, info.min), info.max), dtype=self.dtype)
+
+
+def _step(width: float, count: int) -> float:
+    """The step of so many that cover a width. One that is always zero has any."""
+    return max(width / count, LEAST_SCALE) if width else 1.0 / count
 
 
 def minmax(found: Histogram, kind: GridKind) -> ValueGrid:

@@ -21,14 +21,22 @@ from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, Rewrite
 from ...compiler.support.errors import BackendError, Reject, RewriteError
-from ...compiler.support.setting_checks import Allowed, check_switch, check_texts, check_whole, check_word, settled
+from ...compiler.support.setting_checks import (
+    Allowed,
+    check_kind,
+    check_switch,
+    check_texts,
+    check_whole,
+    check_word,
+    settled,
+)
 from ...runtime.predict.integer_kernels import IntegerKernels
 from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .decision import QuantizeLayer
 from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from .quantize import Rounding, choose_grids, plain_integers, quantize, quick_integers
 from .ranges import RANGES, GridKind
-from .values import quantizable, standing_for, usual_grid, values_of
+from .values import AS_SAVED, quantizable, standing_for, standing_of, usual_grid, values_of
 
 #: What trials found out about networks, for as long as these are there.
 _QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
@@ -100,6 +108,8 @@ class Quantize(Rewrite):
         check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
         check_whole("samples", self.samples, Allowed(least=2))
         check_texts("ignore", self.ignore)
+        check_kind("kernels", self.kernels, IntegerKernels, none=True)
+        check_kind("refused", self.refused, str)
         settled(self)
 
     def serves(self, goal: Goal) -> bool:
@@ -125,8 +135,8 @@ class Quantize(Rewrite):
         return all_layer_names(program)
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them together
-        are not faster."""
+        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them are not
+        faster together."""
         program = ctx.teacher
         left = matching_layers(program, self.ignore)
         layers = [name for name in _layers(program) if name not in left]
@@ -144,14 +154,9 @@ class Quantize(Rewrite):
         return Offer(items=items, starts=_starts(items))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
-        """Raise RewriteError where `program` does not have a layer as planned."""
-        for decision in _mine(decisions):
-            if decision.bits != 8:
-                raise RewriteError(f"no integers of {decision.bits} bits", node=decision.layer, hint="bits are 8")
-        found = standing_for(program, [decision.layer for decision in _mine(decisions)])
-        for name, standing in found.items():
-            if not standing:
-                raise RewriteError(f"no layer {name!r} to quantise", hint="apply a plan to the network it was made for")
+        """Raise RewriteError where `program` does not have a layer as planned, where two decisions are about one, and
+        where they are for kernels that differ."""
+        standing_of(program, _mine(decisions))
 
     def still(self, program: Program, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """The decisions whose layers are there."""
@@ -160,7 +165,7 @@ class Quantize(Rewrite):
 
     def shape(self, program: Program, decisions: Sequence[Decision]) -> Program:
         """The program with the layers in int8, on grids of any scale, for timing and counting."""
-        return self._plainly(program, _mine(decisions), {})
+        return self._plainly(program, _mine(decisions), None)
 
     def plain(self, program: Program, decisions: Sequence[Decision]) -> Program:
         """The program with the grids of the decisions, weights rounded one by one. Raises RewriteError where a decision
@@ -171,12 +176,18 @@ class Quantize(Rewrite):
             raise RewriteError(
                 f"no ranges are known for {missing[0]}", hint="ranges come from data: give a calibration set"
             )
-        grids = {node: _grid(d, scale, zero) for d in mine for node, scale, zero in d.grids}
+        grids: dict[str, ValueGrid] = {}
+        for decision in mine:
+            for value, grid in decision.value_grids.items():
+                if grids.setdefault(value, grid) != grid:
+                    raise RewriteError("two layers have other grids for it", node=value, hint=AS_SAVED)
         return self._plainly(program, mine, grids)
 
     def apply(self, program: Program, decisions: Sequence[Decision], ctx: Context) -> Applied:
         """The program with the layers in int8: ranges from ``ctx.solve``, weights solved and rounded on it."""
         mine = _mine(decisions)
+        if not mine:
+            return Applied(program=program)
         folded, layers = _folded(program, mine)
         names = [name for standing in layers.values() for name in standing]
         if ctx.trial:
@@ -184,7 +195,7 @@ class Quantize(Rewrite):
             made = quantize_program(folded, grids, weights, note=f"{len(names)} layers in int8")
         else:
             grids = choose_grids(folded, names, ctx.solve, _kind(mine), self.ranges)
-            how = Rounding(limit=mine[0].weight_limit, correct=self.correct, rows_per_column=self.rows_per_column)
+            how = replace(_how(mine), correct=self.correct, rows_per_column=self.rows_per_column)
             made = quantize(folded, names, grids, ctx.solve, how, progress=ctx.progress)
         settled_ = tuple(replace(d, grids=_around(folded, layers[d.layer], grids)) for d in mine)
         return Applied(program=made, decisions=settled_)
@@ -198,7 +209,7 @@ class Quantize(Rewrite):
                 raise RewriteError("the layer is not in int8", node=name)
 
     def report(self, ctx: Context, applied: Applied) -> Mapping[str, Any]:
-        """The integers used, and the share of the multiply-accumulates that is done in them."""
+        """The integers used, why no finer ones, and the share of the multiply-accumulates that is done in them."""
         program = applied.program
         macs = {name: node_macs(program, node) for name, node in program.nodes.items()}
         inside = sum(count for name, count in macs.items() if count and is_dequantized(program.nodes[name].args[0]))
@@ -206,9 +217,12 @@ class Quantize(Rewrite):
         del ctx
         if not mine:
             return {}
+        refused = "" if self.kernels is None else self.kernels.refused
         return {
             "values": mine[0].values,
             "weight_limit": mine[0].weight_limit,
+            "kernels": str(mine[0].kernels),
+            **({"why_no_finer": refused} if refused else {}),
             "share_of_macs": inside / max(1, sum(macs.values())),
         }
 
@@ -224,6 +238,7 @@ class Quantize(Rewrite):
             weight_limit=self.kernels.weight_limit,
             values=self.kernels.values,
             symmetric=self.kernels.symmetric,
+            bias=self.kernels.bias,
         )
 
     def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, float]:
@@ -254,10 +269,8 @@ class Quantize(Rewrite):
             errors = []
             for done, (name, inside) in enumerate(standing.items(), 1):
                 around = {value: grids[value] for value in values_of(folded, inside)}
-                limit = self._decision(name).weight_limit
-                alone = quantize_program(
-                    folded, around, plain_integers(folded, inside, grids, limit), note=f"{name} in int8"
-                )
+                weights = plain_integers(folded, inside, grids, _how([self._decision(name)]))
+                alone = quantize_program(folded, around, weights, note=f"{name} in int8")
                 errors.append(output_error(ctx.teacher, alone, few))
                 ctx.progress("weigh integers", done, len(standing))
             return errors
@@ -275,26 +288,33 @@ class Quantize(Rewrite):
     ) -> tuple[dict[str, ValueGrid], dict[str, IntegerWeights]]:
         """Grids and weights for a plan that is compared with others. Those of the original are worked out once for all
         of its layers: what a layer gets in floating point does not depend on which others are quantised."""
-        one = decisions[0]
-        key = (id(ctx.solve), self.ranges, one.weight_limit, one.values, one.symmetric)
+        key = (id(ctx.solve), self.ranges, decisions[0].kernels)
         known = _QUICK.setdefault(program.module, {})
         if key not in known:
             every = list(quantizable(folded)) if program is ctx.teacher else list(names)
             grids = choose_grids(folded, every, ctx.solve, _kind(decisions), self.ranges)
             # the samples are kept with what they gave, so that no others are at their address
-            known[key] = ctx.solve, grids, quick_integers(folded, every, grids, ctx.solve, one.weight_limit)
+            known[key] = ctx.solve, grids, quick_integers(folded, every, grids, ctx.solve, _how(decisions))
         _, grids, weights = known[key]
         around = values_of(folded, names)
         return {value: grids[value] for value in around}, {name: weights[name] for name in names}
 
-    def _plainly(self, program: Program, decisions: Sequence[QuantizeLayer], grids: Mapping[str, ValueGrid]) -> Program:
+    def _plainly(
+        self, program: Program, decisions: Sequence[QuantizeLayer], grids: Mapping[str, ValueGrid] | None
+    ) -> Program:
+        """Without data: on grids of any scale where there are none."""
         if not decisions:
             return program
         folded, layers = _folded(program, decisions)
         names = [name for standing in layers.values() for name in standing]
         around = values_of(folded, names)
-        used = {value: grids.get(value) or usual_grid(folded, value, _kind(decisions)) for value in around}
-        weights = plain_integers(folded, names, used, decisions[0].weight_limit)
+        if grids is None:
+            grids = {value: usual_grid(folded, value, _kind(decisions)) for value in around}
+        for value in around:
+            if value not in grids:
+                raise RewriteError("no range is known for it", node=value, hint=AS_SAVED)
+        used = {value: grids[value] for value in around}
+        weights = plain_integers(folded, names, used, _how(decisions))
         return quantize_program(folded, used, weights, note=f"{len(names)} layers in int8")
 
 
@@ -306,8 +326,8 @@ def _kind(decisions: Sequence[QuantizeLayer]) -> GridKind:
     return GridKind(dtype=getattr(torch, decisions[0].values), symmetric=decisions[0].symmetric)
 
 
-def _grid(decision: QuantizeLayer, scale: float, zero: int) -> ValueGrid:
-    return replace(_kind([decision]).over(-1.0, 1.0), scale=scale, zero_point=zero)
+def _how(decisions: Sequence[QuantizeLayer]) -> Rounding:
+    return Rounding(limit=decisions[0].weight_limit, bias=decisions[0].bias)
 
 
 def _around(
@@ -327,7 +347,7 @@ def _folded(program: Program, decisions: Sequence[QuantizeLayer]) -> tuple[Progr
     """The program with batch norms folded into its layers, and the layers there that stand for each of the decisions':
     a layer that took over a norm has the norm's name."""
     before = {name: layer.weight for name, layer in find_layers(program)[0].items()}
-    standing = standing_for(program, [decision.layer for decision in decisions])
+    standing = standing_of(program, decisions)
     folded, _ = fold_batch_norms(program)
     after = {layer.weight: name for name, layer in quantizable(folded).items()}
     return folded, {name: [after[before[inside]] for inside in found] for name, found in standing.items()}

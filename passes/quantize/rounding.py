@@ -33,13 +33,16 @@ class Rounded:
     shift: torch.Tensor
 
 
-def weight_scales(weight: torch.Tensor, importance: torch.Tensor, limit: int) -> torch.Tensor:
+def weight_scales(
+    weight: torch.Tensor, importance: torch.Tensor, limit: int, least: torch.Tensor | None = None
+) -> torch.Tensor:
     """One scale for each output of a weight (groups, outputs, columns): that of least squared error of rounding, each
-    column weighed by its `importance` (groups, columns), the diagonal of G. As (groups, outputs, 1)."""
+    column weighed by its `importance` (groups, columns), the diagonal of G; not below `least`. As (groups, outputs,
+    1)."""
     most = weight.abs().amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * limit)
     best, scales = torch.full_like(most, torch.inf), most / limit
     for share in torch.linspace(1.0, LEAST_SHRINKING, SHRINKINGS, dtype=weight.dtype):
-        scale = share * most / limit
+        scale = share * most / limit if least is None else torch.maximum(share * most / limit, least)
         error = (weight - _nearest(weight, scale, limit)).square()
         lost = (error * importance.unsqueeze(1)).sum(2, keepdim=True)
         scales = torch.where(lost < best, scale, scales)
@@ -47,16 +50,16 @@ def weight_scales(weight: torch.Tensor, importance: torch.Tensor, limit: int) ->
     return scales.float().to(weight.dtype)  # as they are stored
 
 
-def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int) -> Rounded:
+def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int, least: torch.Tensor | None = None) -> Rounded:
     """Round a weight (groups, outputs, columns) to integers from -limit to limit, by its Gram matrix (groups, columns +
-    1, columns + 1), the ones last. In float64.
+    1, columns + 1), the ones last. In float64. Scales are not below `least` (groups, outputs, 1).
 
     Never worse than rounding each value to the nearest: where an output would be, it is rounded so.
     """
     groups, outputs, columns = weight.shape
     weight = weight.double()
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
-    scales = weight_scales(weight, diagonal[:, :-1], limit)
+    scales = weight_scales(weight, diagonal[:, :-1], limit, least)
     nearest = _nearest(weight, scales, limit)
     level = diagonal[:, :-1].mean(1).clamp(min=torch.finfo(torch.float64).tiny)
     order = diagonal[:, :-1].mean(0).argsort(descending=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
 
 from ...compiler.ir.program import Program, argument, is_call, is_tensor
+from ...compiler.support.errors import RewriteError
 from ..solve.layers import Layer, find_layers
+from .decision import QuantizeLayer
 from .edit_quantize import ValueGrid
 from .ranges import GridKind
 
 aten = torch.ops.aten
+AS_SAVED = "pass a plan.json as it was saved"
 #: What runtimes compute with the layer in front, in its grid: a range is cut off, nothing else changes.
 _CLIPS = (aten.relu, aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min)
 
@@ -36,6 +39,32 @@ def standing_for(program: Program, names: Iterable[str]) -> dict[str, list[str]]
         whole = program.nodes[name].meta.get("stands_for")
         if whole in found and whole != name:
             found[whole].append(name)
+    return found
+
+
+def standing_of(program: Program, decisions: Sequence[QuantizeLayer]) -> dict[str, list[str]]:
+    """The layers that stand for each of the decisions'.
+
+    Raises RewriteError where there is none, where two decisions are about one, and where they are for kernels that
+    differ: values are handed on from one layer to the next.
+    """
+    names = [decision.layer for decision in decisions]
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise RewriteError(f"two decisions are about {twice[0]!r}", hint="quantise each layer once")
+    for decision in decisions[1:]:
+        if decision.kernels != decisions[0].kernels:
+            raise RewriteError(
+                "the layers of a plan are for the kernels of one backend",
+                node=decision.layer,
+                expected=decisions[0].kernels,
+                actual=decision.kernels,
+                hint=AS_SAVED,
+            )
+    found = standing_for(program, names)
+    for name, standing in found.items():
+        if not standing:
+            raise RewriteError(f"no layer {name!r} to quantise", hint="apply a plan to the network it was made for")
     return found
 
 

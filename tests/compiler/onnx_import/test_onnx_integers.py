@@ -103,6 +103,19 @@ def test_a_quantised_network_is_kept_as_it_is_and_nothing_near_is_cut() -> None:
     assert not find_units(program).prunable
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.1, np.inf, np.nan])
+def test_scales_that_are_none_stay_with_onnx_runtime(scale: float) -> None:
+    """What becomes of values there is the runtime's own affair."""
+    source = model(
+        "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) y = Relu (d)",
+        {"s": np.float32(scale), "z": np.uint8(0)},
+        "float[n, 3, 8, 8] y",
+    )
+    program = import_onnx(source)
+    assert not [node for node in program.graph.nodes if "quantized_decomposed" in str(node.target)]
+    assert sum("onnx_node" in str(node.target) for node in program.graph.nodes) == 2
+
+
 def test_scales_that_are_computed_stay_with_onnx_runtime() -> None:
     source = model(
         """m = ReduceMax <keepdims = 0> (x) s = Abs (m) q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z)

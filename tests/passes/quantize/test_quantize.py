@@ -25,7 +25,6 @@ from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.values import quantizable
 from foldcut.runtime.measure.backend import resolve_backend
 from foldcut.runtime.measure.conditions import Conditions
-from foldcut.runtime.predict.integer_kernels import IntegerKernels
 from foldcut.runtime.probe.latency_probe import LatencyProbe
 from onnx import numpy_helper
 from torch import nn
@@ -90,18 +89,27 @@ def test_segments_end_where_integers_are_handed_on(residual: foldcut.Program, ne
     assert all(exit_.endswith("_quantized") for segment in inner for exit_ in segment.exits)
 
 
-@pytest.fixture(scope="module")
-def backend(counting_backend: Any) -> Any:
-    """Layers in int8 take a quarter of the time, and each change between floats and integers a little."""
+def overflowing(counting_backend: Any, limit: int, refuses: str = "") -> Any:
+    """Layers in int8 take a quarter of the time, and each change between floats and integers a little. Weights beyond a
+    limit are cut off at it, for what kernels without VNNI do; models with an operator may be refused."""
 
     class Integers(type(counting_backend)):  # type: ignore[misc]
-        name = "integers"
+        name = f"integers {limit} {refuses}".strip()
+
+        def build(self, model: bytes, inputs: Any = None) -> Any:
+            if refuses in {node.op_type for node in onnx.load_model_from_string(model).graph.node}:
+                raise foldcut.BackendError(f"{refuses} is not taken")
+            return model
 
         def load(self, engine: Any, inputs: Any, *, threads: int = 1) -> Any:
-            runner = super().load(engine, inputs, threads=threads)
-            graph = onnx.load_model_from_string(engine).graph
-            made = {output: node for node in graph.node for output in node.output}
-            convs = [node for node in graph.node if node.op_type == "Conv"]
+            proto = onnx.load_model_from_string(engine)
+            for tensor in proto.graph.initializer:
+                if tensor.data_type == onnx.TensorProto.INT8:
+                    values = np.clip(numpy_helper.to_array(tensor), -limit, limit)
+                    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+            runner = super().load(proto.SerializeToString(), inputs, threads=threads)
+            made = {output: node for node in proto.graph.node for output in node.output}
+            convs = [node for node in proto.graph.node if node.op_type == "Conv"]
             integer = [c for c in convs if made.get(c.input[1], c).op_type == "DequantizeLinear"]
             runner.time_ms = 1 + 4.0 * (len(convs) - len(integer)) + len(integer)
             return runner
@@ -110,25 +118,31 @@ def backend(counting_backend: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
+def backend(counting_backend: Any) -> Any:
+    return overflowing(counting_backend, 63)
+
+
+@pytest.fixture(scope="module")
 def net(nets: SimpleNamespace) -> nn.Module:
     return nets.seeded(lambda: nets.ResNet(2, 8))  # type: ignore[no-any-return]
 
 
+def compiled(net: nn.Module, images: torch.Tensor, backend: Any, **options: Any) -> foldcut.Compiled:
+    return foldcut.compile(
+        net,
+        images,
+        goal=foldcut.Latency(0.5),
+        **{"rewrites": ("quantize",), **options},
+        backend=backend,
+        mimic=False,
+        progress=False,
+        cache=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def made(net: nn.Module, nets: SimpleNamespace, backend: Any, quick_measurement: None) -> foldcut.Compiled:
-    with pytest.MonkeyPatch.context() as patch:
-        kernels = IntegerKernels(values="uint8", symmetric=False, weight_limit=63)
-        patch.setattr("foldcut.runtime.probe.latency_probe.probe_integers", lambda *_args, **_options: kernels)
-        return foldcut.compile(
-            net,
-            nets.images(60),
-            goal=foldcut.Latency(0.5),
-            rewrites=("quantize",),
-            backend=backend,
-            mimic=False,
-            progress=False,
-            cache=False,
-        )
+    return compiled(net, nets.images(60), backend)
 
 
 def test_a_goal_is_reached_by_integers(made: foldcut.Compiled) -> None:
@@ -138,6 +152,8 @@ def test_a_goal_is_reached_by_integers(made: foldcut.Compiled) -> None:
     assert sum(is_dequantized(node.args[1]) for node in convs) == len(made.plan.decisions) >= 3
     details = made.report.to_dict()["details"]["quantize"]
     assert details["weight_limit"] == 63 and 0.5 < details["share_of_macs"] <= 1
+    assert "weights up to 63" in details["kernels"]
+    assert "weights up to 127" in details["why_no_finer"] and "outputs differ" in details["why_no_finer"]
     assert made.report.output_errors["quantize"] < 0.01
 
 
@@ -164,10 +180,41 @@ def test_what_a_plan_cannot_be(net: nn.Module, nets: SimpleNamespace) -> None:
     rewrite = foldcut.Quantize()
     with pytest.raises(foldcut.RewriteError, match="no layer 'conv2d_99' to quantise"):
         rewrite.requires(program, [foldcut.QuantizeLayer(layer="conv2d_99")])
-    with pytest.raises(foldcut.RewriteError, match="no integers of 4 bits"):
-        rewrite.requires(program, [foldcut.QuantizeLayer(layer="conv2d", bits=4)])
+    with pytest.raises(foldcut.CompilerError, match="bits=4"):
+        foldcut.QuantizeLayer(layer="conv2d", bits=4)
     with pytest.raises(foldcut.RewriteError, match="ranges come from data"):
         rewrite.plain(program, [foldcut.QuantizeLayer(layer="conv2d")])
+
+
+@pytest.mark.parametrize(
+    ("limit", "refuses", "why"), [(127, "QuantizeLinear", "is not taken"), (20, "", "outputs differ")]
+)
+def test_a_backend_without_int8(
+    limit: int,
+    refuses: str,
+    why: str,
+    net: nn.Module,
+    nets: SimpleNamespace,
+    counting_backend: Any,
+    quick_measurement: None,
+) -> None:
+    """Nothing is quantised: alone that is an error, beside other rewrites these are used."""
+    backend = overflowing(counting_backend, limit, refuses)
+    with pytest.raises(foldcut.GoalError, match="nothing can be done towards") as caught:
+        compiled(net, nets.images(20), backend)
+    assert "does not compute int8 layers as ONNX defines them" in str(caught.value.hint)
+    assert why in str(caught.value.hint)
+    mixed = compiled(net, nets.images(20), backend, rewrites=("drop_blocks", "quantize"))
+    assert {decision.kind for decision in mixed.plan.decisions} == {"drop_blocks"}
+    assert any(why in reject for reject in mixed.report.rejects)
+
+
+def test_a_single_sample_compiles_with_a_warning(
+    net: nn.Module, nets: SimpleNamespace, backend: Any, quick_measurement: None
+) -> None:
+    with pytest.warns(UserWarning, match="those of a single sample"):
+        made = compiled(net, nets.images(1), backend)
+    assert made.report.met and made.plan.decisions
 
 
 def test_other_goals_are_not_served(net: nn.Module, nets: SimpleNamespace) -> None:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
-from foldcut.runtime.predict.integer_kernels import CANDIDATES, probe_integers
+from foldcut.runtime.predict.integer_kernels import CANDIDATES, IntegerKernels, probe_integers
 from onnx import numpy_helper
 
 
@@ -69,15 +69,48 @@ class Backend:
 
 def test_the_finest_integers_that_are_exact() -> None:
     assert probe_integers(Backend(127)) == CANDIDATES[0]
+    assert not probe_integers(Backend(127)).refused
     found = probe_integers(Backend(63))
     assert (found.values, found.weight_limit) == ("uint8", 63)
+    assert "weights up to 127" in found.refused and "outputs differ" in found.refused
     signed = probe_integers(Backend(127, refuses="uint8"))
     assert (signed.values, signed.symmetric, signed.weight_limit) == ("int8", False, 127)
 
 
 def test_a_backend_that_computes_something_else_is_named() -> None:
-    with pytest.raises(foldcut.BackendError, match="made up does not compute int8 layers as ONNX defines them"):
-        probe_integers(Backend(20))
+    with pytest.raises(
+        foldcut.BackendError, match="made up does not compute int8 layers as ONNX defines them"
+    ) as caught:
+        probe_integers(Backend(20, refuses="uint8"))
+    assert "uint8 is not taken" in caught.value.message and "outputs differ" in caught.value.message
+
+
+def test_integers_that_there_are_none_of() -> None:
+    for wrong in (
+        {"values": "int4"},
+        {"weight_limit": 0},
+        {"weight_limit": 128},
+        {"weight_limit": 63.5},
+        {"symmetric": "no"},
+        {"symmetric": True},
+        {"bias": "int8"},
+    ):
+        with pytest.raises(foldcut.CompilerError) as caught:
+            IntegerKernels(**wrong)  # type: ignore[arg-type]
+        assert caught.value.hint
+
+
+def test_outputs_that_are_not_numbers_are_wrong() -> None:
+    class Empty(Runner):
+        def outputs(self) -> tuple[Any, ...]:
+            return (np.full_like(self._found[0], np.nan),)
+
+    class Nothing(Backend):
+        def load(self, engine: bytes, inputs: Any, *, threads: int = 1) -> Runner:
+            return Empty(engine, inputs, 127)
+
+    with pytest.raises(foldcut.BackendError, match="not numbers"):
+        probe_integers(Nothing(127))
 
 
 def test_it_is_tried_once() -> None:
