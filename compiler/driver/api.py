@@ -248,6 +248,7 @@ def _report(
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.applied.rejects],
         onnx_difference=outcome.onnx_difference,
+        file_bytes=outcome.file_bytes,
         calibration={
             "samples": len(samples),
             **outcome.sizes,
