@@ -204,7 +204,7 @@ def _fold_derived(program: Program) -> Program:
             for index, source in enumerate(node.args[1:3], 1):
                 # what is stored as integers stays so: the layer is computed in them
                 free = isinstance(source, fx.Node) and not is_dequantized(source)
-                value = _derived_value(program, source) if free else None  # type: ignore[arg-type]
+                value = _derived_value(program, source) if free else None
                 if isinstance(source, fx.Node) and value is not None:
                     wanted.append((node.name, index))
                     derived[source.name] = value
