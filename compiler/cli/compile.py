@@ -15,6 +15,7 @@ from ..driver.api import compile as compile_model
 from ..driver.sealed import PAGE
 from ..frontend.capture import Model
 from ..report.report import Report
+from ..report.words import kind_words, plural, saving_words, signed
 from ..support.atomic_files import check_writable
 from ..support.errors import GoalError
 from ..support.strict_json import json_text
@@ -89,6 +90,12 @@ def show_report(report: Report, out: Console) -> None:
     for row in report.rows():
         table.add_row(*row)
     out.print(table)
+    for change in report.changes:
+        if "error_added" in change:
+            saved = f"{saving_words(change['saving'])} (predicted), " if "saving" in change else ""
+            one, many, _ = kind_words(report, change["kind"])
+            counted = plural(change["count"], one, many)
+            show_line(f"{counted}: {saved}error {signed(change['error_added'])} after a quick re-solve", out)
     for decision, words in zip(report.decisions, report.words, strict=True):
         error = decision.get("error")
         predicted = "" if error is None else f" (predicted error {error:.4f})"

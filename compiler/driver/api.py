@@ -88,8 +88,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         backend: Where latency is measured: ``onnxruntime``, ``openvino``, ``torch``, ``tensorrt``, or a backend of
             your own.
         batch: Batch size of the measurement.
-        rewrites: Which rewrites to use: ``drop_blocks``, ``prune_channels``, ``factorize`` or `Rewrite` instances. If
-            None, the goal decides.
+        rewrites: Which rewrites to use: ``drop_blocks``, ``prune_channels``, ``factorize``, ``quantize`` or `Rewrite`
+            instances. If None, the goal decides: `Latency` and `MaxError` take all, int8 where the backend is faster
+            with it.
         mimic: Whether to train on the features of the original: True, False or None, or a `MimicSettings`.
         views: Functions of a batch that the task is invariant to, such as `horizontal_flip`. Each adds a changed copy
             of the samples to fit with.
@@ -248,6 +249,7 @@ def _report(
         decisions=[d.to_dict() for d in outcome.plan.decisions],
         rejects=[str(r) for r in outcome.applied.rejects],
         onnx_difference=outcome.onnx_difference,
+        file_bytes=outcome.file_bytes,
         calibration={
             "samples": len(samples),
             **outcome.sizes,

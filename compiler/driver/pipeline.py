@@ -55,7 +55,8 @@ class Outcome:
     found to reach the goal, by what was measured for it; `applied` the network and how it came about;
     `aims` the latency ratios that plans were made for, each after a network that missed; `output_errors` what the
     judging samples said on the way, `tested` (and `errors_by_output`) what the test samples say of the network that
-    stands; `sizes` how many samples there were of each; `goal_share` the latency ratio to reach, where there is one;
+    stands; `file_bytes` the sizes of the ONNX file that is replaced and of the new one; `sizes` how many samples there
+    were of each; `goal_share` the latency ratio to reach, where there is one;
     `regimes` the `measurement`, and that of the same loads in the other regime where the backend can.
     """
 
@@ -71,6 +72,7 @@ class Outcome:
     onnx: bytes
     pt2: bytes
     onnx_difference: float
+    file_bytes: Mapping[str, int]
     settings: PipelineSettings
     aims: tuple[float, ...] = ()
     errors_by_output: Mapping[str, float] = field(default_factory=dict)
@@ -228,6 +230,7 @@ def _finished(
         onnx=onnx,
         pt2=pt2,
         onnx_difference=difference,
+        file_bytes={"before": len(probe.before), "after": len(onnx)},
         settings=settings,
         profiles=profiles,
         regimes={str(regime): found for regime, found in regimes.items()},

@@ -132,10 +132,7 @@ class Search:
         quick = self._quick
 
         def tried() -> float:
-            decisions = self._decided(mix)
-            network = solved(quick, self.rewrites, applied(quick, self.rewrites, decisions))
-            network = finished(quick, self.rewrites, network, decisions)
-            return output_error(quick.teacher, network.program, quick.judge)
+            return quick_error(quick, self.rewrites, self._decided(mix))
 
         with self.ctx.clock.stage("try plans"):
             try:
@@ -150,6 +147,13 @@ class Search:
     def _quick(self) -> Context:
         """The samples and means of a trial."""
         return self.ctx.for_trials(TRIAL_SAMPLES)
+
+
+def quick_error(quick: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision]) -> float:
+    """The output error of a plan after a quick re-solve, in the context of a trial."""
+    network = solved(quick, rewrites, applied(quick, rewrites, decisions))
+    network = finished(quick, rewrites, network, decisions)
+    return output_error(quick.teacher, network.program, quick.judge)
 
 
 def trial_macs(program: Program, samples: int) -> int:

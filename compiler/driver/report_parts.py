@@ -19,19 +19,22 @@ from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error
 from ..frontend.capture import Model
+from ..plan.decision import Decision
 from ..report.block_latency import block_latency
 from ..report.graph import describe_graph
 from ..rewrite.rewrite import Rewrite
 from ..support.errors import first_line
 from ..support.strict_json import json_text, read_json
 from ..support.version import __version__
-from .apply_decisions import applied_plain
+from .apply_decisions import applied_plain, by_phase, shaped
 from .pipeline import Outcome
+from .plan_search import TRIAL_SAMPLES, quick_error
 
 Part = dict[str, Any]
 
-#: Fields of a report that a rewrite may fill.
+#: Fields of a report that a rewrite may fill, and those that several may.
 OPEN = ("groups", "multiple_of")
+SHARED = ("figures",)
 
 
 def report_origin(outcome: Outcome, model: Model) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def report_parts(outcome: Outcome) -> dict[str, Any]:
         "block_latency": _or_reason(lambda: _block_latency(outcome)),
         "tried": [asdict(plan) for plan in outcome.applied.tried],
         "aims": list(outcome.aims),
-        "changes": errors_by_class(outcome, outcome.ctx.judge),
+        "changes": _changes(outcome),
         "regimes": _regimes(outcome),
         **_of_rewrites(outcome),
     }
@@ -79,9 +82,11 @@ def report_parts(outcome: Outcome) -> dict[str, Any]:
 def _of_rewrites(outcome: Outcome) -> dict[str, Any]:
     """What the rewrites say beside their decisions: fields of the report that the rest of it leaves open, all else in
     `details` under the name of the rewrite."""
-    found: dict[str, Any] = {"details": {}}
+    found: dict[str, Any] = {"details": {}, **{name: [] for name in SHARED}}
     for rewrite in outcome.rewrites:
         said = _or_reason(functools.partial(_said, rewrite, outcome))
+        for name in SHARED:
+            found[name] += said.pop(name, [])
         own = {name: value for name, value in said.items() if name not in OPEN}
         found |= {name: value for name, value in said.items() if name in OPEN}
         if own:
@@ -124,6 +129,39 @@ def _block_latency(outcome: Outcome) -> Part:
         (measured.before_ms, measured.after_ms),
     )
     return found or {"missing": "too few of the backend's nodes are known by name"}
+
+
+def _changes(outcome: Outcome) -> list[Part]:
+    """Each kind of decision by itself and, where there are several, in turn."""
+    alone = errors_by_class(outcome, outcome.ctx.judge)
+    if len(alone) < 2:
+        return alone
+    turns = _or_reason(lambda: in_turn(outcome))
+    return [{**part, **turns.get(part["kind"], {})} for part in alone]
+
+
+def in_turn(outcome: Outcome) -> Part:
+    """What each rewrite's decisions add to those that are applied before them: output error after a quick re-solve, and
+    under a goal in latency the share of it that they save, predicted by the times of segments."""
+    ctx, rewrites = outcome.ctx, outcome.rewrites
+    found: Part = {}
+    table = ctx.latency.probe.table() if ctx.latency is not None and ctx.goal.measured else None
+    whole = table.predict(ctx.teacher).units if table is not None else 1.0
+    taken: list[Decision] = []
+    last_time, last_error = whole, 0.0
+    for rewrite in by_phase(rewrites):
+        mine = [decision for decision in outcome.plan.decisions if decision.kind == rewrite.name]
+        if not mine:
+            continue
+        taken += mine
+        error = quick_error(ctx.for_trials(TRIAL_SAMPLES), rewrites, taken)
+        found[rewrite.name] = {"error_added": error - last_error}
+        last_error = error
+        if table is not None:
+            time = table.predict(shaped(rewrites, ctx.teacher, taken)).units
+            found[rewrite.name]["saving"] = (last_time - time) / whole
+            last_time = time
+    return found
 
 
 def errors_by_class(outcome: Outcome, held_out: CalibrationSet) -> list[Part]:

@@ -13,6 +13,7 @@ from .execute import run_until
 from .graph_copy import copied
 from .norms import BatchNorm, batch_norm_of
 from .program import Program, is_call, is_constant, is_tensor
+from .segments import is_dequantized
 
 aten = torch.ops.aten
 
@@ -201,7 +202,9 @@ def _fold_derived(program: Program) -> Program:
     for node in program.graph.nodes:
         if is_call(node, aten.conv1d, aten.conv2d, aten.conv3d, aten.linear):
             for index, source in enumerate(node.args[1:3], 1):
-                value = _derived_value(program, source) if isinstance(source, fx.Node) else None
+                # what is stored as integers stays so: the layer is computed in them
+                free = isinstance(source, fx.Node) and not is_dequantized(source)
+                value = _derived_value(program, source) if free else None
                 if isinstance(source, fx.Node) and value is not None:
                     wanted.append((node.name, index))
                     derived[source.name] = value

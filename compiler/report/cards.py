@@ -107,7 +107,7 @@ def _card(run: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "share": macs["after"] / macs["before"] if macs["before"] else 1.0,
         "ms": ms,
         "tip": _block_tip(name, run, macs, ms),
-        "summary": _summary(changes),
+        "summary": _summary(layers),
         "several": len(run) > 1,
         "drawing": None,
     }
@@ -123,9 +123,12 @@ def _state(changes: Sequence[str]) -> str:
     return "kept" if all(change == "kept" for change in changes) else "changed"
 
 
-def _summary(changes: Sequence[str]) -> str:
-    parts = [plural(len(changes), "layer")]
+def _summary(layers: Sequence[Mapping[str, Any]]) -> str:
+    changes = [layer["change"] for layer in layers]
+    parts = [plural(len(layers), "layer")]
     parts += [f"{changes.count(kind)} {kind}" for kind in ("dropped", "pruned", "factorised") if kind in changes]
+    rounded = sum(_in_integers(layer) for layer in layers)
+    parts += [f"{rounded} in int8"] if rounded else []
     return ", ".join(parts)
 
 
@@ -134,7 +137,7 @@ def _block_tip(name: str, run: Sequence[Mapping[str, Any]], macs: Mapping[str, i
     return lines(
         [
             name,
-            _summary([layer["change"] for block in run for layer in block["layers"]]),
+            _summary([layer for block in run for layer in block["layers"]]),
             f"MACs {scaled(macs['before'])} {ARROW} {scaled(macs['after'])}",
             f"latency {number(ms['before_ms'])} {ARROW} {number(ms['after_ms'])} ms (profile)" if len(ms) > 1 else "",
             f"passes on {f' {TIMES} '.join(map(str, shape))}" if shape else "",
@@ -282,7 +285,7 @@ def _together(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "name": str(layers[0]["name"]) if layers else "",
         "path": str(layers[0]["path"]).rsplit(".", 1)[0] if layers else "joins",
-        "operation": _summary(changes),
+        "operation": _summary(layers),
         "macs": {side: sum(layer["macs"][side] for layer in layers) for side in ("before", "after")},
         "change": max(set(touched), key=touched.count) if touched else "kept",
         "together": len(layers),
@@ -315,11 +318,21 @@ def _short(path: str, room: int) -> str:
     return text if len(text) <= room else f"\u2026{text[-max(1, room - 1) :]}"
 
 
+def _in_integers(layer: Mapping[str, Any]) -> bool:
+    return str(layer.get("precision", "")).startswith(("int", "uint"))
+
+
 def _detail(layer: Mapping[str, Any]) -> str:
     if "together" in layer:
         return plural(layer["together"], "layer")
     if layer["change"] == "dropped":
         return "dropped"
+    kept = _kept(layer)
+    return f"{kept} {layer['precision']}".strip() if _in_integers(layer) else kept
+
+
+def _kept(layer: Mapping[str, Any]) -> str:
+    """Channels or ranks."""
     if "ranks" in layer:
         ranks, full = (TIMES.join(map(str, layer[key])) for key in ("ranks", "full"))
         return f"rank {ranks}/{full}" if len(layer["ranks"]) == 1 else f"rank {ranks}"  # the rest is in the tip
@@ -338,13 +351,19 @@ def _layer_tip(layer: Mapping[str, Any]) -> str:
         for side, word in (("inputs", "input"), ("outputs", "output"))
         if side in layer and layer["change"] != "dropped"
     ]
-    became = {"dropped": "dropped", "kept": "kept as it was", "pruned": "channels pruned"}.get(layer["change"], "")
+    became = {
+        "dropped": "dropped",
+        "kept": "kept as it was",
+        "pruned": "channels pruned",
+        "quantised": "kept, and quantised",
+    }.get(layer["change"], "")
     return lines(
         [
             str(layer["path"] or layer["name"]),
             str(layer["operation"]),
             f"factorised ({layer['scheme']}), {rank_words(layer)}" if "ranks" in layer else became,
             *channels,
+            f"computed in {layer['precision']}" if "precision" in layer else "",
             f"MACs {scaled(macs['before'])} {ARROW} {scaled(macs['after'])}",
             f"node {layer['name']}" if layer["path"] and layer["path"] != layer["name"] else "",
         ]

@@ -15,9 +15,9 @@ from torch import fx
 from ..analysis.regions import common_path
 from ..ir.cost import node_macs
 from ..ir.program import Program, data_inputs, is_size, is_tensor
-from ..ir.segments import Segment, find_segments
+from ..ir.segments import Segment, find_segments, is_dequantized
 from ..plan.decision import Decision
-from .layer_words import join_sign, layer_width, layer_words
+from .layer_words import join_sign, layer_precision, layer_width, layer_words
 
 #: The ends of a block, among the names of its edges.
 ENTRY, EXIT = "<in>", "<out>"
@@ -25,7 +25,8 @@ ENTRY, EXIT = "<in>", "<out>"
 
 def describe_graph(before: Program, after: Program, decisions: Sequence[Decision] = ()) -> dict[str, Any]:
     """The blocks of `before` in topological order, each with its layers, joins and edges, and what `after` has left of
-    them. Multiply-accumulates are those of one sample."""
+    them. Multiply-accumulates are those of one sample. Where some layer is in integers, each that is left has its
+    `precision`."""
     layers = _Layers(before, after, decisions)
     blocks = [_block(before, segment, layers) for segment in find_segments(before)]
     _number(blocks)
@@ -53,10 +54,16 @@ class _Layers:
             for name, mark in decision.marks(before).items():
                 self.marks.setdefault(name, {}).update(mark)
         self.macs = {name: node_macs(before, node) for name, node in before.nodes.items()}
+        self.rounded = any(is_dequantized(node) for node in after.graph.nodes)
         self._factors: dict[str, list[fx.Node]] = {}
+        self._folded: dict[str, fx.Node] = {}
         for node in after.graph.nodes:
-            if node.name not in self.macs and node_macs(after, node):
+            if not node_macs(after, node):
+                continue
+            if node.name not in self.macs:
                 self._factors.setdefault(self._served(node), []).append(node)
+            elif not self.macs[node.name]:
+                self._folded[self._norm_of(before.nodes[node.name])] = node
 
     def _served(self, node: fx.Node) -> str:
         """The layer of the original whose factor a new node is: the first layer that its value reaches."""
@@ -67,9 +74,15 @@ class _Layers:
             node = following
         return node.name
 
+    def _norm_of(self, norm: fx.Node) -> str:
+        """The layer of the original whose norm was folded into it: the folded layer has the norm's name."""
+        while not self.macs.get(norm.name) and norm.args and isinstance(norm.args[0], fx.Node):
+            norm = norm.args[0]
+        return norm.name
+
     def describe(self, name: str) -> dict[str, Any]:
         """One layer as plain data."""
-        node, left = self.before.nodes[name], self.after.nodes.get(name)
+        node, left = self.before.nodes[name], self.after.nodes.get(name, self._folded.get(name))
         there = [*self._factors.get(name, []), *([] if left is None else [left])]
         made: dict[str, Any] = {
             "name": name,
@@ -84,16 +97,21 @@ class _Layers:
             made["inputs"] = {"kept": first.inputs if first else 0, "total": width.inputs}
             made["outputs"] = {"kept": last.outputs if last else 0, "total": width.outputs}
         made |= {key: value for key, value in self.marks.get(name, {}).items() if key != "drop"}
-        return {**made, "change": _change(made, left)}
+        was = layer_precision(node)
+        if self.rounded and left is not None:
+            made["precision"] = layer_precision(left)
+        return {**made, "change": _change(made, left, was)}
 
 
-def _change(layer: Mapping[str, Any], left: fx.Node | None) -> str:
+def _change(layer: Mapping[str, Any], left: fx.Node | None, was: str) -> str:
     if left is None:
         return "dropped"
     if "ranks" in layer:
         return "factorised"
     cut = any(layer[side]["kept"] < layer[side]["total"] for side in ("outputs", "inputs") if side in layer)
-    return "pruned" if cut else "kept"
+    if cut:
+        return "pruned"
+    return "kept" if layer.get("precision", was) == was else "quantised"
 
 
 def _block(program: Program, segment: Segment, layers: _Layers) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import Program, argument, is_call, is_tensor
+from ..ir.program import Program, argument, dtype_name, is_call, is_tensor
+from ..ir.segments import is_dequantized
 
 aten = torch.ops.aten
 
@@ -52,6 +53,15 @@ def layer_words(program: Program, node: fx.Node) -> str:
     if groups > 1 and not depthwise:
         words.append(f"{groups} groups")
     return ", ".join(words)
+
+
+def layer_precision(node: fx.Node) -> str:
+    """What a layer multiplies: ``int8`` where its weight and its input are read back from integers, else the dtype of
+    what it makes."""
+    weight = argument(node, 1, "weight")
+    if is_dequantized(weight) and is_dequantized(node.args[0]):
+        return dtype_name(weight.args[0].meta["val"].dtype)
+    return dtype_name(node.meta["val"].dtype)
 
 
 def join_sign(node: fx.Node) -> str:

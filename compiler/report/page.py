@@ -34,7 +34,9 @@ from .words import (
     plural,
     regime_words,
     rewrite_words,
+    saving_words,
     scaled,
+    signed,
     stage_words,
     time_words,
     verdict,
@@ -112,6 +114,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "stages": _stages(report),
         "error": error_words(report),
         "changes": _changes(report),
+        "in_turn": any("error_added" in change for change in report.get("changes", ())),
         "cards": block_cards(graph, times) if graph.get("blocks") else [],
         "shown": {layer["change"] for block in graph.get("blocks", ()) for layer in block["layers"]},
         "no_graph": graph.get("missing", "not recorded"),
@@ -162,8 +165,15 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         tile("Latency", number(latency["before_ms"]), milliseconds(latency["after_ms"]), "median of one inference"),
         tile("Multiply-accumulates", scaled(macs["before"]), scaled(macs["after"]), ratio(macs)),
         tile("Parameters", scaled(parameters["before"]), scaled(parameters["after"]), ratio(parameters)),
+        *([tile("ONNX file", *_file_words(report["file_bytes"]))] if report.get("file_bytes") else []),
+        *(tile(f["label"], f["before"], f["after"], f["note"]) for f in report.get("figures", ())),
         tile("Output error", "0", number(report["output_error"]), f"relative mean square {error_note(report)}"),
     ]
+
+
+def _file_words(sizes: Mapping[str, int]) -> tuple[str, str, str]:
+    left = f"{percent(sizes['after'] / sizes['before'])} left" if sizes["before"] else ""
+    return f"{scaled(sizes['before'])}B", f"{scaled(sizes['after'])}B", left
 
 
 def _bars(graph: Mapping[str, Any], times: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -234,6 +244,8 @@ def _changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "colour": colour,
                 "count": change["count"],
                 "alone": "not apart" if change.get("missing") else alone,
+                "added": signed(change["error_added"]) if "error_added" in change else "",
+                "saved": saving_words(change["saving"]) if "saving" in change else "",
                 "plan": min(plans, key=lambda t: math.inf if t["error"] is None else t["error"], default=None),
             }
         )

@@ -42,7 +42,9 @@ class Report(Mapping[str, Any]):
         details: What else the rewrites said, by name of the rewrite.
         tried: The plans that were compared.
         aims: The latency ratios that were planned for: that of the goal, and smaller ones after a miss.
-        changes: For each kind of decision, the error that it makes alone, before any re-solve.
+        changes: For each kind of decision, the error that it makes alone, before any re-solve. If there are several,
+            also what it adds to those applied before it: ``error_added`` after a quick re-solve and, under a goal in
+            latency, ``saving``, the share of the latency that the times of segments predict.
         graph: The network block by block, and what became of each layer.
         block_latency: Latency per block, before and after.
         model: Name of the file or class of the network.
@@ -57,6 +59,8 @@ class Report(Mapping[str, Any]):
         mimicked: Whether the result was trained on the features of the original.
         test: The output error on the test samples with its 95 % interval: ``error``, ``low``, ``high``, ``samples``.
         regimes: The latency in both regimes, ``hot`` and ``cold``, by name.
+        file_bytes: Sizes of the ONNX file ``before`` and ``after``.
+        figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
         >>> counts, latency = {"before": 4000, "after": 2000}, {"ratio": 0.6, "low": 0.58, "high": 0.62}
@@ -111,6 +115,8 @@ class Report(Mapping[str, Any]):
     mimicked: bool = False
     test: Mapping[str, Any] = field(default_factory=dict)
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    file_bytes: Mapping[str, int] = field(default_factory=dict)
+    figures: Sequence[Mapping[str, str]] = ()
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:
@@ -163,6 +169,8 @@ class Report(Mapping[str, Any]):
             "regimes": {name: dict(latency) for name, latency in self.regimes.items()},
             "macs": dict(self.macs),
             "parameters": dict(self.parameters),
+            "file_bytes": dict(self.file_bytes),
+            "figures": [dict(figure) for figure in self.figures],
             "output_error": self.output_error,
             "test": dict(self.test),
             "output_errors": dict(self.output_errors),
@@ -194,10 +202,14 @@ class Report(Mapping[str, Any]):
         for name, label, scale, unit in (
             ("macs", "MACs", 1e6, " M"),
             ("parameters", "parameters", 1e3, " k"),
+            ("file_bytes", "ONNX file", 1e3, " kB"),
         ):
+            if not getattr(self, name):
+                continue
             before, after = getattr(self, name)["before"], getattr(self, name)["after"]
             ratio = f"x{after / before:.3f}" if before else ""
             rows.append((label, f"{before / scale:.2f}{unit}", f"{after / scale:.2f}{unit}", ratio))
+        rows += [(f["label"], f["before"], f["after"], f["note"]) for f in self.figures]
         note = "relative mean squared"
         if self.test:
             note = f"{interval_words(self.test['low'], self.test['high'])}{self.test['samples']} test samples"

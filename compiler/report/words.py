@@ -61,6 +61,18 @@ def percent(share: float) -> str:
     return f"{value:.1f} %" if 0 < abs(value) < 10 else f"{value:.0f} %"
 
 
+def signed(value: float | None) -> str:
+    """``+0.0123``: what is added to a figure."""
+    return number(value) if value is None or not value > 0 else f"+{number(value)}"
+
+
+def saving_words(share: float | None) -> str:
+    """What a change was predicted to save of the latency: ``27 % less latency``."""
+    if share is None or not math.isfinite(share):
+        return "latency not predicted"
+    return f"{percent(abs(share))} {'less' if share >= 0 else 'more'} latency"
+
+
 def plural(count: int, one: str, many: str | None = None) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count} {one if count == 1 else many or f'{one}s'}"

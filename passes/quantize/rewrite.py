@@ -13,14 +13,14 @@ from ...compiler.data.output_error import output_error
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.edit_folds import fold_batch_norms
 from ...compiler.ir.program import Program, argument
-from ...compiler.ir.segments import find_segments, is_dequantized
+from ...compiler.ir.segments import is_dequantized
 from ...compiler.plan.decision import Decision
 from ...compiler.plan.goal import Goal
 from ...compiler.plan.proposals import Claims, Item, Mix, Proposal
 from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, Rewrite
-from ...compiler.support.errors import BackendError, Reject, RewriteError
+from ...compiler.support.errors import BackendError, CompilerError, Reject, RewriteError
 from ...compiler.support.setting_checks import (
     Allowed,
     check_kind,
@@ -36,7 +36,8 @@ from .decision import QuantizeLayer
 from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from .quantize import Rounding, choose_grids, plain_integers, quantize, quick_integers
 from .ranges import RANGES, GridKind
-from .values import AS_SAVED, quantizable, standing_for, standing_of, usual_grid, values_of
+from .savings import integer_savings
+from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grid, values_of
 
 #: What trials found out about networks, for as long as these are there.
 _QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
@@ -112,14 +113,14 @@ class Quantize(Rewrite):
         check_kind("refused", self.refused, str)
         settled(self)
 
+    @classmethod
+    def configured(cls, settings: Any) -> Quantize:
+        """The rewrite, without the layers that ``settings.ranks`` ignores."""
+        return cls(ignore=settings.ranks.ignore)
+
     def serves(self, goal: Goal) -> bool:
         """True for goals that go by a measured latency."""
         return goal.mixes and goal.measured
-
-    def by_default(self, goal: Goal) -> bool:
-        """False: integers are asked for."""
-        del goal
-        return False
 
     def prepared(self, ctx: Context) -> Quantize:
         """The rewrite with the integers that the backend computes exactly, or with the reason why there are none."""
@@ -135,23 +136,30 @@ class Quantize(Rewrite):
         return all_layer_names(program)
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them are not
-        faster together."""
-        program = ctx.teacher
-        left = matching_layers(program, self.ignore)
-        layers = [name for name in _layers(program) if name not in left]
-        if self.kernels is None or not layers:
-            reason = self.refused or "there is no backend to quantise for"
-            return Offer(rejects=tuple(Reject(reason=reason, node=name) for name in layers))
+        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them
+        together are not faster, or where the backend does not compute them."""
+        left = matching_layers(ctx.teacher, self.ignore)
+        layers = [name for name in _layers(ctx.teacher) if name not in left]
+        rejects = _rejects(ctx.teacher)
+        if self.kernels is None:
+            return Offer(
+                rejects=(Reject(reason=self.refused or "there is no backend to quantise for", node=self.name),)
+            )
+        if not layers:
+            return Offer(rejects=rejects)
         with ctx.clock.stage("time integers"):
-            savings = self._savings(ctx, budget, layers)
-        if sum(savings.values()) < LEAST_SAVING:
-            slower = "not faster in int8 on this backend"
-            return Offer(rejects=tuple(Reject(reason=slower, node=name) for name in layers))
+            try:
+                savings = self._savings(ctx, budget, layers)
+            except CompilerError as cause:  # a segment that is not exported, or not taken
+                reason = f"cannot be timed in int8: {cause.message}"
+                return Offer(rejects=(*rejects, Reject(reason=reason, node=self.name)))
+        if not savings:
+            slower = Reject(reason="all layers together are not faster in int8 on this backend", node=self.name)
+            return Offer(rejects=(*rejects, slower))
         with ctx.clock.stage("weigh integers"):
             errors = self._errors(ctx, layers)
-        items = tuple(self._item(program, name, errors[name], savings[name]) for name in layers)
-        return Offer(items=items, starts=_starts(items))
+        items = tuple(self._item(ctx.teacher, name, errors[name], savings[name]) for name in layers)
+        return Offer(items=items, rejects=rejects, starts=_starts(items))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
         """Raise RewriteError where `program` does not have a layer as planned, where two decisions are about one, and
@@ -217,14 +225,25 @@ class Quantize(Rewrite):
         del ctx
         if not mine:
             return {}
+        share = inside / max(1, sum(macs.values()))
+        note = self._weight_words(mine[0].weight_limit)
         refused = "" if self.kernels is None else self.kernels.refused
         return {
             "values": mine[0].values,
             "weight_limit": mine[0].weight_limit,
+            "weights": note,
             "kernels": str(mine[0].kernels),
             **({"why_no_finer": refused} if refused else {}),
-            "share_of_macs": inside / max(1, sum(macs.values())),
+            "share_of_macs": share,
+            "figures": [{"label": "MACs in int8", "before": "0 %", "after": f"{100 * share:.0f} %", "note": note}],
         }
+
+    def _weight_words(self, limit: int) -> str:
+        """How fine weights are, and why."""
+        words = f"weights of {limit.bit_length() + 1} bits"
+        if self.kernels is None or not self.kernels.refused or limit != self.kernels.weight_limit or limit == 127:
+            return words
+        return f"{words}, because this machine's 8-bit kernels overflow"
 
     def _item(self, program: Program, name: str, error: float, saving: float) -> Item:
         decision = replace(self._decision(name), path=program.path(program.nodes[name]), error=error)
@@ -242,21 +261,13 @@ class Quantize(Rewrite):
         )
 
     def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, float]:
-        """What each layer saves where all of them are in int8: the difference of its segment, by its share of the
-        multiply-accumulates there."""
+        """What each layer saves where all of them are in int8; nothing where all together are not faster."""
         assert budget.latency is not None
+        decisions = [self._decision(name) for name in layers]
+        folded, standing = _folded(ctx.teacher, decisions)
+        whole = self.shape(ctx.teacher, decisions)
         table = budget.latency.probe.table()
-        folded, standing = _folded(ctx.teacher, [self._decision(name) for name in layers])
-        whole = self.shape(ctx.teacher, [self._decision(name) for name in layers])
-        before, after = (
-            _node_times(program, table.predict(program, progress=ctx.progress)) for program in (folded, whole)
-        )
-        total = sum(time for _, time in before)
-        macs = {name: node_macs(folded, node) for name, node in folded.nodes.items()}
-        return {
-            name: sum(_share(inside, before, after, macs) for inside in found) / total
-            for name, found in standing.items()
-        }
+        return integer_savings(table, folded, whole, standing, LEAST_SAVING, progress=ctx.progress)
 
     def _errors(self, ctx: Context, layers: Sequence[str]) -> dict[str, float]:
         """Relative output errors with each layer alone in int8, its weight rounded value by value."""
@@ -343,6 +354,12 @@ def _layers(program: Program) -> list[str]:
     return [name for name, layer in find_layers(program)[0].items() if layer.weight in weights]
 
 
+def _rejects(program: Program) -> tuple[Reject, ...]:
+    """What stays in floating point, or as it came, with the reason."""
+    folded, _ = fold_batch_norms(program)
+    return tuple(Reject(reason=f"not put into int8: {reason}", node=name) for name, reason in unquantizable(folded))
+
+
 def _folded(program: Program, decisions: Sequence[QuantizeLayer]) -> tuple[Program, dict[str, list[str]]]:
     """The program with batch norms folded into its layers, and the layers there that stand for each of the decisions':
     a layer that took over a norm has the norm's name."""
@@ -351,25 +368,6 @@ def _folded(program: Program, decisions: Sequence[QuantizeLayer]) -> tuple[Progr
     folded, _ = fold_batch_norms(program)
     after = {layer.weight: name for name, layer in quantizable(folded).items()}
     return folded, {name: [after[before[inside]] for inside in found] for name, found in standing.items()}
-
-
-Times = list[tuple[frozenset[str], float]]
-
-
-def _node_times(program: Program, prediction: Any) -> Times:
-    segments = find_segments(program)
-    return [(frozenset(s.nodes), time.units) for s, time in zip(segments, prediction.segments, strict=True)]
-
-
-def _share(name: str, before: Times, after: Times, macs: Mapping[str, int]) -> float:
-    """What a layer's segment saves, by the layer's share of the multiply-accumulates there."""
-    (old,) = [(nodes, time) for nodes, time in before if name in nodes]
-    (new,) = [(nodes, time) for nodes, time in after if name in nodes]
-    return (old[1] / _macs(old[0], macs) - new[1] / _macs(new[0], macs)) * macs[name]
-
-
-def _macs(nodes: frozenset[str], macs: Mapping[str, int]) -> int:
-    return max(1, sum(macs.get(name, 0) for name in nodes))
 
 
 def _starts(items: Sequence[Item]) -> tuple[Mix, ...]:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from ...compiler.ir.program import Program, argument, is_call, is_tensor
+from ...compiler.ir.cost import node_macs
+from ...compiler.ir.program import Program, argument, dtype_name, is_call, is_tensor
+from ...compiler.ir.segments import is_dequantized
 from ...compiler.support.errors import RewriteError
 from ..solve.layers import Layer, find_layers
 from .decision import QuantizeLayer
@@ -21,14 +23,39 @@ _CLIPS = (aten.relu, aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min)
 
 
 def quantizable(program: Program) -> dict[str, Layer]:
-    """The layers that can be quantised, by node name: those that can be re-solved, with a floating-point input."""
+    """The layers that can be quantised, by node name: those that can be re-solved, with a float32 input."""
     layers, _ = find_layers(program)
-    return {name: layer for name, layer in layers.items() if _can_be(program, layer)}
+    return {name: layer for name, layer in layers.items() if not _hindrance(program, layer)}
 
 
-def _can_be(program: Program, layer: Layer) -> bool:
-    biased = argument(program.nodes[layer.node], 2, "bias") is not None
-    return program.nodes[layer.input].meta["val"].dtype == torch.float32 and biased == (layer.bias is not None)
+def unquantizable(program: Program) -> list[tuple[str, str]]:
+    """The other layers, and calls that cost multiply-accumulates, each with the reason."""
+    layers, rejects = find_layers(program)
+    found = {reject.node: reject.reason for reject in rejects}
+    found |= {name: _hindrance(program, layer) for name, layer in layers.items()}
+    for name, node in program.nodes.items():
+        if is_dequantized(argument(node, 1, "weight")):
+            found[name] = "it is in integers already"
+        elif name not in found and node_macs(program, node):
+            found[name] = "it is no convolution or linear layer with a weight of its own"
+    return [(name, reason) for name, reason in found.items() if reason]
+
+
+def _hindrance(program: Program, layer: Layer) -> str:
+    """Why a layer cannot be quantised; empty where it can."""
+    dtype = program.nodes[layer.input].meta["val"].dtype
+    if dtype != torch.float32:
+        return f"it computes in {dtype_name(dtype)}, not in float32"
+    node = program.nodes[layer.node]
+    if layer.bias is None and argument(node, 2, "bias") is not None:
+        return "its bias is shared with another layer"
+    # two grids in a row: runtimes make one of them, of other steps
+    beside = is_dequantized(program.nodes[layer.input]) or any(map(_stores, clipped(node).users))
+    return "it stands beside what is in integers already" if beside else ""
+
+
+def _stores(node: fx.Node) -> bool:
+    return str(node.target).startswith("quantized_decomposed.quantize")
 
 
 def standing_for(program: Program, names: Iterable[str]) -> dict[str, list[str]]:

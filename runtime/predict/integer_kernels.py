@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...compiler.support.errors import BackendError, CompilerError
+from ...compiler.support.errors import BackendError, CompilerError, named_first_line
 from ...compiler.support.setting_checks import Allowed, check_switch, check_whole, check_word, refuse, settled
 from ..measure.backend import Array, Backend
 from ..measure.environment import lasting
@@ -119,6 +119,8 @@ def _wrong(backend: Backend, kernels: IntegerKernels, threads: int) -> str:
                 found = np.asarray(runner.outputs()[0])
         except CompilerError as refusal:
             return refusal.message
+        except Exception as cause:  # a backend of the user's may end in any way: then it has no such kernels
+            return named_first_line(cause)
         if found.shape != expected.shape or not bool(np.isfinite(found).all()):
             return f"a {kind} layer's outputs are not numbers of its shape"
         off = np.abs(np.rint((found - expected) / step))

@@ -1,0 +1,66 @@
+"""What each layer saves in int8: the times of its segment, beside others in int8 and in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...compiler.ir.cost import node_macs
+from ...compiler.ir.program import Program
+from ...compiler.ir.segments import Segment, find_segments
+from ...compiler.support.progress import Progress, silent
+from ...runtime.predict.latency_table import LatencyTable, SegmentTime
+
+#: So many segments are timed before it is asked whether anything can still come of the rest.
+AT_ONCE = 8
+
+Times = list[tuple[frozenset[str], float]]
+
+
+def integer_savings(
+    table: LatencyTable,
+    folded: Program,
+    whole: Program,
+    standing: Mapping[str, Sequence[str]],
+    least: float,
+    *,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """The share of the network's latency that each of some layers saves where all of them are in int8: the difference
+    of its segment, by its share of the multiply-accumulates there. Empty where all together save less than `least`.
+
+    `folded` is the network in floating point, `whole` the same with all layers in int8; `standing` has the names there
+    of what stands for each layer. The slowest segments are timed first, and no more of them once those that are left
+    could not make up for what these lose if they took no time at all.
+    """
+    segments = find_segments(folded)
+    before = _times(segments, table.predict(folded, progress=progress).segments)
+    total = sum(time for _, time in before)
+    macs = {name: node_macs(folded, node) for name, node in folded.nodes.items()}
+    inside = {name for names in standing.values() for name in names}
+    own = {name: time / _macs(nodes, macs) * macs[name] for nodes, time in before for name in nodes & inside}
+    open_ = _by_time(find_segments(whole), own)
+    saved: dict[str, float] = {}
+    while open_:
+        timed, open_ = open_[:AT_ONCE], open_[AT_ONCE:]
+        for nodes, time in _times(timed, table.time_segments(whole, timed, progress=progress)):
+            there = nodes & inside
+            saved |= {name: own[name] - time / _macs(nodes, macs) * macs[name] for name in there}
+        left = sum(time for name, time in own.items() if name not in saved)
+        if sum(saved.values()) + left < least * total:
+            return {}
+    return {name: sum(saved[layer] for layer in names) / total for name, names in standing.items()}
+
+
+def _by_time(segments: Sequence[Segment], own: Mapping[str, float]) -> list[Segment]:
+    """Those that hold layers, what takes the longest in floating point first."""
+    times = {segment: sum(own.get(name, 0.0) for name in segment.nodes) for segment in segments}
+    holding = [segment for segment in segments if not own.keys().isdisjoint(segment.nodes)]
+    return sorted(holding, key=lambda segment: -times[segment])
+
+
+def _times(segments: Sequence[Segment], times: Sequence[SegmentTime]) -> Times:
+    return [(frozenset(segment.nodes), time.units) for segment, time in zip(segments, times, strict=True)]
+
+
+def _macs(nodes: frozenset[str], macs: Mapping[str, int]) -> int:
+    return max(1, sum(macs.get(name, 0) for name in nodes))
