@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from ...compiler.ir.program import Program
@@ -23,6 +24,8 @@ class QuantizeLayer(Decision):
         symmetric: Whether zero is in the middle of their range.
         grids: Node, scale and zero point of the values in front of the layer and behind it. Empty until they are
             known.
+        equalised: Layer, and the power of two that each of its output channels is divided by, for the channels in front
+            of this layer and behind it whose ranges were evened out. What reads them multiplies by it.
         path: Module path of the layer, for display.
         error: Relative output error when this layer alone is quantised. None if not predicted.
 
@@ -37,6 +40,7 @@ class QuantizeLayer(Decision):
     values: str = "uint8"
     symmetric: bool = False
     grids: tuple[tuple[str, float, int], ...] = ()
+    equalised: tuple[tuple[str, tuple[int, ...]], ...] = ()
     path: str = ""
     error: float | None = None
 
@@ -72,7 +76,11 @@ class QuantizeLayer(Decision):
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizeLayer:
         """Read a decision back. Raises KeyError, TypeError or ValueError for anything else."""
         grids = tuple((str(node), float(scale), int(zero)) for node, scale, zero in data.get("grids", ()))
-        return cls(**{**{name: value for name, value in data.items() if name != "kind"}, "grids": grids})
+        equalised = tuple(
+            (str(layer), tuple(index(power) for power in powers)) for layer, powers in data.get("equalised", ())
+        )
+        rest = {name: value for name, value in data.items() if name != "kind"}
+        return cls(**{**rest, "grids": grids, "equalised": equalised})
 
     def __str__(self) -> str:
         return f"quantise {self.layer} to int{self.bits}"

@@ -3,7 +3,7 @@ those before it now deliver."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +30,16 @@ QUICK_ROWS = 10
 
 
 def choose_grids(
-    program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind, ranges: str
+    program: Program,
+    layers: Sequence[str],
+    samples: CalibrationSet,
+    kind: GridKind,
+    ranges: str,
+    among: Collection[str] | None = None,
 ) -> dict[str, ValueGrid]:
-    """The grids of the values around some layers. With `ranges` ``best``, for each value the range that loses least at
-    the layers that read it; else the range of that name."""
-    names = values_of(program, layers)
+    """The grids of the values around some layers, all or those `among` some values. With `ranges` ``best``, for each
+    value the range that loses least at the layers that read it; else the range of that name."""
+    names = [name for name in values_of(program, layers) if among is None or name in among]
     found = histograms(program, names, samples, batch_size=batch_size_for(program, quantizable(program).values()))
     if ranges != "best":
         return {name: RANGES[ranges](found[name], kind) for name in names}
@@ -70,11 +75,15 @@ def _least_lost(
 
 def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
     """Sum of squares of what a change of its input does to a layer's output."""
+    return float(product(program, layer, change, program.module.get_parameter(layer.weight)).double().square().sum())
+
+
+def product(program: Program, layer: Layer, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of a value with some weight, without its bias."""
     node = program.nodes[layer.node]
-    weight = program.module.get_parameter(layer.weight)
     settings = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
-    passed: torch.Tensor = node.target(change, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
-    return float(passed.double().square().sum())
+    made: torch.Tensor = node.target(value, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +148,20 @@ def plain_integers(
 ) -> dict[str, IntegerWeights]:
     """Weights rounded value by value: the whole range of each output, without data."""
     there = quantizable(program)
-    found = {}
-    for name in layers:
-        weight = there[name].matrix(program.module.get_parameter(there[name].weight).detach()).double()
-        scales = (weight.abs().amax(2, keepdim=True) / limit).float().clamp(min=torch.finfo(torch.float32).tiny)
-        values = (weight / scales.double()).round().clamp(-limit, limit).to(torch.int8)
-        plain = Rounded(values=values, scales=scales.double(), shift=weight.new_zeros(weight.shape[:2]))
-        found[name] = _integers(there[name], grids, plain, _bias(program, there[name]), limit)
-    return found
+    return {
+        name: _integers(
+            there[name], grids, rounded_plainly(program, there[name], limit), _bias(program, there[name]), limit
+        )
+        for name in layers
+    }
+
+
+def rounded_plainly(program: Program, layer: Layer, limit: int) -> Rounded:
+    """The weight of a layer rounded value by value over the whole range of each output."""
+    weight = layer.matrix(program.module.get_parameter(layer.weight).detach()).double()
+    scales = (weight.abs().amax(2, keepdim=True) / limit).float().clamp(min=torch.finfo(torch.float32).tiny).double()
+    values = (weight / scales).round().clamp(-limit, limit).to(torch.int8)
+    return Rounded(values=values, scales=scales, shift=weight.new_zeros(weight.shape[:2]))
 
 
 def quick_integers(
@@ -179,7 +194,7 @@ def _round(student: Program, layer: Layer, gram: torch.Tensor, limit: int, tenso
     """The weight of a layer rounded, in `tensors`, with what its bias takes over."""
     weight = current_parameter(student, layer.weight, tensors)
     found = rounded(layer.matrix(weight), _gram(layer, gram), limit)
-    tensors[layer.weight] = (found.values.double() * found.scales).reshape(weight.shape).to(weight.dtype)
+    tensors[layer.weight] = found.weight.reshape(weight.shape).to(weight.dtype)
     if layer.bias is not None:
         tensors[layer.bias] = add_delta(current_parameter(student, layer.bias, tensors), found.shift)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -29,7 +30,7 @@ class Histogram:
     high: float
     counts: torch.Tensor = field(repr=False)
 
-    @property
+    @cached_property
     def centres(self) -> torch.Tensor:
         """The middle of each bin."""
         edges = torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.float64)
