@@ -131,8 +131,8 @@ class Quantize(Rewrite):
         return all_layer_names(program)
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
-        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them together
-        are not faster."""
+        """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them
+        together are not faster."""
         program = ctx.teacher
         left = matching_layers(program, self.ignore)
         layers = [name for name in _layers(program) if name not in left]
