@@ -17,6 +17,9 @@ from .edit_quantize import ValueGrid
 
 #: Whether a zero point is one of the integers, a grid itself says.
 _ANY = Allowed(least=-128, most=255)
+#: Channels are scaled by powers of two up to this one: what lies further apart is nothing on a grid of 8 bits.
+MOST_EXPONENT = 10
+_POWER = Allowed(least=-MOST_EXPONENT, most=MOST_EXPONENT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class QuantizeLayer(Decision):
         bias: How its bias is stored: ``int32``, or ``float32`` where the backend takes no int32.
         grids: Node, scale and zero point of the values in front of the layer and behind it. Empty until they are
             known.
+        equalised: Layer, and the power of two that each of its output channels is divided by, for the channels in front
+            of this layer and behind it whose ranges were evened out. What reads them multiplies by it.
         path: Module path of the layer, for display.
         error: Relative output error when this layer alone is quantised. None if not predicted.
 
@@ -51,6 +56,7 @@ class QuantizeLayer(Decision):
     symmetric: bool = False
     bias: str = "int32"
     grids: tuple[tuple[str, float, int], ...] = ()
+    equalised: tuple[tuple[str, tuple[int, ...]], ...] = ()
     path: str = ""
     error: float | None = None
 
@@ -63,7 +69,7 @@ class QuantizeLayer(Decision):
                 refuse(name, text, "the name of a node", why="is no name")
         check_whole("bits", self.bits, Allowed(least=8, most=8, words="8, there are no others"))
         # integers and grids that there are none of are refused where they are made
-        _ = self.kernels, self.value_grids
+        _ = self.kernels, self.value_grids, self.exponents
         settled(self)
 
     @property
@@ -86,6 +92,19 @@ class QuantizeLayer(Decision):
             if node in found:
                 refuse("grids", node, "one grid for each node", why="is there twice")
             found[node] = ValueGrid(scale=float(scale), zero_point=int(zero), dtype=getattr(torch, self.values))
+        return found
+
+    @property
+    def exponents(self) -> dict[str, tuple[int, ...]]:
+        """The powers of two by layer."""
+        found = {}
+        for even in self.equalised:
+            if not isinstance(even, (tuple, list)) or len(even) != 2 or not isinstance(even[0], str):
+                refuse("equalised", even, "a layer and its powers of two for each", why="is no such pair")
+            layer, powers = even
+            for power in powers:
+                check_whole(f"power of two of {layer}", power, _POWER)
+            found[layer] = tuple(powers)
         return found
 
     @property
@@ -118,8 +137,9 @@ class QuantizeLayer(Decision):
         """Read a decision back. Raises KeyError, TypeError or ValueError for anything else."""
         values = {name: value for name, value in data.items() if name != "kind"}
         grids = tuple(tuple(grid) for grid in data.get("grids", ()))
+        equalised = tuple((layer, tuple(powers)) for layer, powers in data.get("equalised", ()))
         try:
-            return cls(**{**values, "grids": grids, "error": predicted(data.get("error"))})
+            return cls(**{**values, "grids": grids, "equalised": equalised, "error": predicted(data.get("error"))})
         except CompilerError as refusal:
             raise ValueError(f"{refusal.message}: {refusal.hint}") from refusal
 

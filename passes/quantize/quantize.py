@@ -3,7 +3,7 @@ those before it now deliver."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,16 @@ MOST_STEPS = 2**30
 
 
 def choose_grids(
-    program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind, ranges: str
+    program: Program,
+    layers: Sequence[str],
+    samples: CalibrationSet,
+    kind: GridKind,
+    ranges: str,
+    among: Collection[str] | None = None,
 ) -> dict[str, ValueGrid]:
-    """The grids of the values around some layers. With `ranges` ``best``, for each value the range that loses least at
-    the layers that read it; else the range of that name."""
-    names = values_of(program, layers)
+    """The grids of the values around some layers, all or those `among` some values. With `ranges` ``best``, for each
+    value the range that loses least at the layers that read it; else the range of that name."""
+    names = [name for name in values_of(program, layers) if among is None or name in among]
     found = histograms(program, names, samples, batch_size=batch_size_for(program, quantizable(program).values()))
     if ranges != "best":
         return {name: RANGES[ranges](found[name], kind) for name in names}
@@ -73,11 +78,15 @@ def _least_lost(
 
 def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
     """Sum of squares of what a change of its input does to a layer's output."""
+    return float(product(program, layer, change, program.module.get_parameter(layer.weight)).double().square().sum())
+
+
+def product(program: Program, layer: Layer, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of a value with some weight, without its bias."""
     node = program.nodes[layer.node]
-    weight = program.module.get_parameter(layer.weight)
     settings = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
-    passed: torch.Tensor = node.target(change, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
-    return float(passed.double().square().sum())
+    made: torch.Tensor = node.target(value, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +155,19 @@ def plain_integers(
     found = {}
     for name in layers:
         layer, bias = there[name], _bias(program, there[name])
-        weight = _matrix(layer, program.module.get_parameter(layer.weight).detach(), bias).double()
-        least = _least_scales(weight, bias, _grid_before(layer, grids))
-        scales = torch.maximum(weight.abs().amax(2, keepdim=True) / how.limit, least).float().double()
-        values = (weight / scales).round().clamp(-how.limit, how.limit).to(torch.int8)
-        plain = Rounded(values=values, scales=scales, shift=weight.new_zeros(weight.shape[:2]))
+        plain = rounded_plainly(program, layer, _grid_before(layer, grids), how.limit)
         found[name] = _integers(layer, grids, plain, bias, how)
     return found
+
+
+def rounded_plainly(program: Program, layer: Layer, grid: ValueGrid, limit: int) -> Rounded:
+    """The weight of a layer rounded value by value over the whole range of each output, for inputs on a grid."""
+    bias = _bias(program, layer)
+    weight = _matrix(layer, program.module.get_parameter(layer.weight).detach(), bias).double()
+    scales = torch.maximum(weight.abs().amax(2, keepdim=True) / limit, _least_scales(weight, bias, grid))
+    scales = scales.float().double()
+    values = (weight / scales).round().clamp(-limit, limit).to(torch.int8)
+    return Rounded(values=values, scales=scales, shift=weight.new_zeros(weight.shape[:2]))
 
 
 def quick_integers(
@@ -193,7 +208,7 @@ def _round(
     bias = None if layer.bias is None else current_parameter(student, layer.bias, tensors)
     matrix = _matrix(layer, weight, bias)
     found = rounded(matrix, _gram(layer, gram), how.limit, _least_scales(matrix, bias, grid))
-    tensors[layer.weight] = (found.values.double() * found.scales).reshape(weight.shape).to(weight.dtype)
+    tensors[layer.weight] = found.weight.reshape(weight.shape).to(weight.dtype)
     if layer.bias is not None and bias is not None:
         tensors[layer.bias] = add_delta(bias, found.shift)
     return found

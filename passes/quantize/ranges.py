@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -31,7 +32,7 @@ class Histogram:
     high: float
     counts: torch.Tensor = field(repr=False)
 
-    @property
+    @cached_property
     def centres(self) -> torch.Tensor:
         """The middle of each bin."""
         edges = torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.float64)

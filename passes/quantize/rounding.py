@@ -32,6 +32,11 @@ class Rounded:
     scales: torch.Tensor
     shift: torch.Tensor
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """What is read back, as (groups, outputs, columns) in float64."""
+        return self.values.double() * self.scales
+
 
 def weight_scales(
     weight: torch.Tensor, importance: torch.Tensor, limit: int, least: torch.Tensor | None = None
