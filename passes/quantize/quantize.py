@@ -22,7 +22,7 @@ from ..solve.resolve_network import ResolveSettings, add_shift, batch_size_for, 
 from .edit_quantize import LEAST_SCALE, IntegerWeights, ValueGrid, quantize_program
 from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
-from .values import quantizable, values_of
+from .values import held_by, quantizable, values_of
 
 #: Samples that tell how a range does at the layers behind.
 RANGE_SAMPLES = 32
@@ -41,12 +41,17 @@ def choose_grids(
     among: Collection[str] | None = None,
 ) -> dict[str, ValueGrid]:
     """The grids of the values around some layers, all or those `among` some values. With `ranges` ``best``, for each
-    value the range that loses least at the layers that read it; else the range of that name."""
+    value the range that loses least at the layers that read it; else the range of that name. What is only moved from
+    one value to another stays on one grid."""
     names = [name for name in values_of(program, layers) if among is None or name in among]
-    found = histograms(program, names, samples, batch_size=batch_size_for(program, quantizable(program).values()))
-    if ranges != "best":
-        return {name: RANGES[ranges](found[name], kind) for name in names}
-    return _least_lost(program, layers, samples.take(slice(0, RANGE_SAMPLES)), found, kind)
+    holders = held_by(program, names)
+    own = list(dict.fromkeys(holders.values()))
+    found = histograms(program, own, samples, batch_size=batch_size_for(program, quantizable(program).values()))
+    if ranges == "best":
+        grids = _least_lost(program, layers, samples.take(slice(0, RANGE_SAMPLES)), found, holders, kind)
+    else:
+        grids = {name: RANGES[ranges](found[name], kind) for name in own}
+    return {name: grids[holders[name]] for name in names}
 
 
 def _least_lost(
@@ -54,6 +59,7 @@ def _least_lost(
     layers: Sequence[str],
     few: CalibrationSet,
     found: Mapping[str, Histogram],
+    holders: Mapping[str, str],
     kind: GridKind,
 ) -> dict[str, ValueGrid]:
     offered = {
@@ -61,18 +67,19 @@ def _least_lost(
     }
     lost = {name: [0.0] * len(grids) for name, grids in offered.items()}
     there = quantizable(program)
-    readers: dict[str, list[Layer]] = {}
-    for name in layers:
-        readers.setdefault(there[name].input, []).append(there[name])
+    readers: dict[str, list[Layer]] = {name: [] for name in found}
+    for layer in (there[name] for name in layers):
+        if layer.input in holders:
+            readers[holders[layer.input]].append(layer)
     for batch in few.batches(8):
         with torch.no_grad():
-            values = run_until(program, list(found), bind(program, batch))
+            values = run_until(program, list(holders), bind(program, batch))
             for name, grids in offered.items():
                 for place, grid in enumerate(grids):
-                    change = grid.rounded(values[name]) - values[name]
-                    lost[name][place] += sum(_passed_on(program, r, change) for r in readers.get(name, ())) or float(
-                        change.double().square().sum()
-                    )
+                    lost[name][place] += sum(
+                        _passed_on(program, reader, grid.rounded(values[reader.input]) - values[reader.input])
+                        for reader in readers[name]
+                    ) or float((grid.rounded(values[name]) - values[name]).double().square().sum())
     return {name: grids[lost[name].index(min(lost[name]))] for name, grids in offered.items()}
 
 

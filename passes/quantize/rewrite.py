@@ -39,7 +39,7 @@ from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fi
 from .quantize import Rounding, plain_integers, quantize, quick_integers
 from .ranges import RANGES, GridKind
 from .savings import integer_savings
-from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grid, values_of
+from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
 #: What trials found out about networks, for as long as these are there.
 _QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
@@ -341,8 +341,7 @@ class Quantize(Rewrite):
         folded = equalised(folded, exponents)
         names = [name for standing in layers.values() for name in standing]
         around = values_of(folded, names)
-        if grids is None:
-            grids = {value: usual_grid(folded, value, _kind(decisions[0])) for value in around}
+        grids = usual_grids(folded, around, _kind(decisions[0])) if grids is None else grids
         for value in around:
             if value not in grids:
                 raise RewriteError("no range is known for it", node=value, hint=AS_SAVED)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import fx
 
+from ...compiler.analysis.operator_kinds import index_operands, kind_of
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program, argument, dtype_name, is_call, is_tensor
 from ...compiler.ir.segments import is_dequantized
@@ -20,6 +21,13 @@ aten = torch.ops.aten
 AS_SAVED = "pass a plan.json as it was saved"
 #: What runtimes compute with the layer in front, in its grid: a range is cut off, nothing else changes.
 _CLIPS = (aten.relu, aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min)
+#: What they pass on is among what they read.
+_PICKS = (
+    *(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.clone, aten.contiguous),
+    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d),
+)
+#: Runtimes compute them in integers where all that they read and what they make is on grids.
+_JOINS = (aten.add, aten.cat)
 
 
 def quantizable(program: Program) -> dict[str, Layer]:
@@ -97,7 +105,9 @@ def standing_of(program: Program, decisions: Sequence[QuantizeLayer]) -> dict[st
 
 def values_of(program: Program, layers: Iterable[str]) -> list[str]:
     """The values in front of the layers and behind them, in topological order. Behind a layer, what alone clips it
-    counts with it; what the network returns stays as it is."""
+    counts with it; what the network returns stays as it is. Where such a value is a sum or a concatenation, what is
+    only moved on its way there from another such value is one as well: it stays on that one's grid, so nothing is lost.
+    """
     found: dict[str, None] = {}
     for name in layers:
         node = program.nodes[name]
@@ -107,14 +117,63 @@ def values_of(program: Program, layers: Iterable[str]) -> list[str]:
         behind = clipped(node)
         if not any(user.op == "output" for user in behind.users):
             found[behind.name] = None
+    for name in list(found):
+        node = program.nodes[name]
+        while is_call(node, *_CLIPS) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        if is_call(node, *_JOINS):
+            moved = [operand for operand in node.all_input_nodes if is_tensor(operand)]
+            found |= dict.fromkeys(operand.name for operand in moved if _held_by(operand, found) != operand.name)
     return sorted(found, key=program.order.__getitem__)
 
 
-def usual_grid(program: Program, name: str, kind: GridKind) -> ValueGrid:
-    """A grid of any scale for a value, with zero where data would put it: at the lower end of what is cut off below
-    zero. Runtimes fuse such a clip with the layer in front only then."""
-    least = least_of(program.nodes[name])
-    return kind.over(0.0 if least is not None and least >= 0 else -4.0, 4.0)
+def held_by(program: Program, values: Sequence[str]) -> dict[str, str]:
+    """For each of some values, in topological order, the first of them that holds all of its elements: what is only
+    moved or picked (by a max pooling, say) stays on the grid that it is on, exactly."""
+    found: dict[str, str] = {}
+    for name in values:
+        found[name] = found.get(source := _held_by(program.nodes[name], found), source)
+    return found
+
+
+def _held_by(node: fx.Node, values: Container[str]) -> str:
+    """The nearest of some values that a value is moved or picked from; the value itself where there is none."""
+    before = _picked_from(node)
+    while before is not None and before.name not in values:
+        before = _picked_from(before)
+    return node.name if before is None else before.name
+
+
+def _picked_from(node: fx.Node) -> fx.Node | None:
+    """The operand whose elements, and zeros, are all that a call passes on."""
+    if not is_tensor(node) or not node.meta["val"].is_floating_point():
+        return None
+    if not (_pads_with_zeros(node) or is_call(node, *_PICKS) or kind_of(node) == "movement"):
+        return None
+    operands = [
+        operand for operand in node.all_input_nodes if is_tensor(operand) and operand not in index_operands(node)
+    ]
+    return operands[0] if len(operands) == 1 else None
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    if is_call(node, aten.constant_pad_nd):
+        return argument(node, 2, "value", 0) == 0
+    return (
+        is_call(node, aten.pad)
+        and argument(node, 2, "mode", "constant") == "constant"
+        and not argument(node, 3, "value")
+    )
+
+
+def usual_grids(program: Program, values: Sequence[str], kind: GridKind) -> dict[str, ValueGrid]:
+    """Grids of any scale for values, with zero where data would put it: at the lower end of what is cut off below zero.
+    Runtimes fuse such a clip with the layer in front only then."""
+    found = {}
+    for name, held in held_by(program, values).items():
+        least = least_of(program.nodes[held])
+        found[name] = kind.over(0.0 if least is not None and least >= 0 else -4.0, 4.0)
+    return found
 
 
 def least_of(node: fx.Node) -> float | None:

@@ -19,7 +19,7 @@ from foldcut.passes.quantize.edit_quantize import quantize_program
 from foldcut.passes.quantize.quantize import Rounding, plain_integers
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.savings import AT_ONCE, integer_savings
-from foldcut.passes.quantize.values import quantizable, unquantizable, usual_grid, values_of
+from foldcut.passes.quantize.values import quantizable, unquantizable, usual_grids, values_of
 from foldcut.runtime.predict.integer_kernels import IntegerKernels, probe_integers
 from foldcut.runtime.predict.latency_table import SegmentTime
 from torch import nn
@@ -66,7 +66,7 @@ def shaped(program: foldcut.Program) -> tuple[foldcut.Program, foldcut.Program, 
     """The network with norms folded, the same with all layers in int8, and the layers."""
     folded, _ = fold_batch_norms(program)
     names = list(quantizable(folded))
-    grids = {value: usual_grid(folded, value, GridKind()) for value in values_of(folded, names)}
+    grids = usual_grids(folded, values_of(folded, names), GridKind())
     whole = quantize_program(folded, grids, plain_integers(folded, names, grids, Rounding(limit=63)), note="int8")
     return folded, whole, {name: [name] for name in names}
 

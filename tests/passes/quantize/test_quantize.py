@@ -18,6 +18,7 @@ from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.driver.pipeline import onnx_difference
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
+from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.segments import find_segments, is_dequantized
 from foldcut.compiler.rewrite.rewrite import Applied
 from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
@@ -261,3 +262,39 @@ def test_without_rounding_an_export_is_held_to_the_digits(rounded: Applied, nets
     assert exported_difference(plain, to_onnx(plain.program), samples) < 1e-5
     with pytest.raises(foldcut.ExportError, match=r"within 0\.001 relative"):
         exported_difference(plain, to_onnx(rounded.program), samples)
+
+
+class Pooled(nn.Module):
+    """A stem with a max pooling, and a shortcut that is cut and padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.stem(x).relu(), 2)
+        shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        joined: torch.Tensor = self.last((self.wide(x) + shortcut).relu())
+        return joined
+
+
+def test_what_is_only_moved_stays_on_its_grid(nets: SimpleNamespace, tmp_path: Path) -> None:
+    program = foldcut.capture(nets.seeded(Pooled).eval(), nets.images(2))
+    made = in_int8(program, CalibrationSet.of(nets.images(24)), KINDS[0], 63)
+    relu, pooled, padded = (f"{name}_quantized" for name in ("relu", "max_pool2d", "pad"))
+    stored = {name: node.args[1:3] for name, node in made.nodes.items() if name.endswith("_quantized")}
+    assert stored[relu] == stored[pooled] == stored[padded]
+    assert stored[relu] != stored["relu_1_quantized"]
+    # rounding what is rounded changes nothing: the moved values are those before
+    with torch.no_grad():
+        values = run_until(made, ["max_pool2d", "max_pool2d_dequantized"], bind(made, nets.images(4, seed=3)))
+    assert torch.equal(values["max_pool2d"], values["max_pool2d_dequantized"])
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(to_onnx(made), options, providers=["CPUExecutionProvider"])
+    fused = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    # the sum and the pooling are computed in integers
+    assert "QLinearAdd" in fused and "Add" not in fused
+    pooling = next(place for place, op in enumerate(fused) if op.endswith("MaxPool"))
+    assert "DequantizeLinear" not in fused[fused.index("QLinearConv") : pooling]
