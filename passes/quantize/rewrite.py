@@ -38,14 +38,11 @@ from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
 from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fitted
 from .quantize import Rounding, plain_integers, quantize, quick_integers
 from .ranges import RANGES, GridKind
-from .savings import integer_savings
+from .savings import LEAST_SAVING, integer_savings
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
 #: What trials found out about networks, for as long as these are there.
 _QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
-#: Layers that are predicted to save less of the latency than this are put into int8 with all others or not at all: by
-#: themselves they are lost in noise, and one in floating point between others costs two more changes of precision.
-LEAST_SAVING = 0.0005
 #: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
 LEFT_OUT = (0.0, 0.1, 0.25)
 
@@ -273,8 +270,9 @@ class Quantize(Rewrite):
         decisions = [self._decision(name) for name in layers]
         folded, standing = _folded(ctx.teacher, decisions)
         whole = self.shape(ctx.teacher, decisions)
+        measured = 1 - budget.latency.estimate("integers", [d.change for d in decisions], lambda: whole)
         table = budget.latency.probe.table()
-        return integer_savings(table, folded, whole, standing, LEAST_SAVING, progress=ctx.progress)
+        return integer_savings(table, folded, whole, standing, measured, progress=ctx.progress)
 
     def _errors(self, ctx: Context, layers: Sequence[str]) -> dict[str, float]:
         """Relative output errors with each layer alone in int8, its weight rounded value by value."""

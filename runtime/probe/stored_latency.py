@@ -37,6 +37,11 @@ class StoredLatency:
         found: float = self.kept(name, inputs, lambda: self.probe.against(rewritten()).high)
         return found
 
+    def estimate(self, name: str, inputs: Sequence[Any], rewritten: Callable[[], Program]) -> float:
+        """Latency of a rewritten program over that of the original: the middle of its interval."""
+        found: float = self.kept(f"{name}, about", inputs, lambda: self.probe.against(rewritten()).ratio)
+        return found
+
     def kept(self, name: str, inputs: Sequence[Any], measure: Callable[[], Any]) -> Any:
         """Plain data that `measure` finds out about `inputs`, beside the original."""
         return self._store.value(f"measured {name}", [*self._inputs, *inputs], measure, most_age_s=MOST_AGE_S)
