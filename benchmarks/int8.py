@@ -1,12 +1,14 @@
 """int8 alone and in a mix, beside ONNX Runtime's static quantisation and NNCF's.
 
     python benchmarks/int8.py --models ../shared/models --data ../shared/data --net resnet56 --output int8.jsonl
-        [--samples 500] [--alone 0.8] [--mix 0.6 0.45] [--methods original onnxruntime nncf alone mix] [--mimic]
+        [--samples 500] [--alone 0.8] [--mix 0.6 0.45] [--methods original onnxruntime nncf pruned alone mix] [--mimic]
+        [--pruned 0.75 0.5] [--search-seconds 300]
 
 Each row: a file measured on ONNX Runtime, batch 1, one thread, in pairs with the original, and its accuracy on images
 that nothing was calibrated with, twice: as ONNX Runtime runs it on this machine, and as ONNX defines it (without
 fusion). Where the two differ, the machine's integer kernels overflow. `alone` is a compile to a Latency goal with
-``rewrites=("quantize",)``, `mix` one with all rewrites. Rows are kept line by line: a second call goes on.
+``rewrites=("quantize",)``, `mix` one with all rewrites, `pruned` ONNX Runtime's int8 (min-max, 7-bit weights) after
+Torch-Pruning to a share of the channels. Rows are kept line by line: a second call goes on.
 """
 
 from __future__ import annotations
@@ -21,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import foldcut
-import onnxruntime
 import torch
-from cifar_data import Cifar, load_cifar, load_resnet
+from cifar_data import Cifar, load_cifar, load_resnet, onnx_accuracy
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.runtime.measure.backend import resolve_backend
@@ -32,9 +33,10 @@ from foldcut.runtime.probe.latency_probe import LatencyProbe
 from imagenet_data import load_imagenet
 from int8_peers import nncf_static, onnxruntime_static
 from rows import Row, append_line, read_lines
+from torch_pruning_peer import prune_whole_with_torch_pruning
 
 REWRITES = ("drop_blocks", "prune_channels", "factorize", "quantize")
-METHODS = ("original", "onnxruntime", "nncf", "alone", "mix")
+METHODS = ("original", "onnxruntime", "nncf", "pruned", "alone", "mix")
 NETS = ("resnet20", "resnet56", "mobilenetv2")
 
 
@@ -85,6 +87,8 @@ class Bench:
                     {},
                 )
         found["nncf"] = lambda: (nncf_static(self.original, images), {})
+        for keep in self.arguments.pruned:
+            found[f"pruned {keep}"] = lambda k=keep: (self._pruned(k), {})  # type: ignore[misc]
         for share in self.arguments.alone:
             found[f"alone {share}"] = lambda s=share: self._compiled(s, ("quantize",))  # type: ignore[misc]
         for share in self.arguments.mix:
@@ -102,11 +106,22 @@ class Bench:
         row |= more | {"cpu_s": time.process_time() - start}
         latency = self.probe.final(model)
         row["latency"] = {"ratio": latency.ratio, "low": latency.low, "high": latency.high}
-        row["as_run"], row["as_defined"] = (self._accuracy(model, fused) for fused in (True, False))
+        row["as_run"] = onnx_accuracy(model, self.data, batch=50)
+        row["as_defined"] = onnx_accuracy(model, self.data, batch=50, fused=False, count=self.arguments.test)
         return row | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
+
+    def _pruned(self, keep: float) -> bytes:
+        """int8 after Torch-Pruning, which takes a module."""
+        if isinstance(self.model, str):
+            raise ValueError("Torch-Pruning takes no ONNX file")
+        images = self.data.calibration
+        pruned = prune_whole_with_torch_pruning(self.model, images, keep)
+        model = to_onnx(foldcut.capture(pruned, images[:2]))
+        return onnxruntime_static(model, images, "minmax", reduce_range=True)
 
     def _compiled(self, share: float, rewrites: tuple[str, ...]) -> tuple[bytes, Row]:
         options: dict[str, Any] = {"mimic": self.arguments.mimic, "progress": False, "cache": self.arguments.cache}
+        options["settings"] = foldcut.PipelineSettings(search_seconds=self.arguments.search_seconds)
         goal = foldcut.Latency(share)
         try:
             made = foldcut.compile(self.model, self.data.calibration, goal=goal, rewrites=rewrites, **options)
@@ -119,21 +134,6 @@ class Bench:
         more = {"met": report.met, "decisions": {kind: kinds.count(kind) for kind in REWRITES}}
         more |= {"output_error": report.output_error, "seconds": report.seconds, "details": report.details}
         return made.onnx, more
-
-    def _accuracy(self, model: bytes, fused: bool, batch: int = 50) -> float:
-        """Top-1 in percent on the test images."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        if not fused:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        name, correct = session.get_inputs()[0].name, 0
-        count = min(len(self.data.labels), self.arguments.test if not fused else len(self.data.labels))
-        for i in range(0, count, batch):
-            logits = session.run(None, {name: self.data.test[i : min(i + batch, count)].numpy()})[0]
-            correct += int((logits.argmax(1) == self.data.labels[i : min(i + batch, count)].numpy()).sum())
-        return 100 * correct / count
 
 
 def _line(row: Row) -> str:
@@ -155,6 +155,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--alone", type=float, nargs="*", default=[0.8])
     parser.add_argument("--mix", type=float, nargs="*", default=[0.6])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--pruned", type=float, nargs="*", default=[0.75, 0.5], help="shares of the channels")
+    parser.add_argument("--search-seconds", type=float, default=None)
     parser.add_argument("--mimic", action="store_true")
     parser.add_argument("--cache", type=Path, default=None, help="folder that analyses are kept in, shared by the rows")
     parser.add_argument("--output", type=Path, required=True)
