@@ -298,3 +298,12 @@ def test_what_is_only_moved_stays_on_its_grid(nets: SimpleNamespace, tmp_path: P
     assert "QLinearAdd" in fused and "Add" not in fused
     pooling = next(place for place, op in enumerate(fused) if op.endswith("MaxPool"))
     assert "DequantizeLinear" not in fused[fused.index("QLinearConv") : pooling]
+
+
+def test_a_network_that_came_rounded_may_round_to_the_other_side(rounded: Applied, nets: SimpleNamespace) -> None:
+    came, samples = Applied(program=rounded.program), CalibrationSet.of(nets.images(8, seed=4))
+    assert exported_difference(came, to_onnx(came.program), samples) < 0.02
+    assert rounded.before_last is not None
+    other = foldcut.capture(nets.seeded(lambda: nets.image_net(nets.Residual()), 1), nets.images(2))
+    with pytest.raises(foldcut.ExportError, match=r"within 0\.02 relative[^$]*foldcut\.dequantize"):
+        exported_difference(came, to_onnx(other), samples)
