@@ -22,7 +22,8 @@ from ...compiler.ir.execute import bind, evaluate, run_until
 from ...compiler.ir.program import Program, is_size
 from .decision import MOST_EXPONENT, QuantizeLayer
 from .edit_quantize import ValueGrid
-from .quantize import RANGE_SAMPLES, choose_grids, product, rounded_plainly
+from .grids import RANGE_SAMPLES, choose_grids, product
+from .quantize import rounded_plainly
 from .ranges import GridKind
 from .scaling_groups import ScalingGroup, rescaled, scaling_groups
 from .values import values_of
@@ -165,7 +166,9 @@ class _Comparison:
             return {}
         program = equalised(self.program, exponents)
         values = {value for group in self.groups.values() for value in group.values}
-        kind, ranges, limit = self.precision.kind, self.precision.ranges, self.precision.limit
+        kind, limit = self.precision.kind, self.precision.limit
+        # groups are compared by what they lose at their readers, not by the outputs
+        ranges = "each" if self.precision.ranges == "best" else self.precision.ranges
         grids = choose_grids(program, self.layers, self.few, kind, ranges, values)
         found = dict.fromkeys(self.groups, 0.0)
         gains = self._gains(exponents)

@@ -3,97 +3,26 @@ those before it now deliver."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import set_tensors
-from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import RewriteError
 from ...compiler.support.progress import Progress, silent
 from ..solve.joins import group_targets
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
 from ..solve.lockstep import Lockstep, plan_steps
-from ..solve.moments import collect_moments
 from ..solve.resolve_network import ResolveSettings, add_shift, batch_size_for, step_moments, touched
 from .edit_quantize import LEAST_SCALE, IntegerWeights, ValueGrid, quantize_program
-from .ranges import RANGES, GridKind, Histogram, histograms
 from .rounding import Rounded, rounded
-from .values import held_by, quantizable, values_of
+from .values import quantizable
 
-#: Samples that tell how a range does at the layers behind.
-RANGE_SAMPLES = 32
-#: Rows of inputs in a Gram matrix, per column, where plans are only compared.
-QUICK_ROWS = 10
 #: A bias is at most so many steps: half of what int32 holds, so that sums of products fit in beside it.
 MOST_STEPS = 2**30
-
-
-def choose_grids(
-    program: Program,
-    layers: Sequence[str],
-    samples: CalibrationSet,
-    kind: GridKind,
-    ranges: str,
-    among: Collection[str] | None = None,
-) -> dict[str, ValueGrid]:
-    """The grids of the values around some layers, all or those `among` some values. With `ranges` ``best``, for each
-    value the range that loses least at the layers that read it; else the range of that name. What is only moved from
-    one value to another stays on one grid."""
-    names = [name for name in values_of(program, layers) if among is None or name in among]
-    holders = held_by(program, names)
-    own = list(dict.fromkeys(holders.values()))
-    found = histograms(program, own, samples, batch_size=batch_size_for(program, quantizable(program).values()))
-    if ranges == "best":
-        grids = _least_lost(program, layers, samples.take(slice(0, RANGE_SAMPLES)), found, holders, kind)
-    else:
-        grids = {name: RANGES[ranges](found[name], kind) for name in own}
-    return {name: grids[holders[name]] for name in names}
-
-
-def _least_lost(
-    program: Program,
-    layers: Sequence[str],
-    few: CalibrationSet,
-    found: Mapping[str, Histogram],
-    holders: Mapping[str, str],
-    kind: GridKind,
-) -> dict[str, ValueGrid]:
-    offered = {
-        name: list(dict.fromkeys(way(histogram, kind) for way in RANGES.values())) for name, histogram in found.items()
-    }
-    lost = {name: [0.0] * len(grids) for name, grids in offered.items()}
-    there = quantizable(program)
-    readers: dict[str, list[Layer]] = {name: [] for name in found}
-    for layer in (there[name] for name in layers):
-        if layer.input in holders:
-            readers[holders[layer.input]].append(layer)
-    for batch in few.batches(8):
-        with torch.no_grad():
-            values = run_until(program, list(holders), bind(program, batch))
-            for name, grids in offered.items():
-                for place, grid in enumerate(grids):
-                    lost[name][place] += sum(
-                        _passed_on(program, reader, grid.rounded(values[reader.input]) - values[reader.input])
-                        for reader in readers[name]
-                    ) or float((grid.rounded(values[name]) - values[name]).double().square().sum())
-    return {name: grids[lost[name].index(min(lost[name]))] for name, grids in offered.items()}
-
-
-def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
-    """Sum of squares of what a change of its input does to a layer's output."""
-    return float(product(program, layer, change, program.module.get_parameter(layer.weight)).double().square().sum())
-
-
-def product(program: Program, layer: Layer, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What a layer makes of a value with some weight, without its bias."""
-    node = program.nodes[layer.node]
-    settings = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
-    made: torch.Tensor = node.target(value, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
-    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,23 +104,6 @@ def rounded_plainly(program: Program, layer: Layer, grid: ValueGrid, limit: int)
     scales = scales.float().double()
     values = (weight / scales).round().clamp(-limit, limit).to(torch.int8)
     return Rounded(values=values, scales=scales, shift=weight.new_zeros(weight.shape[:2]))
-
-
-def quick_integers(
-    program: Program, layers: Sequence[str], grids: Mapping[str, ValueGrid], samples: CalibrationSet, how: Rounding
-) -> dict[str, IntegerWeights]:
-    """Weights rounded by the Gram matrices of what the layers get in floating point: one pass over the samples, for
-    plans that are compared."""
-    there = {name: layer for name, layer in quantizable(program).items() if name in set(layers)}
-    size = batch_size_for(program, there.values())
-    moments = collect_moments(program, there, samples, batch_size=size, rows_per_column=QUICK_ROWS)
-    found = {}
-    for name, layer in there.items():
-        tensors: dict[str, torch.Tensor] = {}
-        made = _round(program, layer, moments[name].gram, how, _grid_before(layer, grids), tensors)
-        bias = None if layer.bias is None else tensors[layer.bias]
-        found[name] = _integers(layer, grids, made, bias, how)
-    return found
 
 
 def _gram(layer: Layer, gram: torch.Tensor) -> torch.Tensor:

@@ -34,15 +34,16 @@ from ...compiler.support.setting_checks import (
 from ...runtime.predict.integer_kernels import IntegerKernels
 from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .decision import QuantizeLayer
-from .edit_quantize import IntegerWeights, ValueGrid, quantize_program
+from .edit_quantize import ValueGrid, quantize_program
 from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fitted
-from .quantize import Rounding, plain_integers, quantize, quick_integers
-from .ranges import RANGES, GridKind
+from .grids import RANGE_SAMPLES, WAYS, best_way
+from .quantize import Rounding, plain_integers, quantize
+from .ranges import GridKind
 from .savings import LEAST_SAVING, integer_savings
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
-#: What trials found out about networks, for as long as these are there.
-_QUICK: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+#: The ways of taking ranges that serve networks best, for as long as these are there.
+_WAYS: WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[CalibrationSet, str]]] = WeakKeyDictionary()
 #: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
 LEFT_OUT = (0.0, 0.1, 0.25)
 
@@ -68,8 +69,8 @@ class Quantize(Rewrite):
     Arguments:
         ranges: How the range of a value is taken from the samples. ``minmax``: all of it. ``percentile``: without the
             outermost 0.01 % at either end. ``mse``: that of least squared error. ``entropy``: that of least
-            Kullback-Leibler divergence. ``best``: for each value the one of these that loses least at the layers
-            behind it.
+            Kullback-Leibler divergence. ``each``: for each value the one of these that loses least at the layers behind
+            it. ``best``: the one of all these with which the network's outputs lose least.
         equalise: Whether the ranges of channels between layers are evened out first, by powers of two that the layers
             around them take in (arXiv 1906.04721): where rounding then changes at least a tenth less.
         correct: Whether biases take over the mean of what rounding changes.
@@ -106,7 +107,7 @@ class Quantize(Rewrite):
     comes_last = True
 
     def __post_init__(self) -> None:
-        check_word("ranges", self.ranges, (*RANGES, "best"))
+        check_word("ranges", self.ranges, WAYS)
         check_switch("equalise", self.equalise)
         check_switch("correct", self.correct)
         check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
@@ -203,7 +204,10 @@ class Quantize(Rewrite):
         folded, layers = _folded(program, mine)
         names = [name for standing in layers.values() for name in standing]
         if ctx.trial:
-            fit, weights = self._quickly(program, folded, names, mine, ctx)
+            # whatever the plan, about as much is lost by rounding: not worth more than it takes to see that
+            few = ctx.solve.take(slice(0, RANGE_SAMPLES))
+            fit = self._fitted(folded, names, few, mine[0], self._known_way(ctx, mine[0]))
+            weights = plain_integers(fit.program, names, fit.grids, _how(mine[0]))
             made = quantize_program(fit.program, fit.grids, weights, note=f"{len(names)} layers in int8")
         else:
             fit = self._fitted(folded, names, ctx.solve, mine[0], self.ranges)
@@ -281,7 +285,8 @@ class Quantize(Rewrite):
         def found() -> list[float]:
             folded, standing = _folded(ctx.teacher, [self._decision(name) for name in layers])
             names = [name for found in standing.values() for name in found]
-            fit = self._fitted(folded, names, ctx.solve, self._decision(layers[0]), "minmax")
+            decision, fitting = self._decision(layers[0]), ctx.solve.take(slice(0, RANGE_SAMPLES))
+            fit = self._fitted(folded, names, fitting, decision, self._known_way(ctx, decision))
             whole, grids = fit.program, fit.grids
             errors = []
             for done, (name, inside) in enumerate(standing.items(), 1):
@@ -303,27 +308,18 @@ class Quantize(Rewrite):
         exponents = choose_scales(folded, names, samples, precision) if self.equalise else {}
         return fitted(folded, exponents, names, samples, precision)
 
-    def _quickly(
-        self,
-        program: Program,
-        folded: Program,
-        names: Sequence[str],
-        decisions: Sequence[QuantizeLayer],
-        ctx: Context,
-    ) -> tuple[Fitted, dict[str, IntegerWeights]]:
-        """Grids and weights for a plan that is compared with others. Those of the original are worked out once for all
-        of its layers: what a layer gets in floating point does not depend on which others are quantised."""
-        key = (id(ctx.solve), self.ranges, self.equalise, decisions[0].kernels)
-        known = _QUICK.setdefault(program.module, {})
+    def _known_way(self, ctx: Context, decision: QuantizeLayer) -> str:
+        """How ranges are taken of plans that are compared: as serves the original best."""
+        if self.ranges != "best":
+            return self.ranges
+        known = _WAYS.setdefault(ctx.teacher.module, {})
+        key = (id(ctx.solve), decision.kernels)
         if key not in known:
-            every = list(quantizable(folded)) if program is ctx.teacher else list(names)
-            fit = self._fitted(folded, every, ctx.solve, decisions[0], self.ranges)
-            weights = quick_integers(fit.program, every, fit.grids, ctx.solve, _how(decisions[0]))
+            folded, _ = _folded(ctx.teacher, [])
+            few = ctx.solve.take(slice(0, RANGE_SAMPLES))
             # the samples are kept with what they gave, so that no others are at their address
-            known[key] = ctx.solve, fit, weights
-        _, fit, weights = known[key]
-        grids = {value: fit.grids[value] for value in values_of(folded, names)}
-        return replace(fit, grids=grids), {name: weights[name] for name in names}
+            known[key] = ctx.solve, best_way(folded, list(quantizable(folded)), few, _kind(decision))
+        return known[key][1]
 
     def _plainly(
         self,

@@ -15,7 +15,8 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.rewrite.context import Context
 from foldcut.passes.quantize.edit_quantize import LEAST_SCALE, ValueGrid, quantize_program
-from foldcut.passes.quantize.quantize import Rounding, choose_grids, plain_integers, quantize, quick_integers
+from foldcut.passes.quantize.grids import choose_grids
+from foldcut.passes.quantize.quantize import Rounding, plain_integers, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from torch import nn
 
@@ -45,10 +46,8 @@ def ways(
     layers, data = ["linear", "linear_1"], CalibrationSet.of(samples)
     grids = choose_grids(program, layers, data, GridKind(), ranges)
     plain = plain_integers(program, layers, grids, how)
-    quick = quick_integers(program, layers, grids, data, how)
     return {
         "plain": quantize_program(program, grids, plain, note="int8"),
-        "quick": quantize_program(program, grids, quick, note="int8"),
         "whole": quantize(program, layers, grids, data, how),
     }
 
@@ -74,7 +73,7 @@ def test_outputs_without_weights_keep_their_bias(net: nn.Sequential, bias: str, 
             assert not key.endswith("_scales") or bool((tensor >= LEAST_SCALE).all() & tensor.isfinite().all()), key
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "percentile", "mse", "entropy", "best"])
+@pytest.mark.parametrize("ranges", ["minmax", "percentile", "mse", "entropy", "each", "best"])
 def test_values_that_are_always_zero(net: nn.Sequential, ranges: str) -> None:
     with torch.no_grad():
         net[0].weight.zero_()  # type: ignore[union-attr,operator]
@@ -102,7 +101,6 @@ def test_weights_that_are_not_finite(net: nn.Sequential, value: float, part: str
     how = Rounding(limit=127)
     calls: list[Callable[[], Any]] = [
         lambda: plain_integers(program, ["linear_1"], grids, how),
-        lambda: quick_integers(program, ["linear_1"], grids, samples, how),
         lambda: quantize(program, ["linear_1"], grids, samples, how),
     ]
     for call in calls:

@@ -15,7 +15,8 @@ from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.export.exporter import to_exported, to_onnx_model
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.passes.quantize.edit_dequantize import dequantize_program
-from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
+from foldcut.passes.quantize.grids import choose_grids
+from foldcut.passes.quantize.quantize import Rounding, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.values import quantizable
 from onnx import numpy_helper, parser

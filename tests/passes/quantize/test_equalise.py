@@ -17,7 +17,8 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.passes.quantize.equalise import Precision, choose_scales, equalised
-from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
+from foldcut.passes.quantize.grids import choose_grids
+from foldcut.passes.quantize.quantize import Rounding, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.scaling_groups import rescaled, scaling_groups
 from foldcut.passes.quantize.values import quantizable

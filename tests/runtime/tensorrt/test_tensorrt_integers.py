@@ -15,7 +15,8 @@ import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
-from foldcut.passes.quantize.quantize import Rounding, choose_grids, quantize
+from foldcut.passes.quantize.grids import choose_grids
+from foldcut.passes.quantize.quantize import Rounding, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.values import quantizable
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend

@@ -1,0 +1,106 @@
+"""Grids of the values around quantised layers, chosen by what rounding to them loses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.output_error import bounded, output_error
+from ...compiler.ir.execute import bind, run_until
+from ...compiler.ir.program import Program
+from ..solve.layers import Layer
+from ..solve.resolve_network import batch_size_for
+from .edit_quantize import ValueGrid, quantize_program
+from .ranges import RANGES, GridKind, Histogram, histograms
+from .values import held_by, quantizable, values_of
+
+#: Samples that tell what a range loses.
+RANGE_SAMPLES = 32
+#: Ways to take ranges: of all values alike, for each value the one of these that loses least at the layers that read
+#: it, and the way with which the network loses least.
+WAYS = (*RANGES, "each", "best")
+
+
+def choose_grids(
+    program: Program,
+    layers: Sequence[str],
+    samples: CalibrationSet,
+    kind: GridKind,
+    ranges: str,
+    among: Collection[str] | None = None,
+) -> dict[str, ValueGrid]:
+    """The grids of the values around some layers, all or those `among` some values, with ranges of one of the `WAYS`.
+    What is only moved from one value to another stays on one grid."""
+    names = [name for name in values_of(program, layers) if among is None or name in among]
+    holders = held_by(program, names)
+    own = list(dict.fromkeys(holders.values()))
+    found = histograms(program, own, samples, batch_size=batch_size_for(program, quantizable(program).values()))
+    few = samples.take(slice(0, RANGE_SAMPLES))
+
+    def made(way: str) -> dict[str, ValueGrid]:
+        if way == "each":
+            grids = _each(program, layers, few, found, holders, kind)
+        else:
+            grids = {name: RANGES[way](found[name], kind) for name in own}
+        return {name: grids[holders[name]] for name in names}
+
+    if ranges != "best":
+        return made(ranges)
+    # an error at the next layer is not one at the output: what is cut off adds up from layer to layer, what is rounded
+    # goes up and down
+    return min((made(way) for way in WAYS[:-1]), key=lambda grids: _lost(program, grids, few))
+
+
+def best_way(program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind) -> str:
+    """The way of taking ranges with which the network loses least on some samples."""
+    grids = {way: choose_grids(program, layers, samples, kind, way) for way in WAYS[:-1]}
+    return min(grids, key=lambda way: _lost(program, grids[way], samples))
+
+
+def _lost(program: Program, grids: Mapping[str, ValueGrid], few: CalibrationSet) -> float:
+    """The output error of the network with its values on grids, and its weights as they are."""
+    return bounded(output_error(program, quantize_program(program, grids, {}, note="values on integer grids"), few))
+
+
+def _each(
+    program: Program,
+    layers: Sequence[str],
+    few: CalibrationSet,
+    found: Mapping[str, Histogram],
+    holders: Mapping[str, str],
+    kind: GridKind,
+) -> dict[str, ValueGrid]:
+    offered = {
+        name: list(dict.fromkeys(way(histogram, kind) for way in RANGES.values())) for name, histogram in found.items()
+    }
+    lost = {name: [0.0] * len(grids) for name, grids in offered.items()}
+    there = quantizable(program)
+    readers: dict[str, list[Layer]] = {name: [] for name in found}
+    for layer in (there[name] for name in layers):
+        if layer.input in holders:
+            readers[holders[layer.input]].append(layer)
+    for batch in few.batches(8):
+        with torch.no_grad():
+            values = run_until(program, list(holders), bind(program, batch))
+            for name, grids in offered.items():
+                for place, grid in enumerate(grids):
+                    lost[name][place] += sum(
+                        _passed_on(program, reader, grid.rounded(values[reader.input]) - values[reader.input])
+                        for reader in readers[name]
+                    ) or float((grid.rounded(values[name]) - values[name]).double().square().sum())
+    return {name: grids[lost[name].index(min(lost[name]))] for name, grids in offered.items()}
+
+
+def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
+    """Sum of squares of what a change of its input does to a layer's output."""
+    return float(product(program, layer, change, program.module.get_parameter(layer.weight)).double().square().sum())
+
+
+def product(program: Program, layer: Layer, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of a value with some weight, without its bias."""
+    node = program.nodes[layer.node]
+    settings = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
+    made: torch.Tensor = node.target(value, weight, None, *node.args[3:], **settings)  # type: ignore[operator]
+    return made
