@@ -133,6 +133,7 @@ class Bench:
         report = made.report
         more = {"met": report.met, "decisions": {kind: kinds.count(kind) for kind in REWRITES}}
         more |= {"output_error": report.output_error, "seconds": report.seconds, "details": report.details}
+        more["tried"] = list(report.tried)
         return made.onnx, more
 
 
