@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ...passes.mimic.settings import MimicSettings
 from ..driver.api import Compiled
 from ..driver.api import compile as compile_model
+from ..driver.pipeline_settings import PipelineSettings
 from ..goals.latency import Latency
 from ..plan.goal import Goal
 from ..support.atomic_files import check_writable
@@ -25,6 +26,8 @@ from .options import DemoOptions
 
 EPOCHS = 8
 CALIBRATION_SAMPLES = 300
+#: The search for better plans ends then: a demo is to be over in minutes.
+SEARCH_SECONDS = 60.0
 
 
 class ResidualBlock(nn.Module):
@@ -115,11 +118,13 @@ def run_demo(
     console.print(f"training a residual network on {len(images)} handwritten digits ...")
     net = train_digits(images, labels, seed=seed)
     console.print(f"compiling it to {goal} from {CALIBRATION_SAMPLES} unlabelled images ...")
-    brief = MimicSettings(iterations=120)
+    brief, settings = MimicSettings(iterations=120), PipelineSettings(search_seconds=SEARCH_SECONDS)
     samples = images[:CALIBRATION_SAMPLES]
     missed: GoalError | None = None
     try:
-        result = compile_model(net, samples, goal=goal, rewrites=rewrites, mimic=brief, seed=seed, progress=progress)
+        result = compile_model(
+            net, samples, goal=goal, rewrites=rewrites, mimic=brief, settings=settings, seed=seed, progress=progress
+        )
     except GoalError as unmet:
         if not isinstance(unmet.best, Compiled):
             raise

@@ -54,8 +54,8 @@ def choose_grids(
 
 
 def best_way(program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind) -> str:
-    """The way of taking ranges with which the network loses least on some samples."""
-    grids = {way: choose_grids(program, layers, samples, kind, way) for way in WAYS[:-1]}
+    """The way of taking the ranges of all values alike with which the network loses least on some samples."""
+    grids = {way: choose_grids(program, layers, samples, kind, way) for way in RANGES}
     return min(grids, key=lambda way: _lost(program, grids[way], samples))
 
 

@@ -130,8 +130,8 @@ def squared_error(found: Histogram, kind: GridKind) -> ValueGrid:
     """The range of least mean squared error of what is read back: the high end first, then the low end."""
 
     def lost(grid: ValueGrid) -> float:
-        back = grid.rounded(found.centres.float()).double()
-        return float((found.counts * (back - found.centres).square()).sum())
+        stored = (found.centres / grid.scale).round().clamp(grid.low - grid.zero_point, grid.high - grid.zero_point)
+        return float((found.counts * (stored * grid.scale - found.centres).square()).sum())
 
     return _clipped(found, kind, lost)
 

@@ -309,7 +309,7 @@ class Quantize(Rewrite):
         return fitted(folded, exponents, names, samples, precision)
 
     def _known_way(self, ctx: Context, decision: QuantizeLayer) -> str:
-        """How ranges are taken of plans that are compared: as serves the original best."""
+        """How ranges are taken of plans that are compared: as serves the original best, of all values alike."""
         if self.ranges != "best":
             return self.ranges
         known = _WAYS.setdefault(ctx.teacher.module, {})
