@@ -19,7 +19,7 @@ from ..data.calibration_set import CalibrationSet
 from ..data.output_error import errors_by_output
 from ..data.sampled_error import SampledError, sampled_error
 from ..export.exporter import to_exported, to_onnx, to_pt2
-from ..ir.compare import compare, relative_error
+from ..ir.compare import ROUNDED_TOLERANCE, compare, relative_error
 from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..ir.segments import is_dequantized
@@ -39,8 +39,6 @@ from .unchanged import require_change
 
 #: ONNX Runtime and torch may differ by this much of the largest output before an export counts as wrong.
 ONNX_TOLERANCE = 1e-3
-#: A network that came with rounded values has no other to hold it against; overflowing kernels differ by far more.
-ROUNDED_TOLERANCE = 2e-2
 #: What a backend rounds otherwise may have so many times the energy of what rounding changes: two roundings of one
 #: network that have nothing to do with each other differ by twice what one does.
 MOST_OF_ROUNDING = 2.0
@@ -288,17 +286,17 @@ def onnx_difference(done: Applied, onnx: bytes, probe: LatencyProbe, samples: Ca
     tolerance = ROUNDED_TOLERANCE if came_rounded else ONNX_TOLERANCE
     size = probe.conditions.batch
     count = min(CHECKED_BATCHES, math.ceil(len(samples) / size))
-    batches = [samples.take((torch.arange(size) + i * size) % len(samples)) for i in range(count)]
-    inputs = [example_inputs(done.program, batch, size) for batch in batches]
-    worst, off, rounded = 0.0, 0.0, 0.0
-    near = True
-    for batch, theirs in zip(batches, probe.outputs(onnx, inputs), strict=True):
-        ours = done.program(batch.batch(slice(None)))
-        found = compare(ours, [torch.from_numpy(value) for value in theirs])
+    taken = [samples.take((torch.arange(size) + i * size) % len(samples)) for i in range(count)]
+    inputs = [example_inputs(done.program, part, size) for part in taken]
+    worst, off, rounded, near = 0.0, 0.0, 0.0, True
+    for part, values in zip(taken, probe.outputs(onnx, inputs), strict=True):
+        batch = part.batch(slice(None))
+        ours, theirs = done.program(batch), [torch.from_numpy(value) for value in values]
+        found = compare(ours, theirs)
         worst, near = max(worst, found.relative), near and found.relative <= tolerance
         if found.same_structure and floating is not None:
-            off += relative_error(ours, [torch.from_numpy(value) for value in theirs])
-            rounded += relative_error(ours, floating(batch.batch(slice(None))))
+            off += relative_error(ours, theirs)
+            rounded += relative_error(ours, floating(batch))
         elif not found.same_structure or not found.relative <= tolerance:
             raise _computes_otherwise(f"within {tolerance:g} relative", found, OVERFLOW if came_rounded else None)
     if not near and not off <= MOST_OF_ROUNDING * rounded:

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+#: Rounding steps that fall on the other side: what a network with quantised values may differ by, relative to its
+#: largest output.
+ROUNDED_TOLERANCE = 2e-2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:

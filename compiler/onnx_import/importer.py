@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.fx.traceback import preserve_node_meta
 
-from ..ir.compare import Difference, compare, flatten_outputs
+from ..ir.compare import ROUNDED_TOLERANCE, Difference, compare, flatten_outputs
 from ..ir.exported_program import from_exported
 from ..ir.program import Batch, Program, as_arguments, dtype_name, is_tensor
 from ..onnx.call import BORROWED, DTYPES, ELEMENT_TYPES
@@ -29,8 +29,6 @@ from .module import OnnxModule, unsupported
 if TYPE_CHECKING:
     import onnx
 
-#: Rounding steps that fall on the other side: what a network with quantised values may differ by.
-QUANTISED_TOLERANCE = 2e-2
 #: A relative change of single-precision inputs that the rounding of their first layer makes as well.
 LAST_DIGITS = 2.0**-20
 #: And what no ill-conditioned network excuses.
@@ -260,7 +258,7 @@ class _Reference:
 
 def _tolerance(signature: OnnxSignature) -> float:
     if signature.quantised:
-        return QUANTISED_TOLERANCE
+        return ROUNDED_TOLERANCE
     types = [DTYPES.get(v.element_type, torch.float32) for v in (*signature.inputs, *signature.outputs)]
     return max((TOLERANCE[t] for t in types if t in TOLERANCE), default=1e-4)
 
