@@ -188,11 +188,7 @@ def integer_variants(
 def in_int8(program: Program, kernels: IntegerKernels, taken: Callable[[], bool]) -> Program:
     """The program with those of its layers in int8 that are `taken`."""
     folded, _ = fold_batch_norms(program)
-    decisions = [
-        QuantizeLayer(layer=name, weight_limit=kernels.weight_limit, values=kernels.values, symmetric=kernels.symmetric)
-        for name in quantizable(folded)
-        if taken()
-    ]
+    decisions = [QuantizeLayer.for_kernels(name, kernels) for name in quantizable(folded) if taken()]
     return Quantize().shape(folded, decisions)
 
 

@@ -72,6 +72,25 @@ class QuantizeLayer(Decision):
         _ = self.kernels, self.value_grids, self.exponents
         settled(self)
 
+    @classmethod
+    def for_kernels(cls, layer: str, kernels: IntegerKernels) -> QuantizeLayer:
+        """The decision for one layer on a backend.
+
+        Arguments:
+            layer: Name of the node.
+            kernels: The integers that the backend computes with.
+
+        Returns:
+            The decision, without grids.
+        """
+        return cls(
+            layer=layer,
+            weight_limit=kernels.weight_limit,
+            values=kernels.values,
+            symmetric=kernels.symmetric,
+            bias=kernels.bias,
+        )
+
     @property
     def kernels(self) -> IntegerKernels:
         """The integers that the layer is computed with."""

@@ -142,13 +142,13 @@ class Quantize(Rewrite):
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them
         together are not faster, or where the backend does not compute them."""
-        left = matching_layers(ctx.teacher, self.ignore)
-        layers = [name for name in _layers(ctx.teacher) if name not in left]
-        rejects = _rejects(ctx.teacher)
         if self.kernels is None:
-            return Offer(
-                rejects=(Reject(reason=self.refused or "there is no backend to quantise for", node=self.name),)
-            )
+            reason = self.refused or "there is no backend to quantise for"
+            return Offer(rejects=(Reject(reason=reason, node=self.name),))
+        folded, _ = fold_batch_norms(ctx.teacher)
+        left = matching_layers(ctx.teacher, self.ignore)
+        layers = [name for name in _layers(ctx.teacher, folded) if name not in left]
+        rejects = _rejects(folded)
         if not layers:
             return Offer(rejects=rejects)
         with ctx.clock.stage("time integers"):
@@ -260,13 +260,7 @@ class Quantize(Rewrite):
 
     def _decision(self, name: str) -> QuantizeLayer:
         assert self.kernels is not None
-        return QuantizeLayer(
-            layer=name,
-            weight_limit=self.kernels.weight_limit,
-            values=self.kernels.values,
-            symmetric=self.kernels.symmetric,
-            bias=self.kernels.bias,
-        )
+        return QuantizeLayer.for_kernels(name, self.kernels)
 
     def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, float]:
         """What each layer saves where all of them are in int8; nothing where all together are not faster."""
@@ -315,7 +309,7 @@ class Quantize(Rewrite):
         known = _WAYS.setdefault(ctx.teacher.module, {})
         key = (id(ctx.solve), decision.kernels)
         if key not in known:
-            folded, _ = _folded(ctx.teacher, [])
+            folded, _ = fold_batch_norms(ctx.teacher)
             few = ctx.solve.take(slice(0, RANGE_SAMPLES))
             # the samples are kept with what they gave, so that no others are at their address
             known[key] = ctx.solve, best_way(folded, list(quantizable(folded)), few, _kind(decision))
@@ -356,16 +350,14 @@ def _how(decision: QuantizeLayer) -> Rounding:
     return Rounding(limit=decision.weight_limit, bias=decision.bias)
 
 
-def _layers(program: Program) -> list[str]:
-    """The layers that can be quantised once batch norms are folded into them, by their names before."""
-    folded, _ = fold_batch_norms(program)
+def _layers(program: Program, folded: Program) -> list[str]:
+    """The layers that can be quantised once batch norms are `folded` into them, by their names before."""
     weights = {layer.weight for layer in quantizable(folded).values()}
     return [name for name, layer in find_layers(program)[0].items() if layer.weight in weights]
 
 
-def _rejects(program: Program) -> tuple[Reject, ...]:
+def _rejects(folded: Program) -> tuple[Reject, ...]:
     """What stays in floating point, or as it came, with the reason."""
-    folded, _ = fold_batch_norms(program)
     return tuple(Reject(reason=f"not put into int8: {reason}", node=name) for name, reason in unquantizable(folded))
 
 
