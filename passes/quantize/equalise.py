@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import bind, evaluate, run_until
 from ...compiler.ir.program import Program, is_size
+from ..solve.layers import Layer
 from .decision import MOST_EXPONENT, QuantizeLayer
 from .edit_quantize import ValueGrid
 from .grids import RANGE_SAMPLES, choose_grids, product
@@ -93,11 +95,16 @@ class Fitted:
     exponents: Exponents
     grids: Mapping[str, ValueGrid]
 
+    @cached_property
+    def _groups(self) -> dict[str, ScalingGroup]:
+        return scaling_groups(self.program)
+
     def stated(self, decision: QuantizeLayer, layers: Sequence[str]) -> QuantizeLayer:
         """The decision with all that came from data: of the values and channels around the layers that it is about."""
         grids = tuple((v, self.grids[v].scale, self.grids[v].zero_point) for v in values_of(self.program, layers))
-        groups = scaling_groups(self.program)
-        even = tuple((name, tuple(powers)) for name, powers in self.exponents.items() if groups[name].touches(layers))
+        even = tuple(
+            (name, tuple(powers)) for name, powers in self.exponents.items() if self._groups[name].touches(layers)
+        )
         return replace(decision, grids=grids, equalised=even)
 
 
@@ -166,27 +173,33 @@ class _Comparison:
             return {}
         program = equalised(self.program, exponents)
         values = {value for group in self.groups.values() for value in group.values}
-        kind, limit = self.precision.kind, self.precision.limit
         # groups are compared by what they lose at their readers, not by the outputs
         ranges = "each" if self.precision.ranges == "best" else self.precision.ranges
-        grids = choose_grids(program, self.layers, self.few, kind, ranges, values)
+        grids = choose_grids(program, self.layers, self.few, self.precision.kind, ranges, values)
         found = dict.fromkeys(self.groups, 0.0)
         gains = self._gains(exponents)
+        weights = {
+            reader.node: self._weights(program, reader, grids[reader.input])
+            for group in self.groups.values()
+            for reader in group.readers
+            if reader.node in self.layers
+        }
         for exact in self._values(program, writers=True):
             for name, group in self.groups.items():
                 now = _on_grids(program, group, exact, grids)
                 for reader in group.readers:
-                    if reader.node in self.layers:
-                        weight = program.module.get_parameter(reader.weight).detach()
-                        near = (
-                            rounded_plainly(program, reader, grids[reader.input], limit)
-                            .weight.reshape(weight.shape)
-                            .to(weight.dtype)
-                        )
+                    if reader.node in weights:
+                        weight, near = weights[reader.node]
                         wanted = product(program, reader, exact[reader.input], weight)
                         change = product(program, reader, now[reader.input], near) - wanted
                         found[name] += float((change * gains.get(reader.node, 1.0)).double().square().sum())
         return found
+
+    def _weights(self, program: Program, reader: Layer, grid: ValueGrid) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of a layer, and what is read back of it once it is rounded."""
+        weight = program.module.get_parameter(reader.weight).detach()
+        near = rounded_plainly(program, reader, grid, self.precision.limit).weight
+        return weight, near.reshape(weight.shape).to(weight.dtype)
 
     def _gains(self, exponents: Exponents) -> dict[str, torch.Tensor]:
         """What the outputs of layers have to be multiplied by to be as they are without scales."""

@@ -33,30 +33,42 @@ def choose_grids(
 ) -> dict[str, ValueGrid]:
     """The grids of the values around some layers, all or those `among` some values, with ranges of one of the `WAYS`.
     What is only moved from one value to another stays on one grid."""
+    # an error at the next layer is not one at the output: what is cut off adds up from layer to layer, what is rounded
+    # goes up and down
+    ways = WAYS[:-1] if ranges == "best" else (ranges,)
+    _, grids = _least_lost(program, layers, samples, kind, ways, among)
+    return grids
+
+
+def best_way(program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind) -> str:
+    """The way of taking the ranges of all values alike with which the network loses least on some samples."""
+    way, _ = _least_lost(program, layers, samples, kind, tuple(RANGES))
+    return way
+
+
+def _least_lost(
+    program: Program,
+    layers: Sequence[str],
+    samples: CalibrationSet,
+    kind: GridKind,
+    ways: Sequence[str],
+    among: Collection[str] | None = None,
+) -> tuple[str, dict[str, ValueGrid]]:
+    """Of some ways the one with which the network's outputs lose least, and its grids."""
     names = [name for name in values_of(program, layers) if among is None or name in among]
     holders = held_by(program, names)
     own = list(dict.fromkeys(holders.values()))
     found = histograms(program, own, samples, batch_size=batch_size_for(program, quantizable(program).values()))
     few = samples.take(slice(0, RANGE_SAMPLES))
-
-    def made(way: str) -> dict[str, ValueGrid]:
+    made: dict[str, dict[str, ValueGrid]] = {}
+    for way in ways:
         if way == "each":
             grids = _each(program, layers, few, found, holders, kind)
         else:
             grids = {name: RANGES[way](found[name], kind) for name in own}
-        return {name: grids[holders[name]] for name in names}
-
-    if ranges != "best":
-        return made(ranges)
-    # an error at the next layer is not one at the output: what is cut off adds up from layer to layer, what is rounded
-    # goes up and down
-    return min((made(way) for way in WAYS[:-1]), key=lambda grids: _lost(program, grids, few))
-
-
-def best_way(program: Program, layers: Sequence[str], samples: CalibrationSet, kind: GridKind) -> str:
-    """The way of taking the ranges of all values alike with which the network loses least on some samples."""
-    grids = {way: choose_grids(program, layers, samples, kind, way) for way in RANGES}
-    return min(grids, key=lambda way: _lost(program, grids[way], samples))
+        made[way] = {name: grids[holders[name]] for name in names}
+    best = ways[0] if len(ways) == 1 else min(made, key=lambda way: _lost(program, made[way], few))
+    return best, made[best]
 
 
 def _lost(program: Program, grids: Mapping[str, ValueGrid], few: CalibrationSet) -> float:
@@ -77,25 +89,32 @@ def _each(
     }
     lost = {name: [0.0] * len(grids) for name, grids in offered.items()}
     there = quantizable(program)
-    readers: dict[str, list[Layer]] = {name: [] for name in found}
+    readers: dict[str, dict[str, list[Layer]]] = {name: {} for name in found}
     for layer in (there[name] for name in layers):
         if layer.input in holders:
-            readers[holders[layer.input]].append(layer)
+            readers[holders[layer.input]].setdefault(layer.input, []).append(layer)
     for batch in few.batches(8):
         with torch.no_grad():
             values = run_until(program, list(holders), bind(program, batch))
             for name, grids in offered.items():
                 for place, grid in enumerate(grids):
-                    lost[name][place] += sum(
-                        _passed_on(program, reader, grid.rounded(values[reader.input]) - values[reader.input])
-                        for reader in readers[name]
-                    ) or float((grid.rounded(values[name]) - values[name]).double().square().sum())
+                    passed = sum(
+                        _passed_on(program, behind, grid.rounded(values[value]) - values[value])
+                        for value, behind in readers[name].items()
+                    )
+                    lost[name][place] += passed or _energy(grid.rounded(values[name]) - values[name])
     return {name: grids[lost[name].index(min(lost[name]))] for name, grids in offered.items()}
 
 
-def _passed_on(program: Program, layer: Layer, change: torch.Tensor) -> float:
-    """Sum of squares of what a change of its input does to a layer's output."""
-    return float(product(program, layer, change, program.module.get_parameter(layer.weight)).double().square().sum())
+def _passed_on(program: Program, readers: Sequence[Layer], change: torch.Tensor) -> float:
+    """Sum of squares of what a change of a value does to the outputs of the layers that read it."""
+    return sum(
+        _energy(product(program, layer, change, program.module.get_parameter(layer.weight))) for layer in readers
+    )
+
+
+def _energy(change: torch.Tensor) -> float:
+    return float(change.double().square().sum())
 
 
 def product(program: Program, layer: Layer, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -58,26 +58,29 @@ class ScalingGroup:
 def scaling_groups(program: Program) -> dict[str, ScalingGroup]:
     """The groups of a program by name, in topological order. What the network returns, and what anything reads that
     does not commute with a positive factor, is in none."""
+    from networkx.utils import UnionFind  # most plans are read and applied without it
+
     layers = quantizable(program)
     axes: dict[str, int] = {}
-    members: dict[str, list[str]] = {}
+    families: UnionFind[str] = UnionFind()
     fixed: set[str] = set()
     for name, node in program.nodes.items():
         sources = [operand.name for operand in node.all_input_nodes if operand.name in axes]
         if name in layers:
             axis = _channel_axis(layers[name], node.args[0])  # type: ignore[arg-type]
             fixed.update(source for source in sources if axes[source] != axis)
-            axes[name], members[name] = _channel_axis(layers[name], node), [name]
+            axes[name] = _channel_axis(layers[name], node)
+            families.union(name)
         elif sources and not is_size(node):
             passed = _axis_behind(node, axes)
             if passed is None:
                 fixed.update(sources)
                 continue
-            axes[name], members[name] = passed, [name]
-            for source in sources:
-                _unite(members, source, name)
+            axes[name] = passed
+            families.union(name, *sources)
     groups = {}
-    for values in {id(found): found for found in members.values()}.values():
+    sets = [sorted(family, key=program.order.__getitem__) for family in families.to_sets()]
+    for values in sorted(sets, key=lambda family: program.order[family[0]]):
         group = _group(program, layers, values, axes)
         if group.readers and not fixed.intersection(values):
             groups[group.name] = group
@@ -163,16 +166,7 @@ def _axis_behind_mean(node: fx.Node, axis: int, dims: int) -> int | None:
     return axis if argument(node, 2, "keepdim", False) else axis - sum(dim < axis for dim in gone)
 
 
-def _unite(members: dict[str, list[str]], one: str, other: str) -> None:
-    if members[one] is members[other]:
-        return
-    members[one].extend(members[other])
-    for name in members[other]:
-        members[name] = members[one]
-
-
 def _group(program: Program, layers: Mapping[str, Layer], values: list[str], axes: Mapping[str, int]) -> ScalingGroup:
-    values = sorted(values, key=program.order.__getitem__)
     writers = tuple(layers[name] for name in values if name in layers)
     return ScalingGroup(
         values=tuple(values),
