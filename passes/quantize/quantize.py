@@ -4,19 +4,20 @@ those before it now deliver."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import set_tensors
+from ...compiler.ir.execute import run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import RewriteError
 from ...compiler.support.progress import Progress, silent
-from ..solve.joins import group_targets
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
-from ..solve.lockstep import Lockstep, plan_steps
-from ..solve.resolve_network import ResolveSettings, add_shift, batch_size_for, step_moments, touched
+from ..solve.lockstep import Lockstep, Step, plan_steps
+from ..solve.moments import Moments, thinning
+from ..solve.resolve_network import batch_size_for, touched
 from .edit_quantize import LEAST_SCALE, IntegerWeights, ValueGrid, quantize_program
 from .rounding import Rounded, rounded
 from .values import quantizable
@@ -27,12 +28,11 @@ MOST_STEPS = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How weights are rounded: integers up to `limit`, biases stored as `bias` says (``int32`` or ``float32``), and
-    corrected where `correct` is set, and the rows of inputs that a Gram matrix reads, per column."""
+    """How weights are rounded: integers up to `limit`, biases stored as `bias` says (``int32`` or ``float32``), and the
+    rows of inputs that a Gram matrix reads, per column."""
 
     limit: int
     bias: str = "int32"
-    correct: bool = True
     rows_per_column: int | None = 50
 
 
@@ -47,40 +47,51 @@ def quantize(
 ) -> Program:
     """Put the values on their grids and round the weights of the layers, in topological order, in one streamed sweep.
 
-    Each bias first takes over the mean of what rounded inputs change of the layer's output. Then the weight is rounded
-    by the Gram matrix of the same inputs (`rounded`). The layers behind see what it then computes. Weights are not
-    solved again toward the original: what rounding does to values is noise to them, and fitting it to a few hundred
-    samples loses more than it gains (docs/quantize.md). Products are in float32, sums and solves in float64.
+    Each weight is rounded by the Gram matrix of the layer's inputs (`rounded`) as the layers before it, rounded by
+    then, deliver them; its bias takes over what that changes on average. Weights and biases are not solved again toward
+    the original: what rounding and clipping do to values is noise to them, and fitting it loses more than it gains
+    (docs/quantize.md). Products are in float32, sums and solves in float64.
     """
     student = quantize_program(program, grids, {}, note="values on integer grids")
-    settings = ResolveSettings(refine=0, guard_samples=0, rows_per_column=how.rows_per_column)
     there, _ = find_layers(student)
     own = {name for name, node in student.nodes.items() if node.op == "call_function" and name not in program.nodes}
     targets, changed = touched(student, there, {}, {}, own)
-    steps = plan_steps(program, student, group_targets(student, targets), changed)
+    # only inputs are asked for: a step for each layer, which ends where the layer begins
+    groups = [[replace(t, anchor=t.layer.input, counterparts=())] for t in targets if t.layer.node in layers]
+    steps = plan_steps(program, student, groups, changed)
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[str, Rounded] = {}
     batch_size = batch_size_for(student, there.values())
-    with Lockstep(program, student, samples, batch_size=batch_size, ram_bytes=settings.ram_bytes) as lockstep:
+    with Lockstep(program, student, samples, batch_size=batch_size) as lockstep:
         for done, step in enumerate(steps, 1):
             lockstep.advance(step, tensors)
-            for target in step.targets:
-                moments = step_moments(lockstep, step, target, tensors, settings)
-                if target.layer.node not in layers:
-                    continue
-                if how.correct:
-                    # what is left of its output, on average
-                    add_shift(student, target, moments.cross[:, -1].reshape(-1) / moments.rows, tensors)
-                grid = _grid_before(target.layer, grids)
-                stored[target.layer.node] = _round(student, target.layer, moments.gram, how, grid, tensors)
+            layer = step.targets[0].layer
+            gram = _input_gram(lockstep, step, layer, tensors, how.rows_per_column)
+            stored[layer.node] = _round(student, layer, gram, how, _grid_before(layer, grids), tensors)
             lockstep.finish(step)
             progress("quantise", done, len(steps))
-    solved_program = set_tensors(program, tensors, note="weights and biases on integer grids") if tensors else program
+    rounded_program = set_tensors(program, tensors, note="weights and biases on integer grids") if tensors else program
     weights = {
-        name: _integers(there[name], grids, stored[name], _bias(solved_program, there[name]), how) for name in layers
+        name: _integers(there[name], grids, stored[name], _bias(rounded_program, there[name]), how) for name in layers
     }
     note = f"{len(layers)} layers in int8"
-    return quantize_program(solved_program, grids, weights, note=note)
+    return quantize_program(rounded_program, grids, weights, note=note)
+
+
+def _input_gram(
+    lockstep: Lockstep, step: Step, layer: Layer, tensors: dict[str, torch.Tensor], rows_per_column: int | None
+) -> torch.Tensor:
+    """The Gram matrix of a layer's inputs as the student's layers before it deliver them."""
+    student, total = lockstep.student, None
+    for view in lockstep.views(step):
+        with torch.no_grad():
+            value = run_until(student, [layer.input], view.student, tensors)[layer.input]
+        columns, count = layer.extent(student, value)
+        rows = layer.rows(student, value, thinning(count * len(lockstep), columns, rows_per_column))
+        part = Moments.of(rows, rows.new_zeros(len(rows), 0, rows.shape[2])).gram
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def plain_integers(

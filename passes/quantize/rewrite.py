@@ -73,7 +73,6 @@ class Quantize(Rewrite):
             it. ``best``: the one of all these with which the network's outputs lose least.
         equalise: Whether the ranges of channels between layers are evened out first, by powers of two that the layers
             around them take in (arXiv 1906.04721): where rounding then changes at least a tenth less.
-        correct: Whether biases take over the mean of what rounding changes.
         rows_per_column: Largest number of rows of inputs in a Gram matrix, per column. None reads all.
         samples: Number of judging samples that say what each layer alone loses.
         ignore: Shell-style patterns of layers (node, module path or weight) that stay as they are.
@@ -93,7 +92,6 @@ class Quantize(Rewrite):
 
     ranges: str = "best"
     equalise: bool = True
-    correct: bool = True
     rows_per_column: int | None = 50
     samples: int = 16
     ignore: tuple[str, ...] = ()
@@ -109,7 +107,6 @@ class Quantize(Rewrite):
     def __post_init__(self) -> None:
         check_word("ranges", self.ranges, WAYS)
         check_switch("equalise", self.equalise)
-        check_switch("correct", self.correct)
         check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
         check_whole("samples", self.samples, Allowed(least=2))
         check_texts("ignore", self.ignore)
@@ -211,7 +208,7 @@ class Quantize(Rewrite):
             made = quantize_program(fit.program, fit.grids, weights, note=f"{len(names)} layers in int8")
         else:
             fit = self._fitted(folded, names, ctx.solve, mine[0], self.ranges)
-            how = replace(_how(mine[0]), correct=self.correct, rows_per_column=self.rows_per_column)
+            how = replace(_how(mine[0]), rows_per_column=self.rows_per_column)
             made = quantize(fit.program, names, fit.grids, ctx.solve, how, progress=ctx.progress)
         settled_ = tuple(fit.stated(d, layers[d.layer]) for d in mine)
         return Applied(program=made, decisions=settled_)

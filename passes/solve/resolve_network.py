@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -201,17 +199,11 @@ def _refine(
     return True
 
 
-def step_moments(
-    lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
-) -> Moments:
-    """Moments of one layer of a group over the whole calibration set, with the weights as they stand."""
-    return functools.reduce(operator.add, _parts(lockstep, step, target, tensors, settings))
-
-
 def split_step_moments(
     lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> SplitMoments:
-    """`step_moments`, those of the held-out batches beside those of all."""
+    """Moments of one layer of a group over the whole calibration set, with the weights as they stand, and those of the
+    held-out batches."""
     return SplitMoments.of(_parts(lockstep, step, target, tensors, settings))
 
 

@@ -186,7 +186,7 @@ def test_grids_of_symmetric_values_have_zero_in_the_middle() -> None:
         {"ranges": "widest"},
         {"ranges": None},
         *({"samples": samples} for samples in (1, 2.5, "16", None, True)),
-        {"correct": "yes"},
+        {"equalise": "yes"},
         *({"rows_per_column": rows} for rows in (0, -1, 1.5, "50")),
         *({"ignore": ignore} for ignore in ("linear", 3, (3,), None)),
         *({"kernels": kernels} for kernels in (63, "uint8", {"weight_limit": 63})),

@@ -26,7 +26,7 @@ def in_int8(program: foldcut.Program, samples: CalibrationSet, kind: GridKind) -
     folded, _ = fold_batch_norms(program)
     layers = list(quantizable(folded))
     grids = choose_grids(folded, layers, samples, kind, "minmax")
-    return folded, quantize(folded, layers, grids, samples, Rounding(limit=127, correct=False))
+    return folded, quantize(folded, layers, grids, samples, Rounding(limit=127))
 
 
 @pytest.mark.parametrize("kind", [GridKind(), GridKind(dtype=torch.int8, symmetric=True)], ids=str)
