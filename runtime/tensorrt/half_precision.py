@@ -120,6 +120,8 @@ class _TypedModel:
             self.nodes[label if label not in self.nodes else f"{label} ({index})"] = node
         self.types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
         self.types |= {weight.name: weight.data_type for weight in graph.initializer}
+        ends = {"DequantizeLinear": lambda node: node.output, "QuantizeLinear": lambda node: node.input[:1]}
+        self.on_grids = {value for n in graph.node if n.op_type in ends for value in ends[n.op_type](n)}
         inner = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
         for label, node in self.nodes.items():
             if inner & {attribute.type for attribute in node.attribute}:
@@ -169,6 +171,8 @@ def _type_problem(graph: _TypedModel, node: onnx.NodeProto, slots: frozenset[int
     named = [value for value in (*node.input, *node.output) if value]
     if any(not graph.types.get(value) for value in named):
         return "the type of a value that it reads or writes is not known"
+    if any(value in graph.on_grids for value in named):
+        return "it is computed in integers"  # casts beside QuantizeLinear would end that
     if not any(graph.is_float(value) for index, value in enumerate(node.input) if index in slots):
         return "it reads no float32 value"
     return ""

@@ -22,6 +22,7 @@ from foldcut.passes.quantize.values import quantizable
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
 from foldcut.runtime.predict.integer_kernels import IntegerKernels, probe_integers
 from foldcut.runtime.tensorrt.backend import TensorRTBackend
+from foldcut.runtime.tensorrt.half_precision import to_half_precision
 from onnx import numpy_helper
 
 AVAILABLE = TensorRTBackend().available()
@@ -104,3 +105,32 @@ def test_it_computes_what_the_original_does(made: bytes, nets: SimpleNamespace, 
     runner.run()
     found, wanted = runner.outputs()[0], residual(x).detach().numpy()
     assert np.square(found - wanted).sum() < 0.01 * np.square(wanted).sum()
+
+
+def test_half_precision_leaves_what_is_in_integers(made: bytes, nets: SimpleNamespace) -> None:
+    """A cast between a layer and its integers would have it computed in half precision."""
+    name = onnx.load_model_from_string(made).graph.input[0].name
+    half = to_half_precision(made, {name: nets.images(16).numpy()})
+    graph = onnx.load_model_from_string(half.model).graph
+    makers = {value: node for node in graph.node for value in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    grids = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert grids
+    for node in grids:
+        beside = [makers.get(node.input[0])] if node.op_type == "QuantizeLinear" else readers[node.output[0]]
+        assert "Cast" not in [other.op_type for other in beside if other is not None]
+    layers = [
+        node for node in onnx.load_model_from_string(made).graph.node if node.op_type in ("Conv", "Gemm", "MatMul")
+    ]
+    assert all(half.kept[node.name] == "it is computed in integers" for node in layers)
+
+
+@builds_here
+def test_an_engine_of_half_precision_and_integers_is_built(made: bytes, nets: SimpleNamespace) -> None:
+    name = onnx.load_model_from_string(made).graph.input[0].name
+    inputs = {name: nets.images(2).numpy()}
+    built = TensorRTBackend(precision="fp16", samples={name: nets.images(16).numpy()}).build(made, inputs)
+    assert built.info.float32_operators > 6
