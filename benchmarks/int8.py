@@ -2,13 +2,15 @@
 
     python benchmarks/int8.py --models ../shared/models --data ../shared/data --net resnet56 --output int8.jsonl
         [--samples 500] [--alone 0.8] [--mix 0.6 0.45] [--methods original onnxruntime nncf pruned alone mix] [--mimic]
-        [--pruned 0.75 0.5] [--search-seconds 300]
+        [--pruned 0.75 0.5] [--cuts 0.8] [--macs 0.8] [--search-seconds 300]
 
 Each row: a file measured on ONNX Runtime, batch 1, one thread, in pairs with the original, and its accuracy on images
 that nothing was calibrated with, twice: as ONNX Runtime runs it on this machine, and as ONNX defines it (without
 fusion). Where the two differ, the machine's integer kernels overflow. `alone` is a compile to a Latency goal with
-``rewrites=("quantize",)``, `mix` one with all rewrites, `pruned` ONNX Runtime's int8 (min-max, 7-bit weights) after
-Torch-Pruning to a share of the channels. Rows are kept line by line: a second call goes on.
+``rewrites=("quantize",)``, `mix` one with all rewrites, `cuts` one with all but int8, `macs` one to a Macs goal by
+channels alone, `pruned` ONNX Runtime's int8 (min-max, 7-bit weights) after
+Torch-Pruning to a share of the channels. `vit` is trained by cifar_vit.py, its file among the models. Rows are kept
+line by line: a second call goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import foldcut
 import torch
 from cifar_data import Cifar, load_cifar, load_resnet, onnx_accuracy
+from cifar_vit import load_vit
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.runtime.measure.backend import resolve_backend
@@ -36,8 +39,8 @@ from rows import Row, append_line, read_lines
 from torch_pruning_peer import prune_whole_with_torch_pruning
 
 REWRITES = ("drop_blocks", "prune_channels", "factorize", "quantize")
-METHODS = ("original", "onnxruntime", "nncf", "pruned", "alone", "mix")
-NETS = ("resnet20", "resnet56", "mobilenetv2")
+METHODS = ("original", "onnxruntime", "nncf", "pruned", "alone", "mix", "cuts", "macs")
+NETS = ("resnet20", "resnet56", "mobilenetv2", "vit")
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ class Bench:
             self.model: Any = str(arguments.models / "mobilenetv2.onnx")
             self.data: Cifar = load_imagenet(arguments.data, arguments.samples)
         else:
-            self.model = load_resnet(arguments.models, net)
+            self.model = load_vit(arguments.models) if net == "vit" else load_resnet(arguments.models, net)
             self.data = load_cifar(arguments.data, arguments.samples)
         program = foldcut.capture(self.model, self.data.calibration[:2])
         self.original = Path(self.model).read_bytes() if isinstance(self.model, str) else to_onnx(program)
@@ -89,10 +92,16 @@ class Bench:
         found["nncf"] = lambda: (nncf_static(self.original, images), {})
         for keep in self.arguments.pruned:
             found[f"pruned {keep}"] = lambda k=keep: (self._pruned(k), {})  # type: ignore[misc]
-        for share in self.arguments.alone:
-            found[f"alone {share}"] = lambda s=share: self._compiled(s, ("quantize",))  # type: ignore[misc]
-        for share in self.arguments.mix:
-            found[f"mix {share}"] = lambda s=share: self._compiled(s, REWRITES)  # type: ignore[misc]
+        compiled: dict[str, tuple[tuple[str, ...], type[foldcut.Latency | foldcut.Macs]]] = {
+            "alone": (("quantize",), foldcut.Latency),
+            "mix": (REWRITES, foldcut.Latency),
+            "cuts": (REWRITES[:-1], foldcut.Latency),
+            "macs": (("prune_channels",), foldcut.Macs),
+        }
+        for method, (rewrites, goal) in compiled.items():
+            for share in getattr(self.arguments, method):
+                words = f"{method} {share}, mimicked" if self.arguments.mimic else f"{method} {share}"
+                found[words] = lambda g=goal, s=share, r=rewrites: self._compiled(g(s), r)  # type: ignore[misc]
         return {name: make for name, make in found.items() if name.split()[0] in self.arguments.methods}
 
     def row(self, name: str, make: Callable[[], tuple[bytes, Row]]) -> Row:
@@ -119,10 +128,10 @@ class Bench:
         model = to_onnx(foldcut.capture(pruned, images[:2]))
         return onnxruntime_static(model, images, "minmax", reduce_range=True)
 
-    def _compiled(self, share: float, rewrites: tuple[str, ...]) -> tuple[bytes, Row]:
-        options: dict[str, Any] = {"mimic": self.arguments.mimic, "progress": False, "cache": self.arguments.cache}
+    def _compiled(self, goal: foldcut.Latency | foldcut.Macs, rewrites: tuple[str, ...]) -> tuple[bytes, Row]:
+        options: dict[str, Any] = {"progress": False, "cache": self.arguments.cache}
+        options["mimic"] = self.arguments.mimic
         options["settings"] = foldcut.PipelineSettings(search_seconds=self.arguments.search_seconds)
-        goal = foldcut.Latency(share)
         try:
             made = foldcut.compile(self.model, self.data.calibration, goal=goal, rewrites=rewrites, **options)
         except foldcut.GoalError as unmet:
@@ -155,6 +164,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=2000, help="test images of the runs without fusion, which are slow")
     parser.add_argument("--alone", type=float, nargs="*", default=[0.8])
     parser.add_argument("--mix", type=float, nargs="*", default=[0.6])
+    parser.add_argument("--cuts", type=float, nargs="*", default=[0.8])
+    parser.add_argument("--macs", type=float, nargs="*", default=[0.8])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pruned", type=float, nargs="*", default=[0.75, 0.5], help="shares of the channels")
     parser.add_argument("--search-seconds", type=float, default=None)
@@ -162,7 +173,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=None, help="folder that analyses are kept in, shared by the rows")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    arguments.mimic = arguments.mimic or None
     arguments.cache = arguments.cache or False
     return arguments
 
