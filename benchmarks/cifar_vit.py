@@ -2,7 +2,7 @@
 
     python benchmarks/cifar_vit.py --data ../shared/data --output models/vit.pt [--epochs 20] [--seed 0]
 
-Patches of 4 x 4, six layers of width 192 with three heads, pre-norm, GELU, the mean of the tokens at the end. AdamW,
+Patches of 4 x 4, four layers of width 128 with four heads, pre-norm, GELU, the mean of the tokens at the end. AdamW,
 learning rate rising for an epoch and falling as a cosine, crops and mirror images, forward pass in bfloat16 autocast.
 """
 
@@ -19,7 +19,7 @@ from frank_wolfe_train import batches
 from torch import nn
 from torch.nn import functional as F
 
-WIDTH, DEPTH, HEADS, PATCH = 192, 6, 3, 4
+WIDTH, DEPTH, HEADS, PATCH = 128, 4, 4, 4
 BATCH, LEARNING_RATE, DECAY = 128, 1e-3, 0.05
 
 

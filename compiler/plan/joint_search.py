@@ -28,6 +28,7 @@ from .proposals import (
     most_saving,
     predicted_error,
     predicted_saving,
+    savings_in,
     with_least_errors,
 )
 from .search_time import SearchTime
@@ -266,7 +267,7 @@ class MixSearch:
 
         def most(mix: Mix) -> float:
             """What a plan may save."""
-            predicted = {i: self.scales[i.kind].saving * p.saving for i, p in mix.items()}
+            predicted = {i: self.scales[i.kind].saving * saved for i, saved in savings_in(mix).items()}
             spread = math.hypot(*(spreads[i] * saving for i, saving in predicted.items()))
             return sum(factors[i] * saving for i, saving in predicted.items()) + DOUBTED_SAVING * spread
 
@@ -375,7 +376,7 @@ def _loss(mix: Mix, scales: Mapping[Item, Scale]) -> float:
 
 
 def _saving(mix: Mix, scales: Mapping[Item, Scale]) -> float:
-    return sum(scales[item].saving * proposal.saving for item, proposal in mix.items())
+    return sum(scales[item].saving * saving for item, saving in savings_in(mix).items())
 
 
 __all__ = ["Found", "MixSearch", "Tried"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +15,25 @@ GAP = 1e-4
 SECONDS = 20.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What an option of one item adds to the costs of another's: a row of numbers, none below 0, for the options of the
+    `other`. With `as_errors` the errors grow as well."""
+
+    item: int
+    option: int
+    other: int
+    costs: Sequence[float]
+    as_errors: bool = False
+
+
 def choose_options(
     errors: Sequence[Sequence[float]],
     costs: Sequence[Sequence[float]],
     budget: float,
     conflicts: Sequence[tuple[int, int]] = (),
     known: Sequence[Sequence[int]] = (),
+    overlaps: Sequence[Overlap] = (),
 ) -> list[int] | None:
     """For each item the index of one of its options: the least sum of errors whose costs add up to at most `budget`.
 
@@ -51,15 +66,46 @@ def choose_options(
         constraints.append(optimize.LinearConstraint(taken, -np.inf, len(sizes) - 1))
     cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
     error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
-    constraints.append(optimize.LinearConstraint(flat_costs[None, :] / cost_scale, -np.inf, budget / cost_scale))
+    total = len(items) + len(overlaps)
+    scaled = np.concatenate([flat_costs / cost_scale, np.ones(len(overlaps))])
+    constraints = [_widened(constraint, total) for constraint in constraints]
+    constraints.append(optimize.LinearConstraint(scaled[None, :], -np.inf, budget / cost_scale))
+    constraints += _at_least(overlaps, starts, cost_scale, total)
+    counted = [cost_scale / error_scale if overlap.as_errors else 0.0 for overlap in overlaps]
     with without_native_output():
         found = optimize.milp(
-            flat_errors / error_scale,
-            integrality=np.ones(len(items), dtype=np.int64),
-            bounds=optimize.Bounds(0, 1),
+            np.concatenate([flat_errors / error_scale, counted]),
+            integrality=(np.arange(total) < len(items)).astype(np.int64),
+            bounds=optimize.Bounds(0, np.where(np.arange(total) < len(items), 1, np.inf)),
             constraints=constraints,
             options={"mip_rel_gap": GAP, "time_limit": SECONDS},
         )
     if found.x is None:
         return None
     return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _at_least(overlaps: Sequence[Overlap], starts: Any, unit: float, columns: int) -> list[Any]:
+    """What each overlap costs at least, as the last variables, in units of a cost: nothing unless both are taken."""
+    from scipy import optimize, sparse
+
+    if not overlaps:
+        return []
+    matrix, least = sparse.lil_matrix((len(overlaps), columns)), []
+    for row, overlap in enumerate(overlaps):
+        costs = np.asarray(overlap.costs) / unit
+        first = starts[overlap.other]
+        matrix[row, first : first + len(costs)] = -costs
+        matrix[row, starts[overlap.item] + overlap.option] = -costs.max()
+        matrix[row, columns - len(overlaps) + row] = 1.0
+        least.append(-costs.max())
+    return [optimize.LinearConstraint(matrix.tocsr(), least, np.inf)]
+
+
+def _widened(constraint: Any, columns: int) -> Any:
+    """A constraint over the first of so many variables."""
+    from scipy import optimize, sparse
+
+    rows, known = constraint.A.shape
+    matrix = sparse.hstack([constraint.A, sparse.csr_matrix((rows, columns - known))], format="csr")
+    return optimize.LinearConstraint(matrix, constraint.lb, constraint.ub)

@@ -39,7 +39,7 @@ from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fi
 from .grids import RANGE_SAMPLES, WAYS, best_way
 from .quantize import Rounding, plain_integers, quantize
 from .ranges import GridKind
-from .savings import LEAST_SAVING, integer_savings
+from .savings import LEAST_SAVING, Saved, integer_savings
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
 #: The ways of taking ranges that serve networks best, for as long as these are there.
@@ -250,16 +250,18 @@ class Quantize(Rewrite):
             return words
         return f"{words}, because this machine's 8-bit kernels overflow"
 
-    def _item(self, program: Program, name: str, error: float, saving: float) -> Item:
+    def _item(self, program: Program, name: str, error: float, saved: Saved) -> Item:
         decision = replace(self._decision(name), path=program.path(program.nodes[name]), error=error)
-        proposal = Proposal(error=error, saving=saving, decision=decision)
+        # what it computes faster, it also saves less of by what is cut off it
+        overlap = min(max(saved.share, 0.0), 1.0)
+        proposal = Proposal(error=error, saving=saved.saving, decision=decision, overlap=overlap)
         return Item(kind=self.name, name=name, claims=Claims(needs=frozenset([name])), proposals=(proposal,))
 
     def _decision(self, name: str) -> QuantizeLayer:
         assert self.kernels is not None
         return QuantizeLayer.for_kernels(name, self.kernels)
 
-    def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, float]:
+    def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, Saved]:
         """What each layer saves where all of them are in int8; nothing where all together are not faster."""
         assert budget.latency is not None
         decisions = [self._decision(name) for name in layers]

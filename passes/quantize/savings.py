@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
@@ -16,6 +17,15 @@ AT_ONCE = 8
 #: themselves they are lost in noise, and one in floating point between others costs two more changes of precision.
 LEAST_SAVING = 0.0005
 
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a layer saves, as a share of the network's latency and of its own."""
+
+    saving: float
+    share: float
+
+
 Times = list[tuple[frozenset[str], float]]
 
 
@@ -27,8 +37,8 @@ def integer_savings(
     measured: float,
     *,
     progress: Progress = silent,
-) -> dict[str, float]:
-    """The share of the network's latency that each of some layers saves where all of them are in int8: the difference
+) -> dict[str, Saved]:
+    """What each of some layers saves where all of them are in int8: the difference
     of its segment, by its share of the multiply-accumulates there.
 
     `folded` is the network in floating point, `whole` the same with all layers in int8; `standing` has the names there
@@ -56,9 +66,9 @@ def integer_savings(
         if not pays and sum(saved.values()) + left < LEAST_SAVING * total:
             return {}
     missing = (measured * total - sum(saved.values())) / max(sum(own.values()), 1e-12) if pays else 0.0
-    return {
-        name: sum(saved[layer] + missing * own[layer] for layer in names) / total for name, names in standing.items()
-    }
+    shares = {name: sum(own[layer] for layer in names) for name, names in standing.items()}
+    less = {name: sum(saved[layer] for layer in names) + missing * shares[name] for name, names in standing.items()}
+    return {name: Saved(saving=less[name] / total, share=less[name] / max(shares[name], 1e-12)) for name in standing}
 
 
 def _by_time(segments: Sequence[Segment], own: Mapping[str, float]) -> list[Segment]:

@@ -26,8 +26,10 @@ from foldcut.passes.prune.decision import UnitCount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-KINDS = ("drop_blocks", "prune_channels", "factorize")
+KINDS = ("drop_blocks", "prune_channels", "factorize", "quantize")
 PLAIN = dict.fromkeys(KINDS, Scale())
+#: What a change of the last kind takes from what others save at its nodes.
+OVERLAP = 0.4
 
 
 def claims(kind: str, nodes: Iterable[str], makers: Iterable[str] = ()) -> Claims:
@@ -37,6 +39,8 @@ def claims(kind: str, nodes: Iterable[str], makers: Iterable[str] = ()) -> Claim
         return Claims(removes=here)
     if kind == "prune_channels":
         return Claims(resizes=here, needs=frozenset(makers) or here)
+    if kind == "quantize":
+        return Claims(needs=here)
     return Claims(replaces=here, needs=here)
 
 
@@ -47,8 +51,9 @@ def change(name: str, place: int) -> UnitCount:
 
 def item(kind: str, name: str, nodes: str, *figures: tuple[float, float]) -> Item:
     """An item that concerns the nodes named by single letters; figures are (error, saving)."""
+    overlap = OVERLAP if kind == "quantize" else 0.0
     proposals = tuple(
-        Proposal(error=error, saving=saving, decision=change(name, place))
+        Proposal(error=error, saving=saving, decision=change(name, place), overlap=overlap)
         for place, (error, saving) in enumerate(figures)
     )
     return Item(kind=kind, name=name, claims=claims(kind, nodes), proposals=proposals)
@@ -85,6 +90,18 @@ def test_the_choice_is_the_best_of_all_that_are_allowed(items: list[Item], savin
     most = most_saving(items, PLAIN)
     assert most in every
     assert predicted_saving(most, PLAIN) == pytest.approx(max(predicted_saving(m, PLAIN) for m in every), rel=1e-3)
+
+
+def test_a_layer_that_is_faster_saves_less_of_what_is_cut_off_it() -> None:
+    layer, group = item("factorize", "a", "a", (0.1, 0.5)), item("prune_channels", "ab", "ab", (0.1, 0.3))
+    faster = item("quantize", "a in int8", "a", (0.001, 0.2))
+
+    def saving(*items: Item) -> float:
+        return predicted_saving({one: one.proposals[0] for one in items}, PLAIN)
+
+    assert saving(layer, faster) == pytest.approx(0.5 * (1 - OVERLAP) + 0.2)
+    assert saving(group, faster) == pytest.approx(0.3 * (1 - OVERLAP / 2) + 0.2)
+    assert saving(layer) + saving(faster) == pytest.approx(0.7)
 
 
 def test_what_excludes_what() -> None:
@@ -201,7 +218,7 @@ def test_never_worse_than_one_kind_alone() -> None:
 
 def test_a_goal_that_no_single_kind_reaches() -> None:
     world = scaled(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 1))
-    items = [item(kind, letter, letter, (0.1, 0.2)) for kind, letter in zip(KINDS, "abc", strict=True)]
+    items = [item(kind, letter, letter, (0.1, 0.2)) for kind, letter in zip(KINDS[:3], "abc", strict=True)]
     found = search(items, 0.5, world).run()
     assert found.met
     assert len(found.best.mix) == 3
@@ -209,7 +226,7 @@ def test_a_goal_that_no_single_kind_reaches() -> None:
 
 def test_a_goal_out_of_reach_gives_the_fastest() -> None:
     world = scaled(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 1))
-    items = [item(kind, letter, letter, (0.1, 0.1)) for kind, letter in zip(KINDS, "abc", strict=True)]
+    items = [item(kind, letter, letter, (0.1, 0.1)) for kind, letter in zip(KINDS[:3], "abc", strict=True)]
     found = search(items, 0.5, world).run()
     assert not found.met
     assert found.best.ratio == pytest.approx(0.7)

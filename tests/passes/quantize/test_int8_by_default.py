@@ -150,7 +150,8 @@ def test_no_more_is_timed_than_may_pay(nets: SimpleNamespace) -> None:
     assert integer_savings(fair, folded, whole, standing, 0.0) == {}  # type: ignore[arg-type]
     assert fair.timed > AT_ONCE
     savings = integer_savings(quick, folded, whole, standing, 0.0)  # type: ignore[arg-type]
-    assert savings.keys() == standing.keys() and sum(savings.values()) == pytest.approx(0.5, abs=0.05)
+    assert savings.keys() == standing.keys() and sum(s.saving for s in savings.values()) == pytest.approx(0.5, abs=0.05)
+    assert all(s.share == pytest.approx(0.5, abs=0.05) for s in savings.values())
 
 
 @pytest.mark.parametrize("units", [0.2, 0.5, 1.5])
@@ -158,7 +159,7 @@ def test_savings_add_up_to_what_the_network_was_measured_to_save(units: float, n
     program = foldcut.capture(nets.seeded(lambda: nets.ResNet(2, 8)), nets.images(2))
     folded, whole, standing = shaped(program)
     savings = integer_savings(Table(units), folded, whole, standing, 0.3)  # type: ignore[arg-type]
-    assert savings.keys() == standing.keys() and sum(savings.values()) == pytest.approx(0.3)
+    assert savings.keys() == standing.keys() and sum(s.saving for s in savings.values()) == pytest.approx(0.3)
 
 
 def test_what_stays_in_floating_point_says_why(nets: SimpleNamespace) -> None:
