@@ -16,8 +16,9 @@ from ..data.sampled_error import sampled_error
 from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..plan.decision import Decision
-from ..plan.joint_search import MOST_TRIALS, Found, Means, MixSearch
+from ..plan.joint_search import MOST_TRIALS, Means, MixSearch
 from ..plan.proposals import Mix
+from ..plan.tried import Found
 from ..rewrite.budget import PlanBudget, keyed
 from ..rewrite.checked_offer import checked_offer
 from ..rewrite.context import Context

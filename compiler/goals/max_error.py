@@ -7,7 +7,7 @@ from typing import Any
 
 from ...runtime.measure.measurement import Measurement
 from ..plan.goal import Delivered, Goal
-from ..plan.joint_search import Found, Tried
+from ..plan.tried import Found, Tried
 from ..rewrite.budget import Shape
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied

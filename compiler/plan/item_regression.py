@@ -74,5 +74,5 @@ def _errors(items: Sequence[Item], scales: Mapping[str, Scale], mix: Mix) -> np.
 
 
 def _savings(items: Sequence[Item], scales: Mapping[str, Scale], mix: Mix) -> np.ndarray:
-    saved = savings_in(mix)
-    return np.array([scales[item.kind].saving * saved.get(item, 0.0) for item in items])
+    saved = savings_in(mix, {item: scales[item.kind] for item in mix})
+    return np.array([saved.get(item, 0.0) for item in items])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,9 +31,12 @@ from .proposals import (
     with_least_errors,
 )
 from .search_time import SearchTime
+from .tried import Found, Tried
 
 #: How many plans of all kinds together are tried.
 MOST_MIXES = 4
+#: What a kind's changes lose beside those that they overlap with is at most so many times as much as predicted.
+MOST_OVERLAP = 3.0
 #: How many changes, those that save the most, are tried by themselves.
 MOST_ALONE = 4
 #: No plan is made from single items' figures when so many plans were tried, or so many of those made from them were no
@@ -55,57 +57,6 @@ LEAST_GAIN = 0.01
 Adjust = Callable[[Mix, Mapping[Item, Scale]], Mix]
 #: What tells a plan from others: kind, name and the place of the proposal of each item.
 Key = frozenset[tuple[str, str, int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tried:
-    """A plan with its output error after a quick re-solve and its measured latency ratio (upper end of the interval),
-    and how many plans were measured until this one was found to save as much as it should."""
-
-    mix: Mix
-    error: float
-    ratio: float
-    rounds: int = 1
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return kinds_of(self.mix)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TriedPlan:
-    """A plan that was tried on the way: the share that it leaves of what is bounded, its relative output error after a
-    quick re-solve, how many decisions it has of each rewrite, by name, how many plans were measured until one like it
-    was found to save enough, and whether it was chosen."""
-
-    ratio: float
-    error: float
-    counts: Mapping[str, int]
-    rounds: int = 1
-    chosen: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """The best plan, whether it reaches the goal, everything that was tried, and the scales at the end."""
-
-    best: Tried
-    met: bool
-    tried: tuple[Tried, ...]
-    scales: Mapping[str, Scale]
-
-    def plans(self) -> tuple[TriedPlan, ...]:
-        """What was tried, as plain figures."""
-        return tuple(
-            TriedPlan(
-                ratio=plan.ratio,
-                error=plan.error,
-                counts=dict(Counter(item.kind for item in plan.mix)),
-                rounds=plan.rounds,
-                chosen=plan is self.best,
-            )
-            for plan in self.tried
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +104,9 @@ class MixSearch:
         self._time.left()  # starts it
         for start in self._starts:
             self._start(start)
-        for kind in self.kinds:
-            self._single(kind)
+        own = {kind: self._single(kind) for kind in self.kinds}
+        for kind, mix in own.items():
+            self._overlap(kind, mix)
         self._alone()
         if len(self.kinds) > 1:
             self._mixes()
@@ -183,7 +135,7 @@ class MixSearch:
             return mix
         return self._adjust(mix, scales or {item: self.scales[item.kind] for item in items})
 
-    def _single(self, kind: str) -> None:
+    def _single(self, kind: str) -> Mix:
         """The plan of one kind, and what it says about the kind's predictions."""
         items = [item for item in self.items if item.kind == kind]
         mix, rounds = self._reaching(items, one_kind=True)
@@ -192,6 +144,21 @@ class MixSearch:
             predicted = predicted_error(mix, self.scales)
             if predicted > 0 and plan.error > 0:
                 self.scales[kind] = replace(self.scales[kind], error=plan.error / predicted)
+        return mix
+
+    def _overlap(self, kind: str, mix: Mix) -> None:
+        """How much less a kind's plan saves beside all that overlaps with it, measured: a layer in two parts may be no
+        faster at all in int8."""
+        others = [item for item in self.items if item.proposals[0].overlap and item.kind != kind]
+        others = [item for item in others if not any(item.claims.clashes(mine.claims) for mine in mix)]
+        both = {**mix, **most_saving(others, self.scales)}
+        apart = predicted_saving(mix, self.scales) + predicted_saving(
+            {i: both[i] for i in both if i not in mix}, self.scales
+        )
+        less = apart - predicted_saving(both, self.scales)
+        if less > 0:
+            found = (apart - 1 + self._ratio(both)) / less
+            self.scales[kind] = replace(self.scales[kind], overlap=min(max(found, 0.0), MOST_OVERLAP))
 
     def _mixes(self) -> None:
         """Plans of all kinds. One that leads gives each kind its scale; after a worse one the step is halved."""
@@ -267,7 +234,7 @@ class MixSearch:
 
         def most(mix: Mix) -> float:
             """What a plan may save."""
-            predicted = {i: self.scales[i.kind].saving * saved for i, saved in savings_in(mix).items()}
+            predicted = savings_in(mix, {i: self.scales[i.kind] for i in mix})
             spread = math.hypot(*(spreads[i] * saving for i, saving in predicted.items()))
             return sum(factors[i] * saving for i, saving in predicted.items()) + DOUBTED_SAVING * spread
 
@@ -297,7 +264,7 @@ class MixSearch:
         scales, expected = {}, {}
         for item, factor, spread, saved in zip(self.items, errors.factors, errors.spread, savings.factors, strict=True):
             kind = self.scales[item.kind]
-            expected[item] = Scale(error=kind.error * float(factor), saving=kind.saving * float(saved))
+            expected[item] = replace(kind, error=kind.error * float(factor), saving=kind.saving * float(saved))
             least = factor if item in lead.mix else max(factor - DOUBT * spread, LEAST_SHARE)
             scales[item] = replace(expected[item], error=kind.error * float(least))
         saving = lead.ratio - self.ratio + _saving(lead.mix, scales)
@@ -376,7 +343,7 @@ def _loss(mix: Mix, scales: Mapping[Item, Scale]) -> float:
 
 
 def _saving(mix: Mix, scales: Mapping[Item, Scale]) -> float:
-    return sum(scales[item].saving * saving for item, saving in savings_in(mix).items())
+    return sum(savings_in(mix, scales).values())
 
 
-__all__ = ["Found", "MixSearch", "Tried"]
+__all__ = ["Means", "MixSearch"]

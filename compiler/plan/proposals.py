@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -126,10 +126,12 @@ Mix = dict[Item, Proposal]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What the predictions of one kind are multiplied by: learnt from whole plans."""
+    """What the predictions of one kind are multiplied by: learnt from whole plans. `overlap` is for what its changes no
+    longer save beside others."""
 
     error: float = 1.0
     saving: float = 1.0
+    overlap: float = 1.0
 
 
 def kinds_of(mix: Mapping[Item, Proposal]) -> tuple[str, ...]:
@@ -144,24 +146,22 @@ def predicted_error(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) -
 
 def predicted_saving(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) -> float:
     """The sum of what the proposals save beside each other."""
-    return sum(scales[item.kind].saving * saving for item, saving in savings_in(mix).items())
+    return sum(savings_in(mix, {item: scales[item.kind] for item in mix}).values())
 
 
-def savings_in(mix: Mapping[Item, Proposal]) -> dict[Item, float]:
-    """What each proposal of a plan saves beside the others, by its own prediction: where others overlap with it, less
-    than alone. Nodes that several need count alike."""
+def savings_in(mix: Mapping[Item, Proposal], scales: Mapping[Item, Scale]) -> dict[Item, float]:
+    """What each proposal of a plan saves beside the others: where they overlap with it, less than alone. Nodes that it
+    needs count alike."""
     lost: dict[str, float] = {}
     for item, proposal in mix.items():
         for node in item.claims.needs if proposal.overlap else ():
             lost[node] = lost.get(node, 0.0) + proposal.overlap
-    return {
-        item: proposal.saving * (1 if proposal.overlap or not lost else 1 - _mean(lost, item.claims.needs))
-        for item, proposal in mix.items()
-    }
-
-
-def _mean(lost: Mapping[str, float], nodes: Collection[str]) -> float:
-    return sum(lost.get(node, 0.0) for node in nodes) / max(1, len(nodes))
+    found = {}
+    for item, proposal in mix.items():
+        nodes = () if proposal.overlap else item.claims.needs
+        share = sum(lost.get(node, 0.0) for node in nodes) / max(1, len(nodes))
+        found[item] = scales[item].saving * proposal.saving * (1 - scales[item].overlap * share)
+    return found
 
 
 def _overlaps(items: Sequence[Item], scales: Sequence[Scale]) -> list[Overlap]:
@@ -175,8 +175,9 @@ def _overlaps(items: Sequence[Item], scales: Sequence[Scale]) -> list[Overlap]:
         met = Counter(other for node in item.claims.needs for other in needing[node] if other != place)
         for option, proposal in enumerate(item.proposals, 1):
             for other, shared in met.items() if proposal.overlap else ():
-                share = proposal.overlap * shared / len(items[other].claims.needs)
-                less = [0.0 if p.overlap else scales[other].saving * p.saving * share for p in items[other].proposals]
+                by = scales[other]
+                share = by.saving * by.overlap * proposal.overlap * shared / len(items[other].claims.needs)
+                less = [0.0 if p.overlap else p.saving * share for p in items[other].proposals]
                 if any(less):
                     found.append(Overlap(item=place, option=option, other=other, costs=(0.0, *less)))
     return found

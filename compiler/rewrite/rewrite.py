@@ -11,8 +11,8 @@ from ...passes.solve.resolve_network import LayerError
 from ..ir.program import Program
 from ..plan.decision import Decision
 from ..plan.goal import Goal
-from ..plan.joint_search import TriedPlan
 from ..plan.proposals import Item, Mix
+from ..plan.tried import TriedPlan
 from ..support.errors import GoalError, Reject
 from .budget import Budget, Savings
 from .context import Context

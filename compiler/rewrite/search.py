@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..plan.joint_search import Found
+from ..plan.tried import Found
 from .rewrite import Applied
 
 

@@ -22,8 +22,9 @@ from foldcut.compiler.ir.cost import node_macs, program_cost
 from foldcut.compiler.ir.edit_folds import fold_parameters
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.ir.segments import Segment, find_segments
-from foldcut.compiler.plan.joint_search import Found, MixSearch
+from foldcut.compiler.plan.joint_search import MixSearch
 from foldcut.compiler.plan.proposals import Mix, excluded_pairs
+from foldcut.compiler.plan.tried import Found
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
 from foldcut.passes.prune.channel_budget import ChannelLimits
 from foldcut.runtime.measure.conditions import Conditions

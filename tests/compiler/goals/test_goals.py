@@ -15,7 +15,7 @@ from foldcut.compiler.driver.pipeline import Outcome, _aimed
 from foldcut.compiler.goals.max_error import _bisected
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.plan.goal import read_goal
-from foldcut.compiler.plan.joint_search import Found, Tried
+from foldcut.compiler.plan.tried import Found, Tried
 from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.channel_budget import CutModel
 from torch import nn

@@ -400,3 +400,24 @@ def test_a_plan_that_saves_too_much_is_made_again() -> None:
     found = search(items, 0.6, world).run()
     assert found.met
     assert len(found.best.mix) == 4
+
+
+def test_what_saves_nothing_beside_int8_is_found_out() -> None:
+    """Layers in two parts are faster by themselves, and no faster in int8; blocks that are dropped save all they did."""
+    faster = [item("quantize", f"{node} in int8", node, (0.001, 0.1)) for node in "abcd"]
+    parts = [item("factorize", node, node, (0.004, 0.14)) for node in "abcd"]
+    blocks = [item("drop_blocks", node, node, (0.02, 0.06)) for node in "efgh"]
+
+    def saving(mix: Mix) -> float:
+        in_int8 = {node for one in mix if one.kind == "quantize" for node in one.claims.needs}
+        useless = [one for one in mix if one.kind == "factorize" and one.claims.needs <= in_int8]
+        return sum(p.saving for one, p in mix.items() if one not in useless)
+
+    def error(mix: Mix) -> float:
+        return sum(p.error for p in mix.values())
+
+    items = [*faster, *parts, *blocks]
+    found = search(items, 0.5, World(error, saving)).run()
+    best = min(error(mix) for mix in allowed(items) if saving(mix) >= 0.5)
+    assert found.met and found.best.error == pytest.approx(best)
+    assert found.scales["factorize"].overlap == pytest.approx(1 / OVERLAP, rel=0.05)
