@@ -403,7 +403,7 @@ def test_a_plan_that_saves_too_much_is_made_again() -> None:
 
 
 def test_what_saves_nothing_beside_int8_is_found_out() -> None:
-    """Layers in two parts are faster by themselves, and no faster in int8; blocks that are dropped save all they did."""
+    """Layers in two parts are faster by themselves, and no faster in int8; dropped blocks save what they always did."""
     faster = [item("quantize", f"{node} in int8", node, (0.001, 0.1)) for node in "abcd"]
     parts = [item("factorize", node, node, (0.004, 0.14)) for node in "abcd"]
     blocks = [item("drop_blocks", node, node, (0.02, 0.06)) for node in "efgh"]
