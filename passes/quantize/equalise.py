@@ -24,7 +24,7 @@ from ...compiler.ir.program import Program, is_size
 from ..solve.layers import Layer
 from .decision import MOST_EXPONENT, QuantizeLayer
 from .edit_quantize import ValueGrid
-from .grids import RANGE_SAMPLES, choose_grids, product
+from .grids import choose_grids, few_of, product
 from .quantize import rounded_plainly
 from .ranges import GridKind
 from .scaling_groups import ScalingGroup, rescaled, scaling_groups
@@ -63,7 +63,7 @@ def choose_scales(
         for name, group in scaling_groups(program).items()
         if not inside.isdisjoint(reader.node for reader in group.readers)
     }
-    few = samples.take(slice(0, RANGE_SAMPLES))
+    few = few_of(samples)
     every = _Comparison(program=program, groups=groups, layers=tuple(layers), few=few, precision=precision)
     largest = every.largest()
     comparison = every.among([name for name in groups if _differ_widely(largest[name])])

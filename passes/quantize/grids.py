@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,9 +19,15 @@ from .values import held_by, quantizable, values_of
 
 #: Samples that tell what a range loses.
 RANGE_SAMPLES = 32
+_FEW: WeakKeyDictionary[CalibrationSet, CalibrationSet] = WeakKeyDictionary()
 #: Ways to take ranges: of all values alike, for each value the one of these that loses least at the layers that read
 #: it, and the way with which the network loses least.
 WAYS = (*RANGES, "each", "best")
+
+
+def few_of(samples: CalibrationSet) -> CalibrationSet:
+    """The first of some samples, the same set each time."""
+    return _FEW.setdefault(samples, samples.take(slice(0, RANGE_SAMPLES)))
 
 
 def choose_grids(
@@ -59,7 +66,7 @@ def _least_lost(
     holders = held_by(program, names)
     own = list(dict.fromkeys(holders.values()))
     found = histograms(program, own, samples, batch_size=batch_size_for(program, quantizable(program).values()))
-    few = samples.take(slice(0, RANGE_SAMPLES))
+    few = few_of(samples)
     made: dict[str, dict[str, ValueGrid]] = {}
     for way in ways:
         if way == "each":

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -39,10 +40,16 @@ class Histogram:
         return (edges[1:] + edges[:-1]) / 2
 
 
+_KNOWN: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[CalibrationSet, dict[str, Histogram]]] = (
+    WeakKeyDictionary()
+)
+
+
 def histograms(
     program: Program, names: Sequence[str], samples: CalibrationSet, *, batch_size: int
 ) -> dict[str, Histogram]:
-    """Histograms of the values of some nodes, in two streamed passes: ranges first, then counts.
+    """Histograms of the values of some nodes, in two streamed passes: ranges first, then counts. Those of a network on
+    a set of samples are kept for as long as both are there: plans that are compared ask for the same ones.
 
     Warns where there is a single sample. Raises CalibrationError when a value is not finite.
     """
@@ -52,6 +59,15 @@ def histograms(
             "a few hundred samples",
             stacklevel=2,
         )
+    known = _KNOWN.setdefault(program.module, WeakKeyDictionary()).setdefault(samples, {})
+    known |= _found(program, [name for name in names if name not in known], samples, batch_size)
+    return {name: known[name] for name in names}
+
+
+def _found(program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int) -> dict[str, Histogram]:
+    """Histograms that are not known yet."""
+    if not names:
+        return {}
     low, high = dict.fromkeys(names, torch.inf), dict.fromkeys(names, -torch.inf)
     for values in _batches(program, names, samples, batch_size):
         for name, value in values.items():

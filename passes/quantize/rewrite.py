@@ -36,7 +36,7 @@ from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .decision import QuantizeLayer
 from .edit_quantize import ValueGrid, quantize_program
 from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fitted
-from .grids import RANGE_SAMPLES, WAYS, best_way
+from .grids import WAYS, best_way, few_of
 from .quantize import Rounding, plain_integers, quantize
 from .ranges import GridKind
 from .savings import LEAST_SAVING, Saved, integer_savings
@@ -142,7 +142,7 @@ class Quantize(Rewrite):
         if self.kernels is None:
             reason = self.refused or "there is no backend to quantise for"
             return Offer(rejects=(Reject(reason=reason, node=self.name),))
-        folded, _ = fold_batch_norms(ctx.teacher)
+        folded, _ = ctx.teacher.derived(fold_batch_norms)
         left = matching_layers(ctx.teacher, self.ignore)
         layers = [name for name in _layers(ctx.teacher, folded) if name not in left]
         rejects = _rejects(folded)
@@ -202,7 +202,7 @@ class Quantize(Rewrite):
         names = [name for standing in layers.values() for name in standing]
         if ctx.trial:
             # whatever the plan, about as much is lost by rounding: not worth more than it takes to see that
-            few = ctx.solve.take(slice(0, RANGE_SAMPLES))
+            few = few_of(ctx.solve)
             fit = self._fitted(folded, names, few, mine[0], self._known_way(ctx, mine[0]))
             weights = plain_integers(fit.program, names, fit.grids, _how(mine[0]))
             made = quantize_program(fit.program, fit.grids, weights, note=f"{len(names)} layers in int8")
@@ -278,7 +278,7 @@ class Quantize(Rewrite):
         def found() -> list[float]:
             folded, standing = _folded(ctx.teacher, [self._decision(name) for name in layers])
             names = [name for found in standing.values() for name in found]
-            decision, fitting = self._decision(layers[0]), ctx.solve.take(slice(0, RANGE_SAMPLES))
+            decision, fitting = self._decision(layers[0]), few_of(ctx.solve)
             fit = self._fitted(folded, names, fitting, decision, self._known_way(ctx, decision))
             whole, grids = fit.program, fit.grids
             errors = []
@@ -308,8 +308,8 @@ class Quantize(Rewrite):
         known = _WAYS.setdefault(ctx.teacher.module, {})
         key = (id(ctx.solve), decision.kernels)
         if key not in known:
-            folded, _ = fold_batch_norms(ctx.teacher)
-            few = ctx.solve.take(slice(0, RANGE_SAMPLES))
+            folded, _ = ctx.teacher.derived(fold_batch_norms)
+            few = few_of(ctx.solve)
             # the samples are kept with what they gave, so that no others are at their address
             known[key] = ctx.solve, best_way(folded, list(quantizable(folded)), few, _kind(decision))
         return known[key][1]
@@ -365,7 +365,7 @@ def _folded(program: Program, decisions: Sequence[QuantizeLayer]) -> tuple[Progr
     a layer that took over a norm has the norm's name."""
     before = {name: layer.weight for name, layer in find_layers(program)[0].items()}
     standing = standing_of(program, decisions)
-    folded, _ = fold_batch_norms(program)
+    folded, _ = program.derived(fold_batch_norms)
     after = {layer.weight: name for name, layer in quantizable(folded).items()}
     return folded, {name: [after[before[inside]] for inside in found] for name, found in standing.items()}
 
