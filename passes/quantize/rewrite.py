@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,7 +39,7 @@ from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fi
 from .grids import WAYS, best_way, few_of
 from .quantize import Rounding, plain_integers, quantize
 from .ranges import GridKind
-from .savings import LEAST_SAVING, Saved, integer_savings
+from .savings import LEAST_SAVING, Saved, integer_savings, slow_layers, with_conversions
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
 #: The ways of taking ranges that serve networks best, for as long as these are there.
@@ -253,8 +253,7 @@ class Quantize(Rewrite):
     def _item(self, program: Program, name: str, error: float, saved: Saved) -> Item:
         decision = replace(self._decision(name), path=program.path(program.nodes[name]), error=error)
         # what it computes faster, it also saves less of by what is cut off it
-        overlap = min(max(saved.share, 0.0), 1.0)
-        proposal = Proposal(error=error, saving=saved.saving, decision=decision, overlap=overlap)
+        proposal = Proposal(error=error, saving=saved.saving, decision=decision, overlap=saved.share)
         return Item(kind=self.name, name=name, claims=Claims(needs=frozenset([name])), proposals=(proposal,))
 
     def _decision(self, name: str) -> QuantizeLayer:
@@ -264,12 +263,22 @@ class Quantize(Rewrite):
     def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, Saved]:
         """What each layer saves where all of them are in int8; nothing where all together are not faster."""
         assert budget.latency is not None
-        decisions = [self._decision(name) for name in layers]
-        folded, standing = _folded(ctx.teacher, decisions)
-        whole = self.shape(ctx.teacher, decisions)
-        measured = 1 - budget.latency.estimate("integers", [d.change for d in decisions], lambda: whole)
-        table = budget.latency.probe.table()
-        return integer_savings(table, folded, whole, standing, measured, progress=ctx.progress)
+        latency = budget.latency
+        decisions = {name: self._decision(name) for name in layers}
+        folded, standing = _folded(ctx.teacher, list(decisions.values()))
+        whole = self.shape(ctx.teacher, list(decisions.values()))
+
+        def measured(names: Sequence[str], shaped: Callable[[], Program]) -> float:
+            return 1 - latency.estimate("integers", [decisions[name].change for name in names], shaped)
+
+        most = measured(layers, lambda: whole)
+        found = integer_savings(latency.probe.table(), folded, whole, standing, most, progress=ctx.progress)
+        slow = slow_layers(found)
+        rest = [name for name in layers if name not in slow]
+        if not slow or not rest or not found:
+            return found
+        without = measured(rest, lambda: self.shape(ctx.teacher, [decisions[name] for name in rest]))
+        return with_conversions(found, most, without)
 
     def _errors(self, ctx: Context, layers: Sequence[str]) -> dict[str, float]:
         """Relative output errors with each layer alone in int8, its weight rounded value by value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
@@ -20,10 +20,15 @@ LEAST_SAVING = 0.0005
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a layer saves, as a share of the network's latency and of its own."""
+    """What a layer saves of the network's latency in floating point, and what it takes of it there."""
 
     saving: float
-    share: float
+    time: float
+
+    @property
+    def share(self) -> float:
+        """What it saves of its own time, from 0 to 1."""
+        return min(max(self.saving / max(self.time, 1e-12), 0.0), 1.0)
 
 
 Times = list[tuple[frozenset[str], float]]
@@ -68,7 +73,33 @@ def integer_savings(
     missing = (measured * total - sum(saved.values())) / max(sum(own.values()), 1e-12) if pays else 0.0
     shares = {name: sum(own[layer] for layer in names) for name, names in standing.items()}
     less = {name: sum(saved[layer] for layer in names) + missing * shares[name] for name, names in standing.items()}
-    return {name: Saved(saving=less[name] / total, share=less[name] / max(shares[name], 1e-12)) for name in standing}
+    return {name: Saved(saving=less[name] / total, time=shares[name] / total) for name in standing}
+
+
+def with_conversions(found: Mapping[str, Saved], whole: float, without: float) -> dict[str, Saved]:
+    """The savings where slow layers, which segments find no faster in int8, were measured: the network saves
+    `whole` with all layers in int8, and `without` where these are left in floating point.
+
+    Between others in int8 they then cost two changes of precision, which no segment has. What they save is the
+    difference, each by its share of their time.
+    """
+    slow = slow_layers(found)
+    time = sum(found[name].time for name in slow)
+    saved = sum(each.saving for name, each in found.items() if name not in slow)
+    if whole <= without or time <= 0 or saved <= 0:
+        return dict(found)
+    return {
+        name: replace(
+            each,
+            saving=(whole - without) * each.time / time if name in slow else each.saving * max(without, 0.0) / saved,
+        )
+        for name, each in found.items()
+    }
+
+
+def slow_layers(found: Mapping[str, Saved]) -> list[str]:
+    """Those that save next to nothing, or less."""
+    return [name for name, each in found.items() if each.saving < LEAST_SAVING]
 
 
 def _by_time(segments: Sequence[Segment], own: Mapping[str, float]) -> list[Segment]:
