@@ -17,8 +17,8 @@ SECONDS = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """What an option of one item adds to the costs of another's: a row of numbers, none below 0, for the options of the
-    `other`. With `as_errors` the errors grow as well."""
+    """What an option of one item adds to the costs of another's, a row of numbers for the options of the `other`: none
+    below 0, or none above. With `as_errors` it is added to the errors as well."""
 
     item: int
     option: int
@@ -49,7 +49,7 @@ def choose_options(
     items = np.repeat(np.arange(len(sizes)), sizes)
     places = np.arange(len(items))
     flat_costs, flat_errors = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (costs, errors))
-    if sum(min(row) for row in costs) > budget:
+    if sum(min(row) for row in costs) + sum(min(0.0, *overlap.costs) for overlap in overlaps) > budget:
         return None
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     one_each = sparse.csr_matrix((np.ones(len(items)), (items, places)), shape=(len(sizes), len(items)))
@@ -67,11 +67,12 @@ def choose_options(
     cost_scale = max(float(np.abs(flat_costs).max()), 1e-300)
     error_scale = max(float(np.abs(flat_errors).max()), 1e-300)
     total = len(items) + len(overlaps)
-    scaled = np.concatenate([flat_costs / cost_scale, np.ones(len(overlaps))])
+    signs = np.array([-1.0 if min(overlap.costs) < 0 else 1.0 for overlap in overlaps])
+    scaled = np.concatenate([flat_costs / cost_scale, signs])
     constraints = [_widened(constraint, total) for constraint in constraints]
     constraints.append(optimize.LinearConstraint(scaled[None, :], -np.inf, budget / cost_scale))
-    constraints += _at_least(overlaps, starts, cost_scale, total)
-    counted = [cost_scale / error_scale if overlap.as_errors else 0.0 for overlap in overlaps]
+    constraints += _bounds(overlaps, starts, cost_scale, total)
+    counted = signs * [cost_scale / error_scale if overlap.as_errors else 0.0 for overlap in overlaps]
     with without_native_output():
         found = optimize.milp(
             np.concatenate([flat_errors / error_scale, counted]),
@@ -85,21 +86,31 @@ def choose_options(
     return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _at_least(overlaps: Sequence[Overlap], starts: Any, unit: float, columns: int) -> list[Any]:
-    """What each overlap costs at least, as the last variables, in units of a cost: nothing unless both are taken."""
+def _bounds(overlaps: Sequence[Overlap], starts: Any, unit: float, columns: int) -> list[Any]:
+    """How much each overlap is, as the last variables, in units of a cost. What costs is at least what it costs where
+    both are taken; what is gained is at most that, and nothing unless both are."""
     from scipy import optimize, sparse
 
     if not overlaps:
         return []
-    matrix, least = sparse.lil_matrix((len(overlaps), columns)), []
+    least = sparse.lil_matrix((len(overlaps), columns))
+    most = sparse.lil_matrix((2 * len(overlaps), columns))
+    floors = np.full(len(overlaps), -np.inf)
     for row, overlap in enumerate(overlaps):
-        costs = np.asarray(overlap.costs) / unit
-        first = starts[overlap.other]
-        matrix[row, first : first + len(costs)] = -costs
-        matrix[row, starts[overlap.item] + overlap.option] = -costs.max()
-        matrix[row, columns - len(overlaps) + row] = 1.0
-        least.append(-costs.max())
-    return [optimize.LinearConstraint(matrix.tocsr(), least, np.inf)]
+        size = np.abs(overlap.costs) / unit
+        own, first, mine = columns - len(overlaps) + row, starts[overlap.other], starts[overlap.item] + overlap.option
+        if min(overlap.costs) < 0:
+            most[2 * row, own] = most[2 * row + 1, own] = 1.0
+            most[2 * row, first : first + len(size)] = -size
+            most[2 * row + 1, mine] = -size.max()
+        else:
+            least[row, own] = 1.0
+            least[row, first : first + len(size)] = -size
+            least[row, mine] = floors[row] = -size.max()
+    return [
+        optimize.LinearConstraint(least.tocsr(), floors, np.inf),
+        optimize.LinearConstraint(most.tocsr(), -np.inf, 0.0),
+    ]
 
 
 def _widened(constraint: Any, columns: int) -> Any:

@@ -23,6 +23,8 @@ class Proposal:
         decision: What the rewrite then applies.
         overlap: Share of what other changes save that need the same nodes, and no longer save beside this one. A layer
             that computes in a third of its time saves a third by what else is cut off it.
+        boundaries: What it saves less for each of these nodes that stay as they are: those that the plan neither
+            removes nor changes by the same rewrite. Between a layer in int8 and one that is not, values are converted.
 
     Example:
         >>> drop = foldcut.DropBlock(entry="relu", exit="relu_1")
@@ -34,6 +36,7 @@ class Proposal:
     saving: float
     decision: Decision = field(repr=False)
     overlap: float = field(default=0.0, repr=False)
+    boundaries: Mapping[str, float] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +153,22 @@ def predicted_saving(mix: Mapping[Item, Proposal], scales: Mapping[str, Scale]) 
 
 
 def savings_in(mix: Mapping[Item, Proposal], scales: Mapping[Item, Scale]) -> dict[Item, float]:
-    """What each proposal of a plan saves beside the others: where they overlap with it, less than alone. Nodes that it
-    needs count alike."""
+    """What each proposal of a plan saves beside the others: where they overlap with it, less than alone, and less for
+    what stays as it is at its boundaries. Nodes that it needs count alike."""
     lost: dict[str, float] = {}
+    changed: dict[str, set[str]] = {}
     for item, proposal in mix.items():
+        changed.setdefault(item.kind, set()).update(item.claims.needs)
         for node in item.claims.needs if proposal.overlap else ():
             lost[node] = lost.get(node, 0.0) + proposal.overlap
+    removed = {node for item in mix for node in item.claims.removes}
     found = {}
     for item, proposal in mix.items():
         nodes = () if proposal.overlap else item.claims.needs
         share = sum(lost.get(node, 0.0) for node in nodes) / max(1, len(nodes))
-        found[item] = scales[item].saving * proposal.saving * (1 - scales[item].overlap * share)
+        met = changed[item.kind] | removed
+        less = sum(cost for node, cost in proposal.boundaries.items() if node not in met)
+        found[item] = scales[item].saving * (proposal.saving * (1 - scales[item].overlap * share) - less)
     return found
 
 
@@ -180,6 +188,21 @@ def _overlaps(items: Sequence[Item], scales: Sequence[Scale]) -> list[Overlap]:
                 less = [0.0 if p.overlap else p.saving * share for p in items[other].proposals]
                 if any(less):
                     found.append(Overlap(item=place, option=option, other=other, costs=(0.0, *less)))
+    return found + _bonds(items, scales)
+
+
+def _bonds(items: Sequence[Item], scales: Sequence[Scale]) -> list[Overlap]:
+    """What pairs of items save more together than each alone: where one is changed alike, or removed, the other has no
+    boundary with it."""
+    found = []
+    for place, item in enumerate(items):
+        for option, proposal in enumerate(item.proposals, 1):
+            for other, second in enumerate(items) if proposal.boundaries else ():
+                met = second.claims.needs if second.kind == item.kind else second.claims.removes
+                gain = scales[place].saving * sum(c for node, c in proposal.boundaries.items() if node in met)
+                if gain and other != place:
+                    costs = (0.0, *[-gain] * len(second.proposals))
+                    found.append(Overlap(item=place, option=option, other=other, costs=costs))
     return found
 
 
@@ -218,8 +241,10 @@ def most_saving(items: Sequence[Item], scales: Mapping[str, Scale]) -> Mix:
 
 
 def _costs(items: Sequence[Item], scales: Sequence[Scale]) -> list[list[float]]:
-    """What each choice adds to the latency: nothing where an item is left alone, else less than that."""
-    return [[0.0, *(-by.saving * p.saving for p in item.proposals)] for item, by in zip(items, scales, strict=True)]
+    """What each choice by itself adds to the latency, with all of its boundaries; nothing where an item is left
+    alone."""
+    saved = [[p.saving - sum(p.boundaries.values()) for p in item.proposals] for item in items]
+    return [[0.0, *(-by.saving * each for each in row)] for row, by in zip(saved, scales, strict=True)]
 
 
 def _mix(items: Sequence[Item], options: Sequence[int]) -> Mix:

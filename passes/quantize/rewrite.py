@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,13 +33,14 @@ from ...compiler.support.setting_checks import (
 )
 from ...runtime.predict.integer_kernels import IntegerKernels
 from ..solve.layers import all_layer_names, find_layers, matching_layers
+from .boundaries import borders, boundary_costs
 from .decision import QuantizeLayer
 from .edit_quantize import ValueGrid, quantize_program
 from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fitted
 from .grids import WAYS, best_way, few_of
 from .quantize import Rounding, plain_integers, quantize
 from .ranges import GridKind
-from .savings import LEAST_SAVING, Saved, integer_savings, slow_layers, with_conversions
+from .savings import LEAST_SAVING, Saved, integer_savings
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
 #: The ways of taking ranges that serve networks best, for as long as these are there.
@@ -159,7 +160,7 @@ class Quantize(Rewrite):
             return Offer(rejects=(*rejects, slower))
         with ctx.clock.stage("weigh integers"):
             errors = self._errors(ctx, layers)
-        items = tuple(self._item(ctx.teacher, name, errors[name], savings[name]) for name in layers)
+        items = tuple(self._item(ctx.teacher, name, errors[name], *savings[name]) for name in layers)
         return Offer(items=items, rejects=rejects, starts=_starts(items))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
@@ -250,35 +251,38 @@ class Quantize(Rewrite):
             return words
         return f"{words}, because this machine's 8-bit kernels overflow"
 
-    def _item(self, program: Program, name: str, error: float, saved: Saved) -> Item:
+    def _item(self, program: Program, name: str, error: float, saved: Saved, boundaries: Mapping[str, float]) -> Item:
         decision = replace(self._decision(name), path=program.path(program.nodes[name]), error=error)
         # what it computes faster, it also saves less of by what is cut off it
-        proposal = Proposal(error=error, saving=saved.saving, decision=decision, overlap=saved.share)
+        proposal = Proposal(
+            error=error, saving=saved.saving, decision=decision, overlap=saved.share, boundaries=boundaries
+        )
         return Item(kind=self.name, name=name, claims=Claims(needs=frozenset([name])), proposals=(proposal,))
 
     def _decision(self, name: str) -> QuantizeLayer:
         assert self.kernels is not None
         return QuantizeLayer.for_kernels(name, self.kernels)
 
-    def _savings(self, ctx: Context, budget: Budget, layers: Sequence[str]) -> dict[str, Saved]:
-        """What each layer saves where all of them are in int8; nothing where all together are not faster."""
+    def _savings(
+        self, ctx: Context, budget: Budget, layers: Sequence[str]
+    ) -> dict[str, tuple[Saved, Mapping[str, float]]]:
+        """What each layer saves where all of them are in int8, and less for each neighbour that is not; nothing where
+        all together are not faster."""
         assert budget.latency is not None
         latency = budget.latency
         decisions = {name: self._decision(name) for name in layers}
         folded, standing = _folded(ctx.teacher, list(decisions.values()))
         whole = self.shape(ctx.teacher, list(decisions.values()))
 
-        def measured(names: Sequence[str], shaped: Callable[[], Program]) -> float:
-            return 1 - latency.estimate("integers", [decisions[name].change for name in names], shaped)
+        def measured(names: Sequence[str]) -> float:
+            mine = [decisions[name] for name in names]
+            changes = [decision.change for decision in mine]
+            return 1 - latency.estimate("integers", changes, lambda: self.shape(ctx.teacher, mine))
 
-        most = measured(layers, lambda: whole)
-        found = integer_savings(latency.probe.table(), folded, whole, standing, most, progress=ctx.progress)
-        slow = slow_layers(found)
-        rest = [name for name in layers if name not in slow]
-        if not slow or not rest or not found:
-            return found
-        without = measured(rest, lambda: self.shape(ctx.teacher, [decisions[name] for name in rest]))
-        return with_conversions(found, most, without)
+        table = latency.probe.table()
+        found = integer_savings(table, folded, whole, standing, measured(layers), progress=ctx.progress)
+        costs = boundary_costs(found, borders(folded, standing), measured) if found else {}
+        return {name: (saved, costs.get(name, {})) for name, saved in found.items()}
 
     def _errors(self, ctx: Context, layers: Sequence[str]) -> dict[str, float]:
         """Relative output errors with each layer alone in int8, its weight rounded value by value."""

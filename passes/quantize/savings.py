@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
@@ -74,32 +74,6 @@ def integer_savings(
     shares = {name: sum(own[layer] for layer in names) for name, names in standing.items()}
     less = {name: sum(saved[layer] for layer in names) + missing * shares[name] for name, names in standing.items()}
     return {name: Saved(saving=less[name] / total, time=shares[name] / total) for name in standing}
-
-
-def with_conversions(found: Mapping[str, Saved], whole: float, without: float) -> dict[str, Saved]:
-    """The savings where slow layers, which segments find no faster in int8, were measured: the network saves
-    `whole` with all layers in int8, and `without` where these are left in floating point.
-
-    Between others in int8 they then cost two changes of precision, which no segment has. What they save is the
-    difference, each by its share of their time.
-    """
-    slow = slow_layers(found)
-    time = sum(found[name].time for name in slow)
-    saved = sum(each.saving for name, each in found.items() if name not in slow)
-    if whole <= without or time <= 0 or saved <= 0:
-        return dict(found)
-    return {
-        name: replace(
-            each,
-            saving=(whole - without) * each.time / time if name in slow else each.saving * max(without, 0.0) / saved,
-        )
-        for name, each in found.items()
-    }
-
-
-def slow_layers(found: Mapping[str, Saved]) -> list[str]:
-    """Those that save next to nothing, or less."""
-    return [name for name, each in found.items() if each.saving < LEAST_SAVING]
 
 
 def _by_time(segments: Sequence[Segment], own: Mapping[str, float]) -> list[Segment]:

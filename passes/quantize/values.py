@@ -136,6 +136,12 @@ def held_by(program: Program, values: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def stays_on_grids(node: fx.Node) -> bool:
+    """Whether a call passes on integers where it reads them: it moves, picks or clips them, or runtimes compute it in
+    integers."""
+    return is_tensor(node) and (is_call(node, *_CLIPS, *_JOINS) or _picked_from(node) is not None)
+
+
 def _held_by(node: fx.Node, values: Container[str]) -> str:
     """The nearest of some values that a value is moved or picked from; the value itself where there is none."""
     before = _picked_from(node)

@@ -71,8 +71,18 @@ def some_items() -> st.SearchStrategy[list[Item]]:
     figures = st.lists(st.tuples(st.floats(0.001, 1), st.floats(0.01, 0.3)), min_size=1, max_size=2)
     one = st.tuples(st.sampled_from(KINDS), st.sets(st.sampled_from("abcd"), min_size=1, max_size=2), figures)
     return st.lists(one, min_size=1, max_size=5).map(
-        lambda rows: [item(kind, str(i), "".join(nodes), *found) for i, (kind, nodes, found) in enumerate(rows)]
+        lambda rows: [
+            bounded(item(kind, str(i), "".join(nodes), *found)) for i, (kind, nodes, found) in enumerate(rows)
+        ]
     )
+
+
+def bounded(one: Item) -> Item:
+    """The item, in int8 with boundaries to all nodes that are not its own."""
+    if one.kind != "quantize":
+        return one
+    costs = {node: 0.02 for node in "abcd" if node not in one.claims.needs}
+    return replace(one, proposals=tuple(replace(p, boundaries=costs) for p in one.proposals))
 
 
 @settings(deadline=None)
@@ -102,6 +112,20 @@ def test_a_layer_that_is_faster_saves_less_of_what_is_cut_off_it() -> None:
     assert saving(layer, faster) == pytest.approx(0.5 * (1 - OVERLAP) + 0.2)
     assert saving(group, faster) == pytest.approx(0.3 * (1 - OVERLAP / 2) + 0.2)
     assert saving(layer) + saving(faster) == pytest.approx(0.7)
+
+
+def test_a_boundary_is_gone_where_the_neighbour_is_in_int8_too_or_dropped() -> None:
+    layer = bounded(item("quantize", "a in int8", "a", (0.001, 0.2)))
+    others = [bounded(item("quantize", f"{node} in int8", node, (0.001, 0.1))) for node in "bc"]
+    block = item("drop_blocks", "cd", "cd", (0.1, 0.3))
+
+    def saving(*items: Item) -> float:
+        return predicted_saving({one: one.proposals[0] for one in items}, PLAIN)
+
+    assert saving(layer) == pytest.approx(0.2 - 3 * 0.02)
+    assert saving(layer, block) == pytest.approx(0.2 - 0.02 + 0.3)
+    assert saving(layer, others[0]) == pytest.approx(0.2 + 0.1 - 4 * 0.02)
+    assert saving(layer, *others) == pytest.approx(0.2 + 0.1 + 0.1 - 3 * 0.02)
 
 
 def test_what_excludes_what() -> None:

@@ -18,7 +18,7 @@ from foldcut.compiler.report.page import report_page
 from foldcut.passes.quantize.edit_quantize import quantize_program
 from foldcut.passes.quantize.quantize import Rounding, plain_integers
 from foldcut.passes.quantize.ranges import GridKind
-from foldcut.passes.quantize.savings import AT_ONCE, Saved, integer_savings, slow_layers, with_conversions
+from foldcut.passes.quantize.savings import AT_ONCE, integer_savings
 from foldcut.passes.quantize.values import quantizable, unquantizable, usual_grids, values_of
 from foldcut.runtime.predict.integer_kernels import IntegerKernels, probe_integers
 from foldcut.runtime.predict.latency_table import SegmentTime
@@ -254,13 +254,3 @@ def test_reasons_are_one_line_for_the_network(nets: SimpleNamespace, contexts: A
     refused = replace(foldcut.Quantize(), refused="kernels overflow")
     offer = refused.offer(ctx, None)  # type: ignore[arg-type]
     assert [str(reject) for reject in offer.rejects] == ["quantize: kernels overflow"] and not offer.items
-
-
-def test_what_is_slow_by_itself_may_save_beside_others() -> None:
-    """In floating point between layers in int8 it costs two changes of precision."""
-    found = {"a": Saved(saving=0.3, time=0.5), "b": Saved(saving=0.1, time=0.3), "c": Saved(saving=-0.02, time=0.1)}
-    better = with_conversions(found, 0.38, 0.36)
-    assert better["c"].saving == pytest.approx(0.02) and better["c"].share == pytest.approx(0.2)
-    assert better["a"].saving == pytest.approx(0.27) and better["b"].saving == pytest.approx(0.09)
-    assert with_conversions(found, 0.38, 0.39) == found
-    assert slow_layers(found) == ["c"] and slow_layers(better) == []
