@@ -10,7 +10,7 @@ from foldcut.compiler.ir.program import Program
 from foldcut.passes.solve import refine
 from foldcut.passes.solve.layers import find_layers
 from foldcut.passes.solve.lockstep import Lockstep, plan_steps
-from foldcut.passes.solve.resolve_network import ResolveSettings, step_moments
+from foldcut.passes.solve.resolve_network import ResolveSettings, split_step_moments
 from foldcut.passes.solve.targets import trace_target
 from torch import nn
 
@@ -49,7 +49,7 @@ def proposed(teacher: Program, student: Program, settings: ResolveSettings) -> d
     (step,) = plan_steps(teacher, student, [targets], set(student.nodes))
     with Lockstep(teacher, student, CalibrationSet.of(uncorrelated()), batch_size=SAMPLES) as lockstep:
         lockstep.advance(step, {})
-        moments = {t.layer.node: step_moments(lockstep, step, t, {}, settings) for t in targets}
+        moments = {t.layer.node: split_step_moments(lockstep, step, t, {}, settings).whole for t in targets}
         if settings.rows_per_column is not None:
             thinned = [SAMPLES * TOKENS / moments["linear"].rows, SAMPLES / moments["linear_1"].rows]
             assert thinned[0] > 2 * thinned[1] > 2
