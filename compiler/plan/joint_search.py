@@ -194,20 +194,25 @@ class MixSearch:
     def _refine(self) -> None:
         """Plans around the one that leads, from what single items turned out to lose and to save there.
 
-        A trial is cheaper than a measurement: only plans that lose less than the lead are measured.
+        A trial is cheaper than a measurement: only plans that lose less than the lead are measured. One that is then
+        too slow is short of the goal by so much, and so are its like: the next is asked for that much more, where there
+        is such a plan.
         """
-        lead, misses, rounds, doubted = self._lead(), 0, 1, False
+        lead, misses, rounds, doubted, short = self._lead(), 0, 1, False, 0.0
         while lead is not None and misses < MOST_MISSES and self._may_try():
-            mix, expected = self._promising(lead)
+            mix, expected = self._promising(lead, short)
+            if not mix and short:
+                short = 0.0
+                continue
             if not mix:
                 return
             error = self._error(mix)
             if error < lead.error:
                 plan = self._try(mix, rounds)
                 if plan.ratio <= self.ratio:
-                    lead, misses, rounds, doubted = plan, 0, 1, False
+                    lead, misses, rounds, doubted, short = plan, 0, 1, False, 0.0
                     continue
-                rounds += 1
+                rounds, short = rounds + 1, max(short, plan.ratio - self.ratio)
             misses += 1
             if not doubted and abs(error - expected) > SURPRISE * lead.error:
                 doubted = True
@@ -252,9 +257,10 @@ class MixSearch:
             if self._may_try():
                 self._error({item: proposal for item, proposal in plan.mix.items() if item is not left})
 
-    def _promising(self, lead: Tried) -> tuple[Mix, float]:
-        """The best plan that may lose less than `lead`, and what it is expected to lose; else an empty one. It is not
-        one that is known to lose more or to be too slow; one that was tried, and only not measured yet, it may be.
+    def _promising(self, lead: Tried, more: float) -> tuple[Mix, float]:
+        """The best plan that may lose less than `lead` and saves so much `more` than the goal asks for, and what it is
+        expected to lose; else an empty one. It is not one that is known to lose more or to be too slow; one that was
+        tried, and only not measured yet, it may be.
 
         Items that are not in the lead count with the least that they may lose: a plan that takes them up in vain puts
         their figure right.
@@ -267,7 +273,7 @@ class MixSearch:
             expected[item] = replace(kind, error=kind.error * float(factor), saving=kind.saving * float(saved))
             least = factor if item in lead.mix else max(factor - DOUBT * spread, LEAST_SHARE)
             scales[item] = replace(expected[item], error=kind.error * float(least))
-        saving = lead.ratio - self.ratio + _saving(lead.mix, scales)
+        saving = lead.ratio - self.ratio + more + _saving(lead.mix, scales)
         known = [mix for mix, error in self._known(self._errors) if error >= lead.error]
         known += [mix for mix, ratio in self._known(self._ratios) if ratio > self.ratio and mix not in known]
         mix = choose_corrected(self.items, saving, list(scales.values()), known)
