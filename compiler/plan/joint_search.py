@@ -65,7 +65,7 @@ class Means:
     its relative output error; both are expensive. `adjust` brings a plan nearer to the goal where what single items
     save is known exactly, given the scales of the items that it may change. No plan is made from single items' figures
     once `most_trials` were tried; when the `time` has run out, the best plan of those tried so far stands, each kind's
-    own among them, once one reaches the goal."""
+    own and one of all kinds among them, once one reaches the goal."""
 
     measure: Callable[[Mix], float]
     trial: Callable[[Mix], float]
@@ -164,8 +164,9 @@ class MixSearch:
         """Plans of all kinds. One that leads gives each kind its scale; after a worse one the step is halved."""
         alone = {kind: scale.error for kind, scale in self.scales.items()}
         lead, used = (True, math.inf), dict(self.scales)
-        for _ in range(MOST_MIXES):
-            if self._lead() is not None and not self._time.left():
+        for turn in range(MOST_MIXES):
+            # whatever the time: a single kind may reach the goal, and leave nothing of the network
+            if turn and self._lead() is not None and not self._time.left():
                 return
             mix, rounds = self._reaching(self.items, one_kind=False)
             if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
@@ -174,7 +175,7 @@ class MixSearch:
             standing = (plan.ratio > self.ratio, plan.error)  # one that reaches the goal comes before any that does not
             if standing < lead:
                 lead, used = standing, dict(self.scales)
-                if len(plan.kinds) > 1:
+                if len(plan.kinds) > 1 and self._time.left():
                     for kind in plan.kinds:
                         self._contribution(plan, kind, alone[kind])
             else:

@@ -445,3 +445,16 @@ def test_what_saves_nothing_beside_int8_is_found_out() -> None:
     best = min(error(mix) for mix in allowed(items) if saving(mix) >= 0.5)
     assert found.met and found.best.error == pytest.approx(best)
     assert found.scales["factorize"].overlap == pytest.approx(1 / OVERLAP, rel=0.05)
+
+
+def test_a_mix_is_tried_whatever_the_time() -> None:
+    """One kind alone reaches the goal, at a price that nobody wants to pay."""
+    items = [
+        *(item("quantize", f"{node} in int8", node, (0.001, 0.1)) for node in "abcd"),
+        *(item("drop_blocks", node, node, (0.1 * place, 0.14)) for place, node in enumerate("efgh", 1)),
+    ]
+    error, saving = (lambda mix: sum(p.error for p in mix.values())), (lambda mix: sum(p.saving for p in mix.values()))
+    world = World(error, saving)
+    means = Means(measure=world.measure, trial=world.trial, time=SearchTime(0))
+    found = MixSearch(items, 0.5, means).run()
+    assert found.met and found.best.error == pytest.approx(0.004 + 0.1)
