@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from cifar_data import accuracy, load_cifar
-from frank_wolfe_train import batches
+from frank_wolfe_train import batches, train_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -79,14 +79,9 @@ def main() -> None:
     for epoch in range(arguments.epochs):
         net.train()
         for images, labels in batches(data, BATCH, generator):
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = net(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = train_step(net, optimizer, images, labels, smoothing=0.1)
             schedule.step()
-        print(f"epoch {epoch + 1}: loss {float(loss.detach()):.3f}, {time.process_time() - start:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}: loss {loss:.3f}, {time.process_time() - start:.0f} s", flush=True)
     net.eval()
     part = arguments.output.with_suffix(".part")
     torch.save(net.state_dict(), part)

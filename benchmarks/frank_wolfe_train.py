@@ -127,14 +127,8 @@ def train(run: Run, data: Cifar, arguments: argparse.Namespace) -> tuple[nn.Modu
         network.train()
         running = 0.0
         for images, labels in batches(data, arguments.batch, generator):
-            with torch.autocast("cpu", torch.bfloat16, enabled=not arguments.float32):
-                logits = network(images)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            running += train_step(network, optimizer, images, labels, bfloat16=not arguments.float32) / per_epoch
             schedule.step()
-            running += float(loss.detach()) / per_epoch
         network.eval()
         print(f"{run.name} epoch {epoch + 1}: loss {running:.3f}, {time.process_time() - started:.0f} s", flush=True)
     found = {name: float(w.norm()) for name, w in network.named_parameters() if w.dim() > 1}
@@ -155,6 +149,25 @@ def train(run: Run, data: Cifar, arguments: argparse.Namespace) -> tuple[nn.Modu
         "norms": found,
     }
     return network, row
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bfloat16: bool = True,
+    smoothing: float = 0.0,
+) -> float:
+    """One step on a batch, with the forward pass in bfloat16 autocast where that is wanted; its cross entropy."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = network(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
 
 
 def batches(data: Cifar, size: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

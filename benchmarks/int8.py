@@ -8,14 +8,14 @@ Each row: a file measured on ONNX Runtime, batch 1, one thread, in pairs with th
 that nothing was calibrated with, twice: as ONNX Runtime runs it on this machine, and as ONNX defines it (without
 fusion). Where the two differ, the machine's integer kernels overflow. `alone` is a compile to a Latency goal with
 ``rewrites=("quantize",)``, `mix` one with all rewrites, `cuts` one with all but int8, `macs` one to a Macs goal by
-channels alone, `pruned` ONNX Runtime's int8 (min-max, 7-bit weights) after
-Torch-Pruning to a share of the channels. `vit` is trained by cifar_vit.py, its file among the models. Rows are kept
-line by line: a second call goes on.
+channels alone, `pruned` ONNX Runtime's int8 (min-max, 7-bit weights) after Torch-Pruning to a share of the channels.
+`vit` is trained by cifar_vit.py, its file among the models. Rows are kept line by line: a second call goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import time
@@ -101,7 +101,7 @@ class Bench:
         for method, (rewrites, goal) in compiled.items():
             for share in getattr(self.arguments, method):
                 words = f"{method} {share}, mimicked" if self.arguments.mimic else f"{method} {share}"
-                found[words] = lambda g=goal, s=share, r=rewrites: self._compiled(g(s), r)  # type: ignore[misc]
+                found[words] = functools.partial(self._compiled, goal(share), rewrites)
         return {name: make for name, make in found.items() if name.split()[0] in self.arguments.methods}
 
     def row(self, name: str, make: Callable[[], tuple[bytes, Row]]) -> Row:
@@ -129,8 +129,7 @@ class Bench:
         return onnxruntime_static(model, images, "minmax", reduce_range=True)
 
     def _compiled(self, goal: foldcut.Latency | foldcut.Macs, rewrites: tuple[str, ...]) -> tuple[bytes, Row]:
-        options: dict[str, Any] = {"progress": False, "cache": self.arguments.cache}
-        options["mimic"] = self.arguments.mimic
+        options: dict[str, Any] = {"mimic": self.arguments.mimic, "progress": False, "cache": self.arguments.cache}
         options["settings"] = foldcut.PipelineSettings(search_seconds=self.arguments.search_seconds)
         try:
             made = foldcut.compile(self.model, self.data.calibration, goal=goal, rewrites=rewrites, **options)

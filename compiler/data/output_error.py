@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ..ir.compare import flatten_outputs, squared_distance
 from ..ir.program import Batch, Program
 from .calibration_set import CalibrationSet
+from .kept import kept_for
 
 #: What a network whose outputs are no longer finite counts as.
 BROKEN = 1e6
 #: Outputs of a network are kept for those who compare with it again where they take at most so many bytes.
 KEPT_BYTES = 64 << 20
-
-_Outputs = list[list[torch.Tensor]]
-_KEPT: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[CalibrationSet, tuple[int, _Outputs]]] = WeakKeyDictionary()
 
 
 def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
@@ -36,11 +33,11 @@ def with_outputs(
 ) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
     """Each batch of the samples with the outputs of a network that is compared with: many students are, and the teacher
     runs on the samples once, where its outputs are small."""
-    known = _KEPT.setdefault(teacher.module, WeakKeyDictionary()).get(samples)
-    if known is not None and known[0] == batch_size:
-        yield from zip(samples.batches(batch_size), known[1], strict=True)
+    kept, key = kept_for(teacher, samples), ("outputs", batch_size)
+    if key in kept:
+        yield from zip(samples.batches(batch_size), kept[key], strict=True)
         return
-    found: _Outputs = []
+    found: list[list[torch.Tensor]] = []
     taken = 0
     for batch in samples.batches(batch_size):
         outputs = flatten_outputs(teacher(batch))
@@ -48,7 +45,7 @@ def with_outputs(
         found = [*found, outputs] if taken <= KEPT_BYTES else []
         yield batch, outputs
     if taken <= KEPT_BYTES:
-        _KEPT[teacher.module][samples] = batch_size, found
+        kept[key] = found
 
 
 def no_worse(error: float, before: float) -> bool:

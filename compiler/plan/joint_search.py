@@ -151,10 +151,9 @@ class MixSearch:
         faster at all in int8."""
         others = [item for item in self.items if item.proposals[0].overlap and item.kind != kind]
         others = [item for item in others if not any(item.claims.clashes(mine.claims) for mine in mix)]
-        both = {**mix, **most_saving(others, self.scales)}
-        apart = predicted_saving(mix, self.scales) + predicted_saving(
-            {i: both[i] for i in both if i not in mix}, self.scales
-        )
+        rest = most_saving(others, self.scales)
+        both = {**mix, **rest}
+        apart = predicted_saving(mix, self.scales) + predicted_saving(rest, self.scales)
         less = apart - predicted_saving(both, self.scales)
         if less > 0:
             found = (apart - 1 + self._ratio(both)) / less

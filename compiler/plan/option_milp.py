@@ -38,8 +38,9 @@ def choose_options(
     """For each item the index of one of its options: the least sum of errors whose costs add up to at most `budget`.
 
     `errors` and `costs` hold a row for each item. Of two items in `conflicts` one at least takes its first option, that
-    of leaving it alone. A choice among the `known` ones does not come back. None when no choice stays within the
-    budget. Solved by HiGHS; of choices of equal error any may come back, the same one every time.
+    of leaving it alone. A choice among the `known` ones does not come back. `overlaps` are what pairs of options add to
+    the costs. None when no choice stays within the budget. Solved by HiGHS; of choices of equal error any may come
+    back, the same one every time.
     """
     from scipy import optimize, sparse  # slow to import, and not everyone who imports foldcut needs it
 

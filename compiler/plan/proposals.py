@@ -173,7 +173,7 @@ def savings_in(mix: Mapping[Item, Proposal], scales: Mapping[Item, Scale]) -> di
 
 
 def _overlaps(items: Sequence[Item], scales: Sequence[Scale]) -> list[Overlap]:
-    """What pairs of items save less together than each alone."""
+    """What pairs of items save less together than each alone, and more (`_bonds`)."""
     needing: dict[str, list[int]] = {}
     for place, item in enumerate(items):
         for node in item.claims.needs:

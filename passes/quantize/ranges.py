@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.kept import kept_for
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import CalibrationError, RewriteError
@@ -40,11 +40,6 @@ class Histogram:
         return (edges[1:] + edges[:-1]) / 2
 
 
-_KNOWN: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[CalibrationSet, dict[str, Histogram]]] = (
-    WeakKeyDictionary()
-)
-
-
 def histograms(
     program: Program, names: Sequence[str], samples: CalibrationSet, *, batch_size: int
 ) -> dict[str, Histogram]:
@@ -59,7 +54,7 @@ def histograms(
             "a few hundred samples",
             stacklevel=2,
         )
-    known = _KNOWN.setdefault(program.module, WeakKeyDictionary()).setdefault(samples, {})
+    known: dict[str, Histogram] = kept_for(program, samples).setdefault("histograms", {})
     known |= _found(program, [name for name in names if name not in known], samples, batch_size)
     return {name: known[name] for name in names}
 

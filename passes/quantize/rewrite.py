@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.kept import kept_for
 from ...compiler.data.output_error import output_error
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.edit_folds import fold_batch_norms
@@ -43,8 +43,6 @@ from .ranges import GridKind
 from .savings import LEAST_SAVING, Saved, integer_savings
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
-#: The ways of taking ranges that serve networks best, for as long as these are there.
-_WAYS: WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[CalibrationSet, str]]] = WeakKeyDictionary()
 #: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
 LEFT_OUT = (0.0, 0.1, 0.25)
 
@@ -277,7 +275,8 @@ class Quantize(Rewrite):
         def measured(names: Sequence[str]) -> float:
             mine = [decisions[name] for name in names]
             changes = [decision.change for decision in mine]
-            return 1 - latency.estimate("integers", changes, lambda: self.shape(ctx.teacher, mine))
+            shaped = (lambda: whole) if len(mine) == len(layers) else (lambda: self.shape(ctx.teacher, mine))
+            return 1 - latency.estimate("integers", changes, shaped)
 
         table = latency.probe.table()
         found = integer_savings(table, folded, whole, standing, measured(layers), progress=ctx.progress)
@@ -318,14 +317,12 @@ class Quantize(Rewrite):
         """How ranges are taken of plans that are compared: as serves the original best, of all values alike."""
         if self.ranges != "best":
             return self.ranges
-        known = _WAYS.setdefault(ctx.teacher.module, {})
-        key = (id(ctx.solve), decision.kernels)
-        if key not in known:
+        kept, key = kept_for(ctx.teacher, ctx.solve), ("way", decision.kernels)
+        if key not in kept:
             folded, _ = ctx.teacher.derived(fold_batch_norms)
-            few = few_of(ctx.solve)
-            # the samples are kept with what they gave, so that no others are at their address
-            known[key] = ctx.solve, best_way(folded, list(quantizable(folded)), few, _kind(decision))
-        return known[key][1]
+            kept[key] = best_way(folded, list(quantizable(folded)), few_of(ctx.solve), _kind(decision))
+        way: str = kept[key]
+        return way
 
     def _plainly(
         self,

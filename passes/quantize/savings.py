@@ -43,8 +43,8 @@ def integer_savings(
     *,
     progress: Progress = silent,
 ) -> dict[str, Saved]:
-    """What each of some layers saves where all of them are in int8: the difference
-    of its segment, by its share of the multiply-accumulates there.
+    """What each of some layers saves where all of them are in int8: the difference of its segment, by its share of the
+    multiply-accumulates there.
 
     `folded` is the network in floating point, `whole` the same with all layers in int8; `standing` has the names there
     of what stands for each layer. `measured` is what `whole` saves, measured as a network. Savings are brought to that

@@ -120,8 +120,8 @@ class _TypedModel:
             self.nodes[label if label not in self.nodes else f"{label} ({index})"] = node
         self.types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
         self.types |= {weight.name: weight.data_type for weight in graph.initializer}
-        ends = {"DequantizeLinear": lambda node: node.output, "QuantizeLinear": lambda node: node.input[:1]}
-        self.on_grids = {value for n in graph.node if n.op_type in ends for value in ends[n.op_type](n)}
+        self.on_grids = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+        self.on_grids |= {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
         inner = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
         for label, node in self.nodes.items():
             if inner & {attribute.type for attribute in node.attribute}:

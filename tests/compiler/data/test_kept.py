@@ -1,0 +1,42 @@
+"""Results about a network on a set of samples are kept for as long as both are there."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import foldcut
+import pytest
+import torch
+from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.data.kept import kept_for
+from foldcut.compiler.data.output_error import output_error
+
+
+def test_each_network_and_each_set_has_its_own(residual: foldcut.Program, nets: SimpleNamespace) -> None:
+    one, other = (CalibrationSet.of(nets.images(4, seed=seed)) for seed in (0, 1))
+    kept_for(residual, one)["a"] = 1
+    assert kept_for(residual, one) == {"a": 1} and kept_for(residual, other) == {}
+
+
+def test_they_go_with_the_samples(residual: foldcut.Program, nets: SimpleNamespace) -> None:
+    samples = CalibrationSet.of(nets.images(4))
+    result = weakref.ref(kept_for(residual, samples).setdefault("outputs", torch.zeros(1)))
+    assert result() is not None
+    del samples
+    gc.collect()
+    assert result() is None
+
+
+def test_errors_are_the_same_from_kept_outputs(
+    residual: foldcut.Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, ran = CalibrationSet.of(nets.images(5)), []
+    student = foldcut.capture(nets.seeded(lambda: nets.ResNet(1, 8)), nets.images(2))
+    call = foldcut.Program.__call__
+    monkeypatch.setattr(foldcut.Program, "__call__", lambda self, batch: ran.append(self) or call(self, batch))
+    first, second = (output_error(residual, student, samples, batch_size=2) for _ in range(2))
+    assert first == second > 0
+    assert ran.count(residual) == 3 and ran.count(student) == 6
+    assert output_error(residual, student, samples, batch_size=5) == pytest.approx(first)
