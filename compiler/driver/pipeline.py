@@ -99,6 +99,7 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
     rewrites = sorted_ignores(ctx.teacher, rewrites, built_in(settings) if len(rewrites) > 1 else ())
     with ctx.clock.stage("probe lattice"):
         rewrites = [rewrite.prepared(ctx) for rewrite in rewrites]
+        ctx = replace(ctx, multiples=_multiples(ctx, rewrites))
 
     def made(aim: Goal) -> Outcome:
         done, planned = planned_network(replace(ctx, goal=aim), rewrites)
@@ -201,6 +202,15 @@ def _disagreement(goal: Goal, met: bool, ratio: float, now: Measurement) -> str:
     """What the first measurement of a network says and what this one does."""
     verdict = "reached" if met else "missed"
     return f"{goal} was {verdict} when this network was first measured (x{ratio:.3f}); now it is x{now.ratio:.3f}"
+
+
+def _multiples(ctx: Context, rewrites: Sequence[Rewrite]) -> dict[str, int]:
+    """What channel counts are best multiples of, by layer. A single rewrite has nobody to ask for that."""
+    found: dict[str, int] = {}
+    for rewrite in rewrites if len(rewrites) > 1 else ():
+        for layer, multiple in rewrite.multiples(ctx).items():
+            found[layer] = math.lcm(found.get(layer, 1), multiple)
+    return found
 
 
 def _finished(

@@ -1,7 +1,8 @@
 """The search for the best mix of rewrites: plans from an integer programme, tried, and its figures corrected by them.
 
 Errors do not add up over rewrites, and those of two kinds are predicted in different ways. So every kind first makes a
-plan of its own that reaches the goal; what that plan turns out to lose and to save scales the kind's predictions. Then
+plan of its own that reaches the goal; what that plan turns out to lose and to save scales the kind's predictions. Where
+the kind that loses least does not get there, the others make one more, toward what is left to them beside it. Then
 plans of all kinds together are made, tried and the scales taken from what each kind contributes there. Last, single
 items are put right around the plan that leads (`item_figures`), and plans follow that may be better by those figures.
 The plan with the least error of all those tried that reach the goal stands, so it is never worse than the best of a
@@ -104,7 +105,8 @@ class MixSearch:
         self._time.left()  # starts it
         for start in self._starts:
             self._start(start)
-        own = {kind: self._single(kind) for kind in self.kinds}
+        own = {kind: self._single(kind, self.ratio) for kind in self.kinds}
+        own |= self._milder()
         for kind, mix in own.items():
             self._overlap(kind, mix)
         self._alone()
@@ -135,16 +137,28 @@ class MixSearch:
             return mix
         return self._adjust(mix, scales or {item: self.scales[item.kind] for item in items})
 
-    def _single(self, kind: str) -> Mix:
-        """The plan of one kind, and what it says about the kind's predictions."""
+    def _single(self, kind: str, ratio: float) -> Mix:
+        """The plan of one kind that leaves a share, and what it says about the kind's predictions."""
         items = [item for item in self.items if item.kind == kind]
-        mix, rounds = self._reaching(items, one_kind=True)
+        mix, rounds = self._reaching(items, ratio, one_kind=True)
         if mix:
             plan = self._try(mix, rounds)
             predicted = predicted_error(mix, self.scales)
             if predicted > 0 and plan.error > 0:
-                self.scales[kind] = replace(self.scales[kind], error=plan.error / predicted)
+                scale = self.scales[kind]
+                self.scales[kind] = replace(scale, error=scale.error * plan.error / predicted)
         return mix
+
+    def _milder(self) -> dict[str, Mix]:
+        """Where the kind that loses least for what it saves does not reach the goal: the plans of the others toward
+        what it leaves to them. Errors grow faster than savings, so a plan that has to reach the goal by itself makes
+        each of its changes look worse than it is in a mix."""
+        saving = [plan for plan in self.tried if len(plan.kinds) == 1 and plan.ratio < 1]
+        least = min(saving, key=lambda plan: plan.error / (1 - plan.ratio), default=None)
+        if least is None or least.ratio <= self.ratio:
+            return {}
+        others = [kind for kind in self.kinds if kind not in least.kinds and self._time.left()]
+        return {kind: mix for kind in others if (mix := self._single(kind, self.ratio / least.ratio))}
 
     def _overlap(self, kind: str, mix: Mix) -> None:
         """How much less a kind's plan saves beside all that overlaps with it, measured: a layer in two parts may be no
@@ -167,7 +181,7 @@ class MixSearch:
             # whatever the time: a single kind may reach the goal, and leave nothing of the network
             if turn and self._lead() is not None and not self._time.left():
                 return
-            mix, rounds = self._reaching(self.items, one_kind=False)
+            mix, rounds = self._reaching(self.items, self.ratio, one_kind=False)
             if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
                 return
             plan = self._try(mix, rounds)
@@ -295,8 +309,8 @@ class MixSearch:
             added = (plan.error - self._error(rest)) / predicted
             self.scales[kind] = replace(self.scales[kind], error=max(added, LEAST_SHARE * alone))
 
-    def _reaching(self, items: Sequence[Item], *, one_kind: bool) -> tuple[Mix, int]:
-        """The plan of least predicted error whose measured ratio comes nearest to the goal from below, and how many
+    def _reaching(self, items: Sequence[Item], goal: float, *, one_kind: bool) -> tuple[Mix, int]:
+        """The plan of least predicted error whose measured ratio comes nearest to a goal from below, and how many
         were measured (see `reach`); where none does, the fastest. Of one kind it says how far off that kind's
         savings are."""
 
@@ -304,15 +318,15 @@ class MixSearch:
             mix = choose_mix(items, saving, self.scales)
             return (most_saving(items, self.scales), False) if mix is None else (mix, True)
 
-        seen = reach(self.ratio, planned, lambda mix: predicted_saving(mix, self.scales), self._ratio)
+        seen = reach(goal, planned, lambda mix: predicted_saving(mix, self.scales), self._ratio)
         if not seen:
             return {}, 0
-        ratio, mix = nearest_from_below(seen, self.ratio)
+        ratio, mix = nearest_from_below(seen, goal)
         if self._adjust is not None:
             mix = self._adjusted(mix, items)
             ratio = self._ratio(mix)
         if one_kind:
-            scale, off = self.scales[items[0].kind], saved_share(ratio, self.ratio) / predicted_saving(mix, self.scales)
+            scale, off = self.scales[items[0].kind], saved_share(ratio, goal) / predicted_saving(mix, self.scales)
             self.scales[items[0].kind] = replace(scale, saving=scale.saving * off)
         return mix, len(seen)
 

@@ -181,6 +181,21 @@ class Rewrite:
         del ctx
         return self
 
+    def multiples(self, ctx: Context) -> Mapping[str, int]:
+        """What the channel counts of layers have to be multiples of for this rewrite to gain most.
+
+        Rewrites that cut channels then offer such counts. Kernels for integers, say, may compute sixteen channels at a
+        time, and what is left of them one by one.
+
+        Arguments:
+            ctx: The context of the compile.
+
+        Returns:
+            The multiples by the name of the layer's node; by default, none.
+        """
+        del ctx
+        return {}
+
     def named(self, program: Program) -> Sequence[str]:
         """The names that patterns in `ignore` are matched with.
 

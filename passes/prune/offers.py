@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Offer
 from .channel_budget import ChannelLimits, lattice_counts
-from .channel_latency import group_savings
+from .channel_latency import group_savings, touched_layers
 from .counted_cuts import CountedCuts, group_item, unit_proposal
 from .error_curves import error_curves
 
@@ -30,7 +31,7 @@ def measured_offer(
     that it changes."""
     latency = budget.latency
     assert latency is not None
-    counts = {group.name: _counts(group, limits) for group in groups}
+    counts = {group.name: _counts(group, limits, ctx.multiple_of(touched_layers(units, group))) for group in groups}
     groups = [group for group in groups if counts[group.name]]
     if not groups:
         return Offer()
@@ -70,6 +71,11 @@ def counted_offer(
     return Offer(items=tuple(items), starts=tuple(starts), savings=cuts)
 
 
-def _counts(group: UnitGroup, limits: ChannelLimits) -> list[int]:
-    found = dict.fromkeys(group.count_for(keep, limits.multiple) for keep in KEEPS)
-    return [count for count in found if limits.least * len(group) <= count < len(group)]
+def _counts(group: UnitGroup, limits: ChannelLimits, multiple: int) -> list[int]:
+    """The counts that a group may be cut to: where it is wide enough, those that its layers are best at."""
+    for step in (math.lcm(limits.multiple, multiple), limits.multiple):
+        found = dict.fromkeys(group.count_for(keep, step) for keep in KEEPS)
+        counts = [count for count in found if limits.least * len(group) <= count < len(group)]
+        if counts:
+            return counts
+    return []

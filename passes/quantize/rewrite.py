@@ -32,6 +32,7 @@ from ...compiler.support.setting_checks import (
     settled,
 )
 from ...runtime.predict.integer_kernels import IntegerKernels
+from ...runtime.predict.lattice import kinds_in
 from ..solve.layers import all_layer_names, find_layers, matching_layers
 from .boundaries import borders, boundary_costs
 from .decision import QuantizeLayer
@@ -130,6 +131,15 @@ class Quantize(Rewrite):
             return replace(self, kernels=ctx.latency.probe.integers())
         except BackendError as refusal:
             return replace(self, refused=refusal.message)
+
+    def multiples(self, ctx: Context) -> Mapping[str, int]:
+        """The channel lattice of the backend's integer kernels: in between, some are slower than in floating point."""
+        if ctx.latency is None or self.kernels is None:
+            return {}
+        layers = _layers(ctx.teacher, ctx.teacher.derived(fold_batch_norms)[0])
+        kinds = kinds_in(ctx.teacher, layers)
+        lattice = ctx.latency.probe.lattice(kinds, integers=self.kernels, progress=ctx.progress)
+        return {name: lattice.step_of(ctx.teacher, name) for name in layers}
 
     def named(self, program: Program) -> Sequence[str]:
         """The layers of `program`: node, module path and weight."""

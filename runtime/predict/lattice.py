@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from .layered_model import Layer, layered_model
 if TYPE_CHECKING:
     import onnx
 
+    from .integer_kernels import IntegerKernels
+
 MULTIPLES = (2, 4, 8, 16, 32)
 #: Raising channels is next to free when it costs at most this share of what time in proportion to them would.
 COST = 0.25
@@ -35,7 +37,9 @@ _OUTER = 64  # channels at both ends of a probe
 _ROUNDS = 16
 _DEVIATION = 0.05  # of the probes' weights
 _SHARE = 0.05  # of a network's MACs, for a kind of layer to have a say
-_FORMAT = 1
+_FORMAT = 2
+#: The kinds of layers that have a lattice of their own.
+KINDS = ("conv", "depthwise", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,10 @@ class Lattice:
 
     steps: Mapping[str, int]
     times: Mapping[str, Mapping[int, float]]
+
+    def step_of(self, program: Program, name: str) -> int:
+        """The step of a node's kind of layer; 1 where that is none of these."""
+        return self.steps.get(_kind(program, program.nodes[name]) or "", 1)
 
     def multiple_for(self, program: Program) -> int:
         """The multiple for a network: the largest step of a kind of layer that does at least 5 % of its
@@ -67,33 +75,36 @@ def probe_lattice(
     threads: int = 1,
     cache: MeasurementCache | None = None,
     seed: int = 0,
+    kinds: Collection[str] = KINDS,
+    integers: IntegerKernels | None = None,
     progress: Progress = silent,
 ) -> Lattice:
-    """Find the lattice of a backend; kept in `cache` under its environment (versions, device), batch and threads.
+    """Find the lattice of a backend for some kinds of layers, with `integers` of such that compute in these; kept in
+    `cache` under its environment (versions, device), batch and threads.
 
     Two layers of each kind with 33 to 64 channels between them are timed side by side; `lattice_step` reads the step
     off the times. Takes some seconds the first time. Raises BackendError.
     """
     cache = cache if cache is not None else MeasurementCache(None)
-    key = f"lattice {_FORMAT} | batch {batch} | threads {threads} | {lasting(backend.environment())}"
-    known = cache.get([key])
-    if key not in known:
-        steps, times = {}, {}
-        for place, (kind, make) in enumerate(_PROBES.items()):
+    basis = f"lattice {_FORMAT} | batch {batch} | threads {threads} | {lasting(backend.environment())}"
+    basis += f" | {integers}" if integers is not None else ""
+    keys = {kind: f"{basis} | {kind}" for kind in _PROBES if kind in kinds}
+    known = cache.get([*keys.values()])
+    missing = [kind for kind, key in keys.items() if key not in known]
+    for place, kind in enumerate(missing):
 
-            def show(done: int, total: int, place: int = place) -> None:
-                progress("probe the channel lattice", place * total + done, len(_PROBES) * total)
+        def show(done: int, total: int, place: int = place) -> None:
+            progress("probe the channel lattice", place * total + done, len(missing) * total)
 
-            samples = _timed(backend, make, batch, threads, seed, show)
-            steps[kind] = lattice_step(samples)
-            full = float(np.median(samples[_OUTER]))
-            times[kind] = {count: round(float(np.median(s)) / full, 4) for count, s in samples.items()}
-        cache.put({key: {"steps": steps, "times": times}})
-        known = cache.get([key])
-    found = known[key]
+        models = {count: _PROBES[kind](count, batch, integers).SerializeToString() for count in _PROBED}
+        samples = _timed(backend, models, batch, threads, seed, show)
+        full = float(np.median(samples[_OUTER]))
+        times = {count: round(float(np.median(s)) / full, 4) for count, s in samples.items()}
+        cache.put({keys[kind]: {"step": lattice_step(samples), "times": times}})
+    known = cache.get([*keys.values()])
     return Lattice(
-        steps={kind: int(step) for kind, step in found["steps"].items()},
-        times={kind: {int(c): float(t) for c, t in times.items()} for kind, times in found["times"].items()},
+        steps={kind: int(known[key]["step"]) for kind, key in keys.items()},
+        times={kind: {int(c): float(t) for c, t in known[key]["times"].items()} for kind, key in keys.items()},
     )
 
 
@@ -120,21 +131,25 @@ def _raised(count: int, multiple: int) -> int:
 
 def _timed(
     backend: Backend,
-    make: Callable[[int, int], onnx.ModelProto],
+    models: Mapping[int, bytes],
     batch: int,
     threads: int,
     seed: int,
     show: Callable[[int, int], None],
 ) -> dict[int, list[float]]:
-    """Times of the probe of each channel count, in ms, paired by rounds."""
-    counts = sorted({_OUTER, *COUNTS, *(_raised(c, m) for c in COUNTS for m in MULTIPLES)}, reverse=True)
-    models = [make(count, batch).SerializeToString() for count in counts]
-    inputs = draw_inputs(model_specs(models[0]), batch, seed)
+    """Times of the models of each channel count, in ms, paired by rounds."""
+    first, *others = models
+    inputs = draw_inputs(model_specs(models[first]), batch, seed)
     timing = Timing(warmup_ms=50.0, seed=seed, min_block_ms=5.0)
-    with loaded(backend, [(model, inputs) for model in models], threads=threads) as runners:
+    with loaded(backend, [(model, inputs) for model in models.values()], threads=threads) as runners:
         measured = measure_savings(runners[0], runners[1:], timing, pairs=_ROUNDS, environment={}, progress=show)
-    times = {counts[0]: [before for before, _ in measured[0].samples]}
-    return times | {c: [after for _, after in m.samples] for c, m in zip(counts[1:], measured, strict=True)}
+    times = {first: [before for before, _ in measured[0].samples]}
+    return times | {count: [after for _, after in m.samples] for count, m in zip(others, measured, strict=True)}
+
+
+def kinds_in(program: Program, names: Iterable[str]) -> set[str]:
+    """The kinds of layers among some nodes."""
+    return {kind for name in names if (kind := _kind(program, program.nodes[name])) is not None}
 
 
 def _kind(program: Program, node: Any) -> str | None:
@@ -147,31 +162,34 @@ def _kind(program: Program, node: Any) -> str | None:
     return "depthwise" if weight.shape[1] == 1 and weight.shape[0] > 1 else "conv"
 
 
-def _conv(channels: int, batch: int) -> onnx.ModelProto:
-    return _probe([_OUTER, channels, _OUTER], 3, batch)
+def _conv(channels: int, batch: int, integers: IntegerKernels | None) -> onnx.ModelProto:
+    return _probe([_OUTER, channels, _OUTER], 3, batch, integers)
 
 
-def _depthwise(channels: int, batch: int) -> onnx.ModelProto:
-    return _probe([_OUTER, channels, channels, _OUTER], 1, batch, grouped=1)
+def _depthwise(channels: int, batch: int, integers: IntegerKernels | None) -> onnx.ModelProto:
+    return _probe([_OUTER, channels, channels, _OUTER], 1, batch, integers, grouped=1)
 
 
-def _linear(channels: int, batch: int) -> onnx.ModelProto:
+def _linear(channels: int, batch: int, integers: IntegerKernels | None) -> onnx.ModelProto:
     rows = [batch, 196, _OUTER]
     layers: list[Layer] = [([_OUTER, channels], {}), ([channels, _OUTER], {})]
-    return layered_model("MatMul", layers, rows, deviation=_DEVIATION, last_relu=False)
+    return layered_model("MatMul", layers, rows, deviation=_DEVIATION, last_relu=False, integers=integers)
 
 
-def _probe(widths: list[int], kernel: int, batch: int, grouped: int = -1) -> onnx.ModelProto:
+def _probe(
+    widths: list[int], kernel: int, batch: int, integers: IntegerKernels | None, grouped: int = -1
+) -> onnx.ModelProto:
     """Convolutions on 14x14 values; the one at position `grouped` is depthwise, 3x3."""
     layers: list[Layer] = []
     for place, (before, after) in enumerate(pairwise(widths)):
         groups, size = (before, 3) if place == grouped else (1, kernel)
         layers.append(([after, before // groups, size, size], {"pads": [size // 2] * 4, "group": groups}))
-    return layered_model("Conv", layers, [batch, widths[0], 14, 14], deviation=_DEVIATION, last_relu=False)
+    shape = [batch, widths[0], 14, 14]
+    return layered_model("Conv", layers, shape, deviation=_DEVIATION, last_relu=False, integers=integers)
 
 
-_PROBES: dict[str, Callable[[int, int], onnx.ModelProto]] = {
-    "conv": _conv,
-    "depthwise": _depthwise,
-    "linear": _linear,
-}
+_PROBES: dict[str, Callable[[int, int, IntegerKernels | None], onnx.ModelProto]] = dict(
+    zip(KINDS, (_conv, _depthwise, _linear), strict=True)
+)
+#: The channel counts that are timed, `_OUTER` first.
+_PROBED = sorted({_OUTER, *COUNTS, *(_raised(c, m) for c in COUNTS for m in MULTIPLES)}, reverse=True)

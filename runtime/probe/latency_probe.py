@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from ..measure.measurement_cache import MeasurementCache
 from ..measure.timing import Timing
 from ..predict.integer_kernels import IntegerKernels, probe_integers
 from ..predict.latency_table import LatencyTable
-from ..predict.lattice import Lattice, probe_lattice
+from ..predict.lattice import KINDS, Lattice, probe_lattice
 
 #: Rounds that a segment is timed in: what a plan saves is measured as a whole before it counts.
 _TABLE_ROUNDS = 12
@@ -139,12 +140,18 @@ class LatencyProbe:
         """Times of single segments on the backend at this batch, kept on disk."""
         return LatencyTable(self.backend, self.conditions, cache=self._cache(), rounds=_TABLE_ROUNDS)
 
-    def lattice(self, *, progress: Progress = silent) -> Lattice:
-        """The channel lattice of the backend at this batch; measured once for each environment and kept on disk."""
-        how = self.conditions
-        return probe_lattice(
-            self.backend, batch=how.batch, threads=how.threads, cache=self._cache(), seed=how.seed, progress=progress
-        )
+    def lattice(
+        self,
+        kinds: Collection[str] = KINDS,
+        *,
+        integers: IntegerKernels | None = None,
+        progress: Progress = silent,
+    ) -> Lattice:
+        """The channel lattice of the backend at this batch, of layers in `integers` where they are given; measured once
+        for each environment and kept on disk."""
+        how, cache = self.conditions, self._cache()
+        means: dict[str, Any] = {"cache": cache, "seed": how.seed, "integers": integers, "progress": progress}
+        return probe_lattice(self.backend, batch=how.batch, threads=how.threads, kinds=kinds, **means)
 
     def integers(self) -> IntegerKernels:
         """Integers that the backend computes with exactly; tried once for each environment and kept on disk. Raises
