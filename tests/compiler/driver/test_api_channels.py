@@ -1,5 +1,6 @@
 """Channel pruning end to end: goals, plans, reports, limits, and clear errors."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -168,6 +169,35 @@ def test_counts_go_to_the_lattice_of_the_backend(
     assert made.report.multiple_of == 4
     assert {len(d.kept) for d in made.plan.decisions} == {4}
     assert "probe lattice" in made.report.seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts"), [(1, {2, 3, 4, 5, 6, 7}), (2, {2, 4, 6}), (4, {4}), (16, {2, 3, 4, 5, 6, 7})]
+)
+def test_counts_go_to_what_other_rewrites_ask_for(
+    residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace, asked: int, counts: set[int]
+) -> None:
+    """Where a group is too narrow for that, it is cut as without them."""
+    offered: list[int] = []
+
+    class Asking(foldcut.Factorize):
+        def multiples(self, ctx: foldcut.Context) -> dict[str, int]:
+            return {node.name: asked for node in ctx.teacher.graph.nodes if "conv" in node.name}
+
+        def offer(self, ctx: foldcut.Context, budget: foldcut.Budget) -> foldcut.Offer:
+            return foldcut.Offer()
+
+    class Noting(foldcut.Prune):
+        def offer(self, ctx: foldcut.Context, budget: foldcut.Budget) -> foldcut.Offer:
+            found = super().offer(ctx, budget)
+            offered.extend(p.decision.count for item in found.items for p in item.proposals)
+            return found
+
+    limits = foldcut.ChannelLimits(multiple_of=1)
+    rewrites = (Noting(limits=limits), Asking())
+    with contextlib.suppress(foldcut.GoalError):
+        run(residual_net, nets.images(40), work_backend, foldcut.Latency(0.9), rewrites=rewrites)
+    assert offered and set(offered) <= counts
 
 
 @pytest.mark.parametrize(("ratio", "stands"), [(0.68, True), (0.7, True), (0.701, False)])

@@ -458,3 +458,27 @@ def test_a_mix_is_tried_whatever_the_time() -> None:
     means = Means(measure=world.measure, trial=world.trial, time=SearchTime(0))
     found = MixSearch(items, 0.5, means).run()
     assert found.met and found.best.error == pytest.approx(0.004 + 0.1)
+
+
+def test_a_kind_that_need_not_reach_the_goal_alone_is_not_judged_by_that() -> None:
+    """int8 saves half at next to no error. What is cut loses with the square of how much is: all of the groups at once
+    lose everything, two of them hardly anything; a block lies in between."""
+    cuts = [item("prune_channels", node, node, (0.1, 0.06), (0.2, 0.12)) for node in "abcdef"]
+    items = [
+        *(item("quantize", f"{node} in int8", node, (0.0005, 0.1)) for node in "ghijk"),
+        *(item("drop_blocks", node, node, (0.05, 0.12)) for node in "lm"),
+        *cuts,
+    ]
+
+    def error(mix: Mix) -> float:
+        cut = sum(p.error for one, p in mix.items() if one.kind == "prune_channels")
+        return sum(p.error for one, p in mix.items() if one.kind != "prune_channels") + 0.3 * cut**2
+
+    world = World(error, lambda mix: sum(p.saving for p in mix.values()))
+    found = search(items, 0.38, world).run()
+    best = min(error(mix) for mix in allowed(items) if world.true_saving(mix) >= 0.62)
+    assert found.met and found.best.error == pytest.approx(best)
+    first = next(plan for plan in found.tried if len(plan.kinds) > 1)
+    assert first.error < 2 * best
+    alone = [plan.ratio for plan in found.tried if plan.kinds == ("prune_channels",)]
+    assert len(alone) == 2 and alone[1] > alone[0]

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from foldcut.compiler.ir.program import Program
 from foldcut.runtime.measure.backend import Array, Availability
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
-from foldcut.runtime.predict.lattice import COUNTS, MULTIPLES, Lattice, lattice_step, probe_lattice
+from foldcut.runtime.predict.integer_kernels import IntegerKernels
+from foldcut.runtime.predict.lattice import COUNTS, MULTIPLES, Lattice, kinds_in, lattice_step, probe_lattice
 from hypothesis import given
 from hypothesis import strategies as st
 
+INTEGERS = IntegerKernels()
 POINTS = sorted({64, *COUNTS, *(-(-c // m) * m for c in COUNTS for m in MULTIPLES)})
 
 
@@ -106,6 +109,40 @@ def test_it_is_probed_once_for_each_environment(tmp_path: Any) -> None:
     assert probe_lattice(newer, cache=MeasurementCache(tmp_path)).steps["conv"] == 4
 
 
+def test_kinds_of_layers_are_probed_as_they_are_asked_for(tmp_path: Any) -> None:
+    backend, cache = StaircaseBackend(8), MeasurementCache(tmp_path)
+    some = probe_lattice(backend, cache=cache, kinds=("depthwise",))
+    assert set(some.steps) == {"depthwise"}
+    built = backend.built
+    found = probe_lattice(backend, cache=cache)
+    assert backend.built == 3 * built
+    assert set(found.steps) == {"conv", "depthwise", "linear"} and found.times["depthwise"] == some.times["depthwise"]
+    assert probe_lattice(backend, cache=cache, kinds=(), integers=INTEGERS).steps == {}
+    probe_lattice(backend, cache=cache, kinds=("conv",), integers=INTEGERS)
+    assert backend.built == 4 * built  # floating point says nothing about integers
+
+
+@pytest.mark.parametrize("kind", ["conv", "depthwise", "linear"])
+def test_layers_in_integers_are_computed_in_integers(kind: str, tmp_path: Any) -> None:
+    """ONNX Runtime joins layer, ReLU and rounding to one operator, as it does in real networks."""
+    seen: list[bytes] = []
+
+    class Looking(StaircaseBackend):
+        def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> bytes:
+            seen.append(model)
+            return model
+
+    probe_lattice(Looking(1), kinds=(kind,), integers=INTEGERS)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    ort.InferenceSession(seen[0], options, providers=["CPUExecutionProvider"])
+    names = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert not {"Conv", "FusedConv", "MatMul", "Relu"}.intersection(names)
+    assert sum(name in {"QLinearConv", "QLinearMatMul"} for name in names) == (3 if kind == "depthwise" else 2)
+
+
 def test_progress_ends_at_its_total() -> None:
     seen: list[tuple[int, int]] = []
     probe_lattice(StaircaseBackend(8), progress=lambda _stage, done, total: seen.append((done, total)))
@@ -114,6 +151,15 @@ def test_progress_ends_at_its_total() -> None:
 
 
 LATTICE = Lattice(steps={"conv": 16, "depthwise": 8, "linear": 2}, times={})
+
+
+def test_each_layer_has_the_step_of_its_kind(inverted: Program, nets: SimpleNamespace) -> None:
+    steps = {name: LATTICE.step_of(inverted, name) for name in inverted.nodes}
+    convs = [node for node in inverted.graph.nodes if "conv" in str(node.target)]
+    grouped = {conv.name for conv in convs if conv.args[-1] != 1 and len(conv.args) == 7}
+    assert grouped and all(steps[conv.name] == (8 if conv.name in grouped else 16) for conv in convs)
+    assert {steps[name] for name in steps if "relu" in name} == {1}
+    assert kinds_in(inverted, [conv.name for conv in convs]) == {"conv", "depthwise"}
 
 
 def test_the_layers_of_a_network_decide(residual: Program, transformer: Program) -> None:
