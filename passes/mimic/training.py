@@ -57,16 +57,27 @@ class Training:
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         if not self.parameters:
             return
+        #: What the learning rate is divided by.
+        self.slower = 1.0
         self._rates = [settings.learning_rate * max(_rms(p), 1e-3) for p in self.parameters]
-        self._optimiser = torch.optim.Adam([{"params": [p]} for p in self.parameters], betas=(0.9, 0.99))
+        self._optimiser = self._adam()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the student's."""
         return {name: p.detach().clone() for name, p in self.student.named_parameters()}
 
+    def again_from(self, weights: Mapping[str, torch.Tensor], slower: float) -> None:
+        """Go back to some weights, and on from there with a learning rate so many times lower."""
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                parameter.copy_(weights[name])
+        self.slower *= slower
+        self._optimiser = self._adam()
+
     def state(self) -> dict[str, torch.Tensor]:
         """All that the iterations to come depend on, but for the number of those `done`."""
-        found = {"generator": self._generator.get_state(), "order": self._order}
+        slower = torch.tensor(self.slower, dtype=torch.float64)
+        found = {"generator": self._generator.get_state(), "order": self._order, "slower": slower}
         for index, parameter in enumerate(self.parameters):
             found[f"{index} weight"] = parameter.detach()
             found |= {f"{index} {name}": value for name, value in self._optimiser.state[parameter].items()}
@@ -74,7 +85,7 @@ class Training:
 
     def go_on(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
         """Be as after `done` iterations, from what `state` gave then."""
-        self.done, self._order = done, state["order"]
+        self.done, self._order, self.slower = done, state["order"], float(state["slower"])
         self._generator.set_state(state["generator"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in state.items():
@@ -107,7 +118,7 @@ class Training:
         if not bool(norm.isfinite()):
             return False
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self._pace(self.done - 1)
+            group["lr"] = rate * self._pace(self.done - 1) / self.slower
         self._optimiser.step()
         return True
 
@@ -126,6 +137,9 @@ class Training:
         relative = [e / w if w > 0 else e for e, w in zip(error, energy, strict=True)]
         outputs = [r for pair, r in zip(self.pairs, relative, strict=False) if pair.output]
         return sum(relative) / max(1, len(relative)), sum(outputs) / max(1, len(outputs))
+
+    def _adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam([{"params": [p]} for p in self.parameters], betas=(0.9, 0.99))
 
     def _pace(self, iteration: int) -> float:
         """What the learning rate is multiplied with: up in a straight line, down by a cosine."""

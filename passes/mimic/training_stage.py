@@ -11,6 +11,8 @@ time of the training and taken out afterwards.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +25,9 @@ from ...compiler.support.progress import Progress, silent
 from .settings import MimicSettings
 from .training import Lesson, Training
 
+#: A held-out error so many times the least so far says that the steps are too long: the training goes back to the best
+#: weights, and on with steps so many times shorter.
+TOO_FAR, SHORTER = 1.2, 3.0
 #: How the weights that were best so far are named among the tensors of a training's state.
 BEST = "best "
 
@@ -50,6 +55,7 @@ def mimic(
     The graph does not change. The returned weights are those of the least held-out error of features and outputs at
     which the outputs alone are no worse either, the starting
     ones included, so the held-out error never ends above where it began; a step that is not finite ends the training.
+    Where the error is far above the least so far, it goes back to the weights of that, and on with shorter steps.
     Same seed, same result, also where the training was cut off and goes on from its `checkpoint`. Raises MimicError
     when an operator has no gradient.
     """
@@ -60,7 +66,7 @@ def mimic(
     if not run.parameters:
         error, _ = run.error()
         return Mimicked(program=student, before=error, after=error, iterations=0)
-    course = _Course(run, checkpoint)
+    course = _Course(run, dict(trainee.module.named_parameters()), checkpoint)
     every = max(1, settings.iterations // settings.checks)
     while run.done < settings.iterations and course.misses < settings.patience:
         finite = run.step()
@@ -79,10 +85,10 @@ def mimic(
 
 class _Course:
     """What a training has come to: the held-out errors that it began with, the least error since and its weights (None
-    while nothing was better), and the checks in a row that were no better."""
+    while nothing was better, and `start` is), and the checks in a row that were no better."""
 
-    def __init__(self, run: Training, checkpoint: Checkpoint) -> None:
-        self._run = run
+    def __init__(self, run: Training, start: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+        self._run, self._start = run, start
         self.misses = 0
         self.best: dict[str, torch.Tensor] | None = None
         kept = checkpoint.read()
@@ -102,8 +108,10 @@ class _Course:
         error, at_outputs = self._run.error()
         if error < self.error and at_outputs <= self._limit:
             self.misses, self.error, self.best = 0, error, self._run.weights()
-        else:
-            self.misses += 1
+            return
+        self.misses += 1
+        if error > TOO_FAR * self.error or not math.isfinite(error):
+            self._run.again_from(self.best or self._start, SHORTER)
 
     def standing(self) -> Standing:
         """All that a training which was cut off needs to go on."""

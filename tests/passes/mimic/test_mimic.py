@@ -215,6 +215,20 @@ def test_a_step_that_is_not_finite_ends_the_training(
     assert result.before == result.after
 
 
+def test_steps_that_are_too_long_are_made_shorter(
+    teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
+) -> None:
+    """A rate with which the error only grows leads to something all the same, also where it was cut off meanwhile."""
+    options = MimicSettings(iterations=60, checks=12, patience=12, batch_size=8, learning_rate=3.0)
+    whole = Kept()
+    first = mimic(lesson(teacher, student, data), options, checkpoint=whole)
+    assert first.after < first.before
+    for done in (5, 12, 20):  # the first of these right after a step back
+        second = mimic(lesson(teacher, student, data), options, checkpoint=Kept(whole.states[done - 1]))
+        assert (first.after, first.iterations) == (second.after, second.iterations)
+        assert same_weights(first.program, second.program)
+
+
 def test_it_stops_when_nothing_gets_better(
     teacher: Program, student: Program, data: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
