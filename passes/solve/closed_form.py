@@ -18,10 +18,8 @@ import torch
 
 from .moments import Moments, SplitMoments
 
-#: Ridges that are judged, times the one that is asked for.
-RIDGES = (1.0, 10.0, 100.0)
-#: The share of the error on held-out rows that another has to lose less.
-MARGIN = 0.1
+#: Ridges that are judged, times the one that is asked for: two, then one between them or those beyond.
+COARSE, BETWEEN, BEYOND = (1.0, 10.0), 3.0, (30.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +64,36 @@ def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | N
 
 
 def judged_solve(moments: SplitMoments, *, ridge: float, bias: bool) -> Correction:
-    """`solve` with the ridge asked for, unless a larger one, or no change at all, loses less on rows held out.
+    """`solve` with the ridge that loses least on rows held out: the one asked for, a larger one, or no change at all.
 
     A correction that only fits the samples at hand is worth nothing: the last layers of a network see few positions of
-    each sample. Each ridge is judged by its correction from the other rows; it has to lose `MARGIN` less than the one
-    asked for, since with all rows that one does better than with three quarters of them. With no rows held out this is
-    `solve`.
+    each sample, and those of one sample are much alike. Each ridge is judged by its correction from the other rows.
+    With no rows held out this is `solve`.
     """
     if moments.held is None or ridge == 0:
         return solve(moments.whole, ridge=ridge, bias=bias)
-    fit = moments.whole - moments.held
-    size = fit.gram.shape[1] - (0 if bias else 1)
-    level, lost = ridge_level(fit), {0.0: moments.held.error()}
-    for factor in RIDGES:
-        delta = torch.zeros_like(fit.cross)
-        delta[:, :size] = _ridge_solve(
-            fit.gram[:, :size, :size], fit.cross[:, :size], factor * ridge, level, penalised=fit.gram.shape[1] - 1
-        )
-        lost[factor] = float(moments.held.error_after(delta).sum())
-    best = min(lost, key=lambda factor: lost[factor])
-    if lost[1.0] * (1 - MARGIN) <= lost[best]:
-        best = 1.0
+    best = _best_factor(moments.whole - moments.held, moments.held, ridge, bias)
     return solve(moments.whole, ridge=best * ridge, bias=bias) if best > 0 else _nothing(moments.whole, bias)
+
+
+def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool) -> float:
+    """What to multiply a ridge by: `COARSE`, then what lies beside the better of these; 0 where nothing is better."""
+    size, level = fit.gram.shape[1] - (0 if bias else 1), ridge_level(fit)
+    lost = {0.0: held.error()}
+
+    def judge(factor: float) -> float:
+        delta = torch.zeros_like(fit.cross)
+        gram, cross = fit.gram[:, :size, :size], fit.cross[:, :size]
+        delta[:, :size] = _ridge_solve(gram, cross, factor * ridge, level, penalised=fit.gram.shape[1] - 1)
+        lost[factor] = float(held.error_after(delta).sum())
+        return lost[factor]
+
+    small, large = COARSE
+    if judge(large) >= judge(small):
+        judge(BETWEEN)
+    elif judge(BEYOND[0]) < lost[large]:
+        judge(BEYOND[1])
+    return min(lost, key=lambda factor: lost[factor])
 
 
 def _nothing(moments: Moments, bias: bool) -> Correction:
