@@ -15,6 +15,10 @@ from ..rewrite.rewrite import Applied, Rewrite
 from ..rewrite.stored_resolve import stored_resolve
 from ..support.errors import CompilerError, PlanError, RewriteError
 
+#: A network that was solved is solved once more, with care, where others of the samples lose so many times what those
+#: do that it was solved with.
+OVERFITTED = 1.5
+
 
 def by_phase(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
     """In the order of application, which no caller's list has a part in: those that come last at the end, else by
@@ -181,9 +185,23 @@ def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision
     if done.plain is not None:
         stages.take("unsolved", done.plain)
     done = replace(done, program=stages.take("rewritten", done.program))
-    found = solved(ctx, rewrites, done)
+    found = _solved_with_care(ctx, rewrites, done)
     program = done.program if found is done else stages.take("re-solved", found.program)
     return finished(ctx, rewrites, replace(found, program=program, errors=stages.errors), decisions, exactly=exactly)
+
+
+def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) -> Applied:
+    """`solved`, and where that fits the samples at hand far better than others, once more with each layer held back by
+    what rows held out say of it; the one that loses less on the samples that judge."""
+    found = solved(ctx, rewrites, done)
+    if found is done:
+        return found
+    seen = ctx.solve.take(slice(0, len(ctx.judge)))
+    error = output_error(ctx.teacher, found.program, ctx.judge)
+    if error <= OVERFITTED * output_error(ctx.teacher, found.program, seen):
+        return found
+    careful = solved(replace(ctx, resolve=replace(ctx.resolve, margin=0.0)), rewrites, done)
+    return careful if output_error(ctx.teacher, careful.program, ctx.judge) < error else found
 
 
 class _Stages:

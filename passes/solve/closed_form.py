@@ -20,6 +20,8 @@ from .moments import Moments, SplitMoments
 
 #: Ridges that are judged, times the one that is asked for: two, then one between them or those beyond.
 COARSE, BETWEEN, BEYOND = (1.0, 10.0), 3.0, (30.0, 100.0)
+#: The share of the error on held-out rows that another ridge than the one asked for has to lose less.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +65,21 @@ def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | N
     )
 
 
-def judged_solve(moments: SplitMoments, *, ridge: float, bias: bool) -> Correction:
+def judged_solve(moments: SplitMoments, *, ridge: float, bias: bool, margin: float = MARGIN) -> Correction:
     """`solve` with the ridge that loses least on rows held out: the one asked for, a larger one, or no change at all.
 
     A correction that only fits the samples at hand is worth nothing: the last layers of a network see few positions of
     each sample, and those of one sample are much alike. Each ridge is judged by its correction from the other rows.
-    With no rows held out this is `solve`.
+    Another than the one asked for has to lose a share of `margin` less: what each layer leaves undone adds up over the
+    network, what it fits too closely does where samples are few. With no rows held out this is `solve`.
     """
     if moments.held is None or ridge == 0:
         return solve(moments.whole, ridge=ridge, bias=bias)
-    best = _best_factor(moments.whole - moments.held, moments.held, ridge, bias)
+    best = _best_factor(moments.whole - moments.held, moments.held, ridge, bias, margin)
     return solve(moments.whole, ridge=best * ridge, bias=bias) if best > 0 else _nothing(moments.whole, bias)
 
 
-def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool) -> float:
+def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool, margin: float) -> float:
     """What to multiply a ridge by: `COARSE`, then what lies beside the better of these; 0 where nothing is better."""
     size, level = fit.gram.shape[1] - (0 if bias else 1), ridge_level(fit)
     lost = {0.0: held.error()}
@@ -93,7 +96,8 @@ def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool) -> float
         judge(BETWEEN)
     elif judge(BEYOND[0]) < lost[large]:
         judge(BEYOND[1])
-    return min(lost, key=lambda factor: lost[factor])
+    best = min(lost, key=lambda factor: lost[factor])
+    return best if lost[best] < (1 - margin) * lost[small] else small
 
 
 def _nothing(moments: Moments, bias: bool) -> Correction:

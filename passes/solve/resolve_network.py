@@ -17,7 +17,7 @@ from ...compiler.support.errors import Reject
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
 from .changes import Changes
-from .closed_form import Correction, judged_solve
+from .closed_form import MARGIN, Correction, judged_solve
 from .joins import group_targets
 from .layers import Layer, add_delta, current_parameter, find_layers
 from .lockstep import Lockstep, Step, plan_steps
@@ -31,7 +31,8 @@ class ResolveSettings:
     """How layers are re-solved.
 
     `ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour from
-    50 to 500 samples; layers whose held-out rows lose less so take ten or a hundred times that, or stay); `refine` is
+    50 to 500 samples; layers whose held-out rows lose a share of `margin` less so take up to a hundred times that, or
+    stay); `refine` is
     the number of rounds in which the inner layers of a branch are corrected for the error left at its end.
     `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all): neighbouring patches
     say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept in memory (None: two
@@ -39,6 +40,7 @@ class ResolveSettings:
     """
 
     ridge: float | None = None
+    margin: float = MARGIN
     refine: int = 2
     rows_per_column: int | None = 200
     batch_size: int | None = None
@@ -47,6 +49,7 @@ class ResolveSettings:
 
     def __post_init__(self) -> None:
         check_number("ridge", self.ridge, Allowed(least=0, none=True))
+        check_number("margin", self.margin, Allowed(least=0, most=1))
         check_whole("rows_per_column", self.rows_per_column, Allowed(least=1, none=True))
         check_whole("batch_size", self.batch_size, Allowed(least=1, none=True))
         check_whole("ram_bytes", self.ram_bytes, Allowed(least=0, none=True))
@@ -59,7 +62,7 @@ class ResolveSettings:
 
 
 #: How networks are re-solved while they are compared: enough to tell which is better.
-QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
+QUICK_RESOLVE = ResolveSettings(margin=0.0, refine=0, rows_per_column=20, guard_samples=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +256,8 @@ def _apply(
     student: Program, target: Target, moments: SplitMoments, tensors: dict[str, torch.Tensor], settings: ResolveSettings
 ) -> LayerError:
     """Solve, and put the new weight and shift into `tensors`."""
-    correction = judged_solve(moments, ridge=settings.ridge or 0.0, bias=target.shift is not None)
+    ridge, bias = settings.ridge or 0.0, target.shift is not None
+    correction = judged_solve(moments, ridge=ridge, bias=bias, margin=settings.margin)
     return write_correction(student, target, correction, moments.whole.rows, tensors)
 
 

@@ -1,6 +1,7 @@
 """All rewrites under one latency goal, end to end."""
 
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import plan_search
+from foldcut.compiler.driver import apply_decisions, plan_search
 from foldcut.compiler.driver.apply_decisions import applied as in_effect
 from foldcut.compiler.driver.apply_decisions import shaped, solved
 from foldcut.compiler.ir.compare import relative_error
@@ -28,6 +29,7 @@ from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
 from foldcut.passes.prune.channel_budget import ChannelLimits
 from foldcut.passes.prune.decision import PruneChannels, UnitCount
 from foldcut.passes.prune.settings import ChannelSettings
+from foldcut.passes.solve.closed_form import MARGIN
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")
@@ -286,6 +288,33 @@ def test_a_search_that_may_take_no_time(
         )
     assert made.report.met
     assert any("as asked for" in warning for warning in made.report.warnings)
+
+
+def test_what_fits_few_samples_too_well_is_solved_again_with_care(
+    nets: SimpleNamespace, counting_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The better of the two stands; where others lose no more than the samples at hand it is left at the first."""
+    original = apply_decisions.stored_resolve
+
+    def made(limit: float, images: int) -> tuple[float, list[float]]:
+        margins: list[float] = []
+
+        def noted(ctx: Any, program: Any, changes: Any, settings: Any) -> Any:
+            margins.append(settings.margin)
+            return original(ctx, program, changes, settings)
+
+        monkeypatch.setattr(apply_decisions, "OVERFITTED", limit)
+        monkeypatch.setattr(apply_decisions, "stored_resolve", noted)
+        net = nets.seeded(lambda: nets.ResNet(4, 16))
+        options: dict[str, Any] = {"mimic": False, "progress": False, "cache": False, "backend": counting_backend}
+        found = foldcut.compile(net, nets.images(images), goal=foldcut.Blocks(2), **options)
+        return found.output_errors["re-solved"], margins
+
+    once, few = made(math.inf, 24)
+    assert few == [MARGIN]
+    twice, margins = made(1.5, 24)
+    assert margins == [MARGIN, 0.0] and twice <= once
+    assert made(1.5, 600)[1] == [MARGIN]
 
 
 def test_nothing_that_can_be_changed(nets: SimpleNamespace, work_backend: Any) -> None:

@@ -45,6 +45,28 @@ def test_what_is_there_is_solved_with_the_ridge_that_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_another_ridge_has_to_be_better_by_the_margin(seed: int) -> None:
+    """Of the ridges judged the best is taken without a margin, the one asked for with a margin that none can meet."""
+    moments = split(1.5, rows=160, columns=64, seed=seed)
+    assert moments.held is not None
+    fit = moments.whole - moments.held
+
+    def held_out(factor: float) -> float:
+        found = solve(fit, ridge=0.001 * factor, bias=True)
+        assert found.bias is not None and moments.held is not None
+        delta = torch.cat([found.weight, found.bias.reshape(1, -1, 1)], 2).transpose(1, 2)
+        return float(moments.held.error_after(delta).sum())
+
+    by_factor = {factor: held_out(factor) for factor in (1.0, 3.0, 10.0, 30.0, 100.0)}
+    best = min(by_factor, key=lambda factor: by_factor[factor])
+    assert best > 1 and by_factor[best] < moments.held.error()
+    for margin, factor in ((0.0, best), (1.0, 1.0)):
+        found = judged_solve(moments, ridge=0.001, bias=True, margin=margin)
+        wanted = solve(moments.whole, ridge=0.001 * factor, bias=True)
+        torch.testing.assert_close(found.weight, wanted.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_between_the_two_it_loses_less_on_other_rows(seed: int) -> None:
     moments = split(0.3, rows=120, columns=64, seed=seed)
     others = split(0.3, rows=20_000, columns=64, seed=seed)  # other rows of the same map
