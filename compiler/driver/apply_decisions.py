@@ -194,7 +194,7 @@ def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) 
     """`solved`, and where that fits the samples at hand far better than others, once more with each layer held back by
     what rows held out say of it; the one that loses less on the samples that judge."""
     found = solved(ctx, rewrites, done)
-    if found is done:
+    if found is done or not ctx.resolve.margin:
         return found
     seen = ctx.solve.take(slice(0, len(ctx.judge)))
     error = output_error(ctx.teacher, found.program, ctx.judge)

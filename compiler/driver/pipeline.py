@@ -29,7 +29,8 @@ from ..plan.plan import Plan
 from ..rewrite.checked_offer import check_decisions
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
-from ..support.errors import ExportError, GoalError
+from ..support.errors import BackendError, ExportError, GoalError
+from ..support.setting_checks import Allowed, check_whole
 from .apply_decisions import finished, made, shaped
 from .builtin import built_in
 from .ignore_patterns import sorted_ignores
@@ -205,10 +206,17 @@ def _disagreement(goal: Goal, met: bool, ratio: float, now: Measurement) -> str:
 
 
 def _multiples(ctx: Context, rewrites: Sequence[Rewrite]) -> dict[str, int]:
-    """What channel counts are best multiples of, by layer. A single rewrite has nobody to ask for that."""
+    """What channel counts are best multiples of, by layer. A single rewrite has nobody to ask for that; one that cannot
+    ask the backend goes without, with a warning. Raises CompilerError for what is no multiple."""
     found: dict[str, int] = {}
     for rewrite in rewrites if len(rewrites) > 1 else ():
-        for layer, multiple in rewrite.multiples(ctx).items():
+        try:
+            asked = rewrite.multiples(ctx)
+        except BackendError as cause:
+            warnings.warn(f"channels are cut without regard to {rewrite.name}: {cause.message}", stacklevel=4)
+            continue
+        for layer, multiple in asked.items():
+            check_whole(f"{rewrite.name}: multiples of {layer}", multiple, Allowed(least=1))
             found[layer] = math.lcm(found.get(layer, 1), multiple)
     return found
 

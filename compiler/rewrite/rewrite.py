@@ -192,6 +192,9 @@ class Rewrite:
 
         Returns:
             The multiples by the name of the layer's node; by default, none.
+
+        Raises:
+            BackendError: If the backend cannot be asked. Counts are then offered without regard to this rewrite.
         """
         del ctx
         return {}

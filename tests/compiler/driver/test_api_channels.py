@@ -200,6 +200,37 @@ def test_counts_go_to_what_other_rewrites_ask_for(
     assert offered and set(offered) <= counts
 
 
+@pytest.mark.parametrize("multiple", [0, -8, 2.5, "8", True])
+def test_what_is_no_multiple_is_refused(
+    residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace, multiple: Any
+) -> None:
+    class Asking(foldcut.Factorize):
+        def multiples(self, ctx: foldcut.Context) -> dict[str, Any]:
+            return {"conv2d": multiple}
+
+    with pytest.raises(foldcut.CompilerError, match="multiples of conv2d"):
+        run(residual_net, nets.images(40), work_backend, foldcut.Latency(0.9), rewrites=(foldcut.Prune(), Asking()))
+
+
+def test_a_backend_that_cannot_be_asked_ends_nothing(
+    residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace
+) -> None:
+    class Asking(foldcut.Factorize):
+        def multiples(self, ctx: foldcut.Context) -> dict[str, int]:
+            raise foldcut.BackendError("it does not answer")
+
+    limits = foldcut.ChannelLimits(multiple_of=2)
+    with pytest.warns(UserWarning, match="without regard to factorize: it does not answer"):
+        made = run(
+            residual_net,
+            nets.images(40),
+            work_backend,
+            foldcut.Latency(0.8),
+            rewrites=(foldcut.Prune(limits=limits), Asking()),
+        )
+    assert made.plan.decisions
+
+
 @pytest.mark.parametrize(("ratio", "stands"), [(0.68, True), (0.7, True), (0.701, False)])
 def test_what_was_planned_to_reach_a_latency_goes_by_the_measured_ratio(ratio: float, stands: bool) -> None:
     """An interval that only just holds the goal is no proof of it."""
