@@ -29,6 +29,7 @@ from foldcut.passes.cut.cuttable import cuttable_groups
 from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.prune.channel_budget import ChannelLimits, free_groups
 from foldcut.runtime.measure.backend import resolve_backend
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.measure.loading import loaded
 from foldcut.runtime.measure.measure import measure_pair
 from foldcut.runtime.measure.timing import Timing, Until
@@ -43,7 +44,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     backend = resolve_backend(arguments.backend)
-    lattice = probe_lattice(backend, batch=arguments.batch)
+    lattice = probe_lattice(backend, conditions=Conditions(batch=arguments.batch))
     original = make()
     multiple = lattice.multiple_for(original)
     print(

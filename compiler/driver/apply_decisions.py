@@ -193,15 +193,18 @@ def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision
 def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) -> Applied:
     """`solved`, and where that fits the samples at hand far better than others, once more with each layer held back by
     what rows held out say of it; the one that loses less on the samples that judge."""
-    found = solved(ctx, rewrites, done)
-    if found is done or not ctx.resolve.margin:
+    quiet = replace(ctx, instruments=ctx.instruments.for_trials())
+    found = solved(quiet, rewrites, done)
+    if found is done:
         return found
-    seen = ctx.solve.take(slice(0, len(ctx.judge)))
-    error = output_error(ctx.teacher, found.program, ctx.judge)
-    if error <= OVERFITTED * output_error(ctx.teacher, found.program, seen):
-        return found
-    careful = solved(replace(ctx, resolve=replace(ctx.resolve, margin=0.0)), rewrites, done)
-    return careful if output_error(ctx.teacher, careful.program, ctx.judge) < error else found
+    if ctx.resolve.margin:
+        error = output_error(ctx.teacher, found.program, ctx.judge)
+        seen = output_error(ctx.teacher, found.program, ctx.solve.take(slice(0, len(ctx.judge))))
+        if error > OVERFITTED * seen:
+            careful = solved(replace(quiet, resolve=replace(ctx.resolve, margin=0.0)), rewrites, done)
+            found = careful if output_error(ctx.teacher, careful.program, ctx.judge) < error else found
+    ctx.instruments.after("re-solve", found.program, done.program)
+    return found
 
 
 class _Stages:

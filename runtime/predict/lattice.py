@@ -15,6 +15,7 @@ from ...compiler.ir.program import Program, is_constant
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Backend
 from ..measure.bootstrap import ratio_interval
+from ..measure.conditions import Conditions
 from ..measure.environment import lasting
 from ..measure.inputs import draw_inputs, model_specs
 from ..measure.loading import loaded
@@ -71,22 +72,20 @@ class Lattice:
 def probe_lattice(
     backend: Backend,
     *,
-    batch: int = 1,
-    threads: int = 1,
+    conditions: Conditions | None = None,
     cache: MeasurementCache | None = None,
-    seed: int = 0,
     kinds: Collection[str] = KINDS,
     integers: IntegerKernels | None = None,
     progress: Progress = silent,
 ) -> Lattice:
     """Find the lattice of a backend for some kinds of layers, with `integers` of such that compute in these; kept in
-    `cache` under its environment (versions, device), batch and threads.
+    `cache` under its environment (versions, device) and the batch and threads of `conditions`.
 
     Two layers of each kind with 33 to 64 channels between them are timed side by side; `lattice_step` reads the step
     off the times. Takes some seconds the first time. Raises BackendError.
     """
-    cache = cache if cache is not None else MeasurementCache(None)
-    basis = f"lattice {_FORMAT} | batch {batch} | threads {threads} | {lasting(backend.environment())}"
+    cache, how = cache if cache is not None else MeasurementCache(None), conditions or Conditions()
+    basis = f"lattice {_FORMAT} | batch {how.batch} | threads {how.threads} | {lasting(backend.environment())}"
     basis += f" | {integers}" if integers is not None else ""
     keys = {kind: f"{basis} | {kind}" for kind in _PROBES if kind in kinds}
     known = cache.get([*keys.values()])
@@ -96,8 +95,8 @@ def probe_lattice(
         def show(done: int, total: int, place: int = place) -> None:
             progress("probe the channel lattice", place * total + done, len(missing) * total)
 
-        models = {count: _PROBES[kind](count, batch, integers).SerializeToString() for count in _PROBED}
-        samples = _timed(backend, models, batch, threads, seed, show)
+        models = {count: _PROBES[kind](count, how.batch, integers).SerializeToString() for count in _PROBED}
+        samples = _timed(backend, models, how, show)
         full = float(np.median(samples[_OUTER]))
         times = {count: round(float(np.median(s)) / full, 4) for count, s in samples.items()}
         cache.put({keys[kind]: {"step": lattice_step(samples), "times": times}})
@@ -132,16 +131,14 @@ def _raised(count: int, multiple: int) -> int:
 def _timed(
     backend: Backend,
     models: Mapping[int, bytes],
-    batch: int,
-    threads: int,
-    seed: int,
+    how: Conditions,
     show: Callable[[int, int], None],
 ) -> dict[int, list[float]]:
     """Times of the models of each channel count, in ms, paired by rounds."""
     first, *others = models
-    inputs = draw_inputs(model_specs(models[first]), batch, seed)
-    timing = Timing(warmup_ms=50.0, seed=seed, min_block_ms=5.0)
-    with loaded(backend, [(model, inputs) for model in models.values()], threads=threads) as runners:
+    inputs = draw_inputs(model_specs(models[first]), how.batch, how.seed)
+    timing = Timing(warmup_ms=50.0, seed=how.seed, min_block_ms=5.0)
+    with loaded(backend, [(model, inputs) for model in models.values()], threads=how.threads) as runners:
         measured = measure_savings(runners[0], runners[1:], timing, pairs=_ROUNDS, environment={}, progress=show)
     times = {first: [before for before, _ in measured[0].samples]}
     return times | {count: [after for _, after in m.samples] for count, m in zip(others, measured, strict=True)}

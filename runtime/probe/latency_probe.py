@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -149,9 +148,14 @@ class LatencyProbe:
     ) -> Lattice:
         """The channel lattice of the backend at this batch, of layers in `integers` where they are given; measured once
         for each environment and kept on disk."""
-        how, cache = self.conditions, self._cache()
-        means: dict[str, Any] = {"cache": cache, "seed": how.seed, "integers": integers, "progress": progress}
-        return probe_lattice(self.backend, batch=how.batch, threads=how.threads, kinds=kinds, **means)
+        return probe_lattice(
+            self.backend,
+            conditions=self.conditions,
+            cache=self._cache(),
+            kinds=kinds,
+            integers=integers,
+            progress=progress,
+        )
 
     def integers(self) -> IntegerKernels:
         """Integers that the backend computes with exactly; tried once for each environment and kept on disk. Raises

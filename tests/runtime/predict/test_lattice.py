@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from foldcut.compiler.ir.program import Program
 from foldcut.runtime.measure.backend import Array, Availability
+from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
 from foldcut.runtime.predict.integer_kernels import IntegerKernels
 from foldcut.runtime.predict.lattice import COUNTS, MULTIPLES, Lattice, kinds_in, lattice_step, probe_lattice
@@ -101,8 +102,8 @@ def test_it_is_probed_once_for_each_environment(tmp_path: Any) -> None:
     assert built > 0
     assert probe_lattice(backend, cache=MeasurementCache(tmp_path)) == first  # though the load has changed
     assert backend.built == built
-    for other in ({"threads": 2}, {"batch": 4}):
-        probe_lattice(backend, cache=MeasurementCache(tmp_path), **other)
+    for other in (Conditions(threads=2), Conditions(batch=4)):
+        probe_lattice(backend, cache=MeasurementCache(tmp_path), conditions=other)
         assert backend.built > built
         built = backend.built
     newer = StaircaseBackend(4, version=2)
