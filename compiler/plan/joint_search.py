@@ -106,9 +106,13 @@ class MixSearch:
         for start in self._starts:
             self._start(start)
         own = {kind: self._single(kind, self.ratio) for kind in self.kinds}
-        own |= self._milder()
         for kind, mix in own.items():
             self._overlap(kind, mix)
+        if self._far():
+            # neither way of judging the kinds is the better one for all networks: a mix by each
+            self._first_mix()
+            for kind, mix in self._milder().items():
+                self._overlap(kind, mix)
         self._alone()
         if len(self.kinds) > 1:
             self._mixes()
@@ -149,14 +153,27 @@ class MixSearch:
                 self.scales[kind] = replace(scale, error=scale.error * plan.error / predicted)
         return mix
 
-    def _milder(self) -> dict[str, Mix]:
-        """Where the kind that loses least for what it saves does not reach the goal: the plans of the others toward
-        what it leaves to them. Errors grow faster than savings, so a plan that has to reach the goal by itself makes
-        each of its changes look worse than it is in a mix."""
+    def _cheapest(self) -> Tried | None:
+        """The plan of a single kind that loses least for what it saves."""
         saving = [plan for plan in self.tried if len(plan.kinds) == 1 and plan.ratio < 1]
-        least = min(saving, key=lambda plan: plan.error / (1 - plan.ratio), default=None)
-        if least is None or least.ratio <= self.ratio:
-            return {}
+        return min(saving, key=lambda plan: plan.error / (1 - plan.ratio), default=None)
+
+    def _far(self) -> bool:
+        """Whether there are several kinds, and the one that loses least for what it saves does not reach the goal."""
+        least = self._cheapest()
+        return len(self.kinds) > 1 and least is not None and least.ratio > self.ratio
+
+    def _first_mix(self) -> None:
+        """A plan of all kinds, each judged by its plan that reaches the goal alone."""
+        mix, rounds = self._reaching(self.items, self.ratio, one_kind=False)
+        if mix and _key(mix) not in {_key(plan.mix) for plan in self.tried}:
+            self._try(mix, rounds)
+
+    def _milder(self) -> dict[str, Mix]:
+        """The plans of the other kinds toward what the cheapest leaves to them. Errors grow faster than savings, so a
+        plan that has to reach the goal by itself makes each of its changes look worse than it is in a mix."""
+        least = self._cheapest()
+        assert least is not None
         others = [kind for kind in self.kinds if kind not in least.kinds and self._time.left()]
         return {kind: mix for kind in others if (mix := self._single(kind, self.ratio / least.ratio))}
 
