@@ -187,7 +187,7 @@ class MixSearch:
         apart = predicted_saving(mix, self.scales) + predicted_saving(rest, self.scales)
         less = apart - predicted_saving(both, self.scales)
         if less > 0:
-            found = (apart - 1 + self._ratio(both)) / less
+            found = self.scales[kind].overlap * (apart - 1 + self._ratio(both)) / less
             self.scales[kind] = replace(self.scales[kind], overlap=min(max(found, 0.0), MOST_OVERLAP))
 
     def _mixes(self) -> None:
