@@ -2,11 +2,11 @@
 
 Errors do not add up over rewrites, and those of two kinds are predicted in different ways. So every kind first makes a
 plan of its own that reaches the goal; what that plan turns out to lose and to save scales the kind's predictions. Where
-the kind that loses least does not get there, the others make one more, toward what is left to them beside it. Then
-plans of all kinds together are made, tried and the scales taken from what each kind contributes there. Last, single
-items are put right around the plan that leads (`item_figures`), and plans follow that may be better by those figures.
-The plan with the least error of all those tried that reach the goal stands, so it is never worse than the best of a
-single kind.
+the kind that loses least does not get there, a mix is made by that, and the others make one more plan each, toward what
+is left to them beside it. Then plans of all kinds together are made, tried and the scales taken from what each kind
+contributes there. Last, single items are put right around the plan that leads (`item_figures`), and plans follow that
+may be better by those figures. The plan with the least error of all those tried that reach the goal stands, so it is
+never worse than the best of a single kind.
 """
 
 from __future__ import annotations
@@ -108,10 +108,11 @@ class MixSearch:
         own = {kind: self._single(kind, self.ratio) for kind in self.kinds}
         for kind, mix in own.items():
             self._overlap(kind, mix)
-        if self._far():
+        least = self._cheapest()
+        if len(self.kinds) > 1 and least is not None and least.ratio > self.ratio:
             # neither way of judging the kinds is the better one for all networks: a mix by each
-            self._first_mix()
-            for kind, mix in self._milder().items():
+            self._new_mix()
+            for kind, mix in self._milder(least).items():
                 self._overlap(kind, mix)
         self._alone()
         if len(self.kinds) > 1:
@@ -158,22 +159,9 @@ class MixSearch:
         saving = [plan for plan in self.tried if len(plan.kinds) == 1 and plan.ratio < 1]
         return min(saving, key=lambda plan: plan.error / (1 - plan.ratio), default=None)
 
-    def _far(self) -> bool:
-        """Whether there are several kinds, and the one that loses least for what it saves does not reach the goal."""
-        least = self._cheapest()
-        return len(self.kinds) > 1 and least is not None and least.ratio > self.ratio
-
-    def _first_mix(self) -> None:
-        """A plan of all kinds, each judged by its plan that reaches the goal alone."""
-        mix, rounds = self._reaching(self.items, self.ratio, one_kind=False)
-        if mix and _key(mix) not in {_key(plan.mix) for plan in self.tried}:
-            self._try(mix, rounds)
-
-    def _milder(self) -> dict[str, Mix]:
+    def _milder(self, least: Tried) -> dict[str, Mix]:
         """The plans of the other kinds toward what the cheapest leaves to them. Errors grow faster than savings, so a
         plan that has to reach the goal by itself makes each of its changes look worse than it is in a mix."""
-        least = self._cheapest()
-        assert least is not None
         others = [kind for kind in self.kinds if kind not in least.kinds and self._time.left()]
         return {kind: mix for kind in others if (mix := self._single(kind, self.ratio / least.ratio))}
 
@@ -190,6 +178,12 @@ class MixSearch:
             found = self.scales[kind].overlap * (apart - 1 + self._ratio(both)) / less
             self.scales[kind] = replace(self.scales[kind], overlap=min(max(found, 0.0), MOST_OVERLAP))
 
+    def _new_mix(self) -> Tried | None:
+        """The plan of all kinds by what is known of them now; None where there is none, or it was tried before."""
+        mix, rounds = self._reaching(self.items, self.ratio, one_kind=False)
+        known = {_key(plan.mix) for plan in self.tried}
+        return self._try(mix, rounds) if mix and _key(mix) not in known else None
+
     def _mixes(self) -> None:
         """Plans of all kinds. One that leads gives each kind its scale; after a worse one the step is halved."""
         alone = {kind: scale.error for kind, scale in self.scales.items()}
@@ -198,10 +192,9 @@ class MixSearch:
             # whatever the time: a single kind may reach the goal, and leave nothing of the network
             if turn and self._lead() is not None and not self._time.left():
                 return
-            mix, rounds = self._reaching(self.items, self.ratio, one_kind=False)
-            if not mix or _key(mix) in {_key(plan.mix) for plan in self.tried}:
+            plan = self._new_mix()
+            if plan is None:
                 return
-            plan = self._try(mix, rounds)
             standing = (plan.ratio > self.ratio, plan.error)  # one that reaches the goal comes before any that does not
             if standing < lead:
                 lead, used = standing, dict(self.scales)
