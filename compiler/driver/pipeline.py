@@ -100,7 +100,7 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
     rewrites = sorted_ignores(ctx.teacher, rewrites, built_in(settings) if len(rewrites) > 1 else ())
     with ctx.clock.stage("probe lattice"):
         rewrites = [rewrite.prepared(ctx) for rewrite in rewrites]
-        ctx = replace(ctx, multiples=_multiples(ctx, rewrites))
+    ctx = replace(ctx, multiples=functools.cache(functools.partial(_multiples, ctx, rewrites)))
 
     def made(aim: Goal) -> Outcome:
         done, planned = planned_network(replace(ctx, goal=aim), rewrites)
@@ -206,14 +206,15 @@ def _disagreement(goal: Goal, met: bool, ratio: float, now: Measurement) -> str:
 
 
 def _multiples(ctx: Context, rewrites: Sequence[Rewrite]) -> dict[str, int]:
-    """What channel counts are best multiples of, by layer. A single rewrite has nobody to ask for that; one that cannot
-    ask the backend goes without, with a warning. Raises CompilerError for what is no multiple."""
+    """What channel counts are best multiples of, by layer. A rewrite that cannot ask the backend goes without, with a
+    warning. Raises CompilerError for what is no multiple."""
     found: dict[str, int] = {}
-    for rewrite in rewrites if len(rewrites) > 1 else ():
+    for rewrite in rewrites:
         try:
-            asked = rewrite.multiples(ctx)
+            with ctx.clock.stage("probe lattice"):
+                asked = rewrite.multiples(ctx)
         except BackendError as cause:
-            warnings.warn(f"channels are cut without regard to {rewrite.name}: {cause.message}", stacklevel=4)
+            warnings.warn(f"channels are cut without regard to {rewrite.name}: {cause.message}", stacklevel=2)
             continue
         for layer, multiple in asked.items():
             check_whole(f"{rewrite.name}: multiples of {layer}", multiple, Allowed(least=1))

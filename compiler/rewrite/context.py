@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -38,7 +38,8 @@ class Context:
         solve_samples: Number of samples that a solve reads at most.
         seed: Seed of all random choices.
         trial: Whether a plan is only compared with others: less is solved, with fewer samples.
-        multiples: What channel counts are best multiples of, by layer: what the rewrites ask for (`Rewrite.multiples`).
+        multiples: Says what channel counts are best multiples of, by layer: what the rewrites ask for
+            (`Rewrite.multiples`). They are asked when it is first called, since that may take seconds.
         instruments: Called after every pass.
 
     Example:
@@ -68,7 +69,7 @@ class Context:
     solve_samples: int
     seed: int = 0
     trial: bool = False
-    multiples: Mapping[str, int] = field(default_factory=dict)
+    multiples: Callable[[], Mapping[str, int]] = dict
     instruments: Instruments = field(default_factory=Instruments)
 
     @property
@@ -88,7 +89,8 @@ class Context:
 
     def multiple_of(self, layers: Iterable[str]) -> int:
         """What a channel count that several layers share is best a multiple of."""
-        return math.lcm(*(self.multiples.get(layer, 1) for layer in layers))
+        multiples = self.multiples()
+        return math.lcm(*(multiples.get(layer, 1) for layer in layers))
 
     def for_trials(self, samples: int) -> Context:
         """The same for plans that are compared: `samples` to solve with, and a quick solve."""

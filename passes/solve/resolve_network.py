@@ -32,11 +32,10 @@ class ResolveSettings:
 
     `ridge` is relative to the Gram's mean diagonal (None: 5 / samples, at most 0.1, which held-out errors favour from
     50 to 500 samples; layers whose held-out rows lose a share of `margin` less so take up to a hundred times that, or
-    stay); `refine` is
-    the number of rounds in which the inner layers of a branch are corrected for the error left at its end.
-    `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all): neighbouring patches
-    say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept in memory (None: two
-    fifths of what is free).
+    stay); `refine` is the number of rounds in which the inner layers of a branch are corrected for the error left at
+    its end. `rows_per_column` caps the rows of A that a solve reads, relative to its columns (None: all): neighbouring
+    patches say much the same. `batch_size` None lets memory decide; `ram_bytes` bounds the frontiers kept in memory
+    (None: two fifths of what is free).
     """
 
     ridge: float | None = None

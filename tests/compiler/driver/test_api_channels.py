@@ -200,6 +200,18 @@ def test_counts_go_to_what_other_rewrites_ask_for(
     assert offered and set(offered) <= counts
 
 
+def test_nobody_is_asked_where_no_channels_are_cut(
+    residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace
+) -> None:
+    """To find the multiples out may take seconds on the backend."""
+
+    class Asking(foldcut.Factorize):
+        def multiples(self, ctx: foldcut.Context) -> dict[str, int]:
+            raise AssertionError("asked")
+
+    run(residual_net, nets.images(40), work_backend, foldcut.Latency(0.8), rewrites=("drop_blocks", Asking()))
+
+
 @pytest.mark.parametrize("multiple", [0, -8, 2.5, "8", True])
 def test_what_is_no_multiple_is_refused(
     residual_net: nn.Module, work_backend: Any, nets: SimpleNamespace, multiple: Any
