@@ -25,8 +25,6 @@ from ..measure.timing import Timing
 from .layered_model import Layer, layered_model
 
 if TYPE_CHECKING:
-    import onnx
-
     from .integer_kernels import IntegerKernels
 
 MULTIPLES = (2, 4, 8, 16, 32)
@@ -41,6 +39,8 @@ _SHARE = 0.05  # of a network's MACs, for a kind of layer to have a say
 _FORMAT = 2
 #: The kinds of layers that have a lattice of their own.
 KINDS = ("conv", "depthwise", "linear")
+#: An operator, its layers in a row, and the shape of one sample that they are run on.
+_Probe = tuple[str, list[Layer], tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def probe_lattice(
         def show(done: int, total: int, place: int = place) -> None:
             progress("probe the channel lattice", place * total + done, len(missing) * total)
 
-        models = {count: _PROBES[kind](count, how.batch, integers).SerializeToString() for count in _PROBED}
+        models = {count: _model(_PROBES[kind](count), how.batch, integers) for count in _PROBED}
         samples = _timed(backend, models, how, show)
         full = float(np.median(samples[_OUTER]))
         times = {count: round(float(np.median(s)) / full, 4) for count, s in samples.items()}
@@ -144,6 +144,12 @@ def _timed(
     return times | {count: [after for _, after in m.samples] for count, m in zip(others, measured, strict=True)}
 
 
+def _model(probe: _Probe, batch: int, integers: IntegerKernels | None) -> bytes:
+    operator, layers, shape = probe
+    model = layered_model(operator, layers, [batch, *shape], deviation=_DEVIATION, last_relu=False, integers=integers)
+    return bytes(model.SerializeToString())
+
+
 def kinds_in(program: Program, names: Iterable[str]) -> set[str]:
     """The kinds of layers among some nodes."""
     return {kind for name in names if (kind := _kind(program, program.nodes[name])) is not None}
@@ -159,34 +165,27 @@ def _kind(program: Program, node: Any) -> str | None:
     return "depthwise" if weight.shape[1] == 1 and weight.shape[0] > 1 else "conv"
 
 
-def _conv(channels: int, batch: int, integers: IntegerKernels | None) -> onnx.ModelProto:
-    return _probe([_OUTER, channels, _OUTER], 3, batch, integers)
+def _conv(channels: int) -> _Probe:
+    return "Conv", _convolutions([_OUTER, channels, _OUTER], 3), (_OUTER, 14, 14)
 
 
-def _depthwise(channels: int, batch: int, integers: IntegerKernels | None) -> onnx.ModelProto:
-    return _probe([_OUTER, channels, channels, _OUTER], 1, batch, integers, grouped=1)
+def _depthwise(channels: int) -> _Probe:
+    return "Conv", _convolutions([_OUTER, channels, channels, _OUTER], 1, grouped=1), (_OUTER, 14, 14)
 
 
-def _linear(channels: int, batch: int, integers: IntegerKernels | None) -> onnx.ModelProto:
-    rows = [batch, 196, _OUTER]
-    layers: list[Layer] = [([_OUTER, channels], {}), ([channels, _OUTER], {})]
-    return layered_model("MatMul", layers, rows, deviation=_DEVIATION, last_relu=False, integers=integers)
+def _linear(channels: int) -> _Probe:
+    return "MatMul", [([_OUTER, channels], {}), ([channels, _OUTER], {})], (196, _OUTER)
 
 
-def _probe(
-    widths: list[int], kernel: int, batch: int, integers: IntegerKernels | None, grouped: int = -1
-) -> onnx.ModelProto:
-    """Convolutions on 14x14 values; the one at position `grouped` is depthwise, 3x3."""
+def _convolutions(widths: list[int], kernel: int, grouped: int = -1) -> list[Layer]:
+    """Convolutions that keep the size of their values; the one at position `grouped` is depthwise, 3x3."""
     layers: list[Layer] = []
     for place, (before, after) in enumerate(pairwise(widths)):
         groups, size = (before, 3) if place == grouped else (1, kernel)
         layers.append(([after, before // groups, size, size], {"pads": [size // 2] * 4, "group": groups}))
-    shape = [batch, widths[0], 14, 14]
-    return layered_model("Conv", layers, shape, deviation=_DEVIATION, last_relu=False, integers=integers)
+    return layers
 
 
-_PROBES: dict[str, Callable[[int, int, IntegerKernels | None], onnx.ModelProto]] = dict(
-    zip(KINDS, (_conv, _depthwise, _linear), strict=True)
-)
+_PROBES: dict[str, Callable[[int], _Probe]] = dict(zip(KINDS, (_conv, _depthwise, _linear), strict=True))
 #: The channel counts that are timed, `_OUTER` first.
 _PROBED = sorted({_OUTER, *COUNTS, *(_raised(c, m) for c in COUNTS for m in MULTIPLES)}, reverse=True)

@@ -86,11 +86,8 @@ def _integer_weight(
     from onnx import helper, numpy_helper
 
     scale = np.float32(np.abs(array).max() / integers.weight_limit)
-    stored: tuple[np.ndarray[Any, Any], ...] = (
-        np.rint(array / scale).astype(np.int8),
-        np.asarray(scale),
-        np.asarray(0, np.int8),
-    )
+    rounded = np.rint(array / scale).astype(np.int8)
+    stored: list[np.ndarray[Any, Any]] = [rounded, np.asarray(scale), np.asarray(0, np.int8)]
     names = [f"{name}_q", f"{name}_scale", f"{name}_zero"]
-    tensors += [numpy_helper.from_array(array, name) for name, array in zip(names, stored, strict=True)]
+    tensors += [numpy_helper.from_array(part, name) for name, part in zip(names, stored, strict=True)]
     nodes.append(helper.make_node("DequantizeLinear", names, [name]))
