@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
+from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings
 from ..data.output_error import no_worse, output_error
 from ..ir.edit import check_interface
 from ..ir.program import Program
@@ -121,7 +121,7 @@ def _stepped(
     unsolved = False
     for rewrite, mine in using:
         if unsolved:
-            done = replace(done, program=_solved(ctx, done, QUICK_RESOLVE).program)
+            done = replace(done, program=_solved(ctx, done, TRIAL_RESOLVE).program)
         mine = mine if exactly else list(rewrite.still(done.program, mine))
         rewrite.requires(done.program, mine)
         step = rewrite.apply(done.program, mine, ctx)

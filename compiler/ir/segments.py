@@ -101,19 +101,37 @@ def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, fx.Node |
 
 
 def _with_contractions(parts: Sequence[_Part], macs: dict[str, int]) -> list[_Part]:
-    """Parts of which each has a contraction: those without one join the part before, or the first one behind."""
+    """Parts of which each has a contraction: those without one join the part before, or the first one behind.
+
+    What reads integers back joins the contraction behind it, as runtimes do. With more than that between, a pooling,
+    it does so only where that contraction computes in integers: else the pooling is the last that does, and belongs
+    to the layer before.
+    """
     merged: list[_Part] = []
-    reading = False
+    read: _Part | None = None
     for part in parts:
-        if merged and (reading or not (_contracts(part, macs) and _contracts(merged[-1], macs))):
-            if not reading and _reads_integers(part):
+        contracts = _contracts(part, macs)
+        if read is None:
+            if merged and not contracts and is_dequantized(part.nodes[0]):
+                read = part
+            elif merged and not (contracts and _contracts(merged[-1], macs)):
+                merged[-1] += part
+            else:
                 merged.append(part)
-                reading = not _contracts(part, macs)
-                continue
-            merged[-1] += part
-            reading = reading and not _contracts(part, macs)
-        else:
+        elif contracts and (all(map(is_dequantized, read.nodes)) or _dequantizes_weights(read + part)):
+            merged.append(read + part)
+            read = None
+        elif contracts:
+            merged[-1] += read
             merged.append(part)
+            read = None
+        else:
+            read += part
+            if _is_quantized(part.nodes[-1]):
+                merged[-1] += read
+                read = None
+    if read is not None:
+        merged[-1] += read
     return merged
 
 
@@ -122,9 +140,13 @@ def is_dequantized(value: object) -> bool:
     return isinstance(value, fx.Node) and str(value.target).startswith("quantized_decomposed.dequantize")
 
 
-def _reads_integers(part: _Part) -> bool:
-    """Whether a part begins by reading integers back: runtimes join that to what computes behind it."""
-    return is_dequantized(part.nodes[0])
+def _is_quantized(node: fx.Node) -> bool:
+    return str(node.target).startswith("quantized_decomposed.quantize")
+
+
+def _dequantizes_weights(part: _Part) -> bool:
+    """Whether a part that begins by reading integers back does so once more: its weights."""
+    return any(map(is_dequantized, part.nodes[1:]))
 
 
 def _contracts(part: _Part, macs: dict[str, int]) -> bool:

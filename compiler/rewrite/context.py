@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ...passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
+from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings
 from ...runtime.probe.stored_latency import StoredLatency
 from ..data.calibration_set import CalibrationSet
 from ..data.sample_sets import SampleSets
@@ -97,7 +97,7 @@ class Context:
         return replace(
             self,
             solve_samples=min(samples, self.solve_samples),
-            resolve=QUICK_RESOLVE,
+            resolve=TRIAL_RESOLVE,
             trial=True,
             instruments=self.instruments.for_trials(),
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...compiler.export.exporter import to_onnx_model
 from ...compiler.ir.program import Program
-from ...compiler.ir.segments import Segment, find_segments, segment_key
+from ...compiler.ir.segments import Segment, find_segments, is_dequantized, segment_key
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Array, Backend
 from ..measure.bootstrap import median_interval
@@ -44,18 +44,20 @@ _FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentTime:
-    """What one segment takes, in units of the reference network's latency, with the half width of its 95 % interval."""
+    """What one segment takes, in units of the reference network's latency, with the half width of its 95 % interval;
+    `integers` where it reads integers, values or weights."""
 
     name: str
     units: float
     half_width: float
+    integers: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Predicted latency of a program in units of the reference network's latency.
 
-    It is the sum of the segments and of what one call costs (`call`), times the table's scale. `half_width` is what the
+    It is the sum of the segments and of what one call costs (`call`), times the table's scales. `half_width` is what the
     segments' own intervals add up to if they err apart from each other; that a network is not quite the sum of its
     segments is not in it. `measured` counts the segments that were not known before.
     """
@@ -112,7 +114,7 @@ class LatencyTable:
         self.seed, self.opset = conditions.seed, conditions.opset
         self.rounds = rounds
         self.cache = cache if cache is not None else MeasurementCache(None)
-        self.scale = 1.0
+        self.scale = self.integer_scale = 1.0
         self._anchors: list[_Anchor] = []
         self._where = lasting(backend.environment())
 
@@ -123,14 +125,17 @@ class LatencyTable:
         """
         segments = find_segments(program)
         keys, known, measured = self._looked_up(program, segments, progress)
-        times = _times(segments, keys, known)
-        shared: dict[str, float] = {}  # equal segments err together
-        for key, time in zip(keys, times, strict=True):
-            shared[key] = shared.get(key, 0.0) + time.half_width
+        times = _times(program, segments, keys, known)
         call = float(np.median([known[key]["call"] for key in keys]))
+        shared: dict[str, float] = {}  # equal segments err together
+        units = self.scale * call
+        for key, time in zip(keys, times, strict=True):
+            scale = self.integer_scale if time.integers else self.scale
+            shared[key] = shared.get(key, 0.0) + scale * time.half_width
+            units += scale * time.units
         return Prediction(
-            units=max(self.scale * (sum(time.units for time in times) + call), np.finfo(float).tiny),
-            half_width=self.scale * float(np.sqrt(sum(width**2 for width in shared.values()))),
+            units=max(units, np.finfo(float).tiny),
+            half_width=float(np.sqrt(sum(width**2 for width in shared.values()))),
             call=self.scale * call,
             segments=times,
             measured=measured,
@@ -140,12 +145,12 @@ class LatencyTable:
         self, program: Program, segments: Sequence[Segment], *, progress: Progress = silent
     ) -> tuple[SegmentTime, ...]:
         """What segments take, any parts of a program with one place to go in and out, measuring those that are not
-        known yet. `scale` is not applied.
+        known yet. No scale is applied.
 
         Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
         """
         keys, known, _ = self._looked_up(program, segments, progress)
-        return _times(segments, keys, known)
+        return _times(program, segments, keys, known)
 
     def _looked_up(
         self, program: Program, segments: Sequence[Segment], progress: Progress
@@ -161,14 +166,24 @@ class LatencyTable:
         return keys, known | self._measure(program, missing, progress), len(missing)
 
     def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
-        """Set and return `scale` from whole networks, pairs of a program and what `measure_network` gave for it: the
-        median of measured over predicted latency. The original alone will do.
+        """Set `scale` and `integer_scale` from whole networks, pairs of a program and what `measure_network` gave for
+        it; return `scale`, the median of measured over predicted latency of those that compute in floating point.
 
         It takes out what all segments have in common that the reference network has not: weights that stay in a cache
-        between the copies, a machine that was slowed in another way while they were timed.
+        between the copies, a machine that was slowed in another way while they were timed. The original alone will do.
+        Segments that read integers have a scale of their own where a network with such segments is among those given,
+        the median of what the others leave of its latency over their sum; else the same.
         """
-        self.scale = 1.0
-        self.scale = float(np.median([units / self.predict(program).units for program, units in measured]))
+        self.scale = self.integer_scale = 1.0
+        plain, mixed = [], []
+        for program, units in measured:
+            found = self.predict(program)
+            integers = sum(time.units for time in found.segments if time.integers)
+            (mixed if integers else plain).append((units, found.units - integers, integers))
+        self.scale = _median_ratio([(units, floats + integers) for units, floats, integers in plain or mixed])
+        left = [(units - self.scale * floats, integers) for units, floats, integers in mixed]
+        found_scale = _median_ratio(left) if plain and mixed else self.scale
+        self.integer_scale = found_scale if found_scale > 0 else self.scale
         return self.scale
 
     @property
@@ -251,11 +266,22 @@ class LatencyTable:
         return draw_inputs(model_specs(model), self.batch, self.seed)
 
 
-def _times(segments: Sequence[Segment], keys: Sequence[str], known: Mapping[str, Any]) -> tuple[SegmentTime, ...]:
+def _times(
+    program: Program, segments: Sequence[Segment], keys: Sequence[str], known: Mapping[str, Any]
+) -> tuple[SegmentTime, ...]:
     return tuple(
-        SegmentTime(name=segment.name, units=known[key]["units"], half_width=known[key]["half_width"])
+        SegmentTime(
+            name=segment.name,
+            units=known[key]["units"],
+            half_width=known[key]["half_width"],
+            integers=any(is_dequantized(program.nodes[name]) for name in segment.nodes),
+        )
         for key, segment in zip(keys, segments, strict=True)
     )
+
+
+def _median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    return float(np.median([part / whole for part, whole in pairs]))
 
 
 def _difference(one: Measurement, many: Measurement, copies: int) -> dict[str, float]:

@@ -10,9 +10,13 @@ from foldcut.compiler.analysis.provenance import find_units
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.export.exporter import to_onnx
 from foldcut.compiler.ir.cost import node_macs
+from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.cut.prune_channels import prune_channels
 from foldcut.passes.drop.drop_blocks import drop_blocks
+from foldcut.passes.quantize.decision import QuantizeLayer
+from foldcut.passes.quantize.rewrite import Quantize
+from foldcut.passes.quantize.values import quantizable
 from foldcut.runtime.measure.conditions import Conditions
 from foldcut.runtime.measure.measurement_cache import MeasurementCache
 from foldcut.runtime.onnxruntime.backend import OnnxRuntimeBackend
@@ -96,6 +100,27 @@ def test_whole_networks_set_the_scale(counting_backend: Any, residual: Program) 
     assert fitted.call == pytest.approx(0.9 * plain.call)
     again = table.predict(drop_blocks(residual, [first]))
     assert again.ratio_to(fitted) == pytest.approx(smaller.ratio_to(plain))
+
+
+def test_segments_of_integers_have_a_scale_of_their_own(counting_backend: Any, residual: Program) -> None:
+    folded, _ = fold_batch_norms(residual)
+    names = list(quantizable(folded))
+    integers, mixed = (Quantize().shape(folded, [QuantizeLayer(layer=n) for n in names[k:]]) for k in (0, 2))
+    table = LatencyTable(counting_backend)
+    plain, rest, part = (table.predict(program) for program in (residual, mixed, integers))
+    of_integers = sum(time.units for time in part.segments if time.integers)
+    whole = 0.9 * (part.units - of_integers) + 0.5 * of_integers
+    for pairs in ([(residual, 0.9 * plain.units), (integers, whole)], [(integers, whole), (residual, 0.9 * plain.units)]):
+        assert table.fit(pairs) == pytest.approx(0.9)
+        assert table.integer_scale == pytest.approx(0.5)
+    of_integers = sum(time.units for time in rest.segments if time.integers)
+    assert 0 < of_integers < rest.units - rest.call
+    assert table.predict(mixed).units == pytest.approx(0.9 * (rest.units - of_integers) + 0.5 * of_integers)
+    assert table.fit([(integers, 2 * part.units)]) == table.integer_scale == pytest.approx(2)
+    assert table.fit([(residual, plain.units)]) == table.integer_scale == pytest.approx(1)
+    # a network that takes less than its part in floating point says nothing of the rest
+    table.fit([(residual, plain.units), (integers, 1e-6 * part.call)])
+    assert table.integer_scale == pytest.approx(1)
 
 
 def test_times_are_kept_on_disk_for_one_place(counting_backend: Any, residual: Program, tmp_path: Path) -> None:
