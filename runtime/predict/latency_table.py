@@ -57,8 +57,8 @@ class SegmentTime:
 class Prediction:
     """Predicted latency of a program in units of the reference network's latency.
 
-    It is the sum of the segments and of what one call costs (`call`), times the table's scales. `half_width` is what the
-    segments' own intervals add up to if they err apart from each other; that a network is not quite the sum of its
+    It is the sum of the segments and of what one call costs (`call`), times the table's scales. `half_width` is what
+    the segments' own intervals add up to if they err apart from each other; that a network is not quite the sum of its
     segments is not in it. `measured` counts the segments that were not known before.
     """
 
@@ -175,7 +175,8 @@ class LatencyTable:
         the median of what the others leave of its latency over their sum; else the same.
         """
         self.scale = self.integer_scale = 1.0
-        plain, mixed = [], []
+        plain: list[tuple[float, float, float]] = []
+        mixed: list[tuple[float, float, float]] = []
         for program, units in measured:
             found = self.predict(program)
             integers = sum(time.units for time in found.segments if time.integers)

@@ -93,4 +93,4 @@ def test_a_pooling_of_integers_is_timed_with_the_layer_before_it(both: bool, net
     first, second = find_segments(made)
     assert "max_pool2d" in first.nodes
     assert first.exits == (("max_pool2d_quantized",) if both else ("max_pool2d",))
-    assert sum(is_dequantized(made.nodes[name]) for name in second.nodes) == 2 * both
+    assert any(is_dequantized(made.nodes[name]) for name in second.nodes) == both

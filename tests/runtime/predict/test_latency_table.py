@@ -110,7 +110,8 @@ def test_segments_of_integers_have_a_scale_of_their_own(counting_backend: Any, r
     plain, rest, part = (table.predict(program) for program in (residual, mixed, integers))
     of_integers = sum(time.units for time in part.segments if time.integers)
     whole = 0.9 * (part.units - of_integers) + 0.5 * of_integers
-    for pairs in ([(residual, 0.9 * plain.units), (integers, whole)], [(integers, whole), (residual, 0.9 * plain.units)]):
+    measured = [(residual, 0.9 * plain.units), (integers, whole)]
+    for pairs in (measured, measured[::-1]):
         assert table.fit(pairs) == pytest.approx(0.9)
         assert table.integer_scale == pytest.approx(0.5)
     of_integers = sum(time.units for time in rest.segments if time.integers)
