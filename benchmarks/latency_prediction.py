@@ -134,7 +134,8 @@ def predictions(
     if "int8" in arguments.precision:
         kernels = probe_integers(backend, cache=cache)
         integers = in_int8(original, kernels, lambda: True)
-        table.fit([(original, whole), (integers, table.measure_network(to_onnx(integers)))])
+        units = table.measure_networks([model, to_onnx(integers)])
+        table.fit(list(zip((original, integers), units, strict=True)))
         before = table.predict(original)
         made += list(integer_variants(made, original, kernels, arguments.seed))
     for rewrite, variant in made:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...compiler.export.exporter import to_onnx_model
+from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
 from ...compiler.ir.segments import Segment, find_segments, is_dequantized, segment_key
 from ...compiler.support.progress import Progress, silent
@@ -45,7 +46,7 @@ _FORMAT = 2
 @dataclass(frozen=True, kw_only=True)
 class SegmentTime:
     """What one segment takes, in units of the reference network's latency, with the half width of its 95 % interval;
-    `integers` where it reads integers, values or weights."""
+    `integers` where all that it multiplies are integers."""
 
     name: str
     units: float
@@ -166,13 +167,13 @@ class LatencyTable:
         return keys, known | self._measure(program, missing, progress), len(missing)
 
     def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
-        """Set `scale` and `integer_scale` from whole networks, pairs of a program and what `measure_network` gave for
+        """Set `scale` and `integer_scale` from whole networks, pairs of a program and what `measure_networks` gave for
         it; return `scale`, the median of measured over predicted latency of those that compute in floating point.
 
         It takes out what all segments have in common that the reference network has not: weights that stay in a cache
         between the copies, a machine that was slowed in another way while they were timed. The original alone will do.
-        Segments that read integers have a scale of their own where a network with such segments is among those given,
-        the median of what the others leave of its latency over their sum; else the same.
+        Segments all of whose layers are in integers have a scale of their own where a network with such segments is
+        among those given, the median of what the others leave of its latency over their sum; else the same.
         """
         self.scale = self.integer_scale = 1.0
         plain: list[tuple[float, float, float]] = []
@@ -194,9 +195,15 @@ class LatencyTable:
     def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
         """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
         given. Raises BackendError."""
-        given = inputs if inputs is not None else self._drawn(model)
-        with loaded(self.backend, [self._reference, (model, given)], threads=self.threads) as (reference, runner):
-            return measure_savings(reference, [runner], self._timing, pairs=self.rounds)[0].ratio
+        return self.measure_networks([model], inputs)[0]
+
+    def measure_networks(self, models: Sequence[bytes], inputs: Mapping[str, Array] | None = None) -> list[float]:
+        """`measure_network` of several of the same inputs, in turn in the same rounds: what disturbs the machine in one
+        minute and not in the next does not come between them."""
+        given = [(model, inputs if inputs is not None else self._drawn(model)) for model in models]
+        with loaded(self.backend, [self._reference, *given], threads=self.threads) as (reference, *runners):
+            found = measure_savings(reference, runners, self._timing, pairs=self.rounds)
+        return [measurement.ratio for measurement in found]
 
     def _key(self, segment: str) -> str:
         key = f"segment {_FORMAT} {segment} | batch {self.batch} | threads {self.threads} | {self._where}"
@@ -275,10 +282,17 @@ def _times(
             name=segment.name,
             units=known[key]["units"],
             half_width=known[key]["half_width"],
-            integers=any(is_dequantized(program.nodes[name]) for name in segment.nodes),
+            integers=_in_integers(program, segment),
         )
         for key, segment in zip(keys, segments, strict=True)
     )
+
+
+def _in_integers(program: Program, segment: Segment) -> bool:
+    """Whether all that a segment multiplies is read back from integers."""
+    nodes = [program.nodes[name] for name in segment.nodes]
+    contractions = [node for node in nodes if node_macs(program, node)]
+    return bool(contractions) and all(any(map(is_dequantized, node.all_input_nodes)) for node in contractions)
 
 
 def _median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
