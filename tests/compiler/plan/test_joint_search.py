@@ -481,4 +481,9 @@ def test_a_kind_that_need_not_reach_the_goal_alone_is_not_judged_by_that() -> No
     by_milder, by_alone = [plan for plan in found.tried if len(plan.kinds) > 1][:2]
     assert by_milder.error < 2 * best < by_alone.error
     alone = [plan.ratio for plan in found.tried if plan.kinds == ("prune_channels",)]
-    assert len(alone) == 2 and alone[1] > alone[0]
+    assert len(alone) == 2 and alone[0] > alone[1]
+    # the better judgement comes first: it is what a search on a busy machine ends with
+    hurried = World(error, lambda mix: sum(p.saving for p in mix.values()))
+    found = MixSearch(items, 0.38, Means(measure=hurried.measure, trial=hurried.trial, time=SearchTime(0))).run()
+    assert found.met and found.best.error < 2 * best
+    assert hurried.tried <= 4
