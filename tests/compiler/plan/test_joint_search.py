@@ -478,12 +478,12 @@ def test_a_kind_that_need_not_reach_the_goal_alone_is_not_judged_by_that() -> No
     found = search(items, 0.38, world).run()
     best = min(error(mix) for mix in allowed(items) if world.true_saving(mix) >= 0.62)
     assert found.met and found.best.error == pytest.approx(best)
-    by_milder, by_alone = [plan for plan in found.tried if len(plan.kinds) > 1][:2]
+    by_alone, by_milder = [plan for plan in found.tried if len(plan.kinds) > 1][:2]
     assert by_milder.error < 2 * best < by_alone.error
     alone = [plan.ratio for plan in found.tried if plan.kinds == ("prune_channels",)]
-    assert len(alone) == 2 and alone[0] > alone[1]
-    # the better judgement comes first: it is what a search on a busy machine ends with
+    assert len(alone) == 2 and alone[1] > alone[0]
+    # on a busy machine, a search that is out of time by then ends with the better judgement all the same
     hurried = World(error, lambda mix: sum(p.saving for p in mix.values()))
     found = MixSearch(items, 0.38, Means(measure=hurried.measure, trial=hurried.trial, time=SearchTime(0))).run()
     assert found.met and found.best.error < 2 * best
-    assert hurried.tried <= 4
+    assert hurried.tried < world.tried
