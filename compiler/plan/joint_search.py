@@ -162,8 +162,8 @@ class MixSearch:
 
     def _milder(self, least: Tried) -> dict[str, Mix]:
         """The plans of the other kinds toward what the cheapest leaves to them. Errors grow faster than savings, so a
-        plan that has to reach the goal by itself makes each of its changes look worse than it is in a mix. They are made
-        whatever the time: a mix of MobileNetV2 toward x0.33 without them was right for 1 % of the images."""
+        plan that has to reach the goal by itself makes each of its changes look worse than it is in a mix. They are
+        made whatever the time: a mix of MobileNetV2 toward x0.33 without them was right for 1 % of the images."""
         others = [kind for kind in self.kinds if kind not in least.kinds]
         return {kind: mix for kind in others if (mix := self._single(kind, self.ratio / least.ratio))}
 
