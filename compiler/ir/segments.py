@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ def find_segments(program: Program) -> tuple[Segment, ...]:
         if passed is not None:
             parts[-1].size = math.prod(program.shape(passed))
             parts.append(_Part(nodes=[]))
-    parts = _without_wide_cuts(_with_contractions([part for part in parts if part.nodes], macs))
+    parts = _without_wide_cuts(_with_contractions(_with_reads([part for part in parts if part.nodes], macs), macs))
     outputs = {node.name for node in output_nodes(program.graph)}
     return tuple(_segment(part.nodes, outputs, macs) for part in parts)
 
@@ -100,39 +100,39 @@ def _cuts(program: Program, free: set[str]) -> Iterator[tuple[fx.Node, fx.Node |
         yield node, alone if alone is not None and is_tensor(alone) else None
 
 
-def _with_contractions(parts: Sequence[_Part], macs: dict[str, int]) -> list[_Part]:
-    """Parts of which each has a contraction: those without one join the part before, or the first one behind.
-
-    What reads integers back joins the contraction behind it, as runtimes do. With more than that between, a pooling,
-    it does so only where that contraction computes in integers: else the pooling is the last that does, and belongs
-    to the layer before.
-    """
+def _with_contractions(parts: Iterable[_Part], macs: dict[str, int]) -> list[_Part]:
+    """Parts of which each has a contraction: those without one join the part before, or the first one behind."""
     merged: list[_Part] = []
+    for part in parts:
+        if merged and not (_contracts(part, macs) and _contracts(merged[-1], macs)):
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def _with_reads(parts: Iterable[_Part], macs: dict[str, int]) -> Iterator[_Part]:
+    """Parts of which those that read integers back go with the contraction behind them, as runtimes join them.
+
+    With more than that between, a pooling, they do so only where that contraction computes in integers: else the
+    pooling is the last that does, and is no part of what is behind it.
+    """
     read: _Part | None = None
     for part in parts:
         contracts = _contracts(part, macs)
         if read is None:
-            if merged and not contracts and is_dequantized(part.nodes[0]):
-                read = part
-            elif merged and not (contracts and _contracts(merged[-1], macs)):
-                merged[-1] += part
-            else:
-                merged.append(part)
-        elif contracts and (all(map(is_dequantized, read.nodes)) or _dequantizes_weights(read + part)):
-            merged.append(read + part)
-            read = None
-        elif contracts:
-            merged[-1] += read
-            merged.append(part)
-            read = None
+            begins = not contracts and is_dequantized(part.nodes[0])
+        elif contracts and not (all(map(is_dequantized, read.nodes)) or _dequantizes_weights(read + part)):
+            yield read
+            begins = False
         else:
-            read += part
-            if _is_quantized(part.nodes[-1]):
-                merged[-1] += read
-                read = None
+            part = read + part
+            begins = not contracts and not is_quantized(part.nodes[-1])
+        read = part if begins else None
+        if not begins:
+            yield part
     if read is not None:
-        merged[-1] += read
-    return merged
+        yield read
 
 
 def is_dequantized(value: object) -> bool:
@@ -140,7 +140,8 @@ def is_dequantized(value: object) -> bool:
     return isinstance(value, fx.Node) and str(value.target).startswith("quantized_decomposed.dequantize")
 
 
-def _is_quantized(node: fx.Node) -> bool:
+def is_quantized(node: fx.Node) -> bool:
+    """Whether a value is rounded to integers."""
     return str(node.target).startswith("quantized_decomposed.quantize")
 
 

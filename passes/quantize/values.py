@@ -10,7 +10,7 @@ from torch import fx
 from ...compiler.analysis.operator_kinds import index_operands, kind_of
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program, argument, dtype_name, is_call, is_tensor
-from ...compiler.ir.segments import is_dequantized
+from ...compiler.ir.segments import is_dequantized, is_quantized
 from ...compiler.support.errors import RewriteError
 from ..solve.layers import Layer, find_layers
 from .decision import QuantizeLayer
@@ -58,12 +58,8 @@ def _hindrance(program: Program, layer: Layer) -> str:
     if layer.bias is None and argument(node, 2, "bias") is not None:
         return "its bias is shared with another layer"
     # two grids in a row: runtimes make one of them, of other steps
-    beside = is_dequantized(program.nodes[layer.input]) or any(map(_stores, clipped(node).users))
+    beside = is_dequantized(program.nodes[layer.input]) or any(map(is_quantized, clipped(node).users))
     return "it stands beside what is in integers already" if beside else ""
-
-
-def _stores(node: fx.Node) -> bool:
-    return str(node.target).startswith("quantized_decomposed.quantize")
 
 
 def standing_for(program: Program, names: Iterable[str]) -> dict[str, list[str]]:
