@@ -112,7 +112,7 @@ class MixSearch:
         if len(self.kinds) > 1 and least is not None and least.ratio > self.ratio:
             # neither way of judging the kinds is the better one for all networks: a mix by each
             if self._time.left():
-                self._new_mix()
+                self._mix()
             for kind, mix in self._milder(least).items():
                 self._overlap(kind, mix)
         self._alone()
@@ -180,14 +180,11 @@ class MixSearch:
             found = self.scales[kind].overlap * (apart - 1 + self._ratio(both)) / less
             self.scales[kind] = replace(self.scales[kind], overlap=min(max(found, 0.0), MOST_OVERLAP))
 
-    def _new_mix(self, *, known: bool = False) -> Tried | None:
-        """The plan of all kinds by what is known of them now; None where there is none, or it was tried before and
-        those that are `known` do not count."""
+    def _mix(self) -> Tried | None:
+        """The plan of all kinds by what is known of them now, tried once; None where there is none."""
         mix, rounds = self._reaching(self.items, self.ratio, one_kind=False)
         before = next((plan for plan in self.tried if _key(plan.mix) == _key(mix)), None)
-        if not mix or (before is not None and not known):
-            return None
-        return before or self._try(mix, rounds)
+        return before or (self._try(mix, rounds) if mix else None)
 
     def _mixes(self) -> None:
         """Plans of all kinds. One that leads gives each kind its scale; after a worse one the step is halved."""
@@ -197,8 +194,9 @@ class MixSearch:
             # whatever the time: a single kind may reach the goal, and leave nothing of the network
             if turn and self._lead() is not None and not self._time.left():
                 return
-            plan = self._new_mix(known=not turn)
-            if plan is None:
+            tried = len(self.tried)
+            plan = self._mix()
+            if plan is None or (turn and len(self.tried) == tried):
                 return
             standing = (plan.ratio > self.ratio, plan.error)  # one that reaches the goal comes before any that does not
             if standing < lead:
