@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...passes.solve.layers import find_layers
-from ...passes.solve.resolve_network import QUICK_RESOLVE
+from ...passes.solve.resolve_network import TRIAL_RESOLVE
 from ..data.output_error import BROKEN, bounded, output_error
 from ..data.sampled_error import sampled_error
 from ..ir.cost import program_cost
@@ -164,7 +164,7 @@ def trial_macs(program: Program, samples: int) -> int:
     for layer in find_layers(program)[0].values():
         outputs, columns = program.module.get_parameter(layer.weight).flatten(1).shape
         rows = samples * math.prod(program.shape(program.nodes[layer.node])) // outputs
-        cost += columns**2 * (min(rows, (QUICK_RESOLVE.rows_per_column or 1) * columns) + columns // 3 + outputs)
+        cost += columns**2 * (min(rows, (TRIAL_RESOLVE.rows_per_column or 1) * columns) + columns // 3 + outputs)
     return max(1, cost)
 
 

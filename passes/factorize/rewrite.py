@@ -17,7 +17,7 @@ from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
 from ...compiler.support.errors import GoalError
 from ..solve.changes import Changes
 from ..solve.layers import all_layer_names
-from ..solve.resolve_network import QUICK_RESOLVE
+from ..solve.resolve_network import TRIAL_RESOLVE
 from ..solve.weighing import weighing_samples
 from .decision import FactorizeLayer, Ranks
 from .factorize import (
@@ -177,7 +177,7 @@ class Factorize(RankSettings, Rewrite):
     def _factors(self, program: Program, ranks: Sequence[FactorizeLayer], ctx: Context) -> list[Factors]:
         chosen = {d.layer: Option(scheme=d.scheme, ranks=d.ranks, macs=0, error=d.error or 0.0) for d in ranks}
         # the plan has chosen: what may be chosen does not matter any more
-        rows = QUICK_RESOLVE.rows_per_column if ctx.trial else self.rows_per_column
+        rows = TRIAL_RESOLVE.rows_per_column if ctx.trial else self.rows_per_column
         free = replace(self, schemes=tuple(SCHEMES), multiple_of=1, least=0.0, ignore=(), rows_per_column=rows)
 
         def compute() -> list[Factors]:
