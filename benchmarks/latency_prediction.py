@@ -115,28 +115,25 @@ def predictions(
     """One row for each variant of a network."""
     original = fold_parameters(capture(network, sample))
     table = LatencyTable(backend, Conditions(batch=batch, seed=arguments.seed), cache=cache)
-    model = to_onnx(original)
     started = time.perf_counter()
     plain = table.predict(original)
-    whole = table.measure_network(model)
-    table.fit([(original, whole)])
+    kernels = probe_integers(backend, cache=cache) if "int8" in arguments.precision else None
+    wholes = [original] if kernels is None else [original, in_int8(original, kernels, lambda: True)]
+    models = [to_onnx(program) for program in wholes]
+    units = table.measure_networks(models)
+    table.fit(list(zip(wholes, units, strict=True)))
     before = table.predict(original)
     yield {
         "network": name,
         "batch": batch,
         "rewrite": "none: predicted over measured, before the fit",
-        "sum_of_segments": plain.units / whole,
+        "sum_of_segments": plain.units / units[0],
         "measured_segments": plain.measured,
         "seconds": time.perf_counter() - started,
     }
     macs = program_cost(original).macs
     made = list(variants(network, sample, original))
-    if "int8" in arguments.precision:
-        kernels = probe_integers(backend, cache=cache)
-        integers = in_int8(original, kernels, lambda: True)
-        units = table.measure_networks([model, to_onnx(integers)])
-        table.fit(list(zip((original, integers), units, strict=True)))
-        before = table.predict(original)
+    if kernels is not None:
         made += list(integer_variants(made, original, kernels, arguments.seed))
     for rewrite, variant in made:
         if PRECISIONS["int8" in rewrite] not in arguments.precision:
@@ -144,8 +141,8 @@ def predictions(
         started = time.perf_counter()
         after = table.predict(variant)
         seconds = time.perf_counter() - started
-        inputs = random_inputs(model, batch, arguments.seed)
-        with loaded(backend, [(model, inputs), (to_onnx(variant), inputs)]) as (first, second):
+        inputs = random_inputs(models[0], batch, arguments.seed)
+        with loaded(backend, [(models[0], inputs), (to_onnx(variant), inputs)]) as (first, second):
             measured = measure_pair(
                 first, second, Timing(seed=arguments.seed), until=Until(max_seconds=arguments.max_seconds)
             )
