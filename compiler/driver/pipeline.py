@@ -17,7 +17,7 @@ from ...runtime.probe.latency_probe import LatencyProbe, Profiles, example_input
 from ...runtime.probe.stored_latency import StoredLatency
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import errors_by_output
-from ..data.sampled_error import SampledError, sampled_error
+from ..data.sampled_error import SampledError, sampled_error, warn_if_lost
 from ..export.exporter import to_exported, to_onnx, to_pt2
 from ..ir.compare import ROUNDED_TOLERANCE, compare, relative_error
 from ..ir.cost import program_cost
@@ -163,6 +163,7 @@ def in_effect(teacher: Program, program: Program, decisions: Sequence[Decision],
 def tested(outcome: Outcome, goal: Goal, test: CalibrationSet) -> Outcome:
     """The outcome with the error on samples that have chosen nothing, which a bound on the error goes by."""
     found = sampled_error(outcome.ctx.teacher, outcome.program, test, seed=outcome.settings.seed)
+    warn_if_lost(found)
     by_output = errors_by_output(outcome.ctx.teacher, outcome.program, test)
     met = goal.reached(outcome.measurement, outcome.met, found.error) if goal.bounds_error else outcome.met
     return replace(outcome, tested=found, errors_by_output=by_output, met=met)

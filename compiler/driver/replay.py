@@ -11,7 +11,7 @@ import torch
 
 from ...passes.mimic.settings import MimicSettings
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
-from ..data.sampled_error import sampled_error
+from ..data.sampled_error import sampled_error, warn_if_lost
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.edit import set_tensors
@@ -231,6 +231,7 @@ def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: Pipe
     solved_at_the_end(rewrites)
     done = mimicking(ctx, rewrites, made(ctx, rewrites, plan.decisions, exactly=True), options)
     tested = sampled_error(ctx.teacher, done.program, ctx.sets.test, seed=ctx.seed)
+    warn_if_lost(tested)
     return replace(_result(done.program, plan, options.opset), output_errors=done.errors, tested=tested)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
-from foldcut.compiler.data.sampled_error import SampledError, sampled_error, squares_by_sample
+from foldcut.compiler.data.sampled_error import SampledError, sampled_error, squares_by_sample, warn_if_lost
 from foldcut.compiler.driver import pipeline, pipeline_settings
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.ir.edit import set_tensors
@@ -157,3 +158,27 @@ def test_a_bound_on_the_error_goes_by_the_test_samples(
         compiled(residual_net, nets.images(60), foldcut.MaxError(0.05), **options)
     best: Any = caught.value.best
     assert not best.report.met and best.report.output_error == reported
+
+
+@pytest.mark.parametrize("error", [0.5, 3.0, math.inf, math.nan])
+def test_a_result_that_is_hardly_the_original_any_more_says_so(error: float) -> None:
+    with pytest.warns(UserWarning, match=r"little is left .* output error .*; ask for less"):
+        warn_if_lost(SampledError(error=error, low=None, high=None, samples=1))
+
+
+def test_a_result_that_is_still_the_original_says_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_lost(SampledError(error=0.49, low=0.3, high=0.7, samples=9))
+
+
+def test_a_compile_and_an_applied_plan_warn_of_what_is_lost() -> None:
+    net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64, bias=False)).eval()
+    data = torch.randn(60, 64)
+    with pytest.warns(UserWarning, match="little is left") as compiled:
+        made = foldcut.compile(net, data, goal=foldcut.Channels(0.03), mimic=None, cache=False)
+    with pytest.warns(UserWarning, match="little is left") as applied:
+        foldcut.apply(net, made.plan, calibration=data, mimic=False, cache=False)
+    for found in (compiled, applied):
+        (warning,) = (one for one in found if "little is left" in str(one.message))
+        assert warning.filename == __file__, "it names the caller's line"
