@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..ir.program import Program
     from .calibration_set import CalibrationSet
 
-#: Outputs as far off as this share of their energy are mostly no longer those of the original. With zeros for outputs it
-#: is 1; a MobileNetV2 at 0.63 was right for 1 % of the images, one at 0.14 for 67 of the original's 83 %.
+#: Outputs as far off as this share of their energy are mostly no longer those of the original. With zeros for outputs
+#: it is 1; a MobileNetV2 at 0.63 was right for 1 % of the images, one at 0.14 for 67 of the original's 83 %.
 MOSTLY_LOST = 0.5
 #: Draws of a bootstrap, and the share of them that an interval holds.
 DRAWS, CONFIDENCE = 2000, 0.95
@@ -59,8 +59,8 @@ def warn_if_lost(found: SampledError) -> None:
     if found.error < MOSTLY_LOST:
         return
     warnings.warn(
-        f"little is left of what the network computes: output error {found} (0: as the original, 1: as far off as zeros "
-        "for outputs); ask for less, give more samples, or train the result before it is used",
+        f"little is left of what the network computes: output error {found} (0: as the original, 1: as far off as "
+        "zeros for outputs); ask for less, give more samples, or train the result before it is used",
         stacklevel=4,
     )
 
