@@ -27,6 +27,7 @@ from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
+from ..support.allocator import memory_at_hand
 from ..support.errors import CompilerError, GoalError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
@@ -131,7 +132,13 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
-    with alone(), kept_in(cache) as folder, opened_progress(progress) as show, _collected_warnings() as messages:
+    with (
+        alone(),
+        memory_at_hand(),
+        kept_in(cache) as folder,
+        opened_progress(progress) as show,
+        _collected_warnings() as messages,
+    ):
         with clock.stage("capture"):
             network = opened(model)
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
@@ -231,7 +238,7 @@ def _report(
     macs, parameters = cost_report(outcome)
     latency = outcome.measurement.to_dict(samples=False)
     environment = latency.pop("environment", {})
-    with outcome.ctx.clock.stage("report"):
+    with outcome.ctx.clock.stage("report"), memory_at_hand():
         parts = report_parts(outcome)
     return Report(
         goal=goal.to_dict(),

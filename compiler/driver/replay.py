@@ -23,6 +23,7 @@ from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
+from ..support.allocator import memory_at_hand
 from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
@@ -104,7 +105,7 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    with alone():
+    with alone(), memory_at_hand():
         network = opened(model)
         samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
         inputs = example if samples is None else samples.batch(slice(0, 2))

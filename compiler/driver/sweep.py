@@ -17,6 +17,7 @@ from ..ir.edit_folds import fold_parameters
 from ..plan.goal import Goal
 from ..rewrite.rewrite import Rewrite
 from ..store.cache_folder import kept_in
+from ..support.allocator import memory_at_hand
 from ..support.atomic_files import write_folder
 from ..support.errors import GoalError
 from ..support.one_at_a_time import alone
@@ -214,7 +215,7 @@ def sweep(
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
-    with alone(), kept_in(cache) as place:
+    with alone(), memory_at_hand(), kept_in(cache) as place:
         for_goal = _leaving_alone(chosen, model, samples)
         for goal in goals:
             options: dict[str, Any] = {
