@@ -10,8 +10,8 @@ Frontiers live in memory up to a budget and in temporary files beyond it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,10 +22,14 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import Tensors, bind, evaluate, required
 from ...compiler.ir.program import Program
 from ...compiler.support.memory import available_bytes
+from .spilled import Spilled
 from .targets import Target
 
 #: The share of the memory there is that frontiers may take.
 FREE_SHARE = 0.4
+
+#: What a value's name begins with in a file: whose it is.
+TEACHER, STUDENT = "t", "s"
 
 Frontier = tuple[dict[str, Any], dict[str, Any]]
 
@@ -36,7 +40,8 @@ class Step:
 
     `targets` are solved in order from one frontier in front of the first. `shared` are student values taken over from
     the teacher, whose computation the rewrite did not touch; `scratch` runs from the frontier through the group and
-    is dropped, since the solves change it.
+    is dropped, since the solves change it. `teacher_needs` and `student_needs` are the values that stand while the
+    group is solved, the `keeps` those that stay behind it: all others go as soon as their last reader has run.
     """
 
     targets: tuple[Target, ...]
@@ -45,6 +50,8 @@ class Step:
     shared: tuple[str, ...]
     scratch: tuple[str, ...]
     scratch_shared: tuple[str, ...]
+    teacher_needs: frozenset[str]
+    student_needs: frozenset[str]
     teacher_keeps: frozenset[str]
     student_keeps: frozenset[str]
 
@@ -71,7 +78,15 @@ def plan_steps(teacher: Program, student: Program, groups: Sequence[Sequence[Tar
         known |= set(runs)
         keeps = _still_read(teacher, set().union(*fetched[index + 1 :]), known)
         known &= keeps
-        steps.append(Step(**draft, teacher_runs=tuple(runs), teacher_keeps=frozenset(keeps)))
+        needs = keeps.union(draft["scratch_shared"], *(target.counterparts for target in draft["targets"]))
+        steps.append(
+            Step(
+                **draft,
+                teacher_runs=tuple(runs),
+                teacher_needs=frozenset(needs),
+                teacher_keeps=frozenset(keeps),
+            )
+        )
     return steps
 
 
@@ -85,6 +100,7 @@ def _student_side(student: Program, groups: Sequence[Sequence[Target]], changed:
         wanted = {name for target in group for name in (target.layer.input, target.anchor)}
         scratch, scratch_shared = _split(student, wanted, known, changed)
         keeps = _still_read(student, fronts[index + 1], known)
+        needs = _still_read(student, wanted, known | set(scratch_shared)) | keeps
         known &= keeps
         drafts.append(
             {
@@ -93,6 +109,7 @@ def _student_side(student: Program, groups: Sequence[Sequence[Target]], changed:
                 "shared": tuple(shared),
                 "scratch": tuple(scratch),
                 "scratch_shared": tuple(scratch_shared),
+                "student_needs": frozenset(needs),
                 "student_keeps": frozenset(keeps),
             }
         )
@@ -140,7 +157,8 @@ class Lockstep:
         """`ram_bytes` is how much the frontiers may take in memory; None: a share of what there is."""
         self.teacher = teacher
         self.student = student
-        self._frontiers: list[Frontier | Path] = [
+        self._batch_size = batch_size
+        self._frontiers: list[Frontier | Spilled] = [
             (bind(teacher, batch), bind(student, batch)) for batch in calibration.batches(batch_size)
         ]
         self._ram_bytes = int(FREE_SHARE * available_bytes()) if ram_bytes is None else ram_bytes
@@ -162,14 +180,16 @@ class Lockstep:
         """Move every frontier up to the group's first layer, with the weights as they are by now."""
         for index in range(len(self._frontiers)):
             teacher, student = self._load(index)
-            _run(self.teacher, step.teacher_runs, teacher, None)
-            student.update({name: teacher[name] for name in step.shared})
-            _run(self.student, step.student_runs, student, tensors)
-            self._store(index, (teacher, student))
+            teacher = _run(self.teacher, step.teacher_runs, teacher, None, step.teacher_needs.union(step.shared))
+            student |= {name: teacher[name] for name in step.shared}
+            student = _run(self.student, step.student_runs, student, tensors, step.student_needs)
+            self._store(index, (_only(teacher, step.teacher_needs), student))
 
-    def views(self, step: Step) -> Iterator[View]:
-        """For each batch, the values that the group's nodes start from."""
-        for index in range(len(self._frontiers)):
+    def views(self, step: Step, most: int | None = None) -> Iterator[View]:
+        """For each batch, the values that the group's nodes start from; where `most` is given, of
+        no more batches than so many samples take."""
+        count = len(self) if most is None else min(len(self), -(-most // self._batch_size))
+        for index in range(count):
             teacher, student = self._load(index)
             yield View(student={**student, **{name: teacher[name] for name in step.scratch_shared}}, teacher=teacher)
 
@@ -177,18 +197,17 @@ class Lockstep:
         """Forget what no later step reads."""
         for index in range(len(self._frontiers)):
             teacher, student = self._load(index)
-            kept = (
-                {k: v for k, v in teacher.items() if k in step.teacher_keeps},
-                {k: v for k, v in student.items() if k in step.student_keeps},
-            )
-            self._store(index, kept)
+            self._store(index, (_only(teacher, step.teacher_keeps), _only(student, step.student_keeps)))
 
     def _load(self, index: int) -> Frontier:
         frontier = self._frontiers[index]
-        if isinstance(frontier, Path):
-            loaded: Frontier = torch.load(frontier, weights_only=True, mmap=True)
-            return loaded
-        return frontier
+        if not isinstance(frontier, Spilled):
+            return frontier
+        values = frontier.read()
+        sides: Frontier = ({}, {})
+        for name, value in values.items():
+            sides[name.startswith(STUDENT)][name[1:]] = value
+        return sides
 
     def _store(self, index: int, frontier: Frontier) -> None:
         if _bytes(frontier) * len(self._frontiers) <= self._ram_bytes:
@@ -197,17 +216,38 @@ class Lockstep:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="foldcut-")
         # a mapped file is never overwritten in place: the new one takes its name
-        path = Path(self._folder.name) / f"{index}.pt"
-        fresh = path.with_suffix(".new")
-        torch.save(frontier, fresh)
-        fresh.replace(path)
-        self._frontiers[index] = path
+        path = Path(self._folder.name) / f"{index}.values"
+        sides = zip((TEACHER, STUDENT), frontier, strict=True)
+        values = {f"{side}{name}": value for side, values in sides for name, value in values.items()}
+        fresh = Spilled.written(values, path.with_suffix(".new"))
+        fresh.path.replace(path)
+        self._frontiers[index] = replace(fresh, path=path)
 
 
-def _run(program: Program, names: Iterable[str], values: dict[str, Any], tensors: Tensors | None) -> None:
+def _run(
+    program: Program,
+    names: Sequence[str],
+    values: Mapping[str, Any],
+    tensors: Tensors | None,
+    needs: frozenset[str],
+) -> dict[str, Any]:
+    """Run nodes in order, and return the values that are needed behind them: every other goes with its last reader."""
+    last = {operand.name: name for name in names for operand in program.nodes[name].all_input_nodes}
+    dying: dict[str, list[str]] = {}
+    for value, reader in last.items():
+        if value not in needs:
+            dying.setdefault(reader, []).append(value)
+    here = dict(values)
     with torch.no_grad():
         for name in names:
-            values[name] = evaluate(program, program.nodes[name], values, tensors)
+            here[name] = evaluate(program, program.nodes[name], here, tensors)
+            for value in dying.get(name, ()):
+                here.pop(value, None)
+    return _only(here, needs)
+
+
+def _only(values: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _bytes(frontier: Frontier) -> int:

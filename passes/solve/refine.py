@@ -15,6 +15,7 @@ did not lower the error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,6 +31,9 @@ from .targets import Target, residual_at
 INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 0.2
 #: The line search differentiates along the step numerically, with this change relative to the layers' outputs.
 PROBE = 0.03
+#: A step and its length come from so many samples at least, and from so many rows of the layer at the end where there
+#: are as many: places of one image say much the same. What becomes of the error is then seen on all of them.
+STEP_SAMPLES, STEP_ROWS = 64, 1 << 15
 
 
 def propose_step(
@@ -73,7 +77,7 @@ def _collect(
     gradients = [torch.zeros((), dtype=torch.float64)] * len(inner)
     sides = list(gradients)
     rows = [0] * len(inner)
-    for view in lockstep.views(step):
+    for view in lockstep.views(step, _samples(student, end)):
         weights = {
             t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
         }
@@ -94,6 +98,13 @@ def _collect(
             rows[index] += side.shape[2]
     means = [[total / count for total, count in zip(totals, rows, strict=True)] for totals in (gradients, sides)]
     return means[0], means[1]
+
+
+def _samples(student: Program, end: Target) -> int:
+    """How many samples a step needs."""
+    shape = student.shape(student.nodes[end.layer.node])
+    rows = math.prod(shape) // student.module.get_parameter(end.layer.weight).shape[0]
+    return max(STEP_SAMPLES, -(-STEP_ROWS // max(1, rows)))
 
 
 def _gradients(result: torch.Tensor, inputs: list[torch.Tensor], along: torch.Tensor) -> list[torch.Tensor]:
@@ -117,7 +128,7 @@ def _line_search(
     for target, weight, change in zip(inner, weights, changes, strict=True):
         ahead[target.layer.weight] = add_delta(weight, change, small)
     along = square = 0.0
-    for view in lockstep.views(step):
+    for view in lockstep.views(step, _samples(student, end)):
         with torch.no_grad():
             here = _forward(student, step, view, tensors)[end.anchor]
             there = _forward(student, step, view, ahead)[end.anchor]

@@ -1,0 +1,88 @@
+"""Values in a file of raw bytes, which is mapped into memory when they are read: as they are, without an archive around
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ...compiler.support.errors import CompilerError
+
+#: Each tensor begins at a multiple of so many bytes, as kernels like it.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a tensor lies: the first byte of its storage in the file, and what of the storage it is."""
+
+    start: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spilled:
+    """Values by name, the storages of the tensors among them in a file; `read` maps them."""
+
+    path: Path
+    size: int
+    values: Mapping[str, Any]
+
+    @classmethod
+    def written(cls, values: Mapping[str, Any], path: Path) -> Spilled:
+        """Write values to a file. A storage that several of them share is written once, and shared again when it is
+        read. Raises CompilerError when there is no room."""
+        starts: dict[int, int] = {}
+        kept = dict(values)
+        size = 0
+        try:
+            with path.open("wb") as file:
+                for name, value in values.items():
+                    if not isinstance(value, torch.Tensor):
+                        continue
+                    storage = value.untyped_storage()
+                    if storage.data_ptr() not in starts:
+                        starts[storage.data_ptr()] = size
+                        content = torch.empty(0, dtype=torch.uint8).set_(storage)
+                        file.write(content.numpy().data)
+                        file.write(bytes(-len(content) % ALIGNMENT))
+                        size += len(content) + -len(content) % ALIGNMENT
+                    kept[name] = _Place(
+                        start=starts[storage.data_ptr()],
+                        dtype=value.dtype,
+                        offset=int(value.storage_offset()),
+                        shape=tuple(value.shape),
+                        stride=value.stride(),
+                    )
+        except OSError as cause:
+            raise CompilerError(
+                f"what layers hand on does not fit into memory, and not into {path.parent} either: {cause.strerror}",
+                hint="give fewer samples, or name a roomier folder in the environment variable TMPDIR",
+            ) from cause
+        return cls(path=path, size=size, values=kept)
+
+    def read(self) -> dict[str, Any]:
+        """The values, laid out as they were. Writing to a tensor of these changes no file."""
+        if not self.size:
+            return {name: _empty(value) if isinstance(value, _Place) else value for name, value in self.values.items()}
+        whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(self.path), False, self.size))
+        return {
+            name: _placed(whole, value) if isinstance(value, _Place) else value for name, value in self.values.items()
+        }
+
+
+def _placed(whole: torch.UntypedStorage, place: _Place) -> torch.Tensor:
+    """The tensor at a place."""
+    first = place.start // place.dtype.itemsize + place.offset
+    return torch.empty(0, dtype=place.dtype).set_(whole, first, place.shape, place.stride)
+
+
+def _empty(place: _Place) -> torch.Tensor:
+    return torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
