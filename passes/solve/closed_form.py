@@ -93,7 +93,8 @@ def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool, margin: 
 
     small, large = COARSE
     if judge(large) >= judge(small):
-        judge(BETWEEN)
+        if margin == 0:  # with one, hardly any ridge between is so much better as to be taken
+            judge(BETWEEN)
     elif judge(BEYOND[0]) < lost[large]:
         judge(BEYOND[1])
     best = min(lost, key=lambda factor: lost[factor])

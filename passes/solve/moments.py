@@ -70,13 +70,29 @@ class Moments:
         ones = a.new_ones(1, 1, a.shape[2])
         groups, columns, count = a.shape
         gram = a.new_zeros(groups, columns + 1, columns + 1, dtype=torch.float64)
-        gram[:, :columns, :columns] = torch.bmm(a, a.transpose(1, 2))
+        _self_products(a, gram[:, :columns, :columns])
         sums = torch.bmm(a, ones.expand(groups, 1, count).transpose(1, 2))
         gram[:, :columns, columns:] = sums
         gram[:, columns:, :columns] = sums.transpose(1, 2)
         gram[:, columns, columns] = count
         cross = torch.cat([torch.bmm(a, r.transpose(1, 2)), r.sum(2).unsqueeze(1)], dim=1)
         return cls(gram=gram, cross=cross.double(), energy=r.square().sum(2).double(), rows=count)
+
+
+#: A Gram matrix of so many columns at least is made in so many strips, which takes (STRIPS + 1) / (2 STRIPS) of the
+#: products.
+LEAST_STRIPPED, STRIPS = 128, 6
+
+
+def _self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
+    """A^T A from A as (groups, columns, rows), strip by strip: what lies beyond the diagonal is what lies before it."""
+    columns = rows.shape[1]
+    width = -(-columns // STRIPS) if columns >= LEAST_STRIPPED else columns
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        strip = torch.bmm(rows[:, start:stop], rows[:, :stop].transpose(1, 2))
+        into[:, start:stop, :stop] = strip
+        into[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
 
 
 #: Of so many batches the last is held out of what predicts errors.
