@@ -120,7 +120,7 @@ def _stepped(
     using = [(rewrite, mine) for rewrite, mine in using if mine]
     unsolved = False
     for rewrite, mine in using:
-        if unsolved:
+        if unsolved and not ctx.trial:  # a trial is solved once, behind the last rewrite
             done = replace(done, program=_solved(ctx, done, TRIAL_RESOLVE).program)
         mine = mine if exactly else list(rewrite.still(done.program, mine))
         rewrite.requires(done.program, mine)

@@ -121,7 +121,8 @@ class Rewrite:
     #: Its class of decisions.
     decides: ClassVar[type[Decision]]
     phase: ClassVar[int] = 50
-    #: Whether what the network then computes is solved before the next rewrite looks at it.
+    #: Whether what the network then computes is solved before the next rewrite looks at it; in a trial of a plan, all
+    #: is solved once, behind the last.
     solves_before_next: ClassVar[bool] = False
     #: Whether it is applied to the finished network: after all others, the final re-solve and mimicking. Nothing is
     #: solved after it.

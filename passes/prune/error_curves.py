@@ -4,7 +4,7 @@ from one trial."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from ...compiler.support.progress import Progress, silent
 from ..cut.prune_channels import prune_channels
 from ..solve.weighing import weighing_samples
 from .select_channels import choose_channels, select_layerwise
+from .submodular import Selection
 
 #: Errors below this share of those without any unit are rounding.
 NO_ERROR = 1e-6
@@ -27,6 +28,7 @@ def error_curves(
     calibration: CalibrationSet,
     groups: Sequence[UnitGroup],
     *,
+    selections: Mapping[str, Selection] | None = None,
     progress: Progress = silent,
     store: AnalysisStore = NOTHING_KEPT,
 ) -> dict[str, torch.Tensor]:
@@ -34,15 +36,11 @@ def error_curves(
 
     The shape of a curve is that of the group's consumers (relative error after the greedy choice and re-solve); its
     height comes from one trial: the group alone pruned to half and re-solved on a few samples (`weighing_samples`), and
-    the output error measured on as many others.
+    the output error measured on as many others. `selections` are those of `greedy_orders`, where they are known.
     """
-    program, counts = provenance.program, {g.name: len(g) for g in groups}
-
-    def shapes() -> tuple[None, dict[str, torch.Tensor]]:
-        found = select_layerwise(provenance, calibration, groups, counts, progress=progress)
-        return None, {group.name: selection.errors for group, selection in found}
-
-    _, curves = store.result("error curves", [program, calibration, counts], shapes)
+    program = provenance.program
+    selections = selections or greedy_orders(provenance, calibration, groups, progress=progress, store=store)
+    curves = {name: selection.errors for name, selection in selections.items()}
     samples, others = _trial_samples(calibration, weighing_samples(program, len(groups)))
     for index, group in enumerate(groups):
         half = _trial_count(curves[group.name])
@@ -54,6 +52,27 @@ def error_curves(
         curves[group.name] = _scaled(curves[group.name], half, bounded(height))
         progress("weigh groups", index + 1, len(groups))
     return curves
+
+
+def greedy_orders(
+    provenance: Provenance,
+    calibration: CalibrationSet,
+    groups: Sequence[UnitGroup],
+    *,
+    progress: Progress = silent,
+    store: AnalysisStore = NOTHING_KEPT,
+) -> dict[str, Selection]:
+    """All units of each group in the order in which they are chosen on the original network, and what is lost with so
+    many of them."""
+    counts = {g.name: len(g) for g in groups}
+
+    def compute() -> tuple[None, dict[str, torch.Tensor]]:
+        found = list(select_layerwise(provenance, calibration, groups, counts, progress=progress))
+        tensors = {f"order {group.name}": selection.order for group, selection in found}
+        return None, tensors | {f"errors {group.name}": selection.errors for group, selection in found}
+
+    _, tensors = store.result("unit orders", [provenance.program, calibration, counts], compute)
+    return {name: Selection(order=tensors[f"order {name}"], errors=tensors[f"errors {name}"]) for name in counts}
 
 
 def _scaled(curve: torch.Tensor, count: int, height: float) -> torch.Tensor:

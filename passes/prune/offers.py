@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from ...compiler.analysis.provenance import Provenance
 from ...compiler.analysis.unit_groups import UnitGroup
 from ...compiler.rewrite.budget import Budget
@@ -14,7 +16,8 @@ from ...compiler.rewrite.rewrite import Offer
 from .channel_budget import ChannelLimits, lattice_counts
 from .channel_latency import group_savings, touched_layers
 from .counted_cuts import CountedCuts, group_item, unit_proposal
-from .error_curves import error_curves
+from .error_curves import error_curves, greedy_orders
+from .stored import keep_orders
 
 #: Shares of a group's units that a plan may keep.
 KEEPS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -35,7 +38,7 @@ def measured_offer(
     groups = [group for group in groups if counts[group.name]]
     if not groups:
         return Offer()
-    curves = error_curves(units, ctx.solve, groups, progress=ctx.progress, store=ctx.store)
+    curves = _curves(ctx, units, groups)
     savings: Mapping[str, list[float]] = latency.kept(
         "cuts",
         [[g.name for g in groups], counts],
@@ -58,7 +61,7 @@ def counted_offer(
     groups = [group for group in groups if lattice_counts(group, limits, limits.multiple_of or 1)]
     if not groups:
         return Offer()
-    curves = error_curves(units, ctx.solve, groups, progress=ctx.progress, store=ctx.store)
+    curves = _curves(ctx, units, groups)
     cuts = CountedCuts(units, groups, budget, limits, curves)
     items = [item for item in map(cuts.item, groups) if item.proposals]
     starts = []
@@ -69,6 +72,13 @@ def counted_offer(
             if start and start not in starts:
                 starts.append(start)
     return Offer(items=tuple(items), starts=tuple(starts), savings=cuts)
+
+
+def _curves(ctx: Context, units: Provenance, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
+    """The groups' error curves; the orders that they go by serve the trials of plans too."""
+    selections = greedy_orders(units, ctx.solve, groups, progress=ctx.progress, store=ctx.store)
+    keep_orders(ctx, selections)
+    return error_curves(units, ctx.solve, groups, selections=selections, progress=ctx.progress, store=ctx.store)
 
 
 def _counts(group: UnitGroup, limits: ChannelLimits, multiple: int) -> list[int]:

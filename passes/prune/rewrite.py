@@ -27,7 +27,7 @@ from .decision import Channels, PruneChannels, UnitCount
 from .offers import counted_offer, measured_offer
 from .select_channels import ChannelChoice, select_by_norm
 from .settings import ChannelSettings
-from .stored import stored_channels
+from .stored import known_units, stored_channels
 from .submodular import Selection
 from .unit_report import groups_report
 from .units import channel_decision, group_rejects, removed_units, units_of
@@ -223,10 +223,14 @@ class Prune(ChannelSettings, Rewrite):
     ) -> ChannelChoice:
         """The units to remove, those of a plan or the ones that the score asks for, and, where consumers are re-solved,
         their weights."""
+        solves = self.resolve
         selections = {cut.group: _selection(cut) for cut in given if cut.group in counts} or self._by_norm(
             units, counts
         )
-        if selections is not None and not self.resolve:
+        if ctx.trial and not self.unsolved_by():  # all is solved behind the last rewrite
+            selections = selections or known_units(ctx, counts)
+            solves = selections is None
+        if selections is not None and not solves:
             gone = [g.without(selections[g.name].order) for g in units.prunable if g.name in selections]
             removed = torch.cat(gone) if gone else torch.zeros(0, dtype=torch.long)
             return ChannelChoice(removed=removed, tensors={}, selections=selections)

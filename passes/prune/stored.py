@@ -7,12 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from ...compiler.analysis.provenance import Provenance
+from ...compiler.data.kept import kept_for
 from ...compiler.rewrite.context import Context
 from ...compiler.store.analysis_store import Tensors
 from ..solve.resolve_network import LayerError
 from .select_channels import ChannelChoice, choose_channels
 from .settings import ChannelSettings
 from .submodular import Selection
+
+#: What the orders are kept under.
+ORDERS = "unit orders"
 
 
 def stored_channels(
@@ -39,3 +43,23 @@ def stored_channels(
         },
         layers=tuple(LayerError(**e) for e in data["layers"]),
     )
+
+
+def keep_orders(ctx: Context, orders: Mapping[str, Selection]) -> None:
+    """Keep all units of each group in the order of choice on the original network, for `known_units`."""
+    kept_for(ctx.teacher, ctx.fit)[ORDERS] = orders
+
+
+def known_units(ctx: Context, counts: Mapping[str, int]) -> dict[str, Selection] | None:
+    """So many units of each group, as the original network has them chosen; None where that of one is not known.
+
+    Trials of plans go by them: a choice on the network as the rest of the plan leaves it would take longer than all
+    else in a trial, and what is solved behind it differs little.
+    """
+    orders: Mapping[str, Selection] = kept_for(ctx.teacher, ctx.fit).get(ORDERS, {})
+    if not counts.keys() <= orders.keys():
+        return None
+    return {
+        name: Selection(order=orders[name].order[:count], errors=orders[name].errors[: count + 1])
+        for name, count in counts.items()
+    }
