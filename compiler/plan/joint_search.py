@@ -66,12 +66,14 @@ class Means:
     its relative output error; both are expensive. `adjust` brings a plan nearer to the goal where what single items
     save is known exactly, given the scales of the items that it may change. No plan is made from single items' figures
     once `most_trials` were tried; when the `time` has run out, the best plan of those tried so far stands, each kind's
-    own and one of all kinds among them, once one reaches the goal."""
+    own and one of all kinds among them, once one reaches the goal. The search ends with a plan that reaches it and
+    loses at most `enough`."""
 
     measure: Callable[[Mix], float]
     trial: Callable[[Mix], float]
     adjust: Adjust | None = None
     most_trials: int = MOST_TRIALS
+    enough: float = 0.0
     time: SearchTime = field(default_factory=SearchTime)
 
 
@@ -91,7 +93,7 @@ class MixSearch:
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
         self._measure, self._trial = means.measure, means.trial
-        self._time = means.time
+        self._time, self._enough = means.time, means.enough
         self._errors: dict[Key, float] = {}
         self._ratios: dict[Key, float] = {}
         self._plans: dict[Key, Mix] = {}
@@ -105,7 +107,24 @@ class MixSearch:
         self._time.left()  # starts it
         for start in self._starts:
             self._start(start)
-        own = {kind: self._single(kind, self.ratio) for kind in self.kinds}
+        if not self._is_enough():
+            self._search()
+        lead = self._lead()
+        nothing = Tried(mix={}, error=0.0, ratio=1.0)
+        best = lead or min(self.tried, key=lambda plan: plan.ratio, default=nothing)
+        return Found(best=best, met=lead is not None, tried=tuple(self.tried), scales=self.scales)
+
+    def _is_enough(self) -> bool:
+        lead = self._lead()
+        return lead is not None and lead.error <= self._enough
+
+    def _search(self) -> None:
+        """Each kind by itself, all together, and single items around the plan that leads."""
+        own: dict[str, Mix] = {}
+        for kind in self.kinds:
+            own[kind] = self._single(kind, self.ratio)
+            if self._is_enough():
+                return
         for kind, mix in own.items():
             self._overlap(kind, mix)
         least = self._cheapest()
@@ -121,10 +140,6 @@ class MixSearch:
         self._refine()
         if self._catch_up():
             self._refine()
-        lead = self._lead()
-        nothing = Tried(mix={}, error=0.0, ratio=1.0)
-        best = lead or min(self.tried, key=lambda plan: plan.ratio, default=nothing)
-        return Found(best=best, met=lead is not None, tried=tuple(self.tried), scales=self.scales)
 
     def _lead(self) -> Tried | None:
         """The plan of least error among those that reach the goal."""
@@ -275,7 +290,7 @@ class MixSearch:
         return self._plans[min(reaching, key=operator.itemgetter(0))[1]] if reaching else None
 
     def _may_try(self) -> bool:
-        return len(self._errors) < self.most_trials and self._time.left()
+        return len(self._errors) < self.most_trials and self._time.left() and not self._is_enough()
 
     def _leave_out(self, plan: Tried) -> None:
         """Try a plan without each of the items that are predicted to lose the most in it."""

@@ -487,3 +487,14 @@ def test_a_kind_that_need_not_reach_the_goal_alone_is_not_judged_by_that() -> No
     found = MixSearch(items, 0.38, Means(measure=hurried.measure, trial=hurried.trial, time=SearchTime(0))).run()
     assert found.met and found.best.error < 2 * best
     assert hurried.tried < world.tried
+
+
+def test_the_search_ends_with_a_plan_that_is_good_enough() -> None:
+    """The first kind reaches the goal and hardly loses anything: no other is measured or tried."""
+    items = [*family("quantize", "abcd", 1e-5, 0.1), *family("drop_blocks", "efgh", 0.1, 0.1)]
+    world = scaled({"quantize": 1.0, "drop_blocks": 1.0}, {"quantize": 1.0, "drop_blocks": 1.0})
+    means = Means(measure=world.measure, trial=world.trial, enough=1e-3)
+    found = MixSearch(items, 0.7, means).run()
+    assert found.met and found.best.kinds == ("quantize",) and len(found.tried) == 1
+    more = MixSearch(items, 0.7, replace(means, enough=1e-6)).run()
+    assert len(more.tried) > 1 and more.best.error <= found.best.error
