@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ COPIES = 4
 _HEAVY_BYTES = 100_000_000
 #: Segments timed in one go, and how many rounds they get.
 _TOGETHER, _ROUNDS = 8, 24
+#: Milliseconds of the block that a segment is timed in, once a round.
+_BLOCK_MS = 10.0
 #: Segments that are timed again with each batch.
 _ANCHORS = 4
 #: Of what is kept for a segment: another protocol gets another number.
@@ -108,12 +110,13 @@ class LatencyTable:
         *,
         cache: MeasurementCache | None = None,
         rounds: int = _ROUNDS,
+        block_ms: float = _BLOCK_MS,
     ) -> None:
         conditions = conditions or Conditions()
         self.backend = backend
         self.batch, self.threads = conditions.batch, conditions.threads
         self.seed, self.opset = conditions.seed, conditions.opset
-        self.rounds = rounds
+        self.rounds, self.block_ms = rounds, block_ms
         self.cache = cache if cache is not None else MeasurementCache(None)
         self.scale = self.integer_scale = 1.0
         self._anchors: list[_Anchor] = []
@@ -256,9 +259,9 @@ class LatencyTable:
             inputs = self._drawn(one)
             timed += [(one, inputs), (many, inputs)]
         with loaded(self.backend, timed, threads=self.threads) as (reference, *runners):
-            measured = measure_savings(
-                reference, runners, self._timing, pairs=self.rounds, environment={}, progress=show
-            )
+            on_device = reference.clock == "cuda"  # whose clocks take their own time to settle
+            how = self._timing if on_device else _in_blocks(self._timing, self.block_ms)
+            measured = measure_savings(reference, runners, how, pairs=self.rounds, environment={}, progress=show)
         return [
             _difference(one, many, count - 1)
             for one, many, count in zip(measured[::2], measured[1::2], copies, strict=True)
@@ -286,6 +289,11 @@ def _times(
         )
         for key, segment in zip(keys, segments, strict=True)
     )
+
+
+def _in_blocks(how: Timing, block_ms: float) -> Timing:
+    """In blocks of so many milliseconds, after a warm-up of five."""
+    return replace(how, min_block_ms=block_ms, warmup_ms=5 * block_ms)
 
 
 def _in_integers(program: Program, segment: Segment) -> bool:

@@ -26,8 +26,8 @@ from ..predict.integer_kernels import IntegerKernels, probe_integers
 from ..predict.latency_table import LatencyTable
 from ..predict.lattice import KINDS, Lattice, probe_lattice
 
-#: Rounds that a segment is timed in: what a plan saves is measured as a whole before it counts.
-_TABLE_ROUNDS = 12
+#: Rounds that a segment is timed in, and the block of each: what a plan saves is measured as a whole before it counts.
+_TABLE_ROUNDS, _TABLE_BLOCK_MS = 12, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,9 @@ class LatencyProbe:
 
     def table(self) -> LatencyTable:
         """Times of single segments on the backend at this batch, kept on disk."""
-        return LatencyTable(self.backend, self.conditions, cache=self._cache(), rounds=_TABLE_ROUNDS)
+        return LatencyTable(
+            self.backend, self.conditions, cache=self._cache(), rounds=_TABLE_ROUNDS, block_ms=_TABLE_BLOCK_MS
+        )
 
     def lattice(
         self,
