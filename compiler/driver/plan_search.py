@@ -67,11 +67,13 @@ class Search:
         no other's work depends on theirs. Where a plan of theirs alone is good enough, the others are not asked."""
         self.budget.aim = target
         for rewrite in sorted(self.rewrites, key=lambda rewrite: not rewrite.comes_last):
-            offer = checked_offer(rewrite, rewrite.offer(self.ctx, self.budget))
+            with self.ctx.time.paused():
+                offer = checked_offer(rewrite, rewrite.offer(self.ctx, self.budget))
             self.offers[rewrite.name] = offer
             if offer.savings is not None:
                 self.budget.models[rewrite.name] = offer.savings
-            if rewrite.comes_last and offer.items and self._is_enough(target):
+            left = len(self.offers) < len(self.rewrites)
+            if left and rewrite.comes_last and offer.items and self._is_enough(target):
                 break
         self.offers = {r.name: self.offers[r.name] for r in self.rewrites if r.name in self.offers}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..support.errors import GoalError
 
@@ -19,6 +21,16 @@ class SearchTime:
         #: Whether a search would have gone on.
         self.ran_out = False
         self._end: float | None = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no search."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._end is not None:
+                self._end += time.monotonic() - began
 
     def left(self) -> bool:
         """Whether a search may go on."""

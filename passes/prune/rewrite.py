@@ -228,7 +228,7 @@ class Prune(ChannelSettings, Rewrite):
             units, counts
         )
         if ctx.trial and not self.unsolved_by():  # all is solved behind the last rewrite
-            selections = selections or known_units(ctx, counts)
+            selections = selections or known_units(ctx, units, counts)
             solves = selections is None
         if selections is not None and not solves:
             gone = [g.without(selections[g.name].order) for g in units.prunable if g.name in selections]

@@ -50,14 +50,16 @@ def keep_orders(ctx: Context, orders: Mapping[str, Selection]) -> None:
     kept_for(ctx.teacher, ctx.fit)[ORDERS] = orders
 
 
-def known_units(ctx: Context, counts: Mapping[str, int]) -> dict[str, Selection] | None:
-    """So many units of each group, as the original network has them chosen; None where that of one is not known.
+def known_units(ctx: Context, units: Provenance, counts: Mapping[str, int]) -> dict[str, Selection] | None:
+    """So many units of each group, as the original network has them chosen; None where that of one is not known, or is
+    of another number of units than there are by now.
 
     Trials of plans go by them: a choice on the network as the rest of the plan leaves it would take longer than all
     else in a trial, and what is solved behind it differs little.
     """
     orders: Mapping[str, Selection] = kept_for(ctx.teacher, ctx.fit).get(ORDERS, {})
-    if not counts.keys() <= orders.keys():
+    sizes = {group.name: len(group) for group in units.prunable}
+    if not all(name in orders and len(orders[name].order) == sizes[name] for name in counts):
         return None
     return {
         name: Selection(order=orders[name].order[:count], errors=orders[name].errors[: count + 1])

@@ -498,3 +498,18 @@ def test_the_search_ends_with_a_plan_that_is_good_enough() -> None:
     assert found.met and found.best.kinds == ("quantize",) and len(found.tried) == 1
     more = MixSearch(items, 0.7, replace(means, enough=1e-6)).run()
     assert len(more.tried) > 1 and more.best.error <= found.best.error
+
+
+def test_what_is_no_search_takes_none_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    time = SearchTime(10)
+    with time.paused():
+        now[0] += 100  # before a search has begun
+    assert time.left()
+    now[0] += 9
+    with time.paused():
+        now[0] += 100
+    assert time.left()
+    now[0] += 2
+    assert not time.left() and time.ran_out
