@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -56,22 +56,27 @@ def run_until(
     """
     wanted = list(wanted)
     needed = required(program, wanted, values)
-    local: dict[str, Any] = dict(values)
-    readers = dict.fromkeys([*needed, *values], 0)
-    for name in needed:
-        for operand in program.nodes[name].all_input_nodes:
-            readers[operand.name] = readers.get(operand.name, 0) + 1
-    keep = set(wanted)
-    for name in needed:
-        node = program.nodes[name]
-        local[name] = evaluate(program, node, local, tensors)
-        if not free:
-            continue
-        for operand in node.all_input_nodes:
-            readers[operand.name] -= 1
-            if readers[operand.name] == 0 and operand.name not in keep:
-                local.pop(operand.name, None)
+    local = run_nodes(program, needed, values, tensors, keep=set(wanted) if free else {*needed, *values})
     return {name: local[name] for name in wanted} if free else local
+
+
+def run_nodes(
+    program: Program, names: Sequence[str], values: Mapping[str, Any], tensors: Tensors | None, *, keep: Set[str]
+) -> dict[str, Any]:
+    """Evaluate nodes in the order given, starting from `values`, which is not changed; return what there is then.
+
+    Values that are not to be kept are dropped from memory as soon as their last reader has run."""
+    last = {operand.name: name for name in names for operand in program.nodes[name].all_input_nodes}
+    dropped: dict[str, list[str]] = {}
+    for value, reader in last.items():
+        if value not in keep:
+            dropped.setdefault(reader, []).append(value)
+    local = dict(values)
+    for name in names:
+        local[name] = evaluate(program, program.nodes[name], local, tensors)
+        for value in dropped.get(name, ()):
+            local.pop(value, None)
+    return local
 
 
 def required(program: Program, wanted: Iterable[str], known: Mapping[str, Any] | set[str]) -> list[str]:

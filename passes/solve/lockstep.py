@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
-from ...compiler.ir.execute import Tensors, bind, evaluate, required
+from ...compiler.ir.execute import Tensors, bind, required, run_nodes
 from ...compiler.ir.program import Program
 from ...compiler.support.memory import available_bytes
 from .spilled import Spilled
@@ -186,8 +186,8 @@ class Lockstep:
             self._store(index, (_only(teacher, step.teacher_needs), student))
 
     def views(self, step: Step, most: int | None = None) -> Iterator[View]:
-        """For each batch, the values that the group's nodes start from; where `most` is given, of
-        no more batches than so many samples take."""
+        """For each batch, the values that the group's nodes start from; where `most` is given, of no more batches than
+        so many samples take."""
         count = len(self) if most is None else min(len(self), -(-most // self._batch_size))
         for index in range(count):
             teacher, student = self._load(index)
@@ -225,25 +225,11 @@ class Lockstep:
 
 
 def _run(
-    program: Program,
-    names: Sequence[str],
-    values: Mapping[str, Any],
-    tensors: Tensors | None,
-    needs: frozenset[str],
+    program: Program, names: Sequence[str], values: Mapping[str, Any], tensors: Tensors | None, needs: frozenset[str]
 ) -> dict[str, Any]:
-    """Run nodes in order, and return the values that are needed behind them: every other goes with its last reader."""
-    last = {operand.name: name for name in names for operand in program.nodes[name].all_input_nodes}
-    dying: dict[str, list[str]] = {}
-    for value, reader in last.items():
-        if value not in needs:
-            dying.setdefault(reader, []).append(value)
-    here = dict(values)
+    """Run nodes in order, and return the values that are needed behind them."""
     with torch.no_grad():
-        for name in names:
-            here[name] = evaluate(program, program.nodes[name], here, tensors)
-            for value in dying.get(name, ()):
-                here.pop(value, None)
-    return _only(here, needs)
+        return _only(run_nodes(program, names, values, tensors, keep=needs), needs)
 
 
 def _only(values: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
