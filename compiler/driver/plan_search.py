@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -209,7 +208,7 @@ def trial_macs(program: Program, samples: int) -> int:
     cost = program_cost(program).macs * samples * 2
     for layer in find_layers(program)[0].values():
         outputs, columns = program.module.get_parameter(layer.weight).flatten(1).shape
-        rows = samples * math.prod(program.shape(program.nodes[layer.node])) // outputs
+        rows = samples * layer.rows_per_sample(program)
         cost += columns**2 * (min(rows, (TRIAL_RESOLVE.rows_per_column or 1) * columns) + columns // 3 + outputs)
     return max(1, cost)
 

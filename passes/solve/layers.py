@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -40,6 +41,11 @@ class Layer:
         kernel, image = self.kernel(program), _as_image(value)
         height, width = self._positions(kernel, image)
         return image.shape[1] // self.groups * kernel[0] * kernel[1], image.shape[0] * height * width
+
+    def rows_per_sample(self, program: Program) -> int:
+        """Rows of A that one sample gives: the places of the layer's output."""
+        outputs = program.module.get_parameter(self.weight).shape[0]
+        return math.prod(program.shape(program.nodes[self.node])) // outputs
 
     def rows(self, program: Program, value: torch.Tensor, every: int = 1) -> torch.Tensor:
         """A as (groups, columns, rows), from the layer's input value: all of its rows, or each `every`-th. The row axis

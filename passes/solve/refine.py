@@ -15,7 +15,6 @@ did not lower the error.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -102,9 +101,7 @@ def _collect(
 
 def _samples(student: Program, end: Target) -> int:
     """How many samples a step needs."""
-    shape = student.shape(student.nodes[end.layer.node])
-    rows = math.prod(shape) // student.module.get_parameter(end.layer.weight).shape[0]
-    return max(STEP_SAMPLES, -(-STEP_ROWS // max(1, rows)))
+    return max(STEP_SAMPLES, -(-STEP_ROWS // max(1, end.layer.rows_per_sample(student))))
 
 
 def _gradients(result: torch.Tensor, inputs: list[torch.Tensor], along: torch.Tensor) -> list[torch.Tensor]:

@@ -138,8 +138,7 @@ def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int 
     largest = 1
     for layer in layers:
         weight = program.module.get_parameter(layer.weight)
-        positions = math.prod(program.shape(program.nodes[layer.node])) // weight.shape[0]
-        largest = max(largest, 4 * positions * layer.groups * weight[0].numel())
+        largest = max(largest, 4 * layer.rows_per_sample(program) * layer.groups * weight[0].numel())
     for node in program.graph.nodes:
         if is_tensor(node) and node.op == "call_function":
             largest = max(largest, 4 * math.prod(program.shape(node)))

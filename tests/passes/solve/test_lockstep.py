@@ -14,7 +14,7 @@ from foldcut.compiler.ir.program import Program
 from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.solve import refine
 from foldcut.passes.solve.layers import find_layers
-from foldcut.passes.solve.lockstep import Lockstep, Step
+from foldcut.passes.solve.lockstep import Lockstep, Step, plan_steps
 from foldcut.passes.solve.resolve_network import resolve_network
 from foldcut.passes.solve.targets import trace_target
 from torch import nn
@@ -82,6 +82,7 @@ def test_a_refining_step_takes_few_samples_where_each_has_many_places(side: int,
 
 def test_views_of_some_of_the_batches(residual: Program, nets: SimpleNamespace) -> None:
     lockstep = Lockstep(residual, residual, CalibrationSet.of(nets.images(20)), batch_size=4)
-    step = SimpleNamespace(scratch_shared=())
-    counts = [len(list(lockstep.views(step, most))) for most in (None, 1, 4, 5, 100)]  # type: ignore[arg-type]
+    first = next(iter(find_layers(residual)[0].values()))
+    (step,) = plan_steps(residual, residual, [[trace_target(residual, first, {})]], set(residual.nodes))
+    counts = [len(list(lockstep.views(step, most))) for most in (None, 1, 4, 5, 100)]
     assert counts == [5, 1, 1, 2, 5]
