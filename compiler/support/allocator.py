@@ -10,11 +10,9 @@ from contextlib import contextmanager
 
 # the numbers of malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-#: Blocks below so many bytes come from the heap, and a heap that is free at its end keeps so many; an int holds no
-#: more.
-_KEPT_BYTES = (1 << 31) - 1
-#: The heap grows by so many bytes at least.
-_STEP_BYTES = 64 << 20
+#: Blocks below so many bytes come from the heap, a heap that is free at its end keeps so many (an int holds no more),
+#: and it grows by so many at least.
+_AT_HAND = {_MMAP_THRESHOLD: (1 << 31) - 1, _TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20}
 #: What glibc goes to by itself in a process that works with large blocks, and its least step.
 _USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10}
 #: Whoever sets one of these has said how memory is to be had.
@@ -38,9 +36,8 @@ def memory_at_hand() -> Iterator[None]:
     _depth += 1
     try:
         if libc is not None:
-            for option, value in ((_MMAP_THRESHOLD, _KEPT_BYTES), (_TRIM_THRESHOLD, _KEPT_BYTES)):
+            for option, value in _AT_HAND.items():
                 libc.mallopt(option, value)
-            libc.mallopt(_TOP_PAD, _STEP_BYTES)
         yield
     finally:
         _depth -= 1

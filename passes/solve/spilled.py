@@ -70,9 +70,9 @@ class Spilled:
 
     def read(self) -> dict[str, Any]:
         """The values, laid out as they were. Writing to a tensor of these changes no file."""
-        if not self.size:
-            return {name: _empty(value) if isinstance(value, _Place) else value for name, value in self.values.items()}
-        whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(self.path), False, self.size))
+        whole = torch.UntypedStorage(0)  # no file can be mapped that has nothing in it
+        if self.size:
+            whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(self.path), False, self.size))
         return {
             name: _placed(whole, value) if isinstance(value, _Place) else value for name, value in self.values.items()
         }
@@ -82,7 +82,3 @@ def _placed(whole: torch.UntypedStorage, place: _Place) -> torch.Tensor:
     """The tensor at a place."""
     first = place.start // place.dtype.itemsize + place.offset
     return torch.empty(0, dtype=place.dtype).set_(whole, first, place.shape, place.stride)
-
-
-def _empty(place: _Place) -> torch.Tensor:
-    return torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
