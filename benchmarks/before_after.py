@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import Row, append_line, read_lines
+from rows import Row, append_line, best_compiled, read_lines
 
 PARTS = ("compiler", "passes", "runtime")
 NETWORKS = {
@@ -136,13 +136,23 @@ def run_apart(name: str, root: Path, arguments: argparse.Namespace) -> Row:
     command += ["--models", str(arguments.models), "--data", str(arguments.data), "--seed", str(arguments.seed)]
     command += ["--quick"] if arguments.quick else []
     command += ["--test-limit", str(arguments.test_limit)] if arguments.test_limit else []
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return child_row(command, root)
+
+
+def child_row(command: Sequence[str], root: Path, seconds: float | None = None) -> Row:
+    """The row that a command prints, run on one thread with foldcut from `root`; what went wrong, where it failed or
+    took longer than so many seconds. Raises RuntimeError where it ran with another foldcut."""
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    try:
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"not done after {seconds:g} s"}
     if found.returncode:
         return {"failure": found.stderr.strip().splitlines()[-1] if found.stderr.strip() else f"{found.returncode}"}
     made: Row = json.loads(found.stdout.splitlines()[-1])
     if Path(made["imported"]).parent != root / "foldcut":
-        raise RuntimeError(f"{name} ran with foldcut from {made['imported']}, not from {root}")
+        raise RuntimeError(f"it ran with foldcut from {made['imported']}, not from {root}: {' '.join(command)}")
     return made
 
 
@@ -158,21 +168,16 @@ def made_row(name: str, arguments: argparse.Namespace) -> Row:
     data = load_cifar(arguments.data, arguments.samples, arguments.test_limit)
     settings, options = compile_options(name, network, data.calibration, arguments.quick)
     started = time.process_time()
-    try:
-        made = foldcut.compile(
-            network,
-            data.calibration,
-            mimic=None,
-            cache=False,
-            seed=arguments.seed,
-            progress=False,
-            settings=settings,
-            **options,
-        )
-    except foldcut.GoalError as unmet:
-        if unmet.best is None:
-            raise
-        made = unmet.best
+    made = best_compiled(
+        network,
+        data.calibration,
+        mimic=None,
+        cache=False,
+        seed=arguments.seed,
+        progress=False,
+        settings=settings,
+        **options,
+    )
     seconds = time.process_time() - started
     report = made.report.to_dict()
     return {

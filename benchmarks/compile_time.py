@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,9 +31,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from before_after import SIDES, digest, import_root
+from before_after import SIDES, child_row, digest, import_root
 from foreign_ops import declare_torchvision_ops
-from rows import Row, append_line, read_lines
+from rows import Row, append_line, best_compiled, read_lines
 
 #: CPU seconds that a row is to take at most.
 LIMITS_S: dict[str, float | None] = {
@@ -95,19 +93,7 @@ def run_apart(name: str, root: Path, arguments: argparse.Namespace) -> Row:
     """One row in a process that imports foldcut from `root`; what went wrong, where it failed."""
     command = [sys.executable, "-W", "ignore", __file__, "--child", name]
     command += ["--models", str(arguments.models), "--data", str(arguments.data)]
-    outside = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(root), *([outside] if outside else [])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    try:
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=arguments.seconds)
-    except subprocess.TimeoutExpired:
-        return {"failure": f"not done after {arguments.seconds:g} s"}
-    if found.returncode:
-        return {"failure": (found.stderr.strip().splitlines() or [str(found.returncode)])[-1]}
-    made: Row = json.loads(found.stdout.splitlines()[-1])
-    if Path(made["imported"]).parent != root / "foldcut":
-        raise RuntimeError(f"{name} ran with foldcut from {made['imported']}, not from {root}")
-    return made
+    return child_row(command, root, arguments.seconds)
 
 
 def made_row(name: str, arguments: argparse.Namespace) -> Row:
@@ -122,12 +108,7 @@ def made_row(name: str, arguments: argparse.Namespace) -> Row:
     options["mimic"] = foldcut.MimicSettings() if name == "r56_blocks" else None
     plain_s = 0.0 if name in LIMITS_S else without_compile_s(model, samples)
     started = time.process_time()
-    try:
-        made = foldcut.compile(model, samples, goal=goal, **options)
-    except foldcut.GoalError as unmet:
-        if unmet.best is None:
-            raise
-        made = unmet.best
+    made = best_compiled(model, samples, goal=goal, **options)
     seconds = time.process_time() - started
     report = made.report.to_dict()
     return {

@@ -24,7 +24,7 @@ import foldcut
 import torch
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
 from foldcut.compiler.export.exporter import to_onnx
-from rows import Row, write_json
+from rows import Row, best_compiled, write_json
 
 METHODS = (
     "default",
@@ -106,21 +106,16 @@ def compiled_row(
     name: str, network: CifarResNet, data: Cifar, method: str, ratio: float, arguments: argparse.Namespace
 ) -> Row:
     started = time.process_time()
-    try:
-        made = foldcut.compile(
-            network,
-            data.calibration,
-            goal=foldcut.Macs(ratio),
-            rewrites=("factorize",),
-            mimic=method.endswith("+mimic"),
-            settings=settings_of(method, arguments.multiple_of),
-            seed=arguments.seed,
-            progress=False,
-        )
-    except foldcut.GoalError as unmet:
-        if unmet.best is None:
-            raise
-        made = unmet.best
+    made = best_compiled(
+        network,
+        data.calibration,
+        goal=foldcut.Macs(ratio),
+        rewrites=("factorize",),
+        mimic=method.endswith("+mimic"),
+        settings=settings_of(method, arguments.multiple_of),
+        seed=arguments.seed,
+        progress=False,
+    )
     report = made.report
     return {
         "network": name,

@@ -31,7 +31,7 @@ import torch
 from before_after import PARTS, digest
 from cifar_data import Cifar, CifarResNet, load_cifar, load_resnet, onnx_accuracy
 from foldcut.compiler.export.exporter import to_onnx
-from rows import Row, append_line, read_lines
+from rows import Row, append_line, best_compiled, read_lines
 
 GOALS: dict[str, dict[str, Any]] = {
     "blocks": {"goal": foldcut.Blocks(3)},
@@ -107,21 +107,16 @@ def compiled(network: CifarResNet, data: Cifar, name: str, order: str, arguments
     """One compile, its accuracy, and its output error by three sets of samples."""
     images = ordered(data, order, arguments.seed)
     started = time.process_time()
-    try:
-        made = foldcut.compile(
-            network,
-            images,
-            mimic=True if arguments.mimic else None,
-            cache=False,
-            seed=arguments.seed,
-            progress=False,
-            settings=foldcut.PipelineSettings(search_seconds=20 if arguments.quick else None),
-            **GOALS[name],
-        )
-    except foldcut.GoalError as unmet:
-        if unmet.best is None:
-            raise
-        made = unmet.best
+    made = best_compiled(
+        network,
+        images,
+        mimic=True if arguments.mimic else None,
+        cache=False,
+        seed=arguments.seed,
+        progress=False,
+        settings=foldcut.PipelineSettings(search_seconds=20 if arguments.quick else None),
+        **GOALS[name],
+    )
     seconds = time.process_time() - started
     report = made.report.to_dict()
     tested = report.get("test") or {}
