@@ -10,7 +10,8 @@ network pruned so far, the original's output as the target), the best there and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,7 @@ from ..solve.lockstep import Lockstep, Step, plan_steps
 from ..solve.moments import SplitMoments, check_finite, collect_split_moments, gram_bytes, split_batch_size
 from ..solve.resolve_network import LayerError, ResolveSettings, batch_size_for, split_step_moments, write_correction
 from ..solve.targets import Target, output_gain, trace_target
+from .condensed import SharedColumns
 from .settings import ChannelSettings
 from .submodular import Objective, Selection, select_units
 
@@ -145,32 +147,26 @@ def select_layerwise(
     counts: Mapping[str, int],
     *,
     settings: ResolveSettings | None = None,
+    bound: bool = True,
     progress: Progress = silent,
 ) -> list[tuple[UnitGroup, Selection]]:
     """Selections from the original network's moments; consumers share passes over the data as memory allows.
-    `settings` are those of the solves to come; without any, all rows are read."""
+    `settings` are those of the solves to come; without any, all rows are read. `bound` asks for the guarantee."""
     program, consumers, calibration = provenance.program, find_consumers(provenance), calibration.views_together()
     settings = settings or ResolveSettings(rows_per_column=None)
     ridge, rows_per_column = settings.ridge_for(len(calibration)), settings.rows_per_column
+    readers = {g.name: _readers(consumers, g) for g in groups}
     found = []
-    for index, (batch, nodes) in enumerate(_batches(program, consumers, groups, MEMORY_BYTES)):
+    for index, (batch, nodes) in enumerate(_batches(program, consumers, readers, groups, MEMORY_BYTES)):
         layers = {n: consumers[n].layer for n in nodes}
         size = split_batch_size(calibration, batch_size_for(program, layers.values()))
         moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
+        several = {n for n in nodes if sum(n in readers[g.name] for g in batch) > 1}
+        parts = _Objectives(program, consumers, moments, several, ridge)
         for group in batch:
-            objectives = [
-                _objective(
-                    program,
-                    consumers[n],
-                    group,
-                    moments[n].without_residual(),
-                    bias=trace_target(program, consumers[n].layer, {}).shift is not None,
-                    ridge=ridge,
-                )
-                for n in _readers(consumers, group)
-            ]
+            objectives = [parts.of(n, group) for n in readers[group.name]]
             selection = (
-                select_units(objectives, counts[group.name], bound=all(map(_cheap, objectives)))
+                select_units(objectives, counts[group.name], bound=bound and all(map(_cheap, objectives)))
                 if objectives
                 else select_by_norm(provenance, group, counts[group.name], read=True)
             )
@@ -180,19 +176,29 @@ def select_layerwise(
 
 
 def _batches(
-    program: Program, consumers: Mapping[str, Consumer], groups: Sequence[UnitGroup], memory_bytes: int
+    program: Program,
+    consumers: Mapping[str, Consumer],
+    readers: Mapping[str, Sequence[str]],
+    groups: Sequence[UnitGroup],
+    memory_bytes: int,
 ) -> Iterable[tuple[list[UnitGroup], list[str]]]:
     """Groups together with the consumers that they need, as many at a time as the Gram matrices leave room for."""
+    shares = Counter(node for needs in readers.values() for node in needs)
     batch: list[UnitGroup] = []
     nodes: list[str] = []
     held = 0
+
+    def taken_bytes(needs: Iterable[str]) -> int:
+        # moments of all rows and of those held out, and an inverse of each where several groups share it
+        return sum((4 if shares[n] > 1 else 2) * gram_bytes(program, consumers[n].layer) for n in needs)
+
     for group in groups:
-        needs = _readers(consumers, group)
-        cost = sum(2 * gram_bytes(program, consumers[n].layer) for n in needs if n not in nodes)  # all, and held out
+        needs = readers[group.name]
+        cost = taken_bytes(n for n in needs if n not in nodes)
         if batch and held + cost > memory_bytes:
             yield batch, nodes
             batch, nodes, held = [], [], 0
-            cost = sum(2 * gram_bytes(program, consumers[n].layer) for n in needs)
+            cost = taken_bytes(needs)
         batch.append(group)
         nodes += [n for n in needs if n not in nodes]
         held += cost
@@ -204,13 +210,44 @@ def _cheap(objective: Objective) -> bool:
     return objective.gram.shape[1] <= BOUND_COLUMNS
 
 
+class _Objectives:
+    """The objectives of groups at the layers that read them, on the original network. A layer that `several` of the
+    groups read is factorised once for them all."""
+
+    def __init__(
+        self,
+        program: Program,
+        consumers: Mapping[str, Consumer],
+        moments: Mapping[str, SplitMoments],
+        several: Collection[str],
+        ridge: float,
+    ) -> None:
+        self.program, self.consumers, self.moments, self.several = program, consumers, moments, several
+        self.ridge, self._shared = ridge, dict[str, SharedColumns]()
+
+    def of(self, node: str, group: UnitGroup) -> Objective:
+        """The objective of a group's units at a layer."""
+        columns = self.consumers[node].columns(group.units)
+        if node not in self.several:
+            return self._made(node, columns)
+        if node not in self._shared:
+            self._shared[node] = SharedColumns(self._made(node, columns[:0]))
+        return self._shared[node].objective(columns) or self._made(node, columns)
+
+    def _made(self, node: str, columns: torch.Tensor) -> Objective:
+        consumer = self.consumers[node]
+        bias = trace_target(self.program, consumer.layer, {}).shift is not None
+        moments = self.moments[node].without_residual()
+        return _objective(self.program, consumer, columns, moments, bias=bias, ridge=self.ridge)
+
+
 def _objective(
-    program: Program, consumer: Consumer, group: UnitGroup, moments: SplitMoments, *, bias: bool, ridge: float
+    program: Program, consumer: Consumer, units: torch.Tensor, moments: SplitMoments, *, bias: bool, ridge: float
 ) -> Objective:
-    """The consumer's objective, its outputs weighed by what follows them (`output_gain`), and that on the rows held
-    out."""
+    """The consumer's objective for units with such columns, its outputs weighed by what follows them (`output_gain`),
+    and that on the rows held out."""
     weight = consumer.layer.matrix(program.module.get_parameter(consumer.layer.weight).detach())
-    gain, units = output_gain(program, trace_target(program, consumer.layer, {})), consumer.columns(group.units)
+    gain = output_gain(program, trace_target(program, consumer.layer, {}))
     whole = Objective.of(moments.whole, weight, units, bias=bias, gain=gain, ridge=ridge)
     if moments.held is None:
         return whole
@@ -318,7 +355,8 @@ class _Sweep:
         ridge = self.settings.ridge_for(samples)
         bias = target.shift is not None
         for group in self.waiting.get(node, ()):
-            objective = _objective(self.program, consumer, group, moments, bias=bias, ridge=ridge)
+            columns = consumer.columns(group.units)
+            objective = _objective(self.program, consumer, columns, moments, bias=bias, ridge=ridge)
             # what other groups have lost by now explains nothing any more
             objective = _without_columns(objective, consumer.gone(removed))
             selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))

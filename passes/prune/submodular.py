@@ -108,6 +108,51 @@ class Objective:
             torch.diagonal(whole, dim1=1, dim2=2)[:, :size] += self.penalty
         return whole
 
+    @property
+    def own(self) -> torch.Tensor:
+        """(groups, columns): the energy of each column and its ridge, before another has explained any of it."""
+        energy = torch.diagonal(self.gram, dim1=1, dim2=2)
+        return energy if self.penalty is None else energy + self.penalty
+
+    @property
+    def explained(self) -> float:
+        """What F is before any unit, but for `always`."""
+        return 0.0
+
+    @property
+    def predicts(self) -> bool:
+        """Whether errors are predicted on rows that the fit has not seen."""
+        return self.held is not None and self.held.energy > 0
+
+    def predicted(self, order: torch.Tensor) -> torch.Tensor:
+        """The relative error on the held-out rows with the first 0, 1, 2 ... units of `order` kept, of the weights that
+        the solve finds on the other rows.
+
+        The columns stand in the order in which they are kept, so one Cholesky factor L of the fit serves every count:
+        with Y = L^-1 C and N = L^-1 H L^-T, the first s columns' weights err by E - 2 tr(Y_s^T Z_s) +
+        tr(Y_s^T N_ss Y_s), where H, Z = L^-1 C' and E are of the held-out rows. That costs a few products of the kept
+        columns' square matrices.
+        """
+        assert self.held is not None
+        taken = self.units[order]
+        columns = torch.cat([self.always, taken[taken >= 0]])
+        ends = len(self.always) + torch.cat([taken.new_zeros(1), (taken >= 0).sum(1).cumsum(0)])
+        fitted, wanted = self.fit(columns)
+        lower = definite_cholesky(fitted)
+        both = torch.linalg.solve_triangular(lower, torch.cat([wanted, self.held.cross[:, columns]], 2), upper=False)
+        fit, met = both.chunk(2, 2)
+        change = growing_squares(lower, self.held.gram[:, columns][:, :, columns], fit)
+        change = change - 2 * (fit * met).sum((0, 2)).cumsum(0)
+        return (1 + torch.cat([change.new_zeros(1), change])[ends] / self.held.energy).clamp(min=0)
+
+    def fit(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Gram matrix with the ridge, cross moments) of the rows that are not held out, of some columns."""
+        assert self.held is not None
+        fitted = (self.gram - self.held.gram)[:, columns][:, :, columns]
+        if self.penalty is not None:
+            fitted = fitted + torch.diag_embed(self.penalty[:, columns])
+        return fitted, (self.solved_cross - self.held.cross)[:, columns]
+
     @cached_property
     def solved_cross(self) -> torch.Tensor:
         """C + r W0, the cross moments of the solve."""
@@ -122,17 +167,21 @@ class Objective:
             return self.gram.new_zeros(self.gram.shape[:2])
         return self.penalty * self.old.square().sum(2)
 
-    @cached_property
-    def silent(self) -> torch.Tensor:
-        """(units,): those without a signal beyond what the bias can stand for: dead channels, and constant ones."""
+    @property
+    def quiet(self) -> torch.Tensor:
+        """(columns,): those without a signal beyond what the bias can stand for."""
         energy = torch.diagonal(self.gram, dim1=1, dim2=2)
         size = self.gram.shape[1]
         left = energy
         if bool((self.always == size - 1).any()):
             constant = self.gram[:, -1]
             left = energy - constant.square() / constant[:, -1:].clamp(min=torch.finfo(energy.dtype).tiny)
-        quiet = torch.cat([(left <= EXPLAINED * energy).all(0), torch.tensor([True])])
-        return quiet[self.units].all(1)
+        return (left <= EXPLAINED * energy).all(0)
+
+    @cached_property
+    def silent(self) -> torch.Tensor:
+        """(units,): those without a signal beyond what the bias can stand for: dead channels, and constant ones."""
+        return torch.cat([self.quiet, torch.tensor([True])])[self.units].all(1)
 
     @cached_property
     def unread(self) -> torch.Tensor:
@@ -190,41 +239,13 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
         errors.append(_mean([s.error for s in states]))
     chosen = torch.tensor(order, dtype=torch.long)
     found = torch.tensor(errors, dtype=torch.float64)
-    if parts and all(o.held is not None and o.held.energy > 0 for o in parts):
-        found = torch.stack([predicted_errors(o, chosen) for o in parts]).mean(0)
+    if parts and all(o.predicts for o in parts):
+        found = torch.stack([o.predicted(chosen) for o in parts]).mean(0)
     return Selection(
         order=chosen,
         errors=found,
         ratio_bound=min((submodularity_bound(o) for o in objectives), default=1.0) if bound else None,
     )
-
-
-def predicted_errors(objective: Objective, order: torch.Tensor) -> torch.Tensor:
-    """The relative error on the held-out rows with the first 0, 1, 2 ... units of `order` kept, of the weights that the
-    solve finds on the other rows.
-
-    The columns stand in the order in which they are kept, so one Cholesky factor L of the fit serves every count: with
-    Y = L^-1 C and N = L^-1 H L^-T, the first s columns' weights err by E - 2 tr(Y_s^T Z_s) + tr(Y_s^T N_ss Y_s), where
-    H, Z = L^-1 C' and E are of the held-out rows. That costs a few products of the kept columns' square matrices.
-    """
-    held = objective.held
-    assert held is not None
-    taken = objective.units[order]
-    columns = torch.cat([objective.always, taken[taken >= 0]])
-    ends = len(objective.always) + torch.cat([taken.new_zeros(1), (taken >= 0).sum(1).cumsum(0)])
-    penalty = torch.zeros_like(held.gram[:, 0]) if objective.penalty is None else objective.penalty
-    judged = held.gram[:, columns][:, :, columns]
-    fitted = objective.gram[:, columns][:, :, columns] - judged + torch.diag_embed(penalty[:, columns])
-    wanted = (objective.solved_cross - held.cross)[:, columns]
-    lower = _cholesky(fitted)
-    both = torch.linalg.solve_triangular(lower, torch.cat([wanted, held.cross[:, columns]], 2), upper=False)
-    fit, met = both.chunk(2, 2)
-    half = torch.linalg.solve_triangular(lower, judged, upper=False).transpose(1, 2)
-    whole = torch.linalg.solve_triangular(lower, half, upper=False)
-    square = (whole * (fit @ fit.transpose(1, 2))).sum(0).cumsum(0).cumsum(1).diagonal()
-    linear = (fit * met).sum((0, 2)).cumsum(0)
-    change = torch.cat([square.new_zeros(1), square - 2 * linear])[ends]
-    return (1 + change / held.energy).clamp(min=0)
 
 
 def submodularity_bound(objective: Objective) -> float:
@@ -260,7 +281,7 @@ class _State:
         self.units, self.energy = objective.units, objective.energy
         self.width = self.units.shape[1]
         # f and c of F = f - c: what the taken columns explain of the rows and the old weights, and their part of these
-        self.explained = self.paid = 0.0
+        self.explained, self.paid = objective.explained, 0.0
         self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
         # an empty column at the end stands for what a narrower unit lacks
         gram = objective.solved_gram(spare=1)
@@ -268,7 +289,7 @@ class _State:
         cross[:, :size] = objective.solved_cross
         self.gram, self.cross = gram, _thin(cross)
         self.columns = torch.where(self.units < 0, torch.full_like(self.units, size), self.units)
-        own = torch.diagonal(gram, dim1=1, dim2=2)
+        own = torch.cat([objective.own, gram.new_zeros(groups, 1)], 1)
         self.floor = torch.where(own > 0, own, torch.ones_like(own))
         self.factor = gram.new_zeros(groups, size + 1, len(objective.always) + count * self.width)
         self.taken = 0
@@ -338,7 +359,7 @@ def _thin(cross: torch.Tensor) -> torch.Tensor:
     return upper.transpose(1, 2).contiguous()
 
 
-def _cholesky(gram: torch.Tensor) -> torch.Tensor:
+def definite_cholesky(gram: torch.Tensor) -> torch.Tensor:
     """The factor of a Gram matrix, its diagonal raised by as little as makes it definite where the ridge does not: what
     float32 products resolve of each column, or a power of ten of that."""
     own = torch.diagonal(gram, dim1=1, dim2=2)
@@ -349,6 +370,13 @@ def _cholesky(gram: torch.Tensor) -> torch.Tensor:
             break
         factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(10.0**power * lift))
     return factor
+
+
+def growing_squares(lower: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """tr(Y_s^T N_ss Y_s) with N = L^-1 G L^-T, for the first 1, 2 ... columns s: what weights L_ss^-T Y_s make of G."""
+    half = torch.linalg.solve_triangular(lower, gram, upper=False).transpose(1, 2)
+    whole = torch.linalg.solve_triangular(lower, half, upper=False)
+    return (whole * (weights @ weights.transpose(1, 2))).sum(0).cumsum(0).cumsum(1).diagonal()
 
 
 def _mean(errors: Sequence[float]) -> float:
