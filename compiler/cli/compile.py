@@ -53,6 +53,8 @@ def run(options: CompileOptions) -> None:
             print(json_text(result.report.to_dict()))
         elif not options.quiet:
             show_report(result.report, out)
+            if options.profile:
+                show_profile(result.report, out)
             say_written(options.output, result)
         if unmet is not None:
             end_unmet(unmet)
@@ -80,6 +82,17 @@ def best_of(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Comp
         if isinstance(unmet.best, Compiled):
             return unmet.best, unmet
         raise
+
+
+def show_profile(report: Report, out: Console) -> None:
+    """What each stage took and did, the longest first."""
+    table = Table(title="multiply-accumulates by stage")
+    columns = ("stage", "s", "CPU s", "values", "gradients", "moments", "algebra", "all", "least", "times", "per CPU s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for row in report.profile_rows():
+        table.add_row(*row)
+    out.print(table)
 
 
 def show_report(report: Report, out: Console) -> None:

@@ -186,6 +186,9 @@ class CompileOptions(RunOptions):
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None
     input_shape: ShapeOption = None
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show what each stage took, what it did, and what it cannot do without.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

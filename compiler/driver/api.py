@@ -34,7 +34,7 @@ from ..support.progress import Progress, StageClock, opened_progress
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, check_run
-from .report_parts import report_origin, report_parts
+from .report_parts import report_origin, report_parts, work_by_stage
 from .result import Compiled as Compiled
 from .sealed import ONNX, PT2
 
@@ -265,6 +265,7 @@ def _report(
             "fingerprint": samples.fingerprint,
         },
         seconds=outcome.ctx.clock.to_dict(),
+        profile=work_by_stage(outcome),
         environment=dict(environment) if isinstance(environment, dict) else {},
         seed=options.seed,
         warnings=tuple(messages),

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ...passes.solve.least_work import forward_macs, solve_macs
+from ...passes.solve.resolve_network import TRIAL_RESOLVE
 from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error
@@ -115,6 +117,40 @@ def _regimes(outcome: Outcome) -> Part:
         del found[name]["environment"]
     missing = {"missing": "the backend does not empty its device's caches"}
     return found | {name: missing for name in REGIMES if name not in found}
+
+
+def work_by_stage(outcome: Outcome) -> list[Part]:
+    """Each stage with its seconds, the multiply-accumulates that it did, by what they were for, and those that it could
+    not do without: None where that is not a matter of networks and layers (exports, measurements)."""
+    clock, least = outcome.ctx.clock, least_macs(outcome)
+    return [
+        {
+            "stage": name,
+            "wall_s": round(clock.wall_s[name], 3),
+            "cpu_s": round(clock.cpu_s[name], 3),
+            "macs": dict(clock.work[name]),
+            "least_macs": least.get(name),
+        }
+        for name in clock.wall_s
+    ]
+
+
+def least_macs(outcome: Outcome) -> dict[str, int]:
+    """What stages cannot do without, by name: every sample that they read once through the networks that they compare,
+    and every Gram matrix and solve once. Stages that look at the whole network see it once in any case."""
+    ctx, made, original = outcome.ctx, outcome.program, outcome.ctx.teacher
+    solve, rows = len(ctx.solve), ctx.resolve.rows_per_column
+    seen = forward_macs(original, solve) + solve_macs(original, solve, rows)
+    trial = forward_macs(made, len(ctx.judge)) + solve_macs(
+        made, min(TRIAL_SAMPLES, solve), TRIAL_RESOLVE.rows_per_column
+    )
+    samples = len(ctx.sets.test)
+    return {
+        **dict.fromkeys(("choose", "offer channels", "offer ranks", "weigh integers"), seen),
+        "try plans": len(outcome.applied.tried) * trial,
+        "re-solve": forward_macs(original, solve) + forward_macs(made, solve) + solve_macs(made, solve, rows),
+        "test": forward_macs(original, samples) + forward_macs(made, samples),
+    }
 
 
 def _block_latency(outcome: Outcome) -> Part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -62,6 +63,32 @@ def region_cost(program: Program, nodes: Iterable[fx.Node]) -> Cost:
 def program_cost(program: Program) -> Cost:
     """Cost of the whole network."""
     return region_cost(program, (n for n in program.graph.nodes if n.op == "call_function"))
+
+
+def call_macs(program: Program, values: Iterable[Any]) -> int:
+    """Multiply-accumulates of a run of the whole network on inputs with such values: those of one sample times the
+    samples."""
+    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim() > 0]
+    return program.derived(_whole_macs) * (max(sizes) if sizes else 1)
+
+
+def value_macs(program: Program, name: str, value: object) -> int:
+    """Multiply-accumulates that one node's value has taken: those at batch 1 times how much larger the value is."""
+    found = program.derived(_contractions).get(name)
+    if found is None or not isinstance(value, torch.Tensor):
+        return 0
+    macs, elements = found
+    return macs * value.numel() // elements
+
+
+def _whole_macs(program: Program) -> int:
+    return program_cost(program).macs
+
+
+def _contractions(program: Program) -> dict[str, tuple[int, int]]:
+    """(multiply-accumulates, elements of the value) at batch 1 of each node that has any of the former."""
+    macs = {node.name: node_macs(program, node) for node in program.graph.nodes}
+    return {n: (count, max(1, math.prod(program.shape(program.nodes[n])))) for n, count in macs.items() if count}
 
 
 def _size(program: Program, node: object) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..support import work
 from ..support.errors import CompilerError
+from .cost import value_macs
 from .program import Batch, Program, is_constant, is_size
 
 #: Node name -> value.
@@ -38,7 +40,9 @@ def evaluate(program: Program, node: fx.Node, values: Mapping[str, Any], tensors
         raise CompilerError(f"cannot evaluate a {node.op} node", node=node.name)
     args = fx.node.map_arg(node.args, lookup)
     kwargs = fx.node.map_arg(node.kwargs, lookup)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    value = node.target(*args, **kwargs)  # type: ignore[operator]
+    work.count(work.FORWARD, value_macs(program, node.name, value))
+    return value
 
 
 def run_until(

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..data.sampled_error import interval_words
 from ..support.strict_json import finite
+from ..support.work import ALGEBRA, FORWARD, GRADIENT, MOMENTS
+from .words import scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # equal to what has the same content, as mappings are
@@ -60,6 +62,9 @@ class Report(Mapping[str, Any]):
         test: The output error on the test samples with its 95 % interval: ``error``, ``low``, ``high``, ``samples``.
         regimes: The latency in both regimes, ``hot`` and ``cold``, by name.
         file_bytes: Sizes of the ONNX file ``before`` and ``after``.
+        profile: For each ``stage`` its ``wall_s`` and ``cpu_s``, the multiply-accumulates that it did by what they were
+            for (``forward``, ``gradient``, ``moments``, ``algebra``) in ``macs``, and in ``least_macs`` those that no
+            way of doing it avoids. Stages inside others count in both.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
@@ -117,6 +122,7 @@ class Report(Mapping[str, Any]):
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file_bytes: Mapping[str, int] = field(default_factory=dict)
     figures: Sequence[Mapping[str, str]] = ()
+    profile: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:
@@ -187,6 +193,7 @@ class Report(Mapping[str, Any]):
             "onnx_difference": self.onnx_difference,
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
+            "profile": [dict(stage) for stage in self.profile],
             "environment": dict(self.environment),
             "seed": self.seed,
             "warnings": list(self.warnings),
@@ -217,6 +224,25 @@ class Report(Mapping[str, Any]):
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]
             rows.append(("  as judged on the way", "0", f"{judged:.4f}", "plans were chosen by these samples"))
+        return rows
+
+    def profile_rows(self) -> list[tuple[str, ...]]:
+        """Rows of `profile` as strings: stage, seconds, CPU seconds, multiply-accumulates by what they were for and
+        together, the least, how many times that was done, and how many were done in a CPU second."""
+        rows = []
+        for stage in sorted(self.profile, key=lambda stage: -stage["cpu_s"]):
+            kinds = [stage["macs"].get(kind, 0) for kind in (FORWARD, GRADIENT, MOMENTS, ALGEBRA)]
+            least, done = stage["least_macs"], sum(kinds)
+            rows.append(
+                (
+                    stage["stage"],
+                    f"{stage['wall_s']:.1f}",
+                    f"{stage['cpu_s']:.1f}",
+                    *(scaled(macs) if macs else "" for macs in (*kinds, done, least or 0)),
+                    f"{done / least:.1f}" if least and done else "",
+                    f"{done / stage['cpu_s'] / 1e9:.1f} G" if done and stage["cpu_s"] else "",
+                )
+            )
         return rows
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+from .work import Work, counted_into
+
 #: Seconds that a log of a running compile says nothing.
 LONGEST_S = 30.0
 
@@ -22,18 +24,22 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 class StageClock:
-    """Wall and process-CPU seconds of each stage; stages of one name add up, nested stages count in both."""
+    """Wall and process-CPU seconds of each stage, and the multiply-accumulates that it does; stages of one name add up,
+    nested stages count in both."""
 
     def __init__(self) -> None:
         self.wall_s: dict[str, float] = {}
         self.cpu_s: dict[str, float] = {}
+        self.work: dict[str, Work] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu, work = time.perf_counter(), time.process_time(), Work()
         try:
-            yield
+            with counted_into(work):
+                yield
         finally:
+            self.work.setdefault(name, Work()).update(work)
             self.wall_s[name] = self.wall_s.get(name, 0.0) + time.perf_counter() - wall
             self.cpu_s[name] = self.cpu_s.get(name, 0.0) + time.process_time() - cpu
 

@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.compare import squared_distance
+from ...compiler.ir.cost import program_cost
 from ...compiler.ir.edit import expose
 from ...compiler.ir.program import Batch, Program, as_arguments
+from ...compiler.support import work
 from ...compiler.support.errors import MimicError, first_line
 from ..solve.targets import Kept, select_kept
 from .pairs import batch_first, compared_pairs, same_as_teacher
@@ -46,6 +48,7 @@ class Training:
         self.kept = [lesson.kept.get(p.student, ()) for p in self.pairs]
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
+        self._macs = {False: program_cost(teacher).macs, True: program_cost(trainee).macs}
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
         by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
         self.cache = self._teacher_values() if settings.augment is None and by_sample else None
@@ -129,6 +132,7 @@ class Training:
         with torch.no_grad():
             for batch in self.held_out.batches(self.settings.batch_size):
                 args, kwargs = as_arguments(batch)
+                work.count(work.FORWARD, sum(self._macs.values()) * _samples(batch))
                 ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
                 for index in range(self.judges):
                     part, norm = squared_distance(theirs[index], ours[index])
@@ -166,12 +170,16 @@ class Training:
 
     def _values(self, module: fx.GraphModule, batch: Batch) -> list[torch.Tensor]:
         args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
+        trains = module is self.student
+        macs = self._macs[trains] * _samples(batch)
+        work.count(work.FORWARD, macs)
+        work.count(work.GRADIENT, 2 * macs * trains)  # with respect to inputs and to weights
         with (
-            torch.set_grad_enabled(module is self.student),
+            torch.set_grad_enabled(trains),
             torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),
         ):
             values = list(module(*args, **kwargs))
-        return values if module is self.student else self._shared(values)
+        return values if trains else self._shared(values)
 
     def _shared(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """The teacher's values in the channels that the student still has."""
@@ -188,6 +196,11 @@ class Training:
             ):
                 return None
         return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _samples(batch: Batch) -> int:
+    """How many samples a batch has."""
+    return max((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)), default=1)
 
 
 def _backward(loss: torch.Tensor) -> None:

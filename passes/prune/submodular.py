@@ -33,7 +33,8 @@ from functools import cached_property
 
 import torch
 
-from ..solve.closed_form import ridge_level
+from ...compiler.support import work
+from ..solve.closed_form import EIGH_CUBES, ridge_level
 from ..solve.moments import Moments
 
 #: Directions whose unexplained part is below this share of their own energy count as explained: products of float32
@@ -81,6 +82,7 @@ class Objective:
         full = torch.zeros(groups, size, weight.shape[1], dtype=torch.float64)
         full[:, :-1] = weight.double().transpose(1, 2)
         image = moments.gram @ full
+        work.count(work.ALGEBRA, image.numel() * size)
         cross = moments.cross + image
         energies = moments.energy + 2 * (full * moments.cross).sum(1) + (full * image).sum(1)
         if gain is not None:
@@ -264,6 +266,7 @@ def submodularity_bound(objective: Objective) -> float:
         if not len(alive):
             continue
         scale = energy[alive].rsqrt()
+        work.count(work.ALGEBRA, len(alive) ** 3 * EIGH_CUBES / 3)
         values = torch.linalg.eigvalsh(gram[alive][:, alive] * scale * scale.unsqueeze(1))
         least = min(least, float(values[0].clamp(min=0) / values[-1]))
     return least
@@ -314,6 +317,8 @@ class _State:
     def _take(self, columns: torch.Tensor) -> None:
         done = self.factor[:, :, : self.taken]
         fresh = self.gram[:, :, columns] - done @ done[:, columns].transpose(1, 2)
+        groups, size, outputs = self.cross.shape
+        work.count(work.ALGEBRA, groups * size * len(columns) * (self.taken + len(columns) + outputs + self.width))
         whitener = _whitener(fresh[:, columns], self.floor[:, columns])
         rows, weights = fresh @ whitener, whitener.transpose(1, 2) @ self.cross[:, columns]
         self.explained += float(weights.square().sum())
@@ -374,6 +379,8 @@ def definite_cholesky(gram: torch.Tensor) -> torch.Tensor:
 
 def growing_squares(lower: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """tr(Y_s^T N_ss Y_s) with N = L^-1 G L^-T, for the first 1, 2 ... columns s: what weights L_ss^-T Y_s make of G."""
+    groups, columns, outputs = weights.shape
+    work.count(work.ALGEBRA, groups * columns**2 * (7 / 6 * columns + outputs))
     half = torch.linalg.solve_triangular(lower, gram, upper=False).transpose(1, 2)
     whole = torch.linalg.solve_triangular(lower, half, upper=False)
     return (whole * (weights @ weights.transpose(1, 2))).sum(0).cumsum(0).cumsum(1).diagonal()

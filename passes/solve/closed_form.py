@@ -16,10 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ...compiler.support import work
 from .moments import Moments, SplitMoments
 
 #: Ridges that are judged, times the one that is asked for: two, then one between them or those beyond.
 COARSE, BETWEEN, BEYOND = (1.0, 10.0), 3.0, (30.0, 100.0)
+#: Multiply-accumulates of an eigendecomposition with vectors, in cubes of its size: Householder, QR sweeps, back again.
+EIGH_CUBES = 4.5
 #: The share of the error on held-out rows that another ridge than the one asked for has to lose less.
 MARGIN = 0.1
 
@@ -149,14 +152,22 @@ def _ridge_solve(
     weight = torch.where(diagonal == 0, torch.ones_like(weight), weight)
     system = gram + torch.diag_embed(weight)
     if ridge > 0:
+        work.count(work.ALGEBRA, _solve_macs(cross))
         factor, info = torch.linalg.cholesky_ex(system)
         if not bool(info.any()):
             return torch.cholesky_solve(cross, factor)
     return _least_norm(system, cross)
 
 
+def _solve_macs(cross: torch.Tensor) -> float:
+    """Of a Cholesky factorisation and of the two triangular solves with it."""
+    groups, columns, outputs = cross.shape
+    return groups * (columns**3 / 6 + columns**2 * outputs)
+
+
 def _least_norm(system: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """Pseudo-inverse solution by eigendecomposition: directions below the noise of float64 sums are left alone."""
+    work.count(work.ALGEBRA, EIGH_CUBES * len(system) * system.shape[1] ** 3 + _solve_macs(cross))
     values, vectors = torch.linalg.eigh(system)
     floor = values[:, -1:].clamp(min=0) * system.shape[1] * 1e-12
     inverse = torch.where(

@@ -21,6 +21,7 @@ import torch
 
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
+from ...compiler.support import work
 from .layers import add_delta, current_parameter
 from .lockstep import Lockstep, Step, View
 from .moments import Moments
@@ -30,6 +31,9 @@ from .targets import Target, residual_at
 INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 0.2
 #: The line search differentiates along the step numerically, with this change relative to the layers' outputs.
 PROBE = 0.03
+#: The gradients of a step take so many times the multiply-accumulates of the values: those with respect to weights and
+#: inputs, and those of a probe with respect to inputs.
+GRADIENTS_OF_FORWARD = 3
 #: A step and its length come from so many samples at least, and from so many rows of the layer at the end where there
 #: are as many: places of one image say much the same. What becomes of the error is then seen on all of them.
 STEP_SAMPLES, STEP_ROWS = 64, 1 << 15
@@ -80,8 +84,9 @@ def _collect(
         weights = {
             t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
         }
-        with torch.enable_grad():
+        with torch.enable_grad(), work.counted_into(work.Work()) as done:
             values = _forward(student, step, view, {**tensors, **weights})
+        work.count(work.GRADIENT, GRADIENTS_OF_FORWARD * done[work.FORWARD])
         result = values[end.anchor]
         if not result.requires_grad:
             return [], []

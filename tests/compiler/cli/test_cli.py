@@ -139,11 +139,14 @@ def test_channels_on_the_command_line(folder: Path, tmp_path: Path) -> None:
         "-o",
         tmp_path / "out",
         "--no-mimic",
+        "--profile",
     )
     result = run("compile", "net.pt2", "--calib", "samples.npy", *arguments)
     assert result.exit_code == 0, result.output
     assert "1.up: 6 of 12 units kept" in " ".join(result.output.split())
+    assert "multiply-accumulates by stage" in result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {"stage", "wall_s", "cpu_s", "macs", "least_macs"} == set(report["profile"][0])
     assert report["goal"] == {"kind": "channels", "keep": 0.5}
     assert {g["group"]: (g["kept"], g["total"]) for g in report["groups"]}["1.up"] == (6, 12)
 

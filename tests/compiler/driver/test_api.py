@@ -358,3 +358,20 @@ def test_all_that_is_promised_is_there() -> None:
     errors = [getattr(foldcut, name) for name in foldcut.__all__ if name.endswith("Error") and name not in goals]
     assert all(issubclass(e, foldcut.CompilerError) for e in errors)
     assert len({e.stage for e in errors}) == len(errors)
+
+
+def test_the_report_holds_what_each_stage_did_and_could_not_do_without(
+    compiled: foldcut.Compiled, residual: Program
+) -> None:
+    stages = {stage["stage"]: stage for stage in compiled.report.profile}
+    assert list(stages) == list(compiled.report.seconds)
+    samples = compiled.report.calibration["test"]
+    both = program_cost(residual).macs + program_cost(compiled.program).macs
+    assert stages["test"]["least_macs"] == samples * both
+    for name in ("choose", "re-solve", "test"):
+        assert sum(stages[name]["macs"].values()) >= stages[name]["least_macs"] > 0
+    assert stages["mimic"]["macs"]["gradient"] > 0
+    assert stages["export"]["least_macs"] is None
+    rows = compiled.report.profile_rows()
+    assert {row[0] for row in rows} == set(stages)
+    assert all(len(row) == len(rows[0]) for row in rows)
