@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .item_regression import LEAST_SHARE, error_fit, saving_fit
-from .latency_target import nearest_from_below, reach, saved_share
+from .latency_target import is_near, nearest_from_below, reach, saved_share
 from .proposals import (
     Item,
     Mix,
@@ -41,7 +41,7 @@ MOST_OVERLAP = 3.0
 #: How many changes, those that save the most, are tried by themselves.
 MOST_ALONE = 4
 #: No plan is made from single items' figures when so many plans were tried, or so many of those made from them were no
-#: better in a row.
+#: better in a row: twice as many beside a plan that saves more than it has to, which leaves something to be gained.
 MOST_TRIALS, MOST_MISSES = 48, 4
 #: So many items of a plan are left out of it, one at a time, when a plan made from their figures differs from its
 #: prediction by this share of the error.
@@ -241,7 +241,7 @@ class MixSearch:
         is such a plan.
         """
         lead, misses, rounds, doubted, short = self._lead(), 0, 1, False, 0.0
-        while lead is not None and misses < MOST_MISSES and self._may_try():
+        while lead is not None and misses < self._most_misses(lead) and self._may_try():
             mix, expected = self._promising(lead, short)
             if not mix and short:
                 short = 0.0
@@ -259,6 +259,9 @@ class MixSearch:
             if not doubted and abs(error - expected) > SURPRISE * lead.error:
                 doubted = True
                 self._leave_out(lead)
+
+    def _most_misses(self, lead: Tried) -> int:
+        return MOST_MISSES if is_near(lead.ratio, self.ratio) else 2 * MOST_MISSES
 
     def _catch_up(self) -> bool:
         """Measure plans that were tried for what they say about others, and lose less than the one that leads: where
@@ -392,6 +395,3 @@ def _loss(mix: Mix, scales: Mapping[Item, Scale]) -> float:
 
 def _saving(mix: Mix, scales: Mapping[Item, Scale]) -> float:
     return sum(savings_in(mix, scales).values())
-
-
-__all__ = ["Means", "MixSearch"]

@@ -10,7 +10,9 @@ P = TypeVar("P")
 #: A plan that saves this much more of the latency than the goal asks for is made again: it may lose less.
 NEAR = 0.02
 #: How often a plan is made again when its measured latency misses the goal, or saves too much.
-MOST_MEASURED = 3
+MOST_MEASURED = 4
+#: Beyond so many times `NEAR` below the goal, what to ask for is sought between that plan and one that missed.
+FAR = 1.5
 #: How much more is asked for after a plan that missed; after the next one twice as much more again.
 MORE = 1.03
 #: What a plan saves counts for no less than this share of what it should when it is held against its prediction.
@@ -42,6 +44,7 @@ def reach(
     that saves the most); `predicted` is the share that it should save. The first plan is asked for what the goal needs.
     What was predicted is then held against what was measured, and the next one asked for so much more, or less; after
     each that missed the goal for a little more than that, since what a plan is made of differs in how far off it is.
+    Once one plan missed and another saved too much, the next is asked for what lies between them.
     A plan is measured once: where the corrected request leads to the same one, more is asked for. An empty plan is not
     measured and ends the search.
     """
@@ -61,8 +64,24 @@ def reach(
             break
         if ratio > goal:
             misses += sum(known > goal for known, _ in seen)
-        saving = predicted(plan) * (1 - goal) / saved_share(ratio, goal)
+        between = _between(seen, predicted, goal)
+        if between is None:
+            saving = predicted(plan) * (1 - goal) / saved_share(ratio, goal)
+        else:
+            saving, misses = between, 0
     return seen
+
+
+def _between(seen: Sequence[tuple[float, P]], predicted: Callable[[P], float], goal: float) -> float | None:
+    """What to ask for to come a little below the goal, on the line between the nearest plan that missed it and the
+    nearest that reached it; None where there are not both, where that one is not far off, or the line says nothing."""
+    missed = min((pair for pair in seen if pair[0] > goal), key=_ratio, default=None)
+    met = max((pair for pair in seen if pair[0] <= goal), key=_ratio, default=None)
+    if missed is None or met is None or met[0] >= goal - FAR * NEAR:
+        return None
+    low, high = predicted(missed[1]), predicted(met[1])
+    share = (missed[0] - goal + NEAR / 2) / (missed[0] - met[0])
+    return low + share * (high - low) if low < high else None
 
 
 def saved_share(ratio: float, goal: float) -> float:

@@ -46,6 +46,17 @@ def test_a_plan_that_saves_too_much_is_made_again() -> None:
     assert [ratio for ratio, _ in seen] == pytest.approx([0.2, 0.6])
 
 
+def test_between_a_plan_that_missed_and_one_that_saves_too_much_lies_the_next() -> None:
+    """What is saved depends on the plan in steps, and one factor never puts it right."""
+
+    def ratio(count: int) -> float:
+        return 1 - (0.002 * count if count < 120 else 0.006 * count - 0.48)
+
+    seen = reach(0.6, steps(0.002), lambda n: 0.002 * n, ratio)
+    assert [found > 0.6 for found, _ in seen[:3]] == [False, True, True]
+    assert is_near(nearest_from_below(seen, 0.6)[0], 0.6)
+
+
 def test_a_goal_out_of_reach_is_measured_once() -> None:
     seen = reach(0.2, steps(0.1, 0.5), lambda n: 0.1 * n, lambda n: 1 - 0.1 * n)
     assert seen == [(pytest.approx(0.5), 5)]
