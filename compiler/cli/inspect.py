@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...passes.prune.channel_budget import group_shares
-from ...passes.prune.unit_report import unit_groups
+from ...passes.prune.units import unit_groups
 from ..analysis.provenance import find_units
 from ..analysis.regions import find_regions
 from ..frontend.capture import Model, capture

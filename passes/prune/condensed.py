@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ...compiler.support import work
-from .submodular import Objective, definite_cholesky, growing_squares
+from .factors import definite_cholesky, growing_squares
+from .submodular import Objective
 
 #: Pivots of a factorisation below this share of their column's energy are rounding, not what is left of the column.
 ROUNDING = 1e-8

@@ -29,8 +29,7 @@ from .select_channels import ChannelChoice, select_by_norm
 from .settings import ChannelSettings
 from .stored import known_units, stored_channels
 from .submodular import Selection
-from .unit_report import groups_report
-from .units import channel_decision, group_rejects, removed_units, units_of
+from .units import channel_decision, group_rejects, groups_report, removed_units, units_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,10 +36,7 @@ import torch
 from ...compiler.support import work
 from ..solve.closed_form import EIGH_CUBES, ridge_level
 from ..solve.moments import Moments
-
-#: Directions whose unexplained part is below this share of their own energy count as explained: products of float32
-#: activations leave noise of about 1e-7, which must not be divided by.
-EXPLAINED = 1e-6
+from .factors import EXPLAINED, definite_cholesky, growing_squares, whitener, with_few_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,16 +270,17 @@ def submodularity_bound(objective: Objective) -> float:
 
 
 class _State:
-    """One consumer while units are taken: Schur complements of all candidates with respect to the taken columns.
+    """One consumer while units are taken, and what the taken columns leave unexplained of each candidate.
 
-    `blocks` (groups, units, b, b) and `cross` (groups, columns, outputs) are what the taken columns leave unexplained;
-    `factor` (groups, columns, taken columns) the rows of the Cholesky factor.
+    `blocks` (groups, units, b, b) are the candidates' Schur complements B = K_uu - L_u L_u^T and `images` as many N =
+    C_u C_u^T of what is left of their cross moments, so that a unit gains tr(B^-1 N). `factor` (groups, columns, taken
+    columns) holds the rows L of the Cholesky factor and `weights` (groups, taken columns, outputs) those of L^-1 C. The
+    cross moments themselves stay as they are: a step reads C and L once, and writes neither.
     """
 
     def __init__(self, objective: Objective, count: int) -> None:
         groups, size, _ = objective.gram.shape
         self.units, self.energy = objective.units, objective.energy
-        self.width = self.units.shape[1]
         # f and c of F = f - c: what the taken columns explain of the rows and the old weights, and their part of these
         self.explained, self.paid = objective.explained, 0.0
         self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
@@ -290,14 +288,18 @@ class _State:
         gram = objective.solved_gram(spare=1)
         cross = objective.cross.new_zeros(groups, size + 1, objective.cross.shape[2])
         cross[:, :size] = objective.solved_cross
-        self.gram, self.cross = gram, _thin(cross)
+        self.gram, self.cross = gram, with_few_outputs(cross)
         self.columns = torch.where(self.units < 0, torch.full_like(self.units, size), self.units)
         own = torch.cat([objective.own, gram.new_zeros(groups, 1)], 1)
         self.floor = torch.where(own > 0, own, torch.ones_like(own))
-        self.factor = gram.new_zeros(groups, size + 1, len(objective.always) + count * self.width)
+        most = len(objective.always) + count * self.units.shape[1]
+        self.factor = gram.new_zeros(groups, size + 1, most)
+        self.weights = gram.new_zeros(groups, most, self.cross.shape[2])
         self.taken = 0
         rows = self.columns
         self.blocks = gram[:, rows.unsqueeze(2), rows.unsqueeze(1)].clone()
+        own_cross = self.cross[:, rows]
+        self.images = own_cross @ own_cross.transpose(2, 3)
         if len(objective.always):
             self._take(objective.always)
 
@@ -307,83 +309,36 @@ class _State:
 
     def gains(self) -> torch.Tensor:
         """By how much each unit would lower J, relative to the target's energy."""
-        whitener = _whitener(self.blocks, self.floor[:, self.columns])
-        rest = whitener.transpose(2, 3) @ self.cross[:, self.columns]
-        return (rest.square().sum((0, 2, 3)) - self.owed[self.columns].sum(1)) / self.energy
+        whitening = whitener(self.blocks, self.floor[:, self.columns])
+        explained = ((self.images @ whitening) * whitening).sum((2, 3)).clamp(min=0).sum(0)
+        return (explained - self.owed[self.columns].sum(1)) / self.energy
 
     def take(self, unit: int) -> None:
         self._take(self.columns[unit])
 
     def _take(self, columns: torch.Tensor) -> None:
-        done = self.factor[:, :, : self.taken]
-        fresh = self.gram[:, :, columns] - done @ done[:, columns].transpose(1, 2)
         groups, size, outputs = self.cross.shape
-        work.count(work.ALGEBRA, groups * size * len(columns) * (self.taken + len(columns) + outputs + self.width))
-        whitener = _whitener(fresh[:, columns], self.floor[:, columns])
-        rows, weights = fresh @ whitener, whitener.transpose(1, 2) @ self.cross[:, columns]
-        self.explained += float(weights.square().sum())
+        work.count(work.ALGEBRA, groups * size * len(columns) * (2 * self.taken + 2 * len(columns) + outputs))
+        done, weights = self.factor[:, :, : self.taken], self.weights[:, : self.taken]
+        mine = done[:, columns]
+        block = self.gram[:, columns][:, :, columns] - mine @ mine.transpose(1, 2)
+        whitening = whitener(block, self.floor[:, columns])
+        fresh = whitening.transpose(1, 2) @ (self.cross[:, columns] - mine @ weights)
+        # <what is left of C, the new weights> and the new columns of L, from one pass over those that there are
+        both = done @ torch.cat([mine.transpose(1, 2), weights @ fresh.transpose(1, 2)], 2)
+        left, known = both.chunk(2, 2)
+        rows = (self.gram[:, :, columns] - left) @ whitening
+        inner = self.cross @ fresh.transpose(1, 2) - known
+        self.explained += float(fresh.square().sum())
         self.paid += float(self.owed[columns].sum())
-        self.factor[:, :, self.taken : self.taken + len(columns)] = rows
+        new = slice(self.taken, self.taken + len(columns))
+        self.factor[:, :, new], self.weights[:, new] = rows, fresh
         self.taken += len(columns)
-        self.cross -= rows @ weights
         parts = rows[:, self.columns]
-        self.blocks -= parts @ parts.transpose(2, 3)
-
-
-def _whitener(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    """M with M^T B M = 1 for each block B, and zero columns for directions that are explained already.
-
-    By Cholesky where all directions of a block have enough left (M = L^-T), by eigendecomposition of the others.
-    """
-    factor, info = torch.linalg.cholesky_ex(blocks)
-    pivots = torch.diagonal(factor, dim1=-2, dim2=-1).square()
-    sound = (info == 0) & (pivots > EXPLAINED * energy).all(-1)
-    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
-    safe = torch.where(sound[..., None, None], factor, identity)
-    whitener = torch.linalg.solve_triangular(safe, identity.expand_as(safe), upper=False).transpose(-1, -2)
-    if bool(sound.all()):
-        return whitener
-    whitener = whitener.clone()
-    whitener[~sound] = _truncated(blocks[~sound], energy[~sound])
-    return whitener
-
-
-def _truncated(blocks: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    """The whiteners of blocks with explained directions, in units of each column's own energy."""
-    scale = energy.rsqrt()
-    values, vectors = torch.linalg.eigh(blocks * scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    inverse = torch.where(values > EXPLAINED, values.clamp(min=EXPLAINED).rsqrt(), torch.zeros_like(values))
-    return scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)
-
-
-def _thin(cross: torch.Tensor) -> torch.Tensor:
-    """The same C C^T with at most as many outputs as columns: gains depend on nothing else."""
-    if cross.shape[2] <= cross.shape[1]:
-        return cross.clone()
-    _, upper = torch.linalg.qr(cross.transpose(1, 2), mode="r")
-    return upper.transpose(1, 2).contiguous()
-
-
-def definite_cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """The factor of a Gram matrix, its diagonal raised by as little as makes it definite where the ridge does not: what
-    float32 products resolve of each column, or a power of ten of that."""
-    own = torch.diagonal(gram, dim1=1, dim2=2)
-    lift = EXPLAINED * torch.where(own > 0, own, torch.ones_like(own))
-    factor, info = torch.linalg.cholesky_ex(gram)
-    for power in range(7):
-        if not bool(info.any()):
-            break
-        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(10.0**power * lift))
-    return factor
-
-
-def growing_squares(lower: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """tr(Y_s^T N_ss Y_s) with N = L^-1 G L^-T, for the first 1, 2 ... columns s: what weights L_ss^-T Y_s make of G."""
-    groups, columns, outputs = weights.shape
-    work.count(work.ALGEBRA, groups * columns**2 * (7 / 6 * columns + outputs))
-    half = torch.linalg.solve_triangular(lower, gram, upper=False).transpose(1, 2)
-    whole = torch.linalg.solve_triangular(lower, half, upper=False)
-    return (whole * (weights @ weights.transpose(1, 2))).sum(0).cumsum(0).cumsum(1).diagonal()
+        turned = parts.transpose(2, 3)
+        mixed = (inner[:, self.columns] - parts @ (fresh @ fresh.transpose(1, 2)).unsqueeze(1) / 2) @ turned
+        self.blocks -= parts @ turned
+        self.images -= mixed + mixed.transpose(2, 3)
 
 
 def _mean(errors: Sequence[float]) -> float:

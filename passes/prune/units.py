@@ -1,14 +1,17 @@
-"""Units of decisions, the groups that may be cut, and why others may not."""
+"""Units of decisions, the groups that may be cut, why others may not, and what a report says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ...compiler.analysis.provenance import Provenance, find_units
 from ...compiler.analysis.unit_groups import UnitGroup
 from ...compiler.ir.program import Program
+from ...compiler.plan.decision import Decision
+from ...compiler.rewrite.rewrite import Applied
 from ...compiler.support.errors import PlanError, Reject
 from .decision import PruneChannels
 from .submodular import Selection
@@ -48,3 +51,33 @@ def group_rejects(provenance: Provenance) -> tuple[Reject, ...]:
         for target, nodes in provenance.unknown.items()
     ]
     return (*locked, *unknown)
+
+
+def unit_groups(provenance: Provenance, decisions: Sequence[Decision] = ()) -> list[dict[str, Any]]:
+    """The unit groups of a program as plain data: sizes, what makes and consumes them, kept and total, why locked."""
+    kept = {d.group: len(d.kept) for d in decisions if isinstance(d, PruneChannels)}
+    return [
+        {
+            "group": g.name,
+            "kept": kept.get(g.name, len(g)),
+            "total": len(g),
+            "widths": list(g.widths),
+            "producers": [name for name, _ in g.producers],
+            "consumers": [name for name, _ in g.consumers],
+            "locked": g.reason,
+        }
+        for g in provenance.groups
+    ]
+
+
+def groups_report(provenance: Provenance, applied: Applied, multiple: int) -> Mapping[str, Any]:
+    """The groups, with the error curve of each selection and what the greedy choice is sure to reach, and what channel
+    counts went to multiples of."""
+    groups = unit_groups(provenance, applied.decisions)
+    selections = applied.report.get("selections", {})
+    for group in groups:
+        selection = selections.get(group["group"])
+        if selection is not None:
+            group["errors"] = [round(float(e), 6) for e in selection.errors]
+            group["submodularity_ratio"], group["guarantee"] = selection.ratio_bound, selection.guarantee
+    return {"groups": groups, "multiple_of": multiple}
