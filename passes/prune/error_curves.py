@@ -35,8 +35,9 @@ def error_curves(
     """For each group the error at the network's outputs, as predicted, with 0, 1, 2 ... units kept.
 
     The shape of a curve is that of the group's consumers (relative error after the greedy choice and re-solve); its
-    height comes from one trial: the group alone pruned to half and re-solved on a few samples (`weighing_samples`), and
-    the output error measured on as many others. `selections` are those of `greedy_orders`, where they are known.
+    height comes from one trial: the group alone pruned to half, in the order of that choice, and re-solved on a few
+    samples (`weighing_samples`), and the output error measured on as many others. `selections` are those of
+    `greedy_orders`, where they are known.
     """
     program = provenance.program
     selections = selections or greedy_orders(provenance, calibration, groups, progress=progress, store=store)
@@ -44,10 +45,11 @@ def error_curves(
     samples, others = _trial_samples(calibration, weighing_samples(program, len(groups)))
     for index, group in enumerate(groups):
         half = _trial_count(curves[group.name])
+        kept = selections[group.name].first(half)
         height = store.value(
-            "height",
-            [program, samples, others, group.name, half],
-            functools.partial(_height, provenance, samples, others, group, half),
+            "height of an order",
+            [program, samples, others, group.name, kept.order],
+            functools.partial(_height, provenance, samples, others, group, kept),
         )
         curves[group.name] = _scaled(curves[group.name], half, bounded(height))
         progress("weigh groups", index + 1, len(groups))
@@ -101,9 +103,9 @@ def _trial_samples(calibration: CalibrationSet, most: int) -> tuple[CalibrationS
 
 
 def _height(
-    provenance: Provenance, samples: CalibrationSet, others: CalibrationSet, group: UnitGroup, count: int
+    provenance: Provenance, samples: CalibrationSet, others: CalibrationSet, group: UnitGroup, kept: Selection
 ) -> float:
-    """The output error on the other samples with one group alone pruned to `count` units and re-solved."""
-    trial = choose_channels(provenance, samples, {group.name: count})
+    """The output error on the other samples with one group alone pruned to the units that are `kept`, and re-solved."""
+    trial = choose_channels(provenance, samples, {group.name: kept})
     smaller = prune_channels(provenance, trial.removed, trial.tensors).program
     return output_error(provenance.program, smaller, others)

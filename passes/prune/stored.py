@@ -61,7 +61,4 @@ def known_units(ctx: Context, units: Provenance, counts: Mapping[str, int]) -> d
     sizes = {group.name: len(group) for group in units.prunable}
     if not all(name in orders and len(orders[name].order) == sizes[name] for name in counts):
         return None
-    return {
-        name: Selection(order=orders[name].order[:count], errors=orders[name].errors[: count + 1])
-        for name, count in counts.items()
-    }
+    return {name: orders[name].first(count) for name, count in counts.items()}

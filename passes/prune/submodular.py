@@ -38,6 +38,9 @@ from ..solve.closed_form import EIGH_CUBES, ridge_level
 from ..solve.moments import Moments
 from .factors import EXPLAINED, definite_cholesky, growing_squares, whitener, with_few_outputs
 
+#: Rows are left out when so many of the units are still there, as a share of those that have rows.
+FEWER = 0.8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -206,6 +209,10 @@ class Selection:
     errors: torch.Tensor
     ratio_bound: float | None = None
 
+    def first(self, count: int) -> Selection:
+        """The selection of so many units: the first ones, of which nothing is guaranteed."""
+        return Selection(order=self.order[:count], errors=self.errors[: count + 1])
+
     @property
     def guarantee(self) -> float | None:
         return None if self.ratio_bound is None else -math.expm1(-self.ratio_bound)
@@ -272,10 +279,11 @@ def submodularity_bound(objective: Objective) -> float:
 class _State:
     """One consumer while units are taken, and what the taken columns leave unexplained of each candidate.
 
-    `blocks` (groups, units, b, b) are the candidates' Schur complements B = K_uu - L_u L_u^T and `images` as many N =
-    C_u C_u^T of what is left of their cross moments, so that a unit gains tr(B^-1 N). `factor` (groups, columns, taken
-    columns) holds the rows L of the Cholesky factor and `weights` (groups, taken columns, outputs) those of L^-1 C. The
-    cross moments themselves stay as they are: a step reads C and L once, and writes neither.
+    `blocks` (groups, candidates, b, b) are the candidates' Schur complements B = K_uu - L_u L_u^T and `images` as many
+    N = C_u C_u^T of what is left of their cross moments, so that a unit gains tr(B^-1 N). `factor` (groups, columns,
+    taken columns) holds the rows L of the Cholesky factor and `weights` (groups, taken columns, outputs) those of
+    L^-1 C. The cross moments themselves stay as they are: a step reads C and L once, and writes neither. Rows of units
+    that were taken are left out now and then.
     """
 
     def __init__(self, objective: Objective, count: int) -> None:
@@ -289,17 +297,21 @@ class _State:
         cross = objective.cross.new_zeros(groups, size + 1, objective.cross.shape[2])
         cross[:, :size] = objective.solved_cross
         self.gram, self.cross = gram, with_few_outputs(cross)
-        self.columns = torch.where(self.units < 0, torch.full_like(self.units, size), self.units)
         own = torch.cat([objective.own, gram.new_zeros(groups, 1)], 1)
         self.floor = torch.where(own > 0, own, torch.ones_like(own))
         most = len(objective.always) + count * self.units.shape[1]
         self.factor = gram.new_zeros(groups, size + 1, most)
         self.weights = gram.new_zeros(groups, most, self.cross.shape[2])
         self.taken = 0
-        rows = self.columns
-        self.blocks = gram[:, rows.unsqueeze(2), rows.unsqueeze(1)].clone()
-        own_cross = self.cross[:, rows]
+        #: The units that are still there, their columns, which columns have a row, and each column's row.
+        self.there = torch.arange(len(self.units))
+        self.columns = torch.where(self.units < 0, torch.full_like(self.units, size), self.units)
+        self.rows = self.place = torch.arange(size + 1)
+        columns = self.columns
+        self.blocks = gram[:, columns.unsqueeze(2), columns.unsqueeze(1)].clone()
+        own_cross = self.cross[:, columns]
         self.images = own_cross @ own_cross.transpose(2, 3)
+        self.gone = torch.zeros(len(self.units), dtype=torch.bool)
         if len(objective.always):
             self._take(objective.always)
 
@@ -308,37 +320,60 @@ class _State:
         return max(0.0, 1 - (self.explained - self.paid) / self.energy)
 
     def gains(self) -> torch.Tensor:
-        """By how much each unit would lower J, relative to the target's energy."""
+        """By how much each unit would lower J, relative to the target's energy; 0 of those that are taken."""
         whitening = whitener(self.blocks, self.floor[:, self.columns])
         explained = ((self.images @ whitening) * whitening).sum((2, 3)).clamp(min=0).sum(0)
-        return (explained - self.owed[self.columns].sum(1)) / self.energy
+        found = torch.zeros(len(self.units), dtype=torch.float64)
+        found[self.there] = (explained - self.owed[self.columns].sum(1)) / self.energy
+        return found
 
     def take(self, unit: int) -> None:
-        self._take(self.columns[unit])
+        """Take one unit."""
+        size = len(self.place) - 1
+        mine = self.units[unit]
+        self._take(torch.where(mine < 0, torch.full_like(mine, size), mine))
+        self.gone[unit] = True
+        left = ~self.gone[self.there]
+        if int(left.sum()) < FEWER * len(left):
+            self._leave_out(left)
 
     def _take(self, columns: torch.Tensor) -> None:
         groups, size, outputs = self.cross.shape
         work.count(work.ALGEBRA, groups * size * len(columns) * (2 * self.taken + 2 * len(columns) + outputs))
-        done, weights = self.factor[:, :, : self.taken], self.weights[:, : self.taken]
-        mine = done[:, columns]
+        done, weights, at = self.factor[:, :, : self.taken], self.weights[:, : self.taken], self.place[columns]
+        mine = done[:, at]
         block = self.gram[:, columns][:, :, columns] - mine @ mine.transpose(1, 2)
         whitening = whitener(block, self.floor[:, columns])
-        fresh = whitening.transpose(1, 2) @ (self.cross[:, columns] - mine @ weights)
+        fresh = whitening.transpose(1, 2) @ (self.cross[:, at] - mine @ weights)
         # <what is left of C, the new weights> and the new columns of L, from one pass over those that there are
         both = done @ torch.cat([mine.transpose(1, 2), weights @ fresh.transpose(1, 2)], 2)
         left, known = both.chunk(2, 2)
-        rows = (self.gram[:, :, columns] - left) @ whitening
+        rows = (self.gram[:, columns][:, :, self.rows].transpose(1, 2) - left) @ whitening
         inner = self.cross @ fresh.transpose(1, 2) - known
         self.explained += float(fresh.square().sum())
         self.paid += float(self.owed[columns].sum())
         new = slice(self.taken, self.taken + len(columns))
         self.factor[:, :, new], self.weights[:, new] = rows, fresh
         self.taken += len(columns)
-        parts = rows[:, self.columns]
+        places = self.place[self.columns]
+        parts = rows[:, places]
         turned = parts.transpose(2, 3)
-        mixed = (inner[:, self.columns] - parts @ (fresh @ fresh.transpose(1, 2)).unsqueeze(1) / 2) @ turned
+        mixed = (inner[:, places] - parts @ (fresh @ fresh.transpose(1, 2)).unsqueeze(1) / 2) @ turned
         self.blocks -= parts @ turned
         self.images -= mixed + mixed.transpose(2, 3)
+
+    def _leave_out(self, left: torch.Tensor) -> None:
+        """Go on with these of the units that are there, and with the rows that they need."""
+        self.there, self.columns = self.there[left], self.columns[left]
+        self.blocks, self.images = self.blocks[:, left], self.images[:, left]
+        needed = torch.zeros(len(self.place), dtype=torch.bool)
+        needed[self.columns] = True
+        needed[-1] = True  # the empty one
+        kept = needed[self.rows]
+        self.rows = self.rows[kept]
+        self.cross, self.factor = self.cross[:, kept], self.factor[:, kept]
+        self.place = torch.full_like(self.place, -1)
+        self.place[self.rows] = torch.arange(len(self.rows))
 
 
 def _mean(errors: Sequence[float]) -> float:
