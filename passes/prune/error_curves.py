@@ -69,7 +69,7 @@ def greedy_orders(
     counts = {g.name: len(g) for g in groups}
 
     def compute() -> tuple[None, dict[str, torch.Tensor]]:
-        found = list(select_layerwise(provenance, calibration, groups, counts, bound=False, progress=progress))
+        found = list(select_layerwise(provenance, calibration, groups, counts, progress=progress))
         tensors = {f"order {group.name}": selection.order for group, selection in found}
         return None, tensors | {f"errors {group.name}": selection.errors for group, selection in found}
 

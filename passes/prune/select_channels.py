@@ -147,13 +147,12 @@ def select_layerwise(
     counts: Mapping[str, int],
     *,
     settings: ResolveSettings | None = None,
-    bound: bool = True,
     progress: Progress = silent,
 ) -> list[tuple[UnitGroup, Selection]]:
     """Selections from the original network's moments; consumers share passes over the data as memory allows.
-    `settings` are those of the solves to come; without any, all rows are read. `bound` asks for the guarantee."""
+    `settings` are those of the solves to come; without any, all rows are read, and nothing is said to be guaranteed."""
     program, consumers, calibration = provenance.program, find_consumers(provenance), calibration.views_together()
-    settings = settings or ResolveSettings(rows_per_column=None)
+    guaranteed, settings = settings is not None, settings or ResolveSettings(rows_per_column=None)
     ridge, rows_per_column = settings.ridge_for(len(calibration)), settings.rows_per_column
     readers = {g.name: _readers(consumers, g) for g in groups}
     found = []
@@ -166,7 +165,7 @@ def select_layerwise(
         for group in batch:
             objectives = [parts.of(n, group) for n in readers[group.name]]
             selection = (
-                select_units(objectives, counts[group.name], bound=bound and all(map(_cheap, objectives)))
+                select_units(objectives, counts[group.name], bound=guaranteed and all(map(_cheap, objectives)))
                 if objectives
                 else select_by_norm(provenance, group, counts[group.name], read=True)
             )
