@@ -53,9 +53,7 @@ def sample_reader(path: Path | None, options: ImageOptions, *, input_shape: str 
 
 
 def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
-    """The `cache` argument of `compile`. Raises CompilerError."""
-    if fresh and cache is not None:
-        raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
+    """The `cache` argument of `compile`."""
     return False if fresh else cache or True
 
 

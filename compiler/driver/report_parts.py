@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...passes.solve.weighing import TRIAL_SAMPLES
 from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error
@@ -28,7 +29,7 @@ from ..support.strict_json import json_text, read_json
 from ..support.version import __version__
 from .apply_decisions import applied_plain, by_phase, shaped
 from .pipeline import Outcome
-from .plan_search import TRIAL_SAMPLES, quick_error
+from .plan_search import quick_error
 
 Part = dict[str, Any]
 
