@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ... import passes
-from ..data.sample_paths import check_readable
+from ..data.sample_paths import check_optional, check_readable
 from ..frontend.model_path import check_named
 from ..support.atomic_files import check_writable
 from ..support.errors import CompilerError, GoalError, PlanError
@@ -306,11 +306,10 @@ class ApplyOptions(SolveOptions):
     def check(self) -> None:
         super().check()
         check_writable(self.output)
+        check_optional(self.calib, vars(self))
         if not self.plan.is_file():
             raise PlanError(f"no such file: {self.plan}", hint="name a plan.json that foldcut wrote")
         check_named(self.model, self.weights)
-        if self.calib is not None:
-            check_readable(self.calib)
 
     def first_words(self) -> str:
         if self.solved is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..support.errors import CalibrationError
 
@@ -20,4 +22,17 @@ def check_readable(path: Path) -> None:
     if path.suffix not in ARRAY_SUFFIXES:
         raise CalibrationError(
             f"cannot read calibration data from {path.name}", expected=".npy, .npz, .pt or a folder of images"
+        )
+
+
+def check_optional(path: Path | None, options: Mapping[str, Any]) -> None:
+    """`check_readable` where samples need not be given. Raises CalibrationError too where none are, and yet `options`
+    say something about how they are read."""
+    if path is not None:
+        check_readable(path)
+        return
+    named = " and ".join(f"--{name}" for name in ("key", "size", "mean", "std") if options[name] is not None)
+    if named:
+        raise CalibrationError(
+            f"{named}: there are no samples to read", hint=f"name a file or folder of samples, or leave {named} out"
         )

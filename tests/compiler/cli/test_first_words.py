@@ -88,6 +88,10 @@ def test_nothing_is_said_where_nothing_is_to_be_said(folder: Path, quiet: str) -
         ((*COMPILE, "--blocks", "2", "--fresh", "--cache", "c"), "compile: --fresh keeps no analyses"),
         (("sweep", "none.pt2", *COMPILE[2:]), "capture: no such file: none.pt2"),
         (("apply", "none.json", "net.pt2", "-o", "out"), "plan: no such file: none.json"),
+        (
+            ("apply", "plan.json", "net.pt2", "-o", "out", "--key", "x"),
+            "calibrate: --key: there are no samples to read",
+        ),
         (("demo", "-o", "x.npy"), "output: x.npy is a file"),
     ],
 )
