@@ -24,7 +24,7 @@ def run(options: ApplyOptions) -> None:
 
     def work() -> None:
         check_writable(options.output)
-        with opened_progress(not (options.as_json or options.quiet)) as progress:
+        with opened_progress(not (options.as_json or options.quiet), "apply") as progress:
             made = _applied(options, progress)
             made.save(options.output)
         if options.as_json:

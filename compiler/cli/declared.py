@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from inspect import Parameter, Signature, getdoc
 from typing import Any, get_type_hints
@@ -11,20 +11,36 @@ from typing import Any, get_type_hints
 import typer
 
 from ..starting import started
+from .console import guarded, say
 
 
-def add_command(app: typer.Typer, name: str, kind: type, where: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a command, and what is checked and said of them within the first second, without torch. Base
+    class."""
+
+    def check(self) -> None:
+        """Raise CompilerError for what can be seen to be wrong before anything is loaded."""
+
+    def first_words(self) -> str:
+        """What the command is about to do; nothing where it does not say so."""
+        return ""
+
+
+def add_command(app: typer.Typer, name: str, kind: type[Options], where: str) -> None:
     """Add a command with the options of a dataclass, whose docstring is its help.
 
     `where` names what carries it out, ``module:function`` beside this one: it is imported when the command runs, so
-    that help and completion need not wait for torch.
+    that help, completion and what is said first need not wait for torch.
     """
 
     def run(**values: Any) -> None:
+        options = kind(**values)
+        begin(options)
         module, _, function = where.partition(":")
         work: Callable[[Any], None] = getattr(import_module(f".{module}", __package__), function)
         started()  # torch is there: until now Ctrl-C ended the process
-        work(kind(**values))
+        work(options)
 
     hints = get_type_hints(kind, include_extras=True)
     parameters = [
@@ -39,3 +55,15 @@ def add_command(app: typer.Typer, name: str, kind: type, where: str) -> None:
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     app.command(name, help=getdoc(kind))(run)
+
+
+def begin(options: Options) -> None:
+    """Check what can be checked at once, and say what will be done unless nothing is to be said."""
+
+    def work() -> None:
+        options.check()
+        words = options.first_words()
+        if words and not getattr(options, "quiet", False) and not getattr(options, "as_json", False):
+            say(words)
+
+    guarded(work, debug=getattr(options, "debug", False))

@@ -20,24 +20,12 @@ from ..goals.latency import Latency
 from ..goals.max_error import MaxError
 from ..plan.goal import Goal
 from ..support.errors import GoalError
-from .options import CompileOptions, RunOptions
-
-#: Every goal of the command line.
-EXAMPLES = (
-    "--latency 0.7",
-    "--blocks 4",
-    "--keep 0.5",
-    "--macs 0.6",
-    "--parameters 0.5",
-    "--max-error 0.02",
-    "--ranks 0.25",
-)
+from .options import CompileOptions, RunOptions, latency_number
 
 
 def read_goal(options: CompileOptions) -> Goal:
     """The one goal that was given; `regime` is that of a latency. Raises GoalError."""
-    if options.latency is None and options.regime is not None:
-        raise GoalError("--regime says how a latency is measured, and none is asked for", hint="give --latency as well")
+    options.check_goal()
     made: list[tuple[Any, Callable[[Any], Goal]]] = [
         (options.latency, lambda text: _latency(text, options.regime)),
         (options.blocks, Blocks),
@@ -47,10 +35,7 @@ def read_goal(options: CompileOptions) -> Goal:
         (options.max_error, MaxError),
         (options.ranks, lambda share: Ranks(keep=share)),
     ]
-    given = [make(value) for value, make in made if value is not None]
-    if len(given) != 1:
-        raise GoalError("give one goal", hint=f"{', '.join(EXAMPLES[:-1])} or {EXAMPLES[-1]}")
-    return given[0]
+    return next(make(value) for value, make in made if value is not None)
 
 
 def read_goals(latency: str | None, macs: str | None, regime: str | None = None) -> tuple[Goal, ...]:
@@ -86,11 +71,7 @@ def _in_regime(goal: Goal, regime: str | None) -> Goal:
 
 
 def _latency(text: str, regime: str | None) -> Latency:
-    number, unit = (text[:-2].strip(), "ms") if text.endswith("ms") else (text, "ratio")
-    try:
-        value = float(number)
-    except ValueError:
-        raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
+    value, unit = latency_number(text)
     wanted: dict[str, Any] = {unit: value, "regime": regime or "hot"}
     return Latency(**wanted)
 

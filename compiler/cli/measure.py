@@ -24,7 +24,7 @@ def run(options: MeasureOptions) -> None:
             self_check=options.self_check,
             regime="cold" if options.regime == "cold" else "hot",
         )
-        with opened_progress(not (options.as_json or options.quiet)) as progress:
+        with opened_progress(not (options.as_json or options.quiet), "measure") as progress:
             found = measure_files(options.before, options.after, wish, progress=progress)
         if options.as_json:
             print(json_text(found.to_dict(samples=options.samples)))

@@ -11,6 +11,14 @@ from typing import Annotated
 import typer
 
 from ... import passes
+from ..data.sample_paths import check_optional, check_readable
+from ..frontend.model_path import check_named
+from ..support.atomic_files import check_writable
+from ..support.errors import CompilerError, GoalError, PlanError
+from .declared import Options
+
+#: Every goal of the command line.
+EXAMPLES = "--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6, --parameters 0.5, --max-error 0.02 or --ranks 0.25"
 
 
 def rewrite_names() -> list[str]:
@@ -27,6 +35,22 @@ class Caches(StrEnum):
 
     HOT = "hot"
     COLD = "cold"
+
+
+def latency_number(text: str) -> tuple[float, str]:
+    """The number in "0.7" or "2.5ms", and whether it is a ``ratio`` or ``ms``. Raises GoalError."""
+    number, unit = (text[:-2].strip(), "ms") if text.endswith("ms") else (text, "ratio")
+    try:
+        return float(number), unit
+    except ValueError:
+        raise GoalError(f"--latency {text!r} is not a goal", hint="give a ratio, 0.7, or milliseconds, 2.5ms") from None
+
+
+def latency_words(text: str, regime: str | None) -> str:
+    """A latency as its goal says it. Raises GoalError."""
+    value, unit = latency_number(text.strip())
+    wanted = f"latency ratio {value:g}" if unit == "ratio" else f"latency {value:g} ms"
+    return f"{regime} {wanted}" if regime == Caches.COLD else wanted
 
 
 ModelArgument = Annotated[
@@ -109,7 +133,7 @@ AfterArgument = Annotated[Path, typer.Argument(help="ONNX file to compare with i
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(Options):
     """How samples of a file or a folder are read."""
 
     key: KeyOption = None
@@ -138,6 +162,10 @@ class SolveOptions(SampleOptions):
     quiet: QuietOption = False
     debug: DebugOption = False
 
+    def check(self) -> None:
+        if self.fresh and self.cache is not None:
+            raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(SolveOptions):
@@ -159,6 +187,16 @@ class RunOptions(SolveOptions):
     save_temps: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Save the program there after every pass.")
     ] = None
+
+    def check(self) -> None:
+        super().check()
+        check_writable(self.output)
+        check_named(self.model, self.weights)
+        check_readable(self.calib)
+
+    def _begun(self, goal: str) -> str:
+        """The first words, with the goal as it is said there."""
+        return f"compiling {self.model} to {goal} with {self.calib}, on {self.backend}; output in {self.output}/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +228,35 @@ class CompileOptions(RunOptions):
         bool, typer.Option("--profile", help="Show what each stage took, what it did, and what it cannot do without.")
     ] = False
 
+    def check(self) -> None:
+        self.check_goal()
+        super().check()
+
+    def check_goal(self) -> None:
+        """Raise GoalError unless there is one goal, and what is said beside it is about it."""
+        if self.latency is None and self.regime is not None:
+            raise GoalError(
+                "--regime says how a latency is measured, and none is asked for", hint="give --latency as well"
+            )
+        if len(self._goals()) != 1:
+            raise GoalError("give one goal", hint=EXAMPLES)
+
+    def first_words(self) -> str:
+        return self._begun(self._goals()[0])
+
+    def _goals(self) -> list[str]:
+        """The goals that are given, as they say themselves."""
+        words = {
+            "blocks": lambda count: f"{count} block{'s' if count > 1 else ''} dropped",
+            "keep": "{:g} of the channels kept".format,
+            "macs": "MACs ratio {:g}".format,
+            "parameters": "parameters ratio {:g}".format,
+            "max_error": "output error at most {:g}".format,
+            "ranks": "{:g} of full rank".format,
+            "latency": lambda text: latency_words(text, self.regime),
+        }
+        return [say(getattr(self, name)) for name, say in words.items() if getattr(self, name) is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(RunOptions):
@@ -203,6 +270,11 @@ class SweepOptions(RunOptions):
         str | None, typer.Option(metavar="R,R", help="Latency goals: ratios, or milliseconds such as 2.5ms.")
     ] = None
     macs: Annotated[str | None, typer.Option(metavar="R,R", help="Goals in multiply-accumulates.")] = None
+
+    def first_words(self) -> str:
+        goals = [latency_words(text, self.regime) for text in (self.latency or "").split(",") if text.strip()]
+        goals += [f"MACs ratio {text.strip()}" for text in (self.macs or "").split(",") if text.strip()]
+        return self._begun(f"each of {', '.join(goals)}" if goals else "several latency ratios")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +305,21 @@ class ApplyOptions(SolveOptions):
     weights: WeightsOption = None
     dequantize: DequantizeOption = False
     input_shape: ShapeOption = None
+
+    def check(self) -> None:
+        super().check()
+        check_writable(self.output)
+        check_optional(self.calib, vars(self))
+        if not self.plan.is_file():
+            raise PlanError(f"no such file: {self.plan}", hint="name a plan.json that foldcut wrote")
+        check_named(self.model, self.weights)
+
+    def first_words(self) -> str:
+        if self.solved is not None:
+            weights = f" with the weights of {self.solved}"
+        else:
+            weights = "" if self.calib is None else f", solved again with {self.calib}"
+        return f"applying {self.plan} to {self.model}{weights}; output in {self.output}/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +379,7 @@ class VerifyOptions(SampleOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(Options):
     """Train a small residual network on handwritten digits, compile it to a latency goal, show before and after. Exit
     code 3 when the goal was not met.
     """
@@ -305,3 +392,10 @@ class DemoOptions:
     seed: Annotated[int, typer.Option(min=0, help="Seed of training and compile.")] = 0
     quiet: QuietOption = False
     debug: DebugOption = False
+
+    def check(self) -> None:
+        check_writable(self.output)
+
+    def first_words(self) -> str:
+        made = "training a small network on handwritten digits, then compiling it"
+        return f"{made} to latency ratio {self.goal:g}; output in {self.output}/"

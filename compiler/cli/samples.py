@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
+from ..data.sample_paths import check_optional
 from ..frontend.capture import Model
 from ..frontend.model_source import load_model
-from ..support.errors import CalibrationError, CaptureError, CompilerError
+from ..support.errors import CaptureError, CompilerError
 from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions
 
 #: Reads so many samples, or all of them where None is given.
@@ -41,21 +42,14 @@ def read_samples(
 def sample_reader(path: Path | None, options: ImageOptions, *, input_shape: str | None = None) -> Reader | None:
     """What reads samples where a command need not be given any, None where it is not. Raises CalibrationError when
     nothing is to be read, and yet something is said about how."""
-    if path is not None:
-        return lambda limit: read_samples(path, options, limit=limit, input_shape=input_shape)
-    given = {"--key": options.key, "--size": options.size, "--mean": options.mean, "--std": options.std}
-    named = " and ".join(name for name, value in given.items() if value is not None)
-    if named:
-        raise CalibrationError(
-            f"{named}: there are no samples to read", hint=f"name a file or folder of samples, or leave {named} out"
-        )
-    return None
+    check_optional(path, vars(options))
+    if path is None:
+        return None
+    return lambda limit: read_samples(path, options, limit=limit, input_shape=input_shape)
 
 
 def read_cache(cache: Path | None, fresh: bool) -> bool | Path:
-    """The `cache` argument of `compile`. Raises CompilerError."""
-    if fresh and cache is not None:
-        raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
+    """The `cache` argument of `compile`."""
     return False if fresh else cache or True
 
 

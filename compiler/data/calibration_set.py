@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from ..ir.program import Batch, Program, TensorSpec, dtype_name
 from ..support.errors import CalibrationError, CaptureError
 from .input_binding import ForwardInputs
-from .sample_files import check_limit, check_options, check_readable, read_arrays, read_images
+from .sample_files import check_limit, check_options, read_arrays, read_images
+from .sample_paths import check_readable
 from .sample_reading import check_counts, content_digests, drawing_keys, read_data
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.

@@ -14,21 +14,6 @@ from ..archives.archive_check import check_extents, check_pickled_file
 from ..support.errors import CalibrationError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
-ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
-
-
-def check_readable(path: Path) -> None:
-    """Raise CalibrationError for what is neither a folder nor a file of a kind that can be read."""
-    if path.is_dir():
-        return
-    if not path.is_file():
-        raise CalibrationError(
-            f"no such file or folder: {path}", hint="pass a .npy, .npz or .pt file or a folder of images"
-        )
-    if path.suffix not in ARRAY_SUFFIXES:
-        raise CalibrationError(
-            f"cannot read calibration data from {path.name}", expected=".npy, .npz, .pt or a folder of images"
-        )
 
 
 def check_options(

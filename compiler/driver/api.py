@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...passes.mimic.settings import MimicSettings
+from ...passes.mimic.settings import MimicSettings, mimic_passes
 from ...runtime.measure.backend import Backend, resolve_backend
 from ...runtime.measure.conditions import Conditions
 from ...runtime.probe.latency_probe import LatencyProbe
@@ -23,6 +23,7 @@ from ..onnx.file import in_one_piece
 from ..plan.goal import Goal
 from ..report.report import Report
 from ..rewrite.context import Context
+from ..rewrite.forecast import foresee
 from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
@@ -96,7 +97,8 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         views: Functions of a batch that the task is invariant to, such as `horizontal_flip`. Each adds a changed copy
             of the samples to fit with.
         seed: Seed of all random choices.
-        progress: True shows bars on stderr. A callable gets (stage, done, total).
+        progress: True shows on stderr what is to be done, about how long it takes, and bars. A callable gets (stage,
+            done, total).
         threads: Number of CPU threads of the measurement.
         settings: How each stage works. Its batch, threads, seed and views are replaced by the arguments of the call.
         cache: True keeps the results of analyses in ``$FOLDCUT_CACHE`` or ``~/.cache/foldcut``, a path elsewhere,
@@ -131,33 +133,30 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     options = options.with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
-    clock = StageClock()
-    with (
-        alone(),
-        memory_at_hand(),
-        kept_in(cache) as folder,
-        opened_progress(progress) as show,
-        _collected_warnings() as messages,
-    ):
-        with clock.stage("capture"):
-            network = opened(model)
-            samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
-            teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
-            _check_fixed_batch(teacher, batch)
-        ctx = options.context(teacher, samples, goal, AnalysisStore(folder, basis=own_sources(used, goal)), clock, show)
-        deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
-        with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
-            outcome = run_pipeline(ctx, used, probe, options)
-    origin = report_origin(outcome, model)
-    result = Compiled(
-        plan=outcome.plan,
-        make_program=lambda: outcome.program,
-        make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
-        compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
-        outcome=outcome,
-        output_errors=outcome.output_errors,
-        tested=outcome.tested,
-    )
+    with alone(), memory_at_hand(), opened_progress(progress, "compile") as show:
+        clock = StageClock(show)
+        with kept_in(cache) as folder, _collected_warnings() as messages:
+            with clock.stage("capture"):
+                network = opened(model)
+                samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
+                teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
+                _check_fixed_batch(teacher, batch)
+            store = AnalysisStore(folder, basis=own_sources(used, goal))
+            ctx = options.context(teacher, samples, goal, store, clock, show)
+            foresee(ctx, used, mimic_passes(options.mimic))
+            deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
+            with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
+                outcome = run_pipeline(ctx, used, probe, options)
+        origin = report_origin(outcome, model)
+        result = Compiled(
+            plan=outcome.plan,
+            make_program=lambda: outcome.program,
+            make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
+            compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
+            outcome=outcome,
+            output_errors=outcome.output_errors,
+            tested=outcome.tested,
+        )
     if not outcome.met:
         raise GoalError(
             goal.unmet(result),
@@ -238,7 +237,7 @@ def _report(
     macs, parameters = cost_report(outcome)
     latency = outcome.measurement.to_dict(samples=False)
     environment = latency.pop("environment", {})
-    with outcome.ctx.clock.stage("report"), memory_at_hand():
+    with outcome.ctx.clock.stage("report"):
         parts = report_parts(outcome)
     return Report(
         goal=goal.to_dict(),

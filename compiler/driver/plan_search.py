@@ -8,11 +8,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ...passes.solve.layers import find_layers
 from ...passes.solve.resolve_network import TRIAL_RESOLVE
+from ...passes.solve.weighing import TRIAL_SAMPLES, solve_macs
 from ..data.output_error import BROKEN, bounded, output_error
 from ..data.sampled_error import sampled_error
-from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..plan.decision import Decision
 from ..plan.joint_search import MOST_TRIALS, Means, MixSearch
@@ -33,8 +32,6 @@ NEGLIGIBLE = 2e-3
 ENOUGH = 1e-4
 #: What a network loses that is made with care, a trial may say so many times as much of.
 MOST_ROUGHLY = 5.0
-#: Samples that a plan is put into effect with while plans are compared.
-TRIAL_SAMPLES = 128
 #: Multiply-accumulates that all trials of a search may take, about, and how many trials there may be all the same.
 TRIAL_MACS, LEAST_TRIALS = 4_000_000_000_000, 20
 
@@ -203,14 +200,8 @@ def quick_error(quick: Context, rewrites: Sequence[Rewrite], decisions: Sequence
 
 
 def trial_macs(program: Program, samples: int) -> int:
-    """About what it takes to put a plan into effect and to re-solve it: two networks are run, and each layer's Gram
-    matrix is made from so many rows per column, as far as there are as many, factorised and solved with."""
-    cost = program_cost(program).macs * samples * 2
-    for layer in find_layers(program)[0].values():
-        outputs, columns = program.module.get_parameter(layer.weight).flatten(1).shape
-        rows = samples * layer.rows_per_sample(program)
-        cost += columns**2 * (min(rows, (TRIAL_RESOLVE.rows_per_column or 1) * columns) + columns // 3 + outputs)
-    return max(1, cost)
+    """About what it takes to put a plan into effect and to re-solve it."""
+    return solve_macs(program, samples, TRIAL_RESOLVE.rows_per_column)
 
 
 def _left_out(mix: Mix, cause: CompilerError) -> None:

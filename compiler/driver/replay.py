@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...passes.mimic.settings import MimicSettings
+from ...passes.mimic.settings import MimicSettings, mimic_passes
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.sampled_error import sampled_error, warn_if_lost
 from ..frontend.capture import Model, capture, opened
@@ -19,6 +19,7 @@ from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program
 from ..plan.decision import Decision
 from ..rewrite.context import Context
+from ..rewrite.forecast import foresee_replay
 from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore
@@ -105,12 +106,14 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    with alone(), memory_at_hand():
-        network = opened(model)
-        samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
-        inputs = example if samples is None else samples.batch(slice(0, 2))
-        teacher = fold_parameters(capture(network, inputs))
-        read.check(teacher.fingerprint)
+    with alone(), memory_at_hand(), opened_progress(progress, "apply") as show:
+        clock = StageClock(show)
+        with clock.stage("capture"):
+            network = opened(model)
+            samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
+            inputs = example if samples is None else samples.batch(slice(0, 2))
+            teacher = fold_parameters(capture(network, inputs))
+            read.check(teacher.fingerprint)
         opset = settings.opset if settings is not None else None
         if weights is not None:
             program = with_weights(apply_plan(teacher, read, rewrites), capture(weights, inputs))
@@ -119,9 +122,10 @@ def apply(
         options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
-        with kept_in(cache) as folder, opened_progress(progress) as show:
+        with kept_in(cache) as folder:
             store = AnalysisStore(folder, basis=own_sources(using, read.goal))
-            ctx = options.context(teacher, samples, read.goal, store, StageClock(), show)
+            ctx = options.context(teacher, samples, read.goal, store, clock, show)
+            foresee_replay(ctx, using, mimic_passes(options.mimic))
             return _solved(ctx, read, using, options)
 
 
@@ -230,8 +234,11 @@ def with_weights(program: Program, trained: Program) -> Program:
 
 def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: PipelineSettings) -> Compiled:
     solved_at_the_end(rewrites)
-    done = mimicking(ctx, rewrites, made(ctx, rewrites, plan.decisions, exactly=True), options)
-    tested = sampled_error(ctx.teacher, done.program, ctx.sets.test, seed=ctx.seed)
+    with ctx.clock.stage("re-solve"):
+        done = made(ctx, rewrites, plan.decisions, exactly=True)
+    done = mimicking(ctx, rewrites, done, options)
+    with ctx.clock.stage("test"):
+        tested = sampled_error(ctx.teacher, done.program, ctx.sets.test, seed=ctx.seed)
     warn_if_lost(tested)
     return replace(_result(done.program, plan, options.opset), output_errors=done.errors, tested=tested)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ...passes.solve.least_work import forward_macs, solve_macs
+from ...passes.solve.least_macs import forward_macs, least_solve_macs
 from ...passes.solve.resolve_network import TRIAL_RESOLVE
+from ...passes.solve.weighing import TRIAL_SAMPLES
 from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error
@@ -30,7 +31,7 @@ from ..support.strict_json import json_text, read_json
 from ..support.version import __version__
 from .apply_decisions import applied_plain, by_phase, shaped
 from .pipeline import Outcome
-from .plan_search import TRIAL_SAMPLES, quick_error
+from .plan_search import quick_error
 
 Part = dict[str, Any]
 
@@ -128,7 +129,7 @@ def work_by_stage(outcome: Outcome) -> list[Part]:
             "stage": name,
             "wall_s": round(clock.wall_s[name], 3),
             "cpu_s": round(clock.cpu_s[name], 3),
-            "macs": dict(clock.work[name]),
+            "macs": dict(clock.macs[name]),
             "least_macs": least.get(name),
         }
         for name in clock.wall_s
@@ -140,15 +141,15 @@ def least_macs(outcome: Outcome) -> dict[str, int]:
     and every Gram matrix and solve once. Stages that look at the whole network see it once in any case."""
     ctx, made, original = outcome.ctx, outcome.program, outcome.ctx.teacher
     solve, rows = len(ctx.solve), ctx.resolve.rows_per_column
-    seen = forward_macs(original, solve) + solve_macs(original, solve, rows)
-    trial = forward_macs(made, len(ctx.judge)) + solve_macs(
+    seen = forward_macs(original, solve) + least_solve_macs(original, solve, rows)
+    trial = forward_macs(made, len(ctx.judge)) + least_solve_macs(
         made, min(TRIAL_SAMPLES, solve), TRIAL_RESOLVE.rows_per_column
     )
     samples = len(ctx.sets.test)
     return {
         **dict.fromkeys(("choose", "offer channels", "offer ranks", "weigh integers"), seen),
         "try plans": len(outcome.applied.tried) * trial,
-        "re-solve": forward_macs(original, solve) + forward_macs(made, solve) + solve_macs(made, solve, rows),
+        "re-solve": forward_macs(original, solve) + forward_macs(made, solve) + least_solve_macs(made, solve, rows),
         "test": forward_macs(original, samples) + forward_macs(made, samples),
     }
 

@@ -21,7 +21,7 @@ from ..support.allocator import memory_at_hand
 from ..support.atomic_files import write_folder
 from ..support.errors import GoalError
 from ..support.one_at_a_time import alone
-from ..support.progress import Progress
+from ..support.progress import Progress, WholeProgress, opened_progress
 from ..support.setting_checks import refuse
 from ..support.strict_json import json_file
 from .api import Compiled, check_goal
@@ -215,9 +215,11 @@ def sweep(
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
-    with alone(), memory_at_hand(), kept_in(cache) as place:
+    with alone(), memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
-        for goal in goals:
+        for number, goal in enumerate(goals, 1):
+            if isinstance(show, WholeProgress):
+                show.next_part(number, len(goals), str(goal))
             options: dict[str, Any] = {
                 "goal": goal,
                 "backend": backend,
@@ -226,7 +228,7 @@ def sweep(
                 "mimic": mimic,
                 "views": views,
                 "seed": seed,
-                "progress": progress,
+                "progress": show,
                 "threads": threads,
                 "settings": _for_goal(settings, goal),
                 "cache": place,

@@ -11,13 +11,13 @@ from typing import Any
 from ..archives.archive_check import check_pickled_file
 from ..support.errors import CaptureError, first_line, named_first_line
 from .capture import Model
+from .model_path import check_named, names_file
 
 
 def load_model(source: str, weights: Path | None) -> Model:
     """A `.pt2` path as it is; `package.module:callable` imported and called, with the state_dict loaded strictly."""
-    if ":" not in source or Path(source).exists():
-        if weights is not None:
-            raise CaptureError("--weights goes with package.module:callable", hint="a .pt2 file holds its weights")
+    check_named(source, weights)
+    if names_file(source):
         return Path(source)
     import torch
 

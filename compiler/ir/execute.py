@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..support import work
+from ..support import tally
 from ..support.errors import CompilerError
 from .cost import value_macs
 from .program import Batch, Program, is_constant, is_size
@@ -41,7 +41,7 @@ def evaluate(program: Program, node: fx.Node, values: Mapping[str, Any], tensors
     args = fx.node.map_arg(node.args, lookup)
     kwargs = fx.node.map_arg(node.kwargs, lookup)
     value = node.target(*args, **kwargs)  # type: ignore[operator]
-    work.count(work.FORWARD, value_macs(program, node.name, value))
+    tally.count(tally.FORWARD, value_macs(program, node.name, value))
     return value
 
 

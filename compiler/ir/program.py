@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..support import work
+from ..support import tally
 from ..support.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Program:
         from .cost import call_macs  # what costs are read off imports this module
 
         args, kwargs = as_arguments(batch)
-        work.count(work.FORWARD, call_macs(self, pytree.tree_leaves((args, kwargs))))
+        tally.count(tally.FORWARD, call_macs(self, pytree.tree_leaves((args, kwargs))))
         with torch.no_grad():
             return self.module(*args, **kwargs)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.sampled_error import interval_words
 from ..support.strict_json import finite
-from ..support.work import ALGEBRA, FORWARD, GRADIENT, MOMENTS
+from ..support.tally import ALGEBRA, FORWARD, GRADIENT, MOMENTS
 from .words import scaled
 
 

@@ -16,6 +16,7 @@ from ..plan.tried import TriedPlan
 from ..support.errors import GoalError, Reject
 from .budget import Budget, Savings
 from .context import Context
+from .work import Work
 
 R = TypeVar("R", bound="Rewrite")
 
@@ -222,6 +223,21 @@ class Rewrite:
             The rewrite.
         """
         return replace(self, ignore=patterns)  # type: ignore[type-var]
+
+    def work(self, ctx: Context) -> Mapping[str, Work]:
+        """Estimate how much the stages of this rewrite have to do, which must be quick. The time of a compile that is
+        shown while it runs is estimated from it.
+
+        Arguments:
+            ctx: The context of the compile. Its goal says whether `offer` or `own_plan` is to come.
+
+        Returns:
+            By the names of stages (``ctx.clock.stage``), in order, forward passes of one sample and seconds as a
+            `foldcut.compiler.rewrite.work.Work`. What ``re-solve`` has comes on top of the re-solve itself. By
+            default, nothing.
+        """
+        del ctx
+        return {}
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """Find what can be done to ``ctx.teacher`` towards the aim of a budget. The program is not changed.

@@ -15,8 +15,10 @@ from ...compiler.plan.proposals import Claims, Item, Proposal
 from ...compiler.rewrite.budget import Budget, changes_of
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
+from ...compiler.rewrite.work import Work
 from ...compiler.support.errors import GoalError, RewriteError
 from ..solve.layers import all_layer_names, matching_layers
+from ..solve.weighing import solve_passes
 from .choose_drops import Choice, Enough, choose_drops
 from .decision import Blocks, DropBlock
 from .drop_blocks import changes_of_drops, drop_blocks
@@ -24,6 +26,9 @@ from .recoverability import Recoverability, RecoverabilitySettings
 from .region_latency import region_savings
 from .stored import StoredErrors
 
+#: Quick solves for each block that a choice takes about, of a given number of blocks and towards a goal that mixes
+#: rewrites; and inferences that time what a region saves, in forward passes.
+SOLVES_OF_BLOCKS, SOLVES_OF_MIX, SAVING_PASSES = 2.0, 3.5, 30
 #: A plan is only measured when what its drops save one by one comes as near to the target as this.
 NEAR = 0.03
 
@@ -80,6 +85,14 @@ class Drop(RecoverabilitySettings, Rewrite):
     def named(self, program: Program) -> Sequence[str]:
         """The layers of `program`: node, module path and weight."""
         return all_layer_names(program)
+
+    def work(self, ctx: Context) -> Mapping[str, Work]:
+        """What is saved by each region, timed, and the choice: a few quick solves for each block."""
+        regions = self._regions(ctx)
+        each = solve_passes(ctx.teacher, max(1, min(self.samples, len(ctx.fit)) // 2), quick=True)
+        solves = SOLVES_OF_MIX if ctx.goal.mixes else SOLVES_OF_BLOCKS
+        timed = Work(passes=SAVING_PASSES * len(regions.regions)) if ctx.goal.measured else Work()
+        return {"measure savings": timed, "choose": Work(passes=solves * len(regions.blocks) * each)}
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """The regions whose drops reach the aim of `budget`, one after the other, each with the error that it adds."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...compiler.ir.program import Program
-from ...compiler.support import work
+from ...compiler.support import tally
 from ..solve.closed_form import EIGH_CUBES
 from ..solve.layers import Layer
 from ..solve.moments import Moments
@@ -313,7 +313,7 @@ def _whitened_basis(matrix: torch.Tensor, gram: torch.Tensor, most: int | None =
 
 def _leading(square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, largest first and none below zero, and eigenvectors of symmetric matrices."""
-    work.count(work.ALGEBRA, EIGH_CUBES * len(square) * square.shape[-1] ** 3)
+    tally.count(tally.ALGEBRA, EIGH_CUBES * len(square) * square.shape[-1] ** 3)
     values, vectors = torch.linalg.eigh(square)
     return values.flip(1).clamp(min=0), vectors.flip(2)
 

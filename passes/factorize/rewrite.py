@@ -14,11 +14,12 @@ from ...compiler.plan.proposals import Claims, Item, Mix, Proposal
 from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
+from ...compiler.rewrite.work import Work
 from ...compiler.support.errors import GoalError
 from ..solve.changes import Changes
-from ..solve.layers import all_layer_names
+from ..solve.layers import all_layer_names, find_layers
 from ..solve.resolve_network import TRIAL_RESOLVE
-from ..solve.weighing import weighing_samples
+from ..solve.weighing import solve_passes, weighing_samples
 from .decision import FactorizeLayer, Ranks
 from .factorize import (
     Factors,
@@ -38,6 +39,8 @@ from .stored import StoredTrials, stored_factors, stored_rank_analysis
 
 #: Options that save less of the latency than this are left out: they are lost in noise.
 LEAST_SAVING = 0.0005
+#: What decompositions of all layers take, over a solve of the network; and seconds that time the options of a layer.
+DECOMPOSED_OF_SOLVE, OPTIONS_S = 0.45, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,12 @@ class Factorize(RankSettings, Rewrite):
     def unsolved_by(self) -> tuple[str, ...]:
         """``RankSettings.resolve=False`` where that is set."""
         return () if self.resolve else ("RankSettings.resolve=False",)
+
+    def work(self, ctx: Context) -> Mapping[str, Work]:
+        """Moments and decompositions of all layers; under a goal in latency, options that are timed."""
+        solve = Work(passes=DECOMPOSED_OF_SOLVE * solve_passes(ctx.teacher, len(ctx.solve)))
+        timed = Work(seconds=OPTIONS_S * len(find_layers(ctx.teacher)[0])) if ctx.goal.measured else Work()
+        return {"offer ranks" if ctx.goal.mixes else "analyse": solve + timed}
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """Every layer with its ranks. Where the goal is counted, the plan of least error by layers alone is a start

@@ -11,6 +11,8 @@ from ...compiler.ir.program import Batch
 from ...compiler.support.errors import CalibrationError
 from ...compiler.support.setting_checks import Allowed, check_number, check_switch, check_whole, refuse, settled
 
+#: What a step of a training takes for each sample, in forward passes of the original.
+STEP_PASSES = 2.0
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
 
@@ -71,3 +73,8 @@ class MimicSettings:
         check_switch("bfloat16", self.bfloat16, none=True, error=CalibrationError)
         check_whole("cache_bytes", self.cache_bytes, Allowed(least=0), error=CalibrationError)
         settled(self)
+
+
+def mimic_passes(settings: MimicSettings | None) -> float:
+    """About how many forward passes of one sample take as long as a training to its end; None: no training."""
+    return 0.0 if settings is None else STEP_PASSES * settings.iterations * settings.batch_size

@@ -15,7 +15,7 @@ from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.cost import program_cost
 from ...compiler.ir.edit import expose
 from ...compiler.ir.program import Batch, Program, as_arguments
-from ...compiler.support import work
+from ...compiler.support import tally
 from ...compiler.support.errors import MimicError, first_line
 from ..solve.targets import Kept, select_kept
 from .pairs import batch_first, compared_pairs, same_as_teacher
@@ -132,7 +132,7 @@ class Training:
         with torch.no_grad():
             for batch in self.held_out.batches(self.settings.batch_size):
                 args, kwargs = as_arguments(batch)
-                work.count(work.FORWARD, sum(self._macs.values()) * _samples(batch))
+                tally.count(tally.FORWARD, sum(self._macs.values()) * _samples(batch))
                 ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
                 for index in range(self.judges):
                     part, norm = squared_distance(theirs[index], ours[index])
@@ -172,8 +172,8 @@ class Training:
         args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
         trains = module is self.student
         macs = self._macs[trains] * _samples(batch)
-        work.count(work.FORWARD, macs)
-        work.count(work.GRADIENT, 2 * macs * trains)  # with respect to inputs and to weights
+        tally.count(tally.FORWARD, macs)
+        tally.count(tally.GRADIENT, 2 * macs * trains)  # with respect to inputs and to weights
         with (
             torch.set_grad_enabled(trains),
             torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),

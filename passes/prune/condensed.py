@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...compiler.support import work
+from ...compiler.support import tally
 from .factors import definite_cholesky, growing_squares
 from .submodular import Objective
 
@@ -99,7 +99,7 @@ class _Fitted:
 
     def __init__(self, gram: torch.Tensor, cross: torch.Tensor) -> None:
         groups, columns, outputs = cross.shape
-        work.count(work.ALGEBRA, groups * columns**2 * (columns / 2 + outputs))
+        tally.count(tally.ALGEBRA, groups * columns**2 * (columns / 2 + outputs))
         lower, info = torch.linalg.cholesky_ex(gram)
         pivots = torch.diagonal(lower, dim1=1, dim2=2).square()
         self.sound = not bool(info.any()) and bool((pivots > ROUNDING * torch.diagonal(gram, dim1=1, dim2=2)).all())
@@ -163,7 +163,7 @@ class SharedColumns:
             return None
         gram, cross = held.gram[:, self.columns][:, :, self.columns], held.cross[:, self.columns]
         rows = fit.inverse[:, at]
-        work.count(work.ALGEBRA, rows.numel() * (rows.shape[2] + rows.shape[1] + fit.weights.shape[2]))
+        tally.count(tally.ALGEBRA, rows.numel() * (rows.shape[2] + rows.shape[1] + fit.weights.shape[2]))
         image = gram @ fit.weights
         return Removal(
             inverse=rows[:, :, at],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...compiler.support import work
+from ...compiler.support import tally
 
 #: Directions whose unexplained part is below this share of their own energy count as explained: products of float32
 #: activations leave noise of about 1e-7, which must not be divided by.
@@ -64,7 +64,7 @@ def definite_cholesky(gram: torch.Tensor) -> torch.Tensor:
 def growing_squares(lower: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """tr(Y_s^T N_ss Y_s) with N = L^-1 G L^-T, for the first 1, 2 ... columns s: what weights L_ss^-T Y_s make of G."""
     groups, columns, outputs = weights.shape
-    work.count(work.ALGEBRA, groups * columns**2 * (7 / 6 * columns + outputs))
+    tally.count(tally.ALGEBRA, groups * columns**2 * (7 / 6 * columns + outputs))
     half = torch.linalg.solve_triangular(lower, gram, upper=False).transpose(1, 2)
     whole = torch.linalg.solve_triangular(lower, half, upper=False)
     return (whole * (weights @ weights.transpose(1, 2))).sum(0).cumsum(0).cumsum(1).diagonal()

@@ -18,10 +18,13 @@ from ...compiler.plan.goal import Goal
 from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, OwnPlan, Rewrite
+from ...compiler.rewrite.work import Work
 from ...compiler.support.errors import GoalError, Reject, RewriteError
 from ..cut.cuttable import cut_again, cuttable_groups
 from ..cut.prune_channels import Pruned, prune_channels
 from ..solve.changes import Changes
+from ..solve.layers import find_layers
+from ..solve.weighing import solve_passes
 from .channel_budget import free_groups, uniform_counts
 from .decision import Channels, PruneChannels, UnitCount
 from .offers import counted_offer, measured_offer
@@ -30,6 +33,9 @@ from .settings import ChannelSettings
 from .stored import known_units, stored_channels
 from .submodular import Selection
 from .units import channel_decision, group_rejects, groups_report, removed_units, units_of
+
+#: What the error curves of all groups take, over a solve of the network; and seconds that time the cuts of a layer.
+CURVES_OF_SOLVE, CUTS_S = 1.2, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,13 @@ class Prune(ChannelSettings, Rewrite):
     def unsolved_by(self) -> tuple[str, ...]:
         """``ChannelSettings.resolve=False`` and ``ChannelSettings.polish=False`` where they are set."""
         return tuple(f"ChannelSettings.{name}=False" for name in ("resolve", "polish") if not getattr(self, name))
+
+    def work(self, ctx: Context) -> Mapping[str, Work]:
+        """Moments and selections of all groups, about a solve of the network; under a goal in latency, cuts that are
+        timed."""
+        solve = Work(passes=CURVES_OF_SOLVE * solve_passes(ctx.teacher, len(ctx.solve)))
+        timed = Work(seconds=CUTS_S * len(find_layers(ctx.teacher)[0])) if ctx.goal.measured else Work()
+        return {"offer channels" if ctx.goal.mixes else "re-solve": solve + timed}
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """The unit groups that can be cut, each with the counts that it may keep."""

@@ -33,7 +33,7 @@ from functools import cached_property
 
 import torch
 
-from ...compiler.support import work
+from ...compiler.support import tally
 from ..solve.closed_form import EIGH_CUBES, ridge_level
 from ..solve.moments import Moments
 from .factors import EXPLAINED, definite_cholesky, growing_squares, whitener, with_few_outputs
@@ -82,7 +82,7 @@ class Objective:
         full = torch.zeros(groups, size, weight.shape[1], dtype=torch.float64)
         full[:, :-1] = weight.double().transpose(1, 2)
         image = moments.gram @ full
-        work.count(work.ALGEBRA, image.numel() * size)
+        tally.count(tally.ALGEBRA, image.numel() * size)
         cross = moments.cross + image
         energies = moments.energy + 2 * (full * moments.cross).sum(1) + (full * image).sum(1)
         if gain is not None:
@@ -270,7 +270,7 @@ def submodularity_bound(objective: Objective) -> float:
         if not len(alive):
             continue
         scale = energy[alive].rsqrt()
-        work.count(work.ALGEBRA, len(alive) ** 3 * EIGH_CUBES / 3)
+        tally.count(tally.ALGEBRA, len(alive) ** 3 * EIGH_CUBES / 3)
         values = torch.linalg.eigvalsh(gram[alive][:, alive] * scale * scale.unsqueeze(1))
         least = min(least, float(values[0].clamp(min=0) / values[-1]))
     return least
@@ -339,7 +339,7 @@ class _State:
 
     def _take(self, columns: torch.Tensor) -> None:
         groups, size, outputs = self.cross.shape
-        work.count(work.ALGEBRA, groups * size * len(columns) * (2 * self.taken + 2 * len(columns) + outputs))
+        tally.count(tally.ALGEBRA, groups * size * len(columns) * (2 * self.taken + 2 * len(columns) + outputs))
         done, weights, at = self.factor[:, :, : self.taken], self.weights[:, : self.taken], self.place[columns]
         mine = done[:, at]
         block = self.gram[:, columns][:, :, columns] - mine @ mine.transpose(1, 2)

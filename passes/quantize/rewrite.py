@@ -17,10 +17,11 @@ from ...compiler.ir.program import Program, argument
 from ...compiler.ir.segments import is_dequantized
 from ...compiler.plan.decision import Decision
 from ...compiler.plan.goal import Goal
-from ...compiler.plan.proposals import Claims, Item, Mix, Proposal
+from ...compiler.plan.proposals import Claims, Item, Proposal
 from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, Rewrite
+from ...compiler.rewrite.work import Work
 from ...compiler.support.errors import BackendError, CompilerError, Reject, RewriteError
 from ...compiler.support.setting_checks import (
     Allowed,
@@ -41,11 +42,11 @@ from .equalise import Exponents, Fitted, Precision, choose_scales, equalised, fi
 from .grids import WAYS, best_way, few_of
 from .quantize import Rounding, plain_integers, quantize
 from .ranges import GridKind
-from .savings import LEAST_SAVING, Saved, integer_savings
+from .savings import Saved, integer_savings, starts_of
 from .values import AS_SAVED, quantizable, standing_for, standing_of, unquantizable, usual_grids, values_of
 
-#: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
-LEFT_OUT = (0.0, 0.1, 0.25)
+#: Seconds that time a layer in int8; passes that one with rounded values takes, and finding roundings on a sample.
+INTEGERS_S, ROUNDED_PASSES, ROUNDING_PASSES = 0.4, 5, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,15 @@ class Quantize(Rewrite):
         """The layers of `program`: node, module path and weight."""
         return all_layer_names(program)
 
+    def work(self, ctx: Context) -> Mapping[str, Work]:
+        """Layers timed in int8, each weighed alone, and ranges and roundings of those that are chosen."""
+        count, few = len(find_layers(ctx.teacher)[0]), min(self.samples, len(ctx.judge))
+        return {
+            "time integers": Work(seconds=INTEGERS_S * count),
+            "weigh integers": Work(passes=ROUNDED_PASSES * few * count),
+            "re-solve": Work(passes=ROUNDING_PASSES * len(ctx.solve)),
+        }
+
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """Every layer, with what it saves beside others in int8 and what it alone loses; none where all of them
         together are not faster, or where the backend does not compute them."""
@@ -169,7 +179,7 @@ class Quantize(Rewrite):
         with ctx.clock.stage("weigh integers"):
             errors = self._errors(ctx, layers)
         items = tuple(self._item(ctx.teacher, name, errors[name], *savings[name]) for name in layers)
-        return Offer(items=items, rejects=rejects, starts=_starts(items))
+        return Offer(items=items, rejects=rejects, starts=starts_of(items))
 
     def requires(self, program: Program, decisions: Sequence[Decision]) -> None:
         """Raise RewriteError where `program` does not have a layer as planned, where two decisions are about one, and
@@ -388,12 +398,3 @@ def _folded(program: Program, decisions: Sequence[QuantizeLayer]) -> tuple[Progr
     folded, _ = program.derived(fold_batch_norms)
     after = {layer.weight: name for name, layer in quantizable(folded).items()}
     return folded, {name: [after[before[inside]] for inside in found] for name, found in standing.items()}
-
-
-def _starts(items: Sequence[Item]) -> tuple[Mix, ...]:
-    """All layers, and those that are faster but for the ones that lose the most for what they save."""
-    faster = [item for item in items if item.proposals[0].saving >= LEAST_SAVING]
-    worst = sorted(faster, key=lambda item: item.proposals[0].error / item.proposals[0].saving)
-    counts = dict.fromkeys(round(len(worst) * (1 - share)) for share in LEFT_OUT)
-    taken = [list(items), *(worst[:count] for count in counts)]
-    return tuple({item: item.proposals[0] for item in mix} for mix in taken if mix)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...compiler.support import work
+from ...compiler.support import tally
 
 #: Added to the diagonal of a Gram matrix, relative to its mean: columns that are never active are rounded plainly.
 DAMPING = 0.01
@@ -73,7 +73,7 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int, least: torch.T
     order = torch.cat([order, order.new_tensor([columns])])
     damped = gram[:, order][:, :, order] + DAMPING * torch.diag_embed(level.unsqueeze(1).expand(groups, columns + 1))
     size = columns + 1
-    work.count(work.ALGEBRA, groups * (2 / 3 * size**3 + size**2 * outputs / 2 + 2 * size**2 * outputs))
+    tally.count(tally.ALGEBRA, groups * (2 / 3 * size**3 + size**2 * outputs / 2 + 2 * size**2 * outputs))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)
     open_ = torch.cat([weight, weight.new_zeros(groups, outputs, 1)], 2)[:, :, order]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
 from ...compiler.ir.segments import Segment, find_segments
+from ...compiler.plan.proposals import Item, Mix
 from ...compiler.support.progress import Progress, silent
 from ...runtime.predict.latency_table import LatencyTable, SegmentTime
 
@@ -16,6 +17,8 @@ AT_ONCE = 8
 #: Layers that are predicted to save less of the latency than this are put into int8 with all others or not at all: by
 #: themselves they are lost in noise, and one in floating point between others costs two more changes of precision.
 LEAST_SAVING = 0.0005
+#: Plans that are tried first leave out these shares of the layers, those that lose the most for what they save.
+LEFT_OUT = (0.0, 0.1, 0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +92,12 @@ def _times(segments: Sequence[Segment], times: Sequence[SegmentTime]) -> Times:
 
 def _macs(nodes: frozenset[str], macs: Mapping[str, int]) -> int:
     return max(1, sum(macs.get(name, 0) for name in nodes))
+
+
+def starts_of(items: Sequence[Item]) -> tuple[Mix, ...]:
+    """All layers, and those that are faster but for the ones that lose the most for what they save."""
+    faster = [item for item in items if item.proposals[0].saving >= LEAST_SAVING]
+    worst = sorted(faster, key=lambda item: item.proposals[0].error / item.proposals[0].saving)
+    counts = dict.fromkeys(round(len(worst) * (1 - share)) for share in LEFT_OUT)
+    taken = [list(items), *(worst[:count] for count in counts)]
+    return tuple({item: item.proposals[0] for item in mix} for mix in taken if mix)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...compiler.support import work
+from ...compiler.support import tally
 from .moments import Moments, SplitMoments
 
 #: Ridges that are judged, times the one that is asked for: two, then one between them or those beyond.
@@ -152,7 +152,7 @@ def _ridge_solve(
     weight = torch.where(diagonal == 0, torch.ones_like(weight), weight)
     system = gram + torch.diag_embed(weight)
     if ridge > 0:
-        work.count(work.ALGEBRA, _solve_macs(cross))
+        tally.count(tally.ALGEBRA, _solve_macs(cross))
         factor, info = torch.linalg.cholesky_ex(system)
         if not bool(info.any()):
             return torch.cholesky_solve(cross, factor)
@@ -167,7 +167,7 @@ def _solve_macs(cross: torch.Tensor) -> float:
 
 def _least_norm(system: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """Pseudo-inverse solution by eigendecomposition: directions below the noise of float64 sums are left alone."""
-    work.count(work.ALGEBRA, EIGH_CUBES * len(system) * system.shape[1] ** 3 + _solve_macs(cross))
+    tally.count(tally.ALGEBRA, EIGH_CUBES * len(system) * system.shape[1] ** 3 + _solve_macs(cross))
     values, vectors = torch.linalg.eigh(system)
     floor = values[:, -1:].clamp(min=0) * system.shape[1] * 1e-12
     inverse = torch.where(

@@ -11,7 +11,7 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
-from ...compiler.support import work
+from ...compiler.support import tally
 from ...compiler.support.errors import CalibrationError
 from .layers import Layer
 
@@ -58,7 +58,7 @@ class Moments:
 
     def error_after(self, delta: torch.Tensor) -> torch.Tensor:
         """Sum of squared residuals per output when the weights change by `delta` (groups, columns + 1, out/groups)."""
-        work.count(work.ALGEBRA, delta.numel() * delta.shape[1])
+        tally.count(tally.ALGEBRA, delta.numel() * delta.shape[1])
         return self.energy - 2 * (delta * self.cross).sum(1) + (delta * (self.gram @ delta)).sum(1)
 
     @classmethod
@@ -77,7 +77,7 @@ class Moments:
         gram[:, :columns, columns:] = sums
         gram[:, columns:, :columns] = sums.transpose(1, 2)
         gram[:, columns, columns] = count
-        work.count(work.MOMENTS, groups * columns * r.shape[1] * count)
+        tally.count(tally.MOMENTS, groups * columns * r.shape[1] * count)
         cross = torch.cat([torch.bmm(a, r.transpose(1, 2)), r.sum(2).unsqueeze(1)], dim=1)
         return cls(gram=gram, cross=cross.double(), energy=r.square().sum(2).double(), rows=count)
 
@@ -93,7 +93,7 @@ def _self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
     width = -(-columns // STRIPS) if columns >= LEAST_STRIPPED else columns
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        work.count(work.MOMENTS, len(rows) * (stop - start) * stop * rows.shape[2])
+        tally.count(tally.MOMENTS, len(rows) * (stop - start) * stop * rows.shape[2])
         strip = torch.bmm(rows[:, start:stop], rows[:, :stop].transpose(1, 2))
         into[:, start:stop, :stop] = strip
         into[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
@@ -205,7 +205,7 @@ def _batch_parts(
                 every = thinning(count * batches, columns, rows_per_column)
                 rows = layer.rows(program, values[layer.input], every)
                 weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
-                work.count(work.MOMENTS, weight.numel() * rows.shape[2])
+                tally.count(tally.MOMENTS, weight.numel() * rows.shape[2])
                 yield index, name, Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
 
 

@@ -21,7 +21,7 @@ import torch
 
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
-from ...compiler.support import work
+from ...compiler.support import tally
 from .layers import add_delta, current_parameter
 from .lockstep import Lockstep, Step, View
 from .moments import Moments
@@ -84,9 +84,9 @@ def _collect(
         weights = {
             t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
         }
-        with torch.enable_grad(), work.counted_into(work.Work()) as done:
+        with torch.enable_grad(), tally.counted_into(tally.Tally()) as done:
             values = _forward(student, step, view, {**tensors, **weights})
-        work.count(work.GRADIENT, GRADIENTS_OF_FORWARD * done[work.FORWARD])
+        tally.count(tally.GRADIENT, GRADIENTS_OF_FORWARD * done[tally.FORWARD])
         result = values[end.anchor]
         if not result.requires_grad:
             return [], []

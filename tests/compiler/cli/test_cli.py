@@ -327,7 +327,9 @@ def test_an_interrupt_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: 
     failed(ended, "interrupted; nothing was written; what is done is kept, and the same command goes on", code=130)
     assert not list(tmp_path.iterdir())
     fresh = run(*COMPILE[:-1], tmp_path / "out", "--blocks", 1, "--fresh")
-    assert fresh.exit_code == 130 and fresh.stderr == "interrupted; nothing was written\n"
+    begun = "compiling foldcut_cli_net:build to 1 block dropped with samples.npy, on onnxruntime"
+    ended = f"{begun}; output in {tmp_path / 'out'}/\ninterrupted; nothing was written\n"
+    assert fresh.exit_code == 130 and fresh.stderr == ended
 
 
 def test_options_reach_the_compiler(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

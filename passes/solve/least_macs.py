@@ -12,7 +12,7 @@ def forward_macs(program: Program, samples: int) -> int:
     return program_cost(program).macs * samples
 
 
-def solve_macs(program: Program, samples: int, rows_per_column: int | None) -> int:
+def least_solve_macs(program: Program, samples: int, rows_per_column: int | None) -> int:
     """Multiply-accumulates of the moments of every layer that can be re-solved, and of one solve of each.
 
     With n columns, m outputs and p rows in each group of a layer: p n (n + 1) / 2 + p n m for the moments, of which one

@@ -10,24 +10,24 @@ from contextlib import contextmanager
 #: and dense algebra on these (solves, choices, factors, rounding).
 FORWARD, GRADIENT, MOMENTS, ALGEBRA = "forward", "gradient", "moments", "algebra"
 
-Work = Counter[str]
+Tally = Counter[str]
 
 #: The counts that are open, the outermost first. One compile runs at a time.
-_OPEN: list[Work] = []
+_OPEN: list[Tally] = []
 
 
 def count(kind: str, macs: float) -> None:
     """So many multiply-accumulates have been done."""
-    for work in _OPEN:
-        work[kind] += int(macs)
+    for tally in _OPEN:
+        tally[kind] += int(macs)
 
 
 @contextmanager
-def counted_into(work: Work) -> Iterator[Work]:
-    """All that is done inside is added to `work`."""
-    _OPEN.append(work)
+def counted_into(tally: Tally) -> Iterator[Tally]:
+    """All that is done inside is added to `tally`."""
+    _OPEN.append(tally)
     try:
-        yield work
+        yield tally
     finally:
         # by identity: two counts may hold the same numbers
-        _OPEN[:] = [other for other in _OPEN if other is not work]
+        _OPEN[:] = [other for other in _OPEN if other is not tally]

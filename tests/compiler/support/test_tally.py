@@ -8,17 +8,17 @@ import torch
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.program import Program
-from foldcut.compiler.support import work
+from foldcut.compiler.support import tally
 from foldcut.compiler.support.progress import StageClock
 from foldcut.passes.prune.submodular import Objective, select_units
 from foldcut.passes.solve.closed_form import solve
-from foldcut.passes.solve.least_work import forward_macs, solve_macs
+from foldcut.passes.solve.least_macs import forward_macs, least_solve_macs
 from foldcut.passes.solve.moments import LEAST_STRIPPED, Moments
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def done(act: Callable[[], object]) -> work.Work:
-    with work.counted_into(work.Work()) as found:
+def done(act: Callable[[], object]) -> tally.Tally:
+    with tally.counted_into(tally.Tally()) as found:
         act()
     return found
 
@@ -34,8 +34,8 @@ def torch_counts(act: Callable[[], object]) -> int:
 def test_a_run_is_counted_as_torch_counts_it(residual: Program, nets: SimpleNamespace, samples: int) -> None:
     images = nets.images(samples)
     whole = done(lambda: residual(images))
-    assert whole == {work.FORWARD: torch_counts(lambda: residual(images))}
-    assert whole[work.FORWARD] == samples * program_cost(residual).macs == forward_macs(residual, samples)
+    assert whole == {tally.FORWARD: torch_counts(lambda: residual(images))}
+    assert whole[tally.FORWARD] == samples * program_cost(residual).macs == forward_macs(residual, samples)
     assert done(lambda: run_until(residual, ["linear"], bind(residual, images))) == whole
 
 
@@ -44,7 +44,7 @@ def test_a_run_in_part_is_counted_in_part(residual: Program, nets: SimpleNamespa
     middle = run_until(residual, ["relu_2"], start)
     before = done(lambda: run_until(residual, ["relu_2"], start))
     behind = done(lambda: run_until(residual, ["linear"], dict(middle)))
-    assert before[work.FORWARD] > 0 < behind[work.FORWARD]
+    assert before[tally.FORWARD] > 0 < behind[tally.FORWARD]
     assert before + behind == done(lambda: run_until(residual, ["linear"], start))
 
 
@@ -53,22 +53,22 @@ def test_moments_are_counted_as_torch_counts_them(columns: int) -> None:
     rows, residual = torch.randn(2, columns, 50), torch.randn(2, 3, 50)
     sums = 2 * columns * 50  # the column of ones, which is no contraction of two matrices
     assert done(lambda: Moments.of(rows, residual)) == {
-        work.MOMENTS: torch_counts(lambda: Moments.of(rows, residual)) - sums
+        tally.MOMENTS: torch_counts(lambda: Moments.of(rows, residual)) - sums
     }
 
 
 def test_a_solve_and_a_choice_are_algebra() -> None:
     moments = Moments.of(torch.randn(1, 12, 80), torch.randn(1, 5, 80))
     found = done(lambda: solve(moments, ridge=0.1, bias=False))
-    assert found[work.ALGEBRA] >= 12**3 // 6 + 12**2 * 5
+    assert found[tally.ALGEBRA] >= 12**3 // 6 + 12**2 * 5
     objective = Objective.of(moments, torch.randn(1, 5, 12), torch.arange(12).view(12, 1), bias=False)
-    few, many = (done(lambda count=count: select_units([objective], count))[work.ALGEBRA] for count in (3, 12))
+    few, many = (done(lambda count=count: select_units([objective], count))[tally.ALGEBRA] for count in (3, 12))
     assert 0 < few < many / 3
 
 
 def test_the_least_of_a_solve_is_one_gram_matrix_and_one_factorisation_of_each_layer(residual: Program) -> None:
-    one, two = (solve_macs(residual, samples, None) for samples in (10, 20))
-    capped = solve_macs(residual, 20, 1)
+    one, two = (least_solve_macs(residual, samples, None) for samples in (10, 20))
+    capped = least_solve_macs(residual, 20, 1)
     assert capped < one < two < 2 * one  # the factorisation does not grow with the samples
 
 
@@ -81,13 +81,13 @@ def test_stages_count_their_own_and_what_lies_inside(residual: Program, nets: Si
             with clock.stage("inner"):
                 residual(images)
     residual(images)
-    assert clock.work == {"inner": {work.FORWARD: 2 * macs}, "outer": {work.FORWARD: 3 * macs}}
+    assert clock.macs == {"inner": {tally.FORWARD: 2 * macs}, "outer": {tally.FORWARD: 3 * macs}}
 
 
 def test_a_count_ends_with_an_error() -> None:
-    found = work.Work()
-    with pytest.raises(ValueError, match="inside"), work.counted_into(found), work.counted_into(work.Work()):
-        work.count(work.ALGEBRA, 2)
+    found = tally.Tally()
+    with pytest.raises(ValueError, match="inside"), tally.counted_into(found), tally.counted_into(tally.Tally()):
+        tally.count(tally.ALGEBRA, 2)
         raise ValueError("inside")
-    work.count(work.ALGEBRA, 5)
-    assert found == {work.ALGEBRA: 2}
+    tally.count(tally.ALGEBRA, 5)
+    assert found == {tally.ALGEBRA: 2}
