@@ -11,6 +11,12 @@ from ...compiler.ir.program import Batch
 from ...compiler.support.errors import CalibrationError
 from ...compiler.support.setting_checks import Allowed, check_number, check_switch, check_whole, refuse, settled
 
+#: Multiply-accumulates that a training takes at most, unless the settings say otherwise: 400 iterations of 32 samples of
+#: 2 G each (ResNet-18 at 224 pixels), which networks of that size and below keep; about three quarters of an hour at
+#: the pace of MobileNetV2 on one thread, 0.4e11 a second. What asks for more has inputs that the other settings were
+#: not made for.
+MOST_MACS = 10**14
+
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
 
@@ -39,6 +45,12 @@ class MimicSettings:
         bfloat16: Whether to use autocast to bfloat16. None uses it on CPUs that multiply such matrices in hardware.
         cache_bytes: Memory for the features of the original, in bytes. If they need more, they are computed in every
             iteration.
+        seconds: Time for the training, in seconds; 0 leaves it out. The first iterations are timed, and as many are
+            made as fit, with a learning rate that comes down within them. A single iteration and the last look at the
+            held-out error are not cut off. The result is then not repeatable. If None, time does not matter.
+        macs: Multiply-accumulates that the iterations may take in all. What would take more is made smaller, with a
+            warning: networks that take images of any size are trained on random crops, and compared on whole ones;
+            then there are fewer iterations. If None, work does not matter.
 
     Raises:
         CalibrationError: If a setting is out of range or of the wrong type.
@@ -59,6 +71,8 @@ class MimicSettings:
     patience: int = 4
     bfloat16: bool | None = None
     cache_bytes: int = 1 << 30
+    seconds: float | None = None
+    macs: int | None = MOST_MACS
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "checks", "patience"):
@@ -70,4 +84,6 @@ class MimicSettings:
             refuse("augment", self.augment, "a function of a batch and a generator, or None", error=CalibrationError)
         check_switch("bfloat16", self.bfloat16, none=True, error=CalibrationError)
         check_whole("cache_bytes", self.cache_bytes, Allowed(least=0), error=CalibrationError)
+        check_number("seconds", self.seconds, Allowed(least=0, none=True), error=CalibrationError)
+        check_whole("macs", self.macs, Allowed(least=1, none=True), error=CalibrationError)
         settled(self)
