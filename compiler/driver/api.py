@@ -74,9 +74,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     narrow.
 
     The same seed gives the same network bit for bit on one machine, except where a choice depends on measured times
-    (`Latency`, `MaxError`, `search_seconds`, `on_lattice`, `MimicSettings.seconds`). Calls from several threads run one after the other. A
-    call that was interrupted continues from its cache. Dropping blocks follows PRACTISE (arXiv 2202.07861), pruning
-    channels El Halabi et al. (arXiv 2203.04940).
+    (`Latency`, `MaxError`, `search_seconds`, `on_lattice`, `MimicSettings.seconds`). Calls from several threads run
+    one after the other. A call that was interrupted continues from its cache. Dropping blocks follows PRACTISE (arXiv
+    2202.07861), pruning channels El Halabi et al. (arXiv 2203.04940).
 
     Arguments:
         model: An `nn.Module`, a `torch.export.ExportedProgram`, the path of a ``.pt2`` or ``.onnx`` file, or an

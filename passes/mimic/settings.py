@@ -11,11 +11,10 @@ from ...compiler.ir.program import Batch
 from ...compiler.support.errors import CalibrationError
 from ...compiler.support.setting_checks import Allowed, check_number, check_switch, check_whole, refuse, settled
 
-#: Multiply-accumulates that a training takes at most, unless the settings say otherwise: 400 iterations of 32 samples of
-#: 2 G each (ResNet-18 at 224 pixels), which networks of that size and below keep; about three quarters of an hour at
-#: the pace of MobileNetV2 on one thread, 0.4e11 a second. What asks for more has inputs that the other settings were
-#: not made for.
-MOST_MACS = 10**14
+#: Multiply-accumulates that a training takes at most, unless the settings say otherwise: a little more than what 400
+#: iterations of 32 samples of 300 M each take (MobileNetV2 at 224 pixels), and eight minutes or so at its pace on one
+#: thread, 0.4e11 a second. Networks up to that size are trained in full.
+MOST_MACS = 2 * 10**13
 
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -48,8 +47,8 @@ class MimicSettings:
         seconds: Time for the training, in seconds; 0 leaves it out. The first iterations are timed, and as many are
             made as fit, with a learning rate that comes down within them. A single iteration and the last look at the
             held-out error are not cut off. The result is then not repeatable. If None, time does not matter.
-        macs: Multiply-accumulates that the iterations may take in all. What would take more is made smaller, with a
-            warning: networks that take images of any size are trained on random crops, and compared on whole ones;
+        macs: Multiply-accumulates that the training may take in all. What would take more is made smaller, with a
+            warning: networks that take images of any size are trained on random crops, and judged on whole images;
             then there are fewer iterations. If None, work does not matter.
 
     Raises:

@@ -42,7 +42,9 @@ class Training:
 
     def __init__(self, lesson: Lesson, settings: MimicSettings, timetable: Timetable) -> None:
         teacher, trainee = lesson.teacher, lesson.student
-        self.settings, self.calibration, self.held_out = settings, lesson.fit, lesson.judge
+        self.work = Work.of(teacher, trainee, (len(lesson.fit), len(lesson.judge)), settings)
+        self.settings, self.calibration = settings, lesson.fit
+        self.held_out = lesson.judge.take(slice(0, self.work.judges))  # their order is random
         self.done = 0
         self._time = timetable
         self.pairs, self.judges = compared_pairs(
@@ -76,26 +78,23 @@ class Training:
     def _fit_work(self, lesson: Lesson) -> None:
         """Cache the teacher's values; where that, or the memory for it, leaves too much work, go over to crops, then to
         fewer iterations."""
-        teacher, student, settings = lesson.teacher, lesson.student, self.settings
-        work = Work.of(teacher, student, (len(self.calibration), len(self.held_out)), settings)
+        teacher, student, work = lesson.teacher, lesson.student, self.work
         by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
-        cacheable, wanted = settings.augment is None and by_sample, settings.iterations
-        if cacheable and work.affords(cached=True) >= wanted:
+        cacheable = self.settings.augment is None and by_sample
+        if cacheable and work.affords(cached=True) >= work.iterations:
             self.cache = self._teacher_values()
             cacheable = self.cache is not None
-        if work.affords(cached=self.cache is not None) >= wanted:
-            return
-        asked = work.asked(wanted, cached=cacheable)
-        networks = [Read(program=teacher, names=[p.teacher for p in self.pairs])]
-        networks.append(Read(program=student, names=[p.student for p in self.pairs]))
-        crop = find_crop(networks, self.calibration, work.share(wanted), self._mean_squares)
-        if crop is not None and work.affords(share=crop.share) > work.affords(cached=cacheable):
-            self.crop = crop
-        elif cacheable and work.affords(cached=True) * work.batch >= len(self.calibration):
-            self.cache = self._teacher_values()
-        share = 1.0 if self.crop is None else self.crop.share
-        self._time.at_most(int(min(wanted, work.affords(cached=self.cache is not None, share=share))))
-        self.said = (work.smaller(wanted, self._time.most, asked, self.crop),)
+        if work.affords(cached=self.cache is not None) < work.iterations:
+            networks = [Read(program=teacher, names=[p.teacher for p in self.pairs])]
+            networks.append(Read(program=student, names=[p.student for p in self.pairs]))
+            crop = find_crop(networks, self.calibration, work.share, self._mean_squares)
+            if crop is not None and work.affords(share=crop.share) > work.affords(cached=cacheable):
+                self.crop = crop
+            elif cacheable and work.affords(cached=True) * work.batch >= len(self.calibration):
+                self.cache = self._teacher_values()
+            share = 1.0 if self.crop is None else self.crop.share
+            self._time.at_most(int(min(work.iterations, work.affords(cached=self.cache is not None, share=share))))
+        self.said = work.smaller(self._time.most, crop=self.crop, cached=cacheable)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the student's."""

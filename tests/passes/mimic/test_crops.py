@@ -124,8 +124,8 @@ def lesson_of(teacher: Program, data: tuple[CalibrationSet, CalibrationSet]) -> 
 def budget(lesson: Lesson, part: float) -> int:
     """Such a part of the work that all iterations on whole images take, and all looks."""
     work = Work.of(lesson.teacher, lesson.student, (len(lesson.fit), len(lesson.judge)), MimicSettings(**OPTIONS))
-    looks = work.asked(0, cached=False)
-    return int(looks + part * (work.asked(ITERATIONS, cached=False) - looks))
+    looks = (work.checks + 1) * work.look_macs
+    return int(looks + part * (work.asked(cached=False) - looks))
 
 
 def trained(lesson: Lesson, part: float, **options: Any) -> Mimicked:

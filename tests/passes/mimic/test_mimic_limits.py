@@ -18,6 +18,7 @@ from foldcut.compiler.data.sample_sets import SampleSets
 from foldcut.compiler.driver.pipeline import mimicking
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.report.page import report_page
 from foldcut.compiler.store.analysis_store import AnalysisStore
@@ -200,28 +201,35 @@ def work_of(macs: float) -> Work:
     return Work(
         teacher_macs=int(macs),
         student_macs=int(macs),
-        look_macs=64 * 2 * int(macs),
         most_macs=settings.macs,
+        iterations=settings.iterations,
         batch=settings.batch_size,
+        samples=64,
         checks=settings.checks,
     )
 
 
-@pytest.mark.parametrize("macs", [125e6, 300e6, 1.82e9], ids=["ResNet-56", "MobileNetV2", "ResNet-18"])
+@pytest.mark.parametrize("macs", [125e6, 300e6], ids=["ResNet-56", "MobileNetV2"])
 def test_the_default_bound_leaves_usual_networks_alone(macs: float) -> None:
     """At 32 and 224 pixels; the teacher's values cached or not."""
-    assert work_of(macs).affords() >= 400 and work_of(macs).affords(cached=True) >= 400
+    work = work_of(macs)
+    assert work.affords() >= 400 and work.affords(cached=True) >= 400 and work.judges == 64
+    assert work.smaller(400, crop=None, cached=True) == ()
 
 
 def test_the_default_bound_is_for_large_inputs() -> None:
-    assert 0 < work_of(60e9).affords() < 20
-    assert work_of(60e9).affords(share=0.1) > 20
+    detector = work_of(20e9)
+    assert 0 < detector.affords() < 20 < detector.affords(share=0.05)
+    assert detector.share < 0.05
+    assert detector.judges == 13 and 9 * detector.look_macs <= 0.25 * detector.most_macs
+    assert "13 of 64 samples judge it" in detector.smaller(5, crop=None, cached=True)[0]
+    assert work_of(200e9).judges == 8
     assert MimicSettings(macs=None).macs is None
 
 
 def test_a_budget_of_work_makes_fewer_iterations(lesson: Lesson, clock: Clock) -> None:
     whole = Work.of(lesson.teacher, lesson.student, (24, 8), MimicSettings(**QUICK))
-    budget = whole.asked(10, cached=True)
+    budget = replace(whole, iterations=10).asked(cached=True)
     result = mimic(lesson, MimicSettings(**QUICK, macs=int(budget)))
     assert result.iterations == 10 and result.after < result.before
     assert clock.paces[-1] < 0.05, "the learning rate comes down within them"
@@ -229,6 +237,15 @@ def test_a_budget_of_work_makes_fewer_iterations(lesson: Lesson, clock: Clock) -
     assert "400 iterations of 8 samples" in said and "10 iterations are made" in said and "crops" not in said
     allowed = int(eval(said.split("MimicSettings(macs=")[1].split(")")[0]))
     assert mimic(lesson, MimicSettings(**QUICK, macs=allowed)).said == ()
+
+
+def test_fewer_samples_judge_where_looks_would_take_it_all(lesson: Lesson, nets: SimpleNamespace) -> None:
+    many = replace(lesson, judge=CalibrationSet.of(nets.images(40, seed=2)))
+    one = program_cost(lesson.teacher).macs + program_cost(lesson.student).macs
+    result = mimic(many, MimicSettings(**QUICK, checks=1, macs=4 * 2 * 10 * one))
+    assert "10 of 40 samples judge it" in result.said[0] and result.iterations > 0
+    ten = replace(lesson, judge=many.judge.take(slice(0, 10)))
+    assert result.before == mimic(ten, MimicSettings(**QUICK, iterations=1)).before
 
 
 def test_a_budget_below_an_iteration(lesson: Lesson) -> None:
