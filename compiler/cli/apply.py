@@ -11,10 +11,11 @@ from ..driver.replay import apply
 from ..driver.result import Compiled
 from ..frontend.capture import Model
 from ..support.atomic_files import check_writable
-from ..support.errors import CaptureError
+from ..support.errors import CalibrationError, CaptureError
 from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
 from .console import after_interrupt, guarded, out, show_line
+from .goals import read_mimic
 from .options import ApplyOptions
 from .samples import read_cache, read_model, read_shape, sample_reader
 
@@ -44,6 +45,8 @@ def run(options: ApplyOptions) -> None:
 def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
     read = sample_reader(options.calib, options, input_shape=options.input_shape)
     samples = None if read is None else read(options.limit)
+    if options.mimic_seconds is not None and (options.calib is None or options.solved is not None):
+        raise CalibrationError("--mimic-seconds: weights that were saved are not trained", hint="give --calib alone")
     loaded: Model = read_model(options)
     if options.calib is None and options.input_shape is None and isinstance(loaded, torch.nn.Module):
         raise CaptureError(
@@ -56,7 +59,7 @@ def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
         weights=options.solved,
         calibration=samples,
         example=None if options.input_shape is None else torch.zeros(2, *read_shape(options.input_shape)),
-        mimic=options.mimic,
+        mimic=read_mimic(options),
         views=(horizontal_flip,) if options.flip else (),
         seed=options.seed,
         progress=progress,

@@ -20,7 +20,7 @@ from ..support.atomic_files import check_writable
 from ..support.errors import GoalError
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
-from .goals import read_goal, read_rewrites, read_settings
+from .goals import read_goal, read_mimic, read_rewrites, read_settings
 from .options import CompileOptions
 from .samples import read_cache, read_model, read_samples
 
@@ -40,7 +40,7 @@ def run(options: CompileOptions) -> None:
             backend=options.backend,
             batch=options.batch,
             threads=options.threads,
-            mimic=options.mimic,
+            mimic=read_mimic(options),
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,
             rewrites=allowed,
@@ -109,6 +109,8 @@ def show_report(report: Report, out: Console) -> None:
             one, many, _ = kind_words(report, change["kind"])
             counted = plural(change["count"], one, many)
             show_line(f"{counted}: {saved}error {signed(change['error_added'])} after a quick re-solve", out)
+    if report.unmimicked:
+        show_line(f"not mimicked: {report.unmimicked}", out)
     for decision, words in zip(report.decisions, report.words, strict=True):
         error = decision.get("error")
         predicted = "" if error is None else f" (predicted error {error:.4f})"

@@ -9,6 +9,7 @@ from typing import Any
 from ...passes.drop.decision import Blocks
 from ...passes.factorize.decision import Ranks
 from ...passes.factorize.select_ranks import RankSettings
+from ...passes.mimic.settings import MimicSettings
 from ...passes.prune.channel_budget import ChannelLimits
 from ...passes.prune.decision import Channels
 from ...passes.prune.settings import ChannelSettings
@@ -19,8 +20,8 @@ from ..goals.counted import Macs, Parameters
 from ..goals.latency import Latency
 from ..goals.max_error import MaxError
 from ..plan.goal import Goal
-from ..support.errors import GoalError
-from .options import CompileOptions, RunOptions, latency_number
+from ..support.errors import CalibrationError, GoalError
+from .options import CompileOptions, RunOptions, SolveOptions, latency_number
 
 
 def read_goal(options: CompileOptions) -> Goal:
@@ -96,3 +97,14 @@ def read_settings(options: RunOptions) -> PipelineSettings:
         search_seconds=options.search_seconds,
         save_temps=options.save_temps,
     )
+
+
+def read_mimic(options: SolveOptions) -> MimicSettings | bool:
+    """Whether there is a training, and how long it may take. Raises CalibrationError."""
+    if options.mimic_seconds is None:
+        return options.mimic
+    if not options.mimic:
+        raise CalibrationError(
+            "--mimic-seconds is for the training that --no-mimic leaves out", hint="give one of them"
+        )
+    return MimicSettings(seconds=options.mimic_seconds)

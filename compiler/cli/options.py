@@ -103,6 +103,15 @@ SizeOption = Annotated[str | None, typer.Option(metavar="H,W", help="Resize imag
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Take so many samples, a random choice of all.")]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Add mirrored images, where left and right mean the same.")]
 MimicOption = Annotated[bool, typer.Option(help="Train on the original's features after the re-solve.")]
+MimicSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        min=0,
+        help="Seconds for that training, 0 for none.",
+        show_default="as its iterations take",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 RegimeOption = Annotated[
     Caches | None,
@@ -155,6 +164,7 @@ class SolveOptions(SampleOptions):
 
     flip: FlipOption = False
     mimic: MimicOption = True
+    mimic_seconds: MimicSecondsOption = None
     seed: SeedOption = 0
     cache: CacheOption = None
     fresh: FreshOption = False

@@ -12,7 +12,7 @@ from ..driver.sweep import Sweep, SweepPoint, sweep
 from ..support.atomic_files import check_writable
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
-from .goals import read_goals, read_rewrites, read_settings
+from .goals import read_goals, read_mimic, read_rewrites, read_settings
 from .options import SweepOptions
 from .samples import read_cache, read_model, read_samples
 
@@ -33,7 +33,7 @@ def run(options: SweepOptions) -> None:
             backend=options.backend,
             batch=options.batch,
             threads=options.threads,
-            mimic=options.mimic,
+            mimic=read_mimic(options),
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,
             rewrites=allowed,

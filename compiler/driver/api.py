@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...passes.mimic.settings import MimicSettings, mimic_passes
+from ...passes.mimic.settings import MimicSettings, expected_mimic_s
 from ...runtime.measure.backend import Backend, resolve_backend
 from ...runtime.measure.conditions import Conditions
 from ...runtime.probe.latency_probe import LatencyProbe
@@ -17,6 +18,7 @@ from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..export.exporter import to_onnx
 from ..frontend.capture import Model, capture, is_onnx, opened
 from ..frontend.model_inputs import needed_inputs
+from ..ir.cost import program_cost
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
 from ..onnx.file import in_one_piece
@@ -75,9 +77,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     narrow.
 
     The same seed gives the same network bit for bit on one machine, except where a choice depends on measured times
-    (`Latency`, `MaxError`, `search_seconds`, `on_lattice`). Calls from several threads run one after the other. A
-    call that was interrupted continues from its cache. Dropping blocks follows PRACTISE (arXiv 2202.07861), pruning
-    channels El Halabi et al. (arXiv 2203.04940).
+    (`Latency`, `MaxError`, `search_seconds`, `on_lattice`, `MimicSettings.seconds`). Calls from several threads run
+    one after the other. A call that was interrupted continues from its cache. Dropping blocks follows PRACTISE (arXiv
+    2202.07861), pruning channels El Halabi et al. (arXiv 2203.04940).
 
     Arguments:
         model: An `nn.Module`, a `torch.export.ExportedProgram`, the path of a ``.pt2`` or ``.onnx`` file, or an
@@ -143,7 +145,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
                 _check_fixed_batch(teacher, batch)
             store = AnalysisStore(folder, basis=own_sources(used, goal))
             ctx = options.context(teacher, samples, goal, store, clock, show)
-            foresee(ctx, used, mimic_passes(options.mimic))
+            foresee(ctx, used, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
             deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
             with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
                 outcome = run_pipeline(ctx, used, probe, options)

@@ -269,12 +269,14 @@ def mimicking(ctx: Context, rewrites: Sequence[Rewrite], done: Applied, settings
     base = done.before_last or done
     with ctx.clock.stage("mimic"):
         trained = mimicked(ctx, base, settings.mimic)
-        ctx.instruments.after("mimic", trained, base.program)
-        error = sampled_error(ctx.teacher, trained, ctx.judge, seed=ctx.seed)
+        if trained.skipped is not None:
+            return replace(done, unmimicked=trained.skipped)
+        ctx.instruments.after("mimic", trained.program, base.program)
+        error = sampled_error(ctx.teacher, trained.program, ctx.judge, seed=ctx.seed)
     # mimicking looks at every output relative to its size; a bound on the whole is not given up for that
     if not ctx.goal.within(error.most) and error.error > list(base.errors.values())[-1]:
         return done
-    better = replace(base, program=trained, errors={**base.errors, "mimicked": error.error})
+    better = replace(base, program=trained.program, errors={**base.errors, "mimicked": error.error})
     if done.before_last is None:
         return better
     return replace(finished(ctx, rewrites, better, done.decisions), tried=done.tried)

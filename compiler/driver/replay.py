@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ...passes.mimic.settings import MimicSettings, mimic_passes
+from ...passes.mimic.settings import MimicSettings, expected_mimic_s
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.sampled_error import sampled_error, warn_if_lost
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
+from ..ir.cost import program_cost
 from ..ir.edit import set_tensors
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program
@@ -125,7 +127,7 @@ def apply(
         with kept_in(cache) as folder:
             store = AnalysisStore(folder, basis=own_sources(using, read.goal))
             ctx = options.context(teacher, samples, read.goal, store, clock, show)
-            foresee_replay(ctx, using, mimic_passes(options.mimic))
+            foresee_replay(ctx, using, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
             return _solved(ctx, read, using, options)
 
 

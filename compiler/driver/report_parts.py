@@ -69,13 +69,14 @@ def model_name(model: Model) -> str:
 
 
 def report_parts(outcome: Outcome) -> dict[str, Any]:
-    """`graph`, `block_latency`, `tried`, `aims`, `changes` and `regimes` of a report, and what the rewrites
-    add."""
+    """`graph`, `block_latency`, `tried`, `aims`, `changes`, `regimes` and `unmimicked` of a report, and what the
+    rewrites add."""
     return {
         "graph": _or_reason(lambda: describe_graph(outcome.ctx.teacher, outcome.program, outcome.plan.decisions)),
         "block_latency": _or_reason(lambda: _block_latency(outcome)),
         "tried": [asdict(plan) for plan in outcome.applied.tried],
         "aims": list(outcome.aims),
+        "unmimicked": outcome.applied.unmimicked,
         "changes": _changes(outcome),
         "regimes": _regimes(outcome),
         **_of_rewrites(outcome),

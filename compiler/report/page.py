@@ -323,6 +323,6 @@ def _origin(report: Mapping[str, Any]) -> dict[str, str]:
         "network fingerprint": report["fingerprint"],
         "made": time_words(report["made"]),
         "rewrites allowed": rewrite_words(report),
-        "mimicked": "yes" if report["mimicked"] else "no",
+        "mimicked": "yes" if report["mimicked"] else ": ".join(filter(None, ("no", report.get("unmimicked")))),
         **report["versions"],
     }

@@ -59,6 +59,7 @@ class Report(Mapping[str, Any]):
         kinds: What the rewrites are called, and how they are drawn.
         words: The decisions in words: ``what`` and ``how``.
         mimicked: Whether the result was trained on the features of the original.
+        unmimicked: Why it was not, if that was asked for.
         test: The output error on the test samples with its 95 % interval: ``error``, ``low``, ``high``, ``samples``.
         regimes: The latency in both regimes, ``hot`` and ``cold``, by name.
         file_bytes: Sizes of the ONNX file ``before`` and ``after``.
@@ -118,6 +119,7 @@ class Report(Mapping[str, Any]):
     kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     words: Sequence[Mapping[str, str]] = ()
     mimicked: bool = False
+    unmimicked: str | None = None
     test: Mapping[str, Any] = field(default_factory=dict)
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -165,6 +167,7 @@ class Report(Mapping[str, Any]):
             "details": {name: dict(said) for name, said in self.details.items()},
             "words": [dict(words) for words in self.words],
             "mimicked": self.mimicked,
+            "unmimicked": self.unmimicked,
             "goal": dict(self.goal),
             "goal_words": self.goal_words,
             "goal_share": self.goal_share,

@@ -7,7 +7,7 @@ while a compile runs the estimate is corrected by what its stages took (`Whole`)
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...passes.solve.weighing import TRIAL_SAMPLES, solve_passes
 from ..ir.cost import program_cost
@@ -17,6 +17,8 @@ from .context import Context
 from .rewrite import Rewrite
 from .work import Work
 
+#: Seconds of a training, from those of a forward pass of one sample.
+MimicTime = Callable[[float], float]
 #: Samples that the timed pass takes.
 TIMED_SAMPLES = 8
 #: Plans that are tried for each rewrite, and more where savings are counted: searches then start from several plans.
@@ -31,21 +33,21 @@ MEASURED, MOST_MEASURED_S = Work(seconds=5.0, passes=300), 60.0
 EXPORT_S, EXPORT_NODE_S = 1.0, 0.012
 
 
-def foresee(ctx: Context, rewrites: Sequence[Rewrite], mimic_passes: float) -> None:
-    """Say what a compile has to do and how long that takes about, where somebody watches. `mimic_passes` are those of
+def foresee(ctx: Context, rewrites: Sequence[Rewrite], mimic_s: MimicTime) -> None:
+    """Say what a compile has to do and how long that takes about, where somebody watches. `mimic_s` is the time of
     the training, 0 where there is none."""
     if isinstance(ctx.progress, WholeProgress):
-        forecast = compile_forecast(ctx, rewrites, mimic_passes, timed_pass_s(ctx))
+        forecast = compile_forecast(ctx, rewrites, mimic_s, timed_pass_s(ctx))
         ctx.progress.foresee(size_words(ctx), forecast)
 
 
-def foresee_replay(ctx: Context, rewrites: Sequence[Rewrite], mimic_passes: float) -> None:
+def foresee_replay(ctx: Context, rewrites: Sequence[Rewrite], mimic_s: MimicTime) -> None:
     """`foresee` for a plan that is solved again."""
     if isinstance(ctx.progress, WholeProgress):
         pass_s = timed_pass_s(ctx)
         stages = {
             "re-solve": _expected(_resolve(ctx, rewrites), pass_s),
-            "mimic": _expected(Work(passes=mimic_passes), pass_s, "last"),
+            "mimic": Expected(seconds=mimic_s(pass_s), when="last"),
             "test": _expected(_test(ctx), pass_s, "last"),
         }
         ctx.progress.foresee(size_words(ctx), Forecast(_needed(stages)))
@@ -71,7 +73,7 @@ def timed_pass_s(ctx: Context) -> float:
     return min(times) / min(TIMED_SAMPLES, len(ctx.fit))
 
 
-def compile_forecast(ctx: Context, rewrites: Sequence[Rewrite], mimic_passes: float, pass_s: float) -> Forecast:
+def compile_forecast(ctx: Context, rewrites: Sequence[Rewrite], mimic_s: MimicTime, pass_s: float) -> Forecast:
     """What the stages of a compile are expected to take. Where rewrites that come last are asked first and may do, as
     little as without the others."""
     goal = ctx.goal
@@ -89,7 +91,7 @@ def compile_forecast(ctx: Context, rewrites: Sequence[Rewrite], mimic_passes: fl
         stages |= _search(ctx, rewrites, needed, pass_s)
     solving: When = "search" if goal.mixes else "once"
     stages["re-solve"] = _expected(_resolve(ctx, rewrites), pass_s, solving)
-    stages["mimic"] = _expected(Work(passes=mimic_passes), pass_s, "last")
+    stages["mimic"] = Expected(seconds=mimic_s(pass_s), when="last")
     stages["measure"] = _expected(MEASURED, pass_s, "last", most=MOST_MEASURED_S)
     stages["profile"] = Expected(seconds=1.0, when="last")
     stages["test"] = _expected(_test(ctx), pass_s, "last")

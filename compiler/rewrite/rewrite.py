@@ -70,6 +70,7 @@ class Applied:
         before_last: The network before the rewrites that come last, which is the one to train. None if there are none.
         errors: Relative output error on the judging samples after each stage.
         tried: The plans that were compared.
+        unmimicked: Why it was not trained on the features of the original, where that was asked for.
 
     Example:
         >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 4))
@@ -89,6 +90,7 @@ class Applied:
     before_last: Applied | None = field(default=None, repr=False)
     errors: Mapping[str, float] = field(default_factory=dict)
     tried: tuple[TriedPlan, ...] = ()
+    unmimicked: str | None = None
 
 
 class Rewrite:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from ...compiler.ir.edit import signature
+from ...compiler.ir.execute import required
 from ...compiler.ir.program import Program, is_tensor
 from ..solve.features import compared_outputs, head_features
 
@@ -70,6 +72,12 @@ def stage_ends(program: Program) -> tuple[str, ...]:
         if read_twice and node.meta["val"].is_floating_point() and batch_first(program, node):
             last[signature(node)] = name
     return tuple(last.values())
+
+
+def read_parameters(program: Program, names: Iterable[str]) -> set[str]:
+    """Parameters that the values of some nodes depend on."""
+    nodes = [program.nodes[name] for name in required(program, names, set())]
+    return {str(n.target) for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
 
 
 def same_as_teacher(teacher: Program, student: Program) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ from ...compiler.support.setting_checks import Allowed, check_number, check_swit
 
 #: What a step of a training takes for each sample, in forward passes of the original.
 STEP_PASSES = 2.0
+#: Multiply-accumulates that a training takes at most, unless the settings say otherwise: a little more than what 400
+#: iterations of 32 samples of 300 M each take (MobileNetV2 at 224 pixels), and eight minutes or so at its pace on one
+#: thread, 0.4e11 a second. Networks up to that size are trained in full.
+MOST_MACS = 2 * 10**13
+
 #: Changes a batch of inputs at random (flips, crops, mixes); the teacher sees what it returns.
 Augment = Callable[[Batch, torch.Generator], Batch]
 
@@ -41,6 +47,12 @@ class MimicSettings:
         bfloat16: Whether to use autocast to bfloat16. None uses it on CPUs that multiply such matrices in hardware.
         cache_bytes: Memory for the features of the original, in bytes. If they need more, they are computed in every
             iteration.
+        seconds: Time for the training, in seconds; 0 leaves it out. The first iterations are timed, and as many are
+            made as fit, with a learning rate that comes down within them. A single iteration and the last look at the
+            held-out error are not cut off. The result is then not repeatable. If None, time does not matter.
+        macs: Multiply-accumulates that the training may take in all. What would take more is made smaller, with a
+            warning: networks that take images of any size are trained on random crops, and judged on whole images;
+            then there are fewer iterations. If None, work does not matter.
 
     Raises:
         CalibrationError: If a setting is out of range or of the wrong type.
@@ -61,6 +73,8 @@ class MimicSettings:
     patience: int = 4
     bfloat16: bool | None = None
     cache_bytes: int = 1 << 30
+    seconds: float | None = None
+    macs: int | None = MOST_MACS
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "checks", "patience"):
@@ -72,9 +86,17 @@ class MimicSettings:
             refuse("augment", self.augment, "a function of a batch and a generator, or None", error=CalibrationError)
         check_switch("bfloat16", self.bfloat16, none=True, error=CalibrationError)
         check_whole("cache_bytes", self.cache_bytes, Allowed(least=0), error=CalibrationError)
+        check_number("seconds", self.seconds, Allowed(least=0, none=True), error=CalibrationError)
+        check_whole("macs", self.macs, Allowed(least=1, none=True), error=CalibrationError)
         settled(self)
 
 
-def mimic_passes(settings: MimicSettings | None) -> float:
-    """About how many forward passes of one sample take as long as a training to its end; None: no training."""
-    return 0.0 if settings is None else STEP_PASSES * settings.iterations * settings.batch_size
+def expected_mimic_s(settings: MimicSettings | None, sample_macs: int, pass_s: float) -> float:
+    """About how long a training to its end takes where a forward pass of one sample, of so many multiply-accumulates,
+    takes `pass_s` seconds; None: no training."""
+    if settings is None:
+        return 0.0
+    passes = STEP_PASSES * settings.iterations * settings.batch_size
+    if settings.macs is not None:
+        passes = min(passes, STEP_PASSES / 3 * settings.macs / max(1, sample_macs))  # forward, and backward twice that
+    return min(passes * pass_s, math.inf if settings.seconds is None else settings.seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 
 import torch
 from torch import fx, nn
@@ -18,8 +19,11 @@ from ...compiler.ir.program import Batch, Program, as_arguments
 from ...compiler.support import tally
 from ...compiler.support.errors import MimicError, first_line
 from ..solve.targets import Kept, select_kept
-from .pairs import batch_first, compared_pairs, same_as_teacher
+from .crops import Crop, Read, find_crop
+from .pairs import batch_first, compared_pairs, read_parameters, same_as_teacher
 from .settings import MimicSettings
+from .timetable import Timetable
+from .training_macs import TrainingMacs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +42,13 @@ class Lesson:
 class Training:
     """The two networks, the optimiser and the teacher's cached values of one training."""
 
-    def __init__(self, lesson: Lesson, settings: MimicSettings) -> None:
+    def __init__(self, lesson: Lesson, settings: MimicSettings, timetable: Timetable) -> None:
         teacher, trainee = lesson.teacher, lesson.student
-        self.settings, self.calibration, self.held_out = settings, lesson.fit, lesson.judge
+        self.work = TrainingMacs.of(teacher, trainee, (len(lesson.fit), len(lesson.judge)), settings)
+        self.settings, self.calibration = settings, lesson.fit
+        self.held_out = lesson.judge.take(slice(0, self.work.judges))  # their order is random
         self.done = 0
+        self._time = timetable
         self.pairs, self.judges = compared_pairs(
             teacher, trainee, outputs_weight=settings.outputs, hints_weight=settings.hints
         )
@@ -50,20 +57,47 @@ class Training:
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self._macs = {False: program_cost(teacher).macs, True: program_cost(trainee).macs}
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
-        by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
-        self.cache = self._teacher_values() if settings.augment is None and by_sample else None
         self._generator = torch.Generator().manual_seed(lesson.seed)
         self._order = torch.empty(0, dtype=torch.long)
         frozen = same_as_teacher(teacher, trainee)
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
+        bearing = read_parameters(trainee, [p.student for p in self.pairs if p.weight])
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad] if trained & bearing else []
         if not self.parameters:
             return
         #: What the learning rate is divided by.
         self.slower = 1.0
         self._rates = [settings.learning_rate * max(_rms(p), 1e-3) for p in self.parameters]
         self._optimiser = self._adam()
+        #: What iterations see of each sample, where they do not see all, and the teacher's values on all samples.
+        self.crop: Crop | None = None
+        self.cache: list[torch.Tensor] | None = None
+        #: What was made smaller, in words.
+        self.said: tuple[str, ...] = ()
+        self._fit_work(lesson)
+
+    def _fit_work(self, lesson: Lesson) -> None:
+        """Cache the teacher's values; where that, or the memory for it, leaves too much work, go over to crops, then to
+        fewer iterations."""
+        teacher, student, work = lesson.teacher, lesson.student, self.work
+        by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
+        cacheable = self.settings.augment is None and by_sample
+        if cacheable and work.affords(cached=True) >= work.iterations:
+            self.cache = self._teacher_values()
+            cacheable = self.cache is not None
+        if work.affords(cached=self.cache is not None) < work.iterations:
+            networks = [Read(program=teacher, names=[p.teacher for p in self.pairs])]
+            networks.append(Read(program=student, names=[p.student for p in self.pairs]))
+            crop = find_crop(networks, self.calibration, work.share, self._mean_squares)
+            if crop is not None and work.affords(share=crop.share) > work.affords(cached=cacheable):
+                self.crop = crop
+            elif cacheable and work.affords(cached=True) * work.batch >= len(self.calibration):
+                self.cache = self._teacher_values()
+            share = 1.0 if self.crop is None else self.crop.share
+            self._time.at_most(int(min(work.iterations, work.affords(cached=self.cache is not None, share=share))))
+        self.said = work.smaller(self._time.most, crop=self.crop, cached=cacheable)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the student's."""
@@ -111,6 +145,8 @@ class Training:
         batch = self.calibration.batch(indices)
         if self.settings.augment is not None:
             batch = self.settings.augment(batch, self._generator)
+        if self.crop is not None:
+            batch = self.crop.cut(batch, self._generator)
         wanted = self._values(self.teacher, batch) if self.cache is None else [v[indices] for v in self.cache]
         loss = self._loss(self._values(self.student, batch), wanted)
         if not loss.requires_grad:
@@ -147,8 +183,9 @@ class Training:
 
     def _pace(self, iteration: int) -> float:
         """What the learning rate is multiplied with: up in a straight line, down by a cosine."""
-        warm = max(1, self.settings.iterations // 20)
-        along = min(1.0, iteration / self.settings.iterations)
+        iterations = max(1, self._time.iterations)
+        warm = max(1, iterations // 20)
+        along = min(1.0, iteration / iterations)
         return min(1.0, (iteration + 1) / warm) * 0.5 * (1 + math.cos(math.pi * along))
 
     def _loss(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
@@ -185,11 +222,20 @@ class Training:
         """The teacher's values in the channels that the student still has."""
         return [select_kept(value, kept) for value, kept in zip(values, self.kept, strict=True)]
 
+    def _mean_squares(self, batch: Batch) -> list[float]:
+        """Those of the teacher's values that are trained on."""
+        values = zip(self._values(self.teacher, batch), self.pairs, strict=True)
+        return [float(value.float().square().mean()) for value, pair in values if pair.weight]
+
     def _teacher_values(self) -> list[torch.Tensor] | None:
-        """The teacher's values on all samples, or None when they would not fit."""
+        """The teacher's values on all samples, or None when they would not fit into memory or time."""
         parts: list[list[torch.Tensor]] = []
+        began = monotonic()
         for batch in self.calibration.batches(self.settings.batch_size):
             parts.append(self._values(self.teacher, batch))
+            share = min(1.0, len(parts) * self.settings.batch_size / len(self.calibration))
+            if not self._time.allows_ahead((monotonic() - began) / share):
+                return None
             if (
                 sum(v.numel() * v.element_size() for v in parts[0]) * len(self.calibration)
                 > self.settings.cache_bytes * self.settings.batch_size

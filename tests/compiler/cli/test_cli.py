@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foldcut.compiler.cli import apply as cli_apply
 from foldcut.compiler.cli import compile as cli_compile
 from foldcut.compiler.cli import demo
 from foldcut.compiler.cli import inspect as cli_inspect
 from foldcut.compiler.cli import main as cli
+from foldcut.compiler.cli import sweep as cli_sweep
 from foldcut.compiler.cli.console import out
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
 from foldcut.compiler.frontend.capture import capture
@@ -20,6 +22,7 @@ from foldcut.compiler.goals.latency import Latency
 from foldcut.compiler.support import progress
 from foldcut.compiler.support.errors import GoalError
 from foldcut.passes.drop.decision import Blocks
+from foldcut.passes.mimic.settings import MimicSettings
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -347,6 +350,28 @@ def test_options_reach_the_compiler(folder: Path, tmp_path: Path, monkeypatch: p
     assert {key: seen[key] for key in wanted} == wanted
     assert seen["count"] == 5
     assert isinstance(seen["model"], torch.nn.Module)
+
+
+def test_the_time_of_the_training_reaches_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def note(*_model: Any, **options: Any) -> None:
+        seen.append(options["mimic"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_compile, "compile_model", note)
+    monkeypatch.setattr(cli_sweep, "sweep", note)
+    monkeypatch.setattr(cli_apply, "apply", note)
+    compiled = (*COMPILE[:-1], tmp_path / "out", "--blocks", 1)
+    run(*compiled, "--mimic-seconds", 2.5)
+    run(*compiled)
+    run("sweep", *COMPILE[1:-1], tmp_path / "out", "--mimic-seconds", 0)
+    applied = ("apply", "plan.json", *COMPILE[1:-1], tmp_path / "out")
+    run(*applied, "--mimic-seconds", 7)
+    assert seen == [MimicSettings(seconds=2.5), True, MimicSettings(seconds=0), MimicSettings(seconds=7)]
+    failed(run(*compiled, "--no-mimic", "--mimic-seconds", 3), "--no-mimic leaves out", "give one of them")
+    failed(run(*applied, "--mimic-seconds", 3, "--solved", "net.pt2"), "are not trained", "give --calib alone")
+    assert run(*compiled, "--mimic-seconds", -1).exit_code == 2 and len(seen) == 4
 
 
 def test_debug_shows_the_error_itself(folder: Path, tmp_path: Path) -> None:

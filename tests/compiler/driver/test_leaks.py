@@ -178,7 +178,7 @@ def student_of(contexts: Any, nets: SimpleNamespace) -> Any:
     def mimicked(residual: Program) -> Program:
         ctx = contexts(residual, CalibrationSet.of(nets.images(8)))
         student = foldcut.Applied(program=bypass(residual, "relu", "relu_2"))
-        return stored.mimicked(ctx, student, foldcut.MimicSettings(iterations=2))
+        return stored.mimicked(ctx, student, foldcut.MimicSettings(iterations=2)).program
 
     return mimicked
 

@@ -91,6 +91,8 @@ REFUSED: list[tuple[Callable[..., object], str, tuple[object, ...], str]] = [
     (foldcut.MimicSettings, "augment", ("flip", True), "give a function"),
     (foldcut.MimicSettings, "bfloat16", ("no", 1), SWITCH + ", or None"),
     (foldcut.MimicSettings, "cache_bytes", (-1, 1.5, "1", None), COUNT),
+    (foldcut.MimicSettings, "seconds", (-1, NAN, INF, "60", True), "give a number from 0 on, or None"),
+    (foldcut.MimicSettings, "macs", (0, -1, 1e14, "1", True), WHOLE + ", or None"),
 ]
 
 #: The same of the arguments that `compile` and `sweep` have in common.
@@ -189,6 +191,7 @@ def test_what_is_in_range_passes() -> None:
     foldcut.RankSettings(schemes=["tucker"], metric="weights", rows_per_column=None, least=1.0, ignore=("head*",))
     ResolveSettings(ridge=0, refine=0, guard_samples=0, ram_bytes=0, batch_size=1, rows_per_column=None)
     RecoverabilitySettings(mode="exact", samples=1)
+    foldcut.MimicSettings(seconds=0, macs=1)
     foldcut.MimicSettings(iterations=1, patience=1, hints=0, learning_rate=1e30, augment=lambda batch, _: batch)
 
 

@@ -17,9 +17,14 @@ from foldcut.compiler.rewrite.forecast import compile_forecast, foresee, size_wo
 from foldcut.compiler.rewrite.work import Work
 from foldcut.compiler.support.progress import WholeProgress
 from foldcut.compiler.support.whole import Forecast
-from foldcut.passes.mimic.settings import mimic_passes
+from foldcut.passes.mimic.settings import expected_mimic_s
 
 MIX: tuple[foldcut.Rewrite, ...] = (foldcut.Drop(), foldcut.Prune(), foldcut.Factorize(), foldcut.Quantize())
+
+
+def untrained(pass_s: float) -> float:
+    """No training."""
+    return 0.0 * pass_s
 
 
 @pytest.fixture
@@ -35,7 +40,8 @@ def seconds(forecast: Forecast) -> dict[str, float]:
 def test_what_hangs_on_the_network_grows_with_its_forward_pass(ctx: Callable[..., Context]) -> None:
     """All but measurements and exports, which have a time of their own."""
     fast, slow = (
-        seconds(compile_forecast(ctx(foldcut.Blocks(1)), [foldcut.Drop()], 1000.0, pass_s)) for pass_s in (0.01, 0.1)
+        seconds(compile_forecast(ctx(foldcut.Blocks(1)), [foldcut.Drop()], lambda pass_s: 1000 * pass_s, pass_s))
+        for pass_s in (0.01, 0.1)
     )
     assert list(fast) == [
         "export",
@@ -55,16 +61,16 @@ def test_what_hangs_on_the_network_grows_with_its_forward_pass(ctx: Callable[...
 
 
 def test_stages_with_nothing_to_do_are_not_foreseen(ctx: Callable[..., Context]) -> None:
-    found = compile_forecast(ctx(foldcut.Channels(0.5)), [foldcut.Prune()], 0.0, 0.01)
+    found = compile_forecast(ctx(foldcut.Channels(0.5)), [foldcut.Prune()], untrained, 0.01)
     assert "mimic" not in found.stages and "try plans" not in found.stages
-    alone = compile_forecast(ctx(foldcut.Blocks(1)), [foldcut.Drop()], 0.0, 0.01)
+    alone = compile_forecast(ctx(foldcut.Blocks(1)), [foldcut.Drop()], untrained, 0.01)
     # what chooses channels is part of the re-solve
     assert found.stages["re-solve"].seconds > 2 * alone.stages["re-solve"].seconds
 
 
 def test_where_int8_may_do_the_others_may_not_be_asked(ctx: Callable[..., Context]) -> None:
     goal = foldcut.Latency(0.5)
-    mixed = compile_forecast(ctx(goal), MIX, 0.0, 0.01)
+    mixed = compile_forecast(ctx(goal), MIX, untrained, 0.01)
     stages = mixed.stages
     assert [name for name, stage in stages.items() if stage.least_s == 0.0] == [
         "measure savings",
@@ -73,7 +79,7 @@ def test_where_int8_may_do_the_others_may_not_be_asked(ctx: Callable[..., Contex
         "offer ranks",
     ]
     assert stages["try plans"].least_s == pytest.approx(stages["try plans"].seconds / 4)
-    floating = compile_forecast(ctx(goal), MIX[:3], 0.0, 0.01)
+    floating = compile_forecast(ctx(goal), MIX[:3], untrained, 0.01)
     assert all(stage.least_s is None or stage.least_s > 0 for stage in floating.stages.values())
     assert floating.stages["try plans"].least_s == floating.stages["try plans"].seconds
     assert mixed.least_s < floating.least_s
@@ -82,7 +88,7 @@ def test_where_int8_may_do_the_others_may_not_be_asked(ctx: Callable[..., Contex
 def test_a_bound_on_the_search_bounds_the_forecast(ctx: Callable[..., Context]) -> None:
     goal = foldcut.Latency(0.5)
     free, bounded = (
-        compile_forecast(ctx(goal, time=SearchTime(limit)), MIX[:3], 0.0, 1.0).stages for limit in (None, 60)
+        compile_forecast(ctx(goal, time=SearchTime(limit)), MIX[:3], untrained, 1.0).stages for limit in (None, 60)
     )
     assert sum(free[name].seconds for name in ("try plans", "measure plan")) > 60
     assert sum(bounded[name].seconds for name in ("try plans", "measure plan")) == pytest.approx(60)
@@ -93,13 +99,20 @@ def test_an_own_rewrite_need_not_say_anything(ctx: Callable[..., Context]) -> No
         name = "own"
 
     assert Own().work(ctx(foldcut.Macs(0.5))) == {}
-    assert "try plans" in compile_forecast(ctx(foldcut.Macs(0.5)), [Own()], 0.0, 0.01).stages
+    assert "try plans" in compile_forecast(ctx(foldcut.Macs(0.5)), [Own()], untrained, 0.01).stages
 
 
 def test_work_adds_up() -> None:
     work = Work(passes=3) + Work(passes=4, seconds=2)
     assert work == Work(passes=7, seconds=2) and work.takes_s(0.5) == 5.5
-    assert mimic_passes(None) == 0 and mimic_passes(foldcut.MimicSettings(iterations=10, batch_size=4)) == 80
+
+
+def test_a_training_is_expected_to_take_no_longer_than_it_may() -> None:
+    brief = foldcut.MimicSettings(iterations=10, batch_size=4)
+    assert expected_mimic_s(None, 1000, 0.5) == 0
+    assert expected_mimic_s(brief, 1000, 0.5) == 40
+    assert expected_mimic_s(replace(brief, macs=30_000), 1000, 0.5) == 10
+    assert expected_mimic_s(replace(brief, seconds=3), 1000, 0.5) == 3
 
 
 def test_the_size_of_the_work_in_words(ctx: Callable[..., Context]) -> None:
@@ -115,9 +128,9 @@ def test_nothing_is_timed_where_nobody_watches(ctx: Callable[..., Context], monk
         raise AssertionError("it was timed")
 
     monkeypatch.setattr(forecasts, "timed_pass_s", never)
-    foresee(ctx(foldcut.Blocks(1)), [foldcut.Drop()], 0.0)
+    foresee(ctx(foldcut.Blocks(1)), [foldcut.Drop()], untrained)
     with pytest.raises(AssertionError, match="it was timed"):
-        foresee(ctx(foldcut.Blocks(1), progress=WholeProgress(lambda line: None)), [foldcut.Drop()], 0.0)
+        foresee(ctx(foldcut.Blocks(1), progress=WholeProgress(lambda line: None)), [foldcut.Drop()], untrained)
 
 
 class Watched(WholeProgress):
