@@ -64,6 +64,14 @@ SearchOption = Annotated[
         show_default="while it finds better ones",
     ),
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What the process may have in memory at once: 512M, 4G, 4GiB or bytes.",
+        show_default="what there is",
+    ),
+]
 BackendOption = Annotated[str, typer.Option(help="Where the latency counts.")]
 BatchOption = Annotated[int, typer.Option(help="Batch size that the latency is measured at.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")]
@@ -134,6 +142,7 @@ class SolveOptions(SampleOptions):
     seed: SeedOption = 0
     cache: CacheOption = None
     fresh: FreshOption = False
+    memory: MemoryOption = None
     as_json: JsonOption = False
     quiet: QuietOption = False
     debug: DebugOption = False

@@ -29,6 +29,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.allocator import memory_at_hand
 from ..support.errors import CompilerError, GoalError
+from ..support.memory import memory_within, peak_bytes, warn_if_above
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
 from .builtin import chosen_rewrites
@@ -132,28 +133,28 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     clock = StageClock()
-    with (
-        alone(),
-        memory_at_hand(),
-        kept_in(cache) as folder,
-        opened_progress(progress) as show,
-        _collected_warnings() as messages,
-    ):
-        with clock.stage("capture"):
-            network = opened(model)
-            samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
-            teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
-            _check_fixed_batch(teacher, batch)
-        ctx = options.context(teacher, samples, goal, AnalysisStore(folder, basis=own_sources(used, goal)), clock, show)
-        deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
-        with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
-            outcome = run_pipeline(ctx, used, probe, options)
-    origin = report_origin(outcome, model)
+    with alone(), memory_within(options.memory_bytes):
+        with memory_at_hand(), kept_in(cache) as folder, opened_progress(progress) as show, _collected() as messages:
+            before_bytes = peak_bytes()
+            with clock.stage("capture"):
+                network = opened(model)
+                samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
+                teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
+                _check_fixed_batch(teacher, batch)
+            store = AnalysisStore(folder, basis=own_sources(used, goal))
+            ctx = options.context(teacher, samples, goal, store, clock, show)
+            deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
+            with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
+                options.settle_memory(ctx)
+                outcome = run_pipeline(ctx, used, probe, options)
+            warn_if_above(options.memory_bytes, before_bytes)
+        origin = report_origin(outcome, model)
+        report = _report(outcome, samples, goal, resolved_backend, messages, origin)
     result = Compiled(
         plan=outcome.plan,
         make_program=lambda: outcome.program,
         make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
-        compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
+        compiled_report=report,
         outcome=outcome,
         output_errors=outcome.output_errors,
         tested=outcome.tested,
@@ -189,7 +190,7 @@ def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: 
 
 
 @contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
+def _collected() -> Iterator[list[str]]:
     """The user warnings raised inside, for the report; they are issued again on leaving, also after an error."""
     messages: list[str] = []
     try:
@@ -265,6 +266,7 @@ def _report(
             "fingerprint": samples.fingerprint,
         },
         seconds=outcome.ctx.clock.to_dict(),
+        memory={"peak_bytes": peak_bytes(), "limit_bytes": options.memory_bytes},
         environment=dict(environment) if isinstance(environment, dict) else {},
         seed=options.seed,
         warnings=tuple(messages),

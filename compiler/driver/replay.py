@@ -25,6 +25,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.allocator import memory_at_hand
 from ..support.errors import PlanError
+from ..support.memory import memory_within
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
@@ -105,7 +106,8 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    with alone(), memory_at_hand():
+    limit_bytes = settings.memory_bytes if settings is not None else None
+    with alone(), memory_within(limit_bytes), memory_at_hand():
         network = opened(model)
         samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
         inputs = example if samples is None else samples.batch(slice(0, 2))
@@ -122,6 +124,7 @@ def apply(
         with kept_in(cache) as folder, opened_progress(progress) as show:
             store = AnalysisStore(folder, basis=own_sources(using, read.goal))
             ctx = options.context(teacher, samples, read.goal, store, StageClock(), show)
+            options.settle_memory(ctx)
             return _solved(ctx, read, using, options)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.sampled_error import interval_words
 from ..support.strict_json import finite
+from .words import memory_words
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # equal to what has the same content, as mappings are
@@ -60,6 +61,8 @@ class Report(Mapping[str, Any]):
         test: The output error on the test samples with its 95 % interval: ``error``, ``low``, ``high``, ``samples``.
         regimes: The latency in both regimes, ``hot`` and ``cold``, by name.
         file_bytes: Sizes of the ONNX file ``before`` and ``after``.
+        memory: ``peak_bytes``, the most that the process ever had in memory at once, also before the compile; and
+            ``limit_bytes``, what it was allowed, None without a limit.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
@@ -117,6 +120,7 @@ class Report(Mapping[str, Any]):
     regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file_bytes: Mapping[str, int] = field(default_factory=dict)
     figures: Sequence[Mapping[str, str]] = ()
+    memory: Mapping[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:
@@ -187,6 +191,7 @@ class Report(Mapping[str, Any]):
             "onnx_difference": self.onnx_difference,
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
+            "memory": dict(self.memory),
             "environment": dict(self.environment),
             "seed": self.seed,
             "warnings": list(self.warnings),
@@ -217,6 +222,8 @@ class Report(Mapping[str, Any]):
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]
             rows.append(("  as judged on the way", "0", f"{judged:.4f}", "plans were chosen by these samples"))
+        if self.memory.get("peak_bytes"):
+            rows.append(("peak memory", "", *memory_words(self.memory)))
         return rows
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+from .allocator import give_back
+
 #: Seconds that a log of a running compile says nothing.
 LONGEST_S = 30.0
 
@@ -22,7 +24,8 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 class StageClock:
-    """Wall and process-CPU seconds of each stage; stages of one name add up, nested stages count in both."""
+    """Wall and process-CPU seconds of each stage; stages of one name add up, nested stages count in both. What a stage
+    leaves free goes back to the system, where memory is limited."""
 
     def __init__(self) -> None:
         self.wall_s: dict[str, float] = {}
@@ -34,6 +37,7 @@ class StageClock:
         try:
             yield
         finally:
+            give_back()
             self.wall_s[name] = self.wall_s.get(name, 0.0) + time.perf_counter() - wall
             self.cpu_s[name] = self.cpu_s.get(name, 0.0) + time.process_time() - cpu
 
