@@ -145,7 +145,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             ctx = options.context(teacher, samples, goal, store, clock, show)
             deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
             with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
-                options.settle_memory(ctx)
+                options.settle_memory(ctx, measured=True)
                 outcome = run_pipeline(ctx, used, probe, options)
             warn_if_above(options.memory_bytes, before_bytes)
         origin = report_origin(outcome, model)

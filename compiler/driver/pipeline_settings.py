@@ -13,6 +13,7 @@ from ...passes.mimic.settings import MimicSettings
 from ...passes.prune.settings import ChannelSettings
 from ...passes.solve.least_memory import least_bytes
 from ...passes.solve.resolve_network import ResolveSettings
+from ...runtime.measure.cache_eviction import eviction_bytes
 from ..data.calibration_set import CalibrationSet, View
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
@@ -137,18 +138,24 @@ class PipelineSettings:
         warn_of_shared(sets, len(samples))
         return sets.with_views(self.views)
 
-    def settle_memory(self, ctx: Context) -> None:
+    def settle_memory(self, ctx: Context, *, measured: bool) -> None:
         """Find out how much memory there is for the rest of a compile, and check that it is enough.
 
         Arguments:
             ctx: The context, with the original network and the samples.
+            measured: Whether latency is measured as well.
 
         Raises:
             CompilerError: If a limit leaves less than is needed at the least.
         """
-        trained = self.mimic is not None
-        rows = self.resolve.rows_per_column
-        settle_memory(least_bytes(ctx.teacher, views=ctx.fit.most_views, rows_per_column=rows, trained=trained))
+        least = least_bytes(
+            ctx.teacher,
+            views=ctx.fit.most_views,
+            rows_per_column=self.resolve.rows_per_column,
+            trained=self.mimic is not None,
+            measuring_bytes=eviction_bytes() if measured else 0,
+        )
+        settle_memory(least)
 
     def context(
         self,

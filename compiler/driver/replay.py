@@ -124,7 +124,7 @@ def apply(
         with kept_in(cache) as folder, opened_progress(progress) as show:
             store = AnalysisStore(folder, basis=own_sources(using, read.goal))
             ctx = options.context(teacher, samples, read.goal, store, StageClock(), show)
-            options.settle_memory(ctx)
+            options.settle_memory(ctx, measured=False)
             return _solved(ctx, read, using, options)
 
 

@@ -30,6 +30,8 @@ _CONTAINERS = (
 )
 #: Where it says what this process has: addresses, what of them is in memory, and what of them is its own data.
 _PROCESS = Path("/proc/self/statm")
+#: ... and the most of it that was ever in memory.
+_PEAK = Path("/proc/self/status")
 #: What is taken to be there where nothing says so.
 LEAST_BYTES = 4 << 30
 #: With so much to work with, nothing is done differently.
@@ -39,6 +41,10 @@ _OWN_SHARE = 0.75
 #: The share of the memory to work with that one batch may take on its way through a network.
 _BATCH_SHARE = 0.25
 
+#: How torch says that it got no memory.
+_NO_MEMORY = "can't allocate memory"
+#: Addresses that are taken and hold nothing: what threads reserve for their heaps, and gaps that mapping leaves.
+_RESERVED_BYTES = 384 << 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -65,13 +71,20 @@ def available_bytes() -> int:
 @contextmanager
 def memory_within(limit_bytes: int | None) -> Iterator[None]:
     """Inside, the process stays under `limit_bytes` of resident memory; None leaves that to the machine, its container
-    and the limits of the process. Raises CompilerError where the process has more already."""
+    and the limits of the process. Raises CompilerError where the process has more already, and where memory runs out
+    under a limit."""
     outer = _within[-1].limit_bytes if _within else None
     known = [count for count in (limit_bytes, outer) if count is not None]
     _within.append(_Within(limit_bytes=min(known, default=None)))
     try:
         _refuse_less_than(0)
         yield
+    except (MemoryError, RuntimeError) as cause:
+        if not _bounds() or not (isinstance(cause, MemoryError) or _NO_MEMORY in str(cause)):
+            raise
+        raise CompilerError(
+            f"memory ran out under {' and '.join(_bounds())}", hint="allow more, or give smaller samples"
+        ) from cause
     finally:
         _within.pop()
 
@@ -121,6 +134,11 @@ def told_bytes() -> list[int]:
 
 def peak_bytes() -> int | None:
     """The most that this process has ever had in memory at once; None where the system does not say."""
+    try:  # what getrusage says begins with what the process that started this one had
+        lines = _PEAK.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     if resource is None:
         return None
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,7 +178,7 @@ def _refuse_less_than(least_bytes: int) -> None:
             needed = used + max(least_bytes, 1)
             raise CompilerError(
                 f"{name} is too little: about {bytes_in_words(needed)} are needed at the least",
-                expected=f"{bytes_in_words(used)} that the process has by now, and {bytes_in_words(least_bytes)} more",
+                expected=f"{bytes_in_words(used)} that are taken by now, and {bytes_in_words(least_bytes)} more",
                 actual=bytes_in_words(total),
                 hint="allow more, or compile with smaller samples or a smaller network",
             )
@@ -172,7 +190,7 @@ def _bounds() -> dict[str, tuple[int, int]]:
     limit = limit_in_effect()
     found = {} if limit is None else {f"a memory limit of {bytes_in_words(limit)}": (limit, resident)}
     if resource is not None:
-        for name, used in (("RLIMIT_AS", addresses), ("RLIMIT_DATA", data)):
+        for name, used in (("RLIMIT_AS", addresses + _RESERVED_BYTES), ("RLIMIT_DATA", data)):
             total, _ = resource.getrlimit(getattr(resource, name))
             if total != resource.RLIM_INFINITY:
                 found[f"{name} of {bytes_in_words(total)}"] = (total, used)

@@ -21,9 +21,17 @@ SESSIONS, SESSION_WEIGHTS = 3, 2
 REST_BYTES = 64 << 20
 
 
-def least_bytes(program: Program, *, views: int = 1, rows_per_column: int | None = None, trained: bool = False) -> int:
+def least_bytes(
+    program: Program,
+    *,
+    views: int = 1,
+    rows_per_column: int | None = None,
+    trained: bool = False,
+    measuring_bytes: int = 0,
+) -> int:
     """Bytes that a compile of a program takes on top of what the process holds once the network and the samples are
-    there: for one sample with its `views` at a time, one layer after another. An estimate from the graph."""
+    there: for one sample with its `views` at a time, one layer after another. `measuring_bytes` is what a measurement
+    takes beside the networks. An estimate from the graph."""
     live, weights = live_bytes(program), _weight_bytes(program)
     grams = rows = 1
     for layer in find_layers(program)[0].values():
@@ -32,7 +40,7 @@ def least_bytes(program: Program, *, views: int = 1, rows_per_column: int | None
         read = math.ceil(count / thinning(count, columns, rows_per_column))
         rows = max(rows, 4 * layer.groups * columns * read)
     solved = views * (2 * live.most + rows) + GRAMS * grams
-    measured = SESSIONS * (SESSION_WEIGHTS * weights + live.most)
+    measured = SESSIONS * (SESSION_WEIGHTS * weights + live.most) + measuring_bytes
     trained_bytes = TRAINED_WEIGHTS * weights + 4 * live.whole if trained else 0
     return max(solved, measured, EXPORTED_WEIGHTS * weights, trained_bytes) + REST_BYTES
 
