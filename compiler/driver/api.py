@@ -135,7 +135,6 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     clock = StageClock()
     with alone(), memory_within(options.memory_bytes):
         with memory_at_hand(), kept_in(cache) as folder, opened_progress(progress) as show, _collected() as messages:
-            before_bytes = peak_bytes()
             with clock.stage("capture"):
                 network = opened(model)
                 samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
@@ -147,7 +146,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
                 options.settle_memory(ctx, measured=True)
                 outcome = run_pipeline(ctx, used, probe, options)
-            warn_if_above(options.memory_bytes, before_bytes)
+            warn_if_above()
         origin = report_origin(outcome, model)
         report = _report(outcome, samples, goal, resolved_backend, messages, origin)
     result = Compiled(

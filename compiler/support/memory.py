@@ -50,9 +50,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 @dataclass(kw_only=True)
 class _Within:
-    """What a compile was told to stay under, and what it has to work with, once that is known."""
+    """What a compile was told to stay under, the peak of the process before it, and what it has to work with, once that
+    is known."""
 
     limit_bytes: int | None
+    before_bytes: int | None
     working_bytes: int | None = None
 
 
@@ -75,7 +77,7 @@ def memory_within(limit_bytes: int | None) -> Iterator[None]:
     under a limit."""
     outer = _within[-1].limit_bytes if _within else None
     known = [count for count in (limit_bytes, outer) if count is not None]
-    _within.append(_Within(limit_bytes=min(known, default=None)))
+    _within.append(_Within(limit_bytes=min(known, default=None), before_bytes=peak_bytes()))
     try:
         _refuse_less_than(0)
         yield
@@ -91,11 +93,16 @@ def memory_within(limit_bytes: int | None) -> Iterator[None]:
 
 def settle_memory(least_bytes: int) -> None:
     """Find out what there is to work with, now that the network and the samples are in memory: for the rest of the
-    innermost `memory_within`. Raises CompilerError where a limit leaves less than `least_bytes`.
+    innermost `memory_within`. Raises CompilerError where a limit leaves less than `least_bytes`, or where reading the
+    network took more than it allows.
 
     The number is a round one, so that it is the same when the compile is made again: what depends on it, depends on
     the limit, and not on how a few pages happened to lie."""
     _refuse_less_than(least_bytes)
+    above = _above()
+    if above is not None:
+        limit = f"a memory limit of {bytes_in_words(limit_in_effect() or 0)}"
+        raise _too_little(limit, above, "what reading the network and the samples took")
     machine, boxes = _machine("MemTotal"), (_bytes_in(limit) for limit, _ in _CONTAINERS)
     whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
     left = [total - used for total, used in _bounds().values()]
@@ -145,15 +152,23 @@ def peak_bytes() -> int | None:
     return int(found) if sys.platform == "darwin" else int(found) << 10
 
 
-def warn_if_above(limit_bytes: int | None, before_bytes: int | None) -> None:
-    """Warn where the process went above its limit, and had not been there `before_bytes` already."""
-    peak = peak_bytes()
-    if limit_bytes is not None and peak is not None and (before_bytes or 0) <= limit_bytes < peak:
+def warn_if_above() -> None:
+    """Warn where the process went above the limit of the innermost `memory_within`, and had not been there before."""
+    above = _above()
+    if above is not None:
         warnings.warn(
-            f"the process had {bytes_in_words(peak)} in memory at once, above its limit of "
-            f"{bytes_in_words(limit_bytes)}: what a library takes by itself is only estimated",
+            f"the process had {bytes_in_words(above)} in memory at once, above its limit of "
+            f"{bytes_in_words(limit_in_effect() or 0)}: what a library takes by itself is only estimated",
             stacklevel=3,
         )
+
+
+def _above() -> int | None:
+    """The peak of the process where it is above the limit, and was not when that was set."""
+    peak, limit = peak_bytes(), limit_in_effect()
+    if peak is None or limit is None:
+        return None
+    return peak if (_within[-1].before_bytes or 0) <= limit < peak else None
 
 
 def read_bytes(text: str) -> int:
@@ -174,14 +189,17 @@ def bytes_in_words(count: int) -> str:
 def _refuse_less_than(least_bytes: int) -> None:
     """Raise CompilerError where a limit leaves less."""
     for name, (total, used) in _bounds().items():
-        if total - used < least_bytes or used > total:
-            needed = used + max(least_bytes, 1)
-            raise CompilerError(
-                f"{name} is too little: about {bytes_in_words(needed)} are needed at the least",
-                expected=f"{bytes_in_words(used)} that are taken by now, and {bytes_in_words(least_bytes)} more",
-                actual=bytes_in_words(total),
-                hint="allow more, or compile with smaller samples or a smaller network",
-            )
+        if total - used < max(least_bytes, 1):
+            words = f"{bytes_in_words(used)} that are taken by now, and {bytes_in_words(least_bytes)} more"
+            raise _too_little(name, used + max(least_bytes, 1), words)
+
+
+def _too_little(name: str, needed_bytes: int, why: str) -> CompilerError:
+    return CompilerError(
+        f"{name} is too little: about {bytes_in_words(needed_bytes)} are needed at the least",
+        expected=why,
+        hint="allow more, or compile with smaller samples or a smaller network",
+    )
 
 
 def _bounds() -> dict[str, tuple[int, int]]:

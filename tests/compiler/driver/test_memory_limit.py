@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,23 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.frontend.capture import capture
+from foldcut.compiler.report.page import report_page
 from foldcut.compiler.support import memory
 from foldcut.passes.solve.least_memory import GRAMS, REST_BYTES, least_bytes
 from torch import nn
+
+
+class Words(HTMLParser):
+    """The text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a child is Linux's to say")
 MIB = 1 << 20
@@ -70,6 +85,10 @@ def test_a_generous_limit_changes_nothing(counting_backend: Any) -> None:
     mimic = foldcut.MimicSettings(iterations=4)
     free, limited = (compiled(size, mimic, counting_backend) for size in (None, 64 << 30))
     assert free.onnx == limited.onnx and free.report.output_error == limited.report.output_error
+    *_, (name, _, peak, note) = free.report.rows()
+    assert name == "peak memory" and peak.endswith("iB") and note == "of the process"
+    assert limited.report.rows()[-1][3] == "of the process; limit 64.00 GiB"
+    assert f"peak memory {peak}" in " ".join(Words(report_page(free.report.to_dict())).text.split())
     assert free.report.memory["limit_bytes"] is None and limited.report.memory["limit_bytes"] == 64 << 30
 
 

@@ -138,10 +138,24 @@ def test_memory_that_runs_out_is_a_limit_that_is_too_small() -> None:
 def test_the_peak_is_that_of_the_process() -> None:
     peak = memory.peak_bytes()
     assert peak is not None and memory._taken()[1] <= peak + (1 << 20)
-    with pytest.warns(UserWarning, match="above its limit of 1 MiB"):
-        memory.warn_if_above(1 << 20, 0)
-    memory.warn_if_above(1 << 20, peak)  # it was above before
-    memory.warn_if_above(None, 0)
+
+
+def test_a_peak_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [1 << 49]
+    monkeypatch.setattr(memory, "peak_bytes", lambda: peaks[-1])
+    with memory.memory_within(1 << 50):
+        memory.warn_if_above()
+        memory.settle_memory(0)
+        peaks.append(3 << 49)
+        with pytest.warns(UserWarning, match="had 1572864.00 GiB in memory at once, above its limit"):
+            memory.warn_if_above()
+        with pytest.raises(CompilerError, match=r"too little: about 1572864.00 GiB are needed"):
+            memory.settle_memory(0)
+    with memory.memory_within(1 << 50):  # it was above before
+        memory.warn_if_above()
+        memory.settle_memory(0)
+    with memory.memory_within(None):
+        memory.warn_if_above()
 
 
 @pytest.mark.parametrize(("quota", "count"), [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 8), (None, 8)])
