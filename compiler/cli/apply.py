@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from ..data.calibration_set import horizontal_flip
+from ..driver.pipeline_settings import PipelineSettings
 from ..driver.replay import apply
 from ..driver.result import Compiled
 from ..frontend.capture import Model
 from ..support.atomic_files import check_writable
 from ..support.errors import CalibrationError, CaptureError
+from ..support.memory import read_bytes
 from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
 from .console import after_interrupt, guarded, out, show_line
@@ -43,6 +45,7 @@ def run(options: ApplyOptions) -> None:
 
 
 def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
+    settings = PipelineSettings(memory_bytes=None if options.memory is None else read_bytes(options.memory))
     read = sample_reader(options.calib, options, input_shape=options.input_shape)
     samples = None if read is None else read(options.limit)
     if options.mimic_seconds is not None and (options.calib is None or options.solved is not None):
@@ -62,6 +65,7 @@ def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
         mimic=read_mimic(options),
         views=(horizontal_flip,) if options.flip else (),
         seed=options.seed,
+        settings=settings,
         progress=progress,
         cache=read_cache(options.cache, options.fresh),
     )

@@ -21,6 +21,7 @@ from ..goals.latency import Latency
 from ..goals.max_error import MaxError
 from ..plan.goal import Goal
 from ..support.errors import CalibrationError, GoalError
+from ..support.memory import read_bytes
 from .options import CompileOptions, RunOptions, SolveOptions, latency_number
 
 
@@ -78,7 +79,7 @@ def _latency(text: str, regime: str | None) -> Latency:
 
 
 def read_settings(options: RunOptions) -> PipelineSettings:
-    """What channel counts and ranks go to, what is left alone, how long a mix is looked for.
+    """What channel counts and ranks go to, what is left alone, how long a mix is looked for, how much memory there is.
     Raises GoalError."""
     multiple_of = options.multiple_of
     lattice = multiple_of == "lattice"
@@ -95,6 +96,7 @@ def read_settings(options: RunOptions) -> PipelineSettings:
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
         ranks=RankSettings(**steps, ignore=names, on_lattice=lattice),
         search_seconds=options.search_seconds,
+        memory_bytes=None if options.memory is None else read_bytes(options.memory),
         save_temps=options.save_temps,
     )
 

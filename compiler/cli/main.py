@@ -32,7 +32,7 @@ add_command(app, "compile", CompileOptions, "compile:run")
 add_command(app, "sweep", SweepOptions, "sweep:run")
 add_command(app, "apply", ApplyOptions, "apply:run")
 add_command(app, "inspect", InspectOptions, "inspect:run")
-add_command(app, "measure", MeasureOptions, "measure:run")
+add_command(app, "measure", MeasureOptions, "measure_files:run")
 add_command(app, "verify", VerifyOptions, "verify:run")
 add_command(app, "demo", DemoOptions, "demo:run")
 

@@ -1,4 +1,4 @@
-"""What `foldcut measure` does: two ONNX files on one backend, on the same inputs, in turns, over fresh loads."""
+"""`foldcut measure`: two ONNX files on one backend, on the same inputs, in turns, over fresh loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from ..data.calibration_set import CalibrationSet
 from ..ir.program import as_arguments
 from ..onnx.file import in_one_piece, read_onnx
 from ..support.errors import BackendError
-from ..support.progress import Progress, silent
-from .console import show_line
+from ..support.progress import Progress, opened_progress, silent
+from ..support.strict_json import json_text
+from .console import guarded, out, show_line
+from .options import MeasureOptions
+from .samples import sample_reader
 
 _MOST_PAIRS = 200  # of the self-check
 
@@ -252,3 +255,27 @@ def _read(path: Path) -> bytes:
             f"{path} cannot be handed to a backend in one piece: its weights take 2 GB or more",
             hint="measure a smaller part of the network",
         ) from cause
+
+
+def run(options: MeasureOptions) -> None:
+    """Carry it out."""
+
+    def work() -> None:
+        wish = MeasureWish(
+            backend=options.backend,
+            batch=options.batch,
+            threads=options.threads,
+            seed=options.seed,
+            inputs=sample_reader(options.inputs, options),
+            sizes=read_sizes(options.dim or []),
+            self_check=options.self_check,
+            regime="cold" if options.regime == "cold" else "hot",
+        )
+        with opened_progress(not (options.as_json or options.quiet), "measure") as progress:
+            found = measure_files(options.before, options.after, wish, progress=progress)
+        if options.as_json:
+            print(json_text(found.to_dict(samples=options.samples)))
+        else:
+            show_measured(found, out)
+
+    guarded(work, debug=options.debug)

@@ -83,7 +83,9 @@ class CalibrationSet:
 
     def views_together(self) -> CalibrationSet:
         """The same samples, ordered so that each is followed by its views."""
-        return self if self.sources is None else self.take(self.sources.argsort(stable=True))
+        if self.sources is None or bool((self.sources.diff() >= 0).all()):
+            return self
+        return self.take(self.sources.argsort(stable=True))
 
     @property
     def most_views(self) -> int:

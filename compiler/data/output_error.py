@@ -9,12 +9,15 @@ import torch
 
 from ..ir.compare import flatten_outputs, squared_distance
 from ..ir.program import Batch, Program
+from ..support.memory import at_most, samples_at_once
 from .calibration_set import CalibrationSet
 from .kept import kept_for
+from .live_bytes import live_bytes
 
 #: What a network whose outputs are no longer finite counts as.
 BROKEN = 1e6
-#: Outputs of a network are kept for those who compare with it again where they take at most so many bytes.
+#: Outputs of a network are kept for those who compare with it again where they take at most so many bytes, fewer
+#: where memory is short.
 KEPT_BYTES = 64 << 20
 
 
@@ -32,7 +35,10 @@ def with_outputs(
     teacher: Program, samples: CalibrationSet, batch_size: int
 ) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
     """Each batch of the samples with the outputs of a network that is compared with: many students are, and the teacher
-    runs on the samples once, where its outputs are small."""
+    runs on the samples once, where its outputs are small. Batches are of `batch_size` samples, of fewer where memory is
+    limited."""
+    batch_size = samples_at_once(2 * live_bytes(teacher).most, batch_size)
+    most_kept = at_most(KEPT_BYTES)
     kept, key = kept_for(teacher, samples), ("outputs", batch_size)
     if key in kept:
         yield from zip(samples.batches(batch_size), kept[key], strict=True)
@@ -42,9 +48,9 @@ def with_outputs(
     for batch in samples.batches(batch_size):
         outputs = flatten_outputs(teacher(batch))
         taken += sum(output.numel() * output.element_size() for output in outputs)
-        found = [*found, outputs] if taken <= KEPT_BYTES else []
+        found = [*found, outputs] if taken <= most_kept else []
         yield batch, outputs
-    if taken <= KEPT_BYTES:
+    if taken <= most_kept:
         kept[key] = found
 
 

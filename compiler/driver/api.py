@@ -32,6 +32,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.allocator import memory_at_hand
 from ..support.errors import CompilerError, GoalError
+from ..support.memory import memory_within, peak_bytes, warn_if_above
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
 from .builtin import chosen_rewrites
@@ -135,9 +136,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     options = options.with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
-    with alone(), memory_at_hand(), opened_progress(progress, "compile") as show:
+    with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
         clock = StageClock(show)
-        with kept_in(cache) as folder, _collected_warnings() as messages:
+        with kept_in(cache) as folder, _collected() as messages:
             with clock.stage("capture"):
                 network = opened(model)
                 samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
@@ -148,7 +149,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             foresee(ctx, used, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
             deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
             with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
+                options.settle_memory(ctx, measured=True)
                 outcome = run_pipeline(ctx, used, probe, options)
+            warn_if_above()
         origin = report_origin(outcome, model)
         result = Compiled(
             plan=outcome.plan,
@@ -190,7 +193,7 @@ def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: 
 
 
 @contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
+def _collected() -> Iterator[list[str]]:
     """The user warnings raised inside, for the report; they are issued again on leaving, also after an error."""
     messages: list[str] = []
     try:
@@ -267,6 +270,7 @@ def _report(
         },
         seconds=outcome.ctx.clock.to_dict(),
         profile=work_by_stage(outcome),
+        memory={"peak_bytes": peak_bytes(), "limit_bytes": options.memory_bytes},
         environment=dict(environment) if isinstance(environment, dict) else {},
         seed=options.seed,
         warnings=tuple(messages),

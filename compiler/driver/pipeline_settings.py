@@ -11,7 +11,9 @@ from ...passes.drop.recoverability import RecoverabilitySettings
 from ...passes.factorize.select_ranks import RankSettings
 from ...passes.mimic.settings import MimicSettings
 from ...passes.prune.settings import ChannelSettings
+from ...passes.solve.least_memory import least_bytes
 from ...passes.solve.resolve_network import ResolveSettings
+from ...runtime.measure.cache_eviction import eviction_bytes
 from ..data.calibration_set import CalibrationSet, View
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
@@ -23,6 +25,7 @@ from ..rewrite.context import Context
 from ..rewrite.instruments import Instruments
 from ..store.analysis_store import AnalysisStore
 from ..support.errors import GoalError
+from ..support.memory import settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
 
@@ -52,6 +55,9 @@ class PipelineSettings:
         opset: ONNX opset of the export. If None, the exporter decides.
         search_seconds: Time after which the search for better plans ends, in seconds. The result is then not
             repeatable. If None, it ends when no better plan is found.
+        memory_bytes: What the process may have in memory at once. Batches, and what is kept for later, shrink to stay
+            under it; the last bits of a result may follow from it. If None, the machine, its container and the limits
+            of the process say.
         save_temps: Folder for the program after every pass, as text and as ``.pt2``; in a sweep, one below it per goal.
 
     Raises:
@@ -77,6 +83,7 @@ class PipelineSettings:
     seed: int = 0
     opset: int | None = None
     search_seconds: float | None = None
+    memory_bytes: int | None = None
     save_temps: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +100,7 @@ class PipelineSettings:
         if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
             refuse("save_temps", self.save_temps, "the path of a folder, or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
+        check_whole("memory_bytes", self.memory_bytes, Allowed(least=1, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
             refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
@@ -129,6 +137,25 @@ class PipelineSettings:
         sets = divided(samples, self.seed, self.held_out)
         warn_of_shared(sets, len(samples))
         return sets.with_views(self.views)
+
+    def settle_memory(self, ctx: Context, *, measured: bool) -> None:
+        """Find out how much memory there is for the rest of a compile, and check that it is enough.
+
+        Arguments:
+            ctx: The context, with the original network and the samples.
+            measured: Whether latency is measured as well.
+
+        Raises:
+            CompilerError: If a limit leaves less than is needed at the least.
+        """
+        least = least_bytes(
+            ctx.teacher,
+            views=ctx.fit.most_views,
+            rows_per_column=self.resolve.rows_per_column,
+            trained=self.mimic is not None,
+            measuring_bytes=eviction_bytes() if measured else 0,
+        )
+        settle_memory(least)
 
     def context(
         self,

@@ -28,6 +28,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..support.allocator import memory_at_hand
 from ..support.errors import PlanError
+from ..support.memory import memory_within
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
@@ -108,7 +109,8 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    with alone(), memory_at_hand(), opened_progress(progress, "apply") as show:
+    limit_bytes = settings.memory_bytes if settings is not None else None
+    with alone(), memory_within(limit_bytes), memory_at_hand(), opened_progress(progress, "apply") as show:
         clock = StageClock(show)
         with clock.stage("capture"):
             network = opened(model)
@@ -128,6 +130,7 @@ def apply(
             store = AnalysisStore(folder, basis=own_sources(using, read.goal))
             ctx = options.context(teacher, samples, read.goal, store, clock, show)
             foresee_replay(ctx, using, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
+            options.settle_memory(ctx, measured=False)
             return _solved(ctx, read, using, options)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from ...passes.solve.least_macs import forward_macs, least_solve_macs
 from ...passes.solve.resolve_network import TRIAL_RESOLVE
-from ...passes.solve.weighing import TRIAL_SAMPLES
+from ...passes.solve.weighing import TRIAL_SAMPLES, forward_macs, least_solve_macs
 from ...runtime.measure.fresh_loads import REGIMES
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error

@@ -20,6 +20,7 @@ from ..store.cache_folder import kept_in
 from ..support.allocator import memory_at_hand
 from ..support.atomic_files import write_folder
 from ..support.errors import GoalError
+from ..support.memory import memory_within
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, WholeProgress, opened_progress
 from ..support.setting_checks import refuse
@@ -215,7 +216,9 @@ def sweep(
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
-    with alone(), memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
+    limit_bytes = settings.memory_bytes if settings is not None else None
+    memory = memory_within(limit_bytes)
+    with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
         for number, goal in enumerate(goals, 1):
             if isinstance(show, WholeProgress):

@@ -28,6 +28,7 @@ from .words import (
     goal_words,
     kind_words,
     lines,
+    memory_words,
     milliseconds,
     number,
     percent,
@@ -293,9 +294,15 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         ("fingerprint", str(calibration["fingerprint"])),
         ("seed", str(report["seed"])),
     ]
-    rows = {**_origin(report), **report["environment"]}
+    rows = {**_origin(report), **report["environment"], **_memory(report)}
     machine = [(str(key).replace("_", " "), str(value)) for key, value in rows.items()]
     return [("Measurement", measured), ("Calibration", data), ("Environment", machine)]
+
+
+def _memory(report: Mapping[str, Any]) -> dict[str, str]:
+    """The memory that the process took, as far as the report says: earlier versions did not."""
+    memory = report.get("memory", {})
+    return {"peak memory": ", ".join(memory_words(memory))} if memory.get("peak_bytes") else {}
 
 
 def _regime_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:

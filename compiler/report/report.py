@@ -9,7 +9,7 @@ from typing import Any
 from ..data.sampled_error import interval_words
 from ..support.strict_json import finite
 from ..support.tally import ALGEBRA, FORWARD, GRADIENT, MOMENTS
-from .words import scaled
+from .words import memory_words, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # equal to what has the same content, as mappings are
@@ -66,6 +66,8 @@ class Report(Mapping[str, Any]):
         profile: For each ``stage`` its ``wall_s`` and ``cpu_s``, the multiply-accumulates that it did by what they were
             for (``forward``, ``gradient``, ``moments``, ``algebra``) in ``macs``, and in ``least_macs`` those that no
             way of doing it avoids. Stages inside others count in both.
+        memory: ``peak_bytes``, the most that the process ever had in memory at once, also before the compile; and
+            ``limit_bytes``, what it was allowed, None without a limit.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
@@ -125,6 +127,7 @@ class Report(Mapping[str, Any]):
     file_bytes: Mapping[str, int] = field(default_factory=dict)
     figures: Sequence[Mapping[str, str]] = ()
     profile: Sequence[Mapping[str, Any]] = ()
+    memory: Mapping[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:
@@ -197,6 +200,7 @@ class Report(Mapping[str, Any]):
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
             "profile": [dict(stage) for stage in self.profile],
+            "memory": dict(self.memory),
             "environment": dict(self.environment),
             "seed": self.seed,
             "warnings": list(self.warnings),
@@ -227,6 +231,8 @@ class Report(Mapping[str, Any]):
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]
             rows.append(("  as judged on the way", "0", f"{judged:.4f}", "plans were chosen by these samples"))
+        if self.memory.get("peak_bytes"):
+            rows.append(("peak memory", "", *memory_words(self.memory)))
         return rows
 
     def profile_rows(self) -> list[tuple[str, ...]]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..support.memory import bytes_in_words
+
 TIMES = "\u00d7"
 ARROW = "\u2192"
 
@@ -48,6 +50,13 @@ def scaled(count: float) -> str:
         if abs(count) >= size:
             return f"{number(count / size)} {prefix}"
     return f"{count:g}"
+
+
+def memory_words(memory: Mapping[str, Any]) -> tuple[str, str]:
+    """(``612 MiB``, ``of the process; limit 1.00 GiB``) of the memory in a report."""
+    limit = memory.get("limit_bytes")
+    allowed = "" if limit is None else f"; limit {bytes_in_words(limit)}"
+    return bytes_in_words(memory["peak_bytes"]), f"of the process{allowed}"
 
 
 def milliseconds(value_ms: float) -> str:

@@ -30,6 +30,7 @@ from safetensors.torch import load, save
 
 from ..data.calibration_set import CalibrationSet
 from ..ir.program import Program
+from ..support.memory import told_bytes
 from .checkpoint import UNKEPT, Checkpoint, Timed
 
 T = TypeVar("T")
@@ -242,9 +243,10 @@ def _hashed(value: torch.Tensor) -> str:
 
 
 def _basis() -> list[str | int]:
-    """What computes: other code, another torch or another number of threads may round in another way."""
+    """What computes: other code, another torch, another number of threads or other batches, as a
+    memory limit asks for, may round in another way."""
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability())
-    return [_source(), torch.__version__, *cpu, torch.get_num_threads()]
+    return [_source(), torch.__version__, *cpu, torch.get_num_threads(), *told_bytes()]
 
 
 @functools.cache

@@ -8,11 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .memory import limited
+
 # the numbers of malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 #: Blocks below so many bytes come from the heap, a heap that is free at its end keeps so many (an int holds no more),
 #: and it grows by so many at least.
 _AT_HAND = {_MMAP_THRESHOLD: (1 << 31) - 1, _TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20}
+#: Under a limit, each block of a size is the system's own and goes back to it when it is free.
+_GIVEN_BACK = {_MMAP_THRESHOLD: 1 << 20, _TRIM_THRESHOLD: 4 << 20, _TOP_PAD: 1 << 20}
 #: What glibc goes to by itself in a process that works with large blocks, and its least step.
 _USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10}
 #: Whoever sets one of these has said how memory is to be had.
@@ -30,13 +34,16 @@ def memory_at_hand() -> Iterator[None]:
     quarters of a forward of MobileNetV2 at 224 px with 32 images. On leaving, what is free goes back to the system, and
     blocks are had as glibc has them by itself. Nothing is changed on another C library, or where the user has set how
     memory is had (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+
+    A heap that keeps what is free grows past what is used, by whatever does not fit into its gaps. Where a limit is set
+    (`limited`), large blocks are therefore had from the system one by one, and the process has what it uses.
     """
     global _depth
     libc = _glibc() if _depth == 0 else None
     _depth += 1
     try:
         if libc is not None:
-            for option, value in _AT_HAND.items():
+            for option, value in (_GIVEN_BACK if limited() else _AT_HAND).items():
                 libc.mallopt(option, value)
         yield
     finally:
@@ -45,6 +52,13 @@ def memory_at_hand() -> Iterator[None]:
             for option, value in _USUAL.items():
                 libc.mallopt(option, value)
             libc.malloc_trim(0)
+
+
+def give_back() -> None:
+    """What is free goes back to the system, where a limit is set: at the end of a stage, which leaves much behind."""
+    libc = _glibc() if _depth and limited() else None
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:

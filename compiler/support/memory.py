@@ -1,8 +1,26 @@
-"""How much memory there is to work with."""
+"""How much memory there is to work with, and what of it each place may take.
+
+What is kept for later, and how many samples go through a network at once, has a bound of its own in each place. Those
+bounds are made for `PLENTY_BYTES`: with less to work with they shrink in proportion (`at_most`, `samples_at_once`).
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import CompilerError
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None  # type: ignore[assignment]
 
 #: Where Linux says what a process may use: the machine's free memory, and the bounds of the container around it.
 _MACHINE = Path("/proc/meminfo")
@@ -10,27 +28,224 @@ _CONTAINERS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+#: Where it says what this process has: addresses, what of them is in memory, and what of them is its own data.
+_PROCESS = Path("/proc/self/statm")
+#: ... and the most of it that was ever in memory.
+_PEAK = Path("/proc/self/status")
 #: What is taken to be there where nothing says so.
 LEAST_BYTES = 4 << 30
+#: With so much to work with, nothing is done differently.
+PLENTY_BYTES = 8 << 30
+#: The share of a machine or a container that a compile counts on where nobody has said how much it may take.
+_OWN_SHARE = 0.75
+#: The share of the memory to work with that one batch may take on its way through a network.
+_BATCH_SHARE = 0.25
+
+#: How torch says that it got no memory.
+_NO_MEMORY = "can't allocate memory"
+#: Addresses that are taken and hold nothing: what threads reserve for their heaps, and gaps that mapping leaves.
+_RESERVED_BYTES = 384 << 20
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(kw_only=True)
+class _Within:
+    """What a compile was told to stay under, the peak of the process before it, and what it has to work with, once that
+    is known."""
+
+    limit_bytes: int | None
+    before_bytes: int | None
+    working_bytes: int | None = None
+
+
+_within: list[_Within] = []
 
 
 def available_bytes() -> int:
-    """Bytes that can be taken without swapping: what Linux calls available, or what the container leaves if that is
-    less. Where neither is known, `LEAST_BYTES`."""
-    found = [_machine(), *(_left(*files) for files in _CONTAINERS)]
+    """Bytes that can be taken without swapping: what Linux calls available, or what the container, the limits of the
+    process (``RLIMIT_AS``, ``RLIMIT_DATA``) or that of the compile leave if that is less. Where none is known,
+    `LEAST_BYTES`."""
+    left = [max(0, total - used) for total, used in _bounds().values()]
+    found = [_machine("MemAvailable"), *(_left(*files) for files in _CONTAINERS), *left]
     return min((count for count in found if count is not None), default=LEAST_BYTES)
 
 
-def _machine() -> int | None:
+@contextmanager
+def memory_within(limit_bytes: int | None) -> Iterator[None]:
+    """Inside, the process stays under `limit_bytes` of resident memory; None leaves that to the machine, its container
+    and the limits of the process. Raises CompilerError where the process has more already, and where memory runs out
+    under a limit."""
+    outer = _within[-1].limit_bytes if _within else None
+    known = [count for count in (limit_bytes, outer) if count is not None]
+    _within.append(_Within(limit_bytes=min(known, default=None), before_bytes=peak_bytes()))
+    try:
+        _refuse_less_than(0)
+        yield
+    except (MemoryError, RuntimeError) as cause:
+        if not _bounds() or not (isinstance(cause, MemoryError) or _NO_MEMORY in str(cause)):
+            raise
+        raise CompilerError(
+            f"memory ran out under {' and '.join(_bounds())}", hint="allow more, or give smaller samples"
+        ) from cause
+    finally:
+        _within.pop()
+
+
+def settle_memory(least_bytes: int) -> None:
+    """Find out what there is to work with, now that the network and the samples are in memory: for the rest of the
+    innermost `memory_within`. Raises CompilerError where a limit leaves less than `least_bytes`, or where reading the
+    network took more than it allows.
+
+    The number is a round one, so that it is the same when the compile is made again: what depends on it, depends on
+    the limit, and not on how a few pages happened to lie."""
+    _refuse_less_than(least_bytes)
+    above = _above()
+    if above is not None:
+        limit = f"a memory limit of {bytes_in_words(limit_in_effect() or 0)}"
+        raise _too_little(limit, above, "what reading the network and the samples took")
+    machine, boxes = _machine("MemTotal"), (_bytes_in(limit) for limit, _ in _CONTAINERS)
+    whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
+    left = [total - used for total, used in _bounds().values()]
+    _within[-1].working_bytes = min((_round(count) for count in (*whole, *left)), default=None)
+
+
+def at_most(most_bytes: int) -> int:
+    """What a place that takes `most_bytes` where there is plenty may take."""
+    working = _within[-1].working_bytes if _within else None
+    return most_bytes if working is None else most_bytes * min(working, PLENTY_BYTES) // PLENTY_BYTES
+
+
+def samples_at_once(sample_bytes: int, most: int) -> int:
+    """How many samples may go through a network together when each takes `sample_bytes`: at most so many, and as many
+    unless memory is short or a limit was set, since sums over other batches round in another way."""
+    working = told_bytes()
+    return max(1, min(most, int(_BATCH_SHARE * working[0]) // max(1, sample_bytes))) if working else most
+
+
+def limited() -> bool:
+    """Whether a limit was set that leaves less than plenty: memory is then given back as soon as it is free."""
+    return any(total - used < PLENTY_BYTES for total, used in _bounds().values())
+
+
+def limit_in_effect() -> int | None:
+    """What the innermost `memory_within` was told."""
+    return _within[-1].limit_bytes if _within else None
+
+
+def told_bytes() -> list[int]:
+    """What there is to work with where a limit was set or it is less than plenty, else nothing: batches, and with them
+    the last bits of sums, follow from it."""
+    working = _within[-1].working_bytes if _within else None
+    return [] if working is None or (working >= PLENTY_BYTES and not _bounds()) else [working]
+
+
+def peak_bytes() -> int | None:
+    """The most that this process has ever had in memory at once; None where the system does not say."""
+    try:  # what getrusage says begins with what the process that started this one had
+        lines = _PEAK.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    if resource is None:
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(found) if sys.platform == "darwin" else int(found) << 10
+
+
+def warn_if_above() -> None:
+    """Warn where the process went above the limit of the innermost `memory_within`, and had not been there before."""
+    above = _above()
+    if above is not None:
+        warnings.warn(
+            f"the process had {bytes_in_words(above)} in memory at once, above its limit of "
+            f"{bytes_in_words(limit_in_effect() or 0)}: what a library takes by itself is only estimated",
+            stacklevel=3,
+        )
+
+
+def _above() -> int | None:
+    """The peak of the process where it is above the limit, and was not when that was set."""
+    peak, limit = peak_bytes(), limit_in_effect()
+    if peak is None or limit is None:
+        return None
+    return peak if (_within[-1].before_bytes or 0) <= limit < peak else None
+
+
+def read_bytes(text: str) -> int:
+    """The number of bytes that ``4G``, ``512M``, ``1.5GiB`` or ``800000`` says; units are powers of 1024. Raises
+    CompilerError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:ib)?", text.strip().lower())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1 or (found and found[2] == "" and text.strip().lower().endswith("ib")):
+        raise CompilerError(f"{text!r} is no amount of memory", hint="give bytes, or units of 1024: 512M, 4G, 4GiB")
+    return size
+
+
+def bytes_in_words(count: int) -> str:
+    """``612 MiB``, ``1.5 GiB``."""
+    return f"{count / 2**30:.2f} GiB" if count >= 1 << 30 else f"{-(-count // 2**20)} MiB"
+
+
+def _refuse_less_than(least_bytes: int) -> None:
+    """Raise CompilerError where a limit leaves less."""
+    for name, (total, used) in _bounds().items():
+        if total - used < max(least_bytes, 1):
+            words = f"{bytes_in_words(used)} that are taken by now, and {bytes_in_words(least_bytes)} more"
+            raise _too_little(name, used + max(least_bytes, 1), words)
+
+
+def _too_little(name: str, needed_bytes: int, why: str) -> CompilerError:
+    return CompilerError(
+        f"{name} is too little: about {bytes_in_words(needed_bytes)} are needed at the least",
+        expected=why,
+        hint="allow more, or compile with smaller samples or a smaller network",
+    )
+
+
+def _bounds() -> dict[str, tuple[int, int]]:
+    """(bytes in all, bytes taken) of each limit on this process, by what it is called."""
+    addresses, resident, data = _taken()
+    limit = limit_in_effect()
+    found = {} if limit is None else {f"a memory limit of {bytes_in_words(limit)}": (limit, resident)}
+    if resource is not None:
+        for name, used in (("RLIMIT_AS", addresses + _RESERVED_BYTES), ("RLIMIT_DATA", data)):
+            total, _ = resource.getrlimit(getattr(resource, name))
+            if total != resource.RLIM_INFINITY:
+                found[f"{name} of {bytes_in_words(total)}"] = (total, used)
+    return found
+
+
+def _taken() -> tuple[int, int, int]:
+    """Bytes of addresses, in memory and of own data that this process has."""
+    try:
+        pages = [int(number) * os.sysconf("SC_PAGE_SIZE") for number in _PROCESS.read_text().split()]
+    except (OSError, ValueError, AttributeError):  # not Linux: what it once had, it may still have
+        peak = peak_bytes() or 0
+        return peak, peak, peak
+    return pages[0], pages[1], pages[5]
+
+
+def _round(count: int) -> int:
+    """Down to four binary digits."""
+    shift = max(0, max(0, count).bit_length() - 4)
+    return max(0, count) >> shift << shift
+
+
+def _machine(name: str) -> int | None:
     try:
         lines = _MACHINE.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _left(limit: Path, used: Path) -> int | None:
+    bound, taken = _bytes_in(limit), _bytes_in(used)
+    return None if bound is None or taken is None else max(0, bound - taken)
+
+
+def _bytes_in(file: Path) -> int | None:
     try:
-        return max(0, int(limit.read_text()) - int(used.read_text()))
+        return int(file.read_text())
     except (OSError, ValueError):  # there is no container, or it sets no bound
         return None

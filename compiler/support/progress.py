@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+from .allocator import give_back
 from .tally import Tally, counted_into
 from .whole import Forecast, Whole, left_words
 
@@ -27,7 +28,8 @@ def silent(stage: str, done: int, total: int) -> None:
 
 class StageClock:
     """Wall and process-CPU seconds of each stage, and the multiply-accumulates that it does; stages of one name add up,
-    nested stages count in both. Where `progress` shows a whole, it is told when stages begin and end."""
+    nested stages count in both. Where `progress` shows a whole, it is told when stages begin and end. What a stage
+    leaves free goes back to the system, where memory is limited."""
 
     def __init__(self, progress: Progress = silent) -> None:
         self.wall_s: dict[str, float] = {}
@@ -44,6 +46,7 @@ class StageClock:
                 yield
         finally:
             self.macs.setdefault(name, Tally()).update(macs)
+            give_back()
             self.wall_s[name] = self.wall_s.get(name, 0.0) + time.perf_counter() - wall
             self.cpu_s[name] = self.cpu_s.get(name, 0.0) + time.process_time() - cpu
             self._tell(False, name)

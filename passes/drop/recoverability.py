@@ -24,14 +24,17 @@ import torch
 
 from ...compiler.analysis.regions import Region
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.live_bytes import live_bytes
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program
+from ...compiler.support.memory import at_most, samples_at_once
 from ...compiler.support.setting_checks import Allowed, check_kind, check_whole, check_word, settled
 from ..solve.closed_form import solve
 from ..solve.features import compared_outputs, head_features
+from ..solve.layer_moments import MEMORY_BYTES
 from ..solve.layers import add_delta, find_layers
-from ..solve.moments import Moments
+from ..solve.moments import Moments, gram_bytes
 from ..solve.resolve_network import QUICK_RESOLVE, ResolveSettings, batch_moments, batch_size_for, resolve_network
 from ..solve.targets import Target, counterparts, trace_target
 from .adaptors import AdaptorSettings, Around, train_adaptors
@@ -84,7 +87,9 @@ class Recoverability:
             few.take(slice(0, half)),
             few.take(slice(half, None)) if len(few) > half else few,
         )
-        self.batch_size = batch_size_for(teacher, find_layers(teacher)[0].values())
+        size = batch_size_for(teacher, find_layers(teacher)[0].values())
+        # of either network the values in front of and behind each region stand while all are compared
+        self.batch_size = samples_at_once(2 * live_bytes(teacher).whole, size)
         #: The samples that are read.
         self.samples = few
         #: Of each region the share of its local error that is left when the layers behind it are re-solved too.
@@ -173,7 +178,19 @@ class Recoverability:
         return None
 
     def _solve_local(self, student: Program, trials: Sequence[_Trial]) -> None:
-        """One pass over the fitting samples for all trials together."""
+        """One pass over the fitting samples for all trials whose moments fit into memory together."""
+        together: list[_Trial] = []
+        for trial in trials:
+            if trial.target is None:
+                continue
+            needed = sum(gram_bytes(student, t.target.layer) for t in [*together, trial] if t.target is not None)
+            if together and needed > at_most(MEMORY_BYTES):
+                self._solve_together(student, together)
+                together = []
+            together.append(trial)
+        self._solve_together(student, together)
+
+    def _solve_together(self, student: Program, trials: Sequence[_Trial]) -> None:
         targets = [t.target for t in trials if t.target is not None]
         ours = {name for t in targets for name in (t.layer.input, t.anchor)}
         theirs = {name for t in targets for name in t.counterparts}

@@ -13,11 +13,12 @@ from ...compiler.data.output_error import bounded
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.execute import Tensors, bind, descendants, run_until
 from ...compiler.ir.program import is_tensor, output_nodes
+from ...compiler.support.memory import at_most
 from ...compiler.support.progress import Progress, silent
 from .factorize import shift_tensors
 from .select_ranks import Option, RankAnalysis
 
-#: Values of a batch that are held while layers are exchanged one by one, in bytes.
+#: Values of a batch that are held while layers are exchanged one by one, in bytes, where there is plenty of memory.
 HELD_BYTES = 512 << 20
 
 
@@ -98,7 +99,7 @@ class RankTrials:
         program = self.analysis.program
         nodes = [n for n in program.graph.nodes if n.op == "call_function" and is_tensor(n)]
         held = sum(4 * math.prod(program.shape(node)) for node in nodes)
-        return max(1, min(32, HELD_BYTES // max(1, held)))
+        return max(1, min(32, at_most(HELD_BYTES) // max(1, held)))
 
 
 def _merged(tensors: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -12,18 +12,23 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.live_bytes import live_bytes
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.cost import program_cost
 from ...compiler.ir.edit import expose
 from ...compiler.ir.program import Batch, Program, as_arguments
 from ...compiler.support import tally
 from ...compiler.support.errors import MimicError, first_line
+from ...compiler.support.memory import at_most, samples_at_once
 from ..solve.targets import Kept, select_kept
 from .crops import Crop, Read, find_crop
 from .pairs import batch_first, compared_pairs, read_parameters, same_as_teacher
 from .settings import MimicSettings
 from .timetable import Timetable
 from .training_macs import TrainingMacs
+
+#: Values of the network that is trained are there so often: themselves, their gradients and the copies of operators.
+TRAINED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,11 @@ class Training:
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self._macs = {False: program_cost(teacher).macs, True: program_cost(trainee).macs}
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
+        #: Samples that go through a network together: those of an iteration, unless memory is limited.
+        self._at_once = settings.batch_size
+        if all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs):
+            taken = live_bytes(teacher).whole + TRAINED * live_bytes(trainee).whole
+            self._at_once = samples_at_once(taken, settings.batch_size)
         self._generator = torch.Generator().manual_seed(lesson.seed)
         self._order = torch.empty(0, dtype=torch.long)
         frozen = same_as_teacher(teacher, trainee)
@@ -147,12 +157,8 @@ class Training:
             batch = self.settings.augment(batch, self._generator)
         if self.crop is not None:
             batch = self.crop.cut(batch, self._generator)
-        wanted = self._values(self.teacher, batch) if self.cache is None else [v[indices] for v in self.cache]
-        loss = self._loss(self._values(self.student, batch), wanted)
-        if not loss.requires_grad:
+        if not self._gradients(batch, indices):
             return False  # nothing that is trained bears on the features
-        self._optimiser.zero_grad(set_to_none=True)
-        _backward(loss)
         norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
         if not bool(norm.isfinite()):
             return False
@@ -161,12 +167,31 @@ class Training:
         self._optimiser.step()
         return True
 
+    def _gradients(self, batch: Batch, indices: torch.Tensor) -> bool:
+        """Leave the loss's gradients with the parameters; whether there are any. Where not all samples go through at
+        once, the gradients of their parts add up: each loss is relative to what all of them have."""
+        bounds = [(at, at + self._at_once) for at in range(0, len(indices), self._at_once)]
+        parts = [pytree.tree_map(lambda leaf, a=a, b=b: leaf[a:b], batch) for a, b in bounds]
+        parts = parts if len(bounds) > 1 else [batch]
+        if self.cache is None:
+            wanted = [self._values(self.teacher, part) for part in parts]
+        else:
+            wanted = [[value[indices[a:b]] for value in self.cache] for a, b in bounds]
+        energies = [sum(t.float().square().sum() for t in column) for column in zip(*wanted, strict=True)]
+        self._optimiser.zero_grad(set_to_none=True)
+        for part, theirs in zip(parts, wanted, strict=True):
+            loss = self._loss(self._values(self.student, part), theirs, energies)
+            if not loss.requires_grad:
+                return False
+            _backward(loss)
+        return True
+
     def error(self) -> tuple[float, float]:
         """Held-out relative squared error in full precision: (mean over features and outputs, mean over outputs
         alone)."""
         error, energy = [0.0] * self.judges, [0.0] * self.judges
         with torch.no_grad():
-            for batch in self.held_out.batches(self.settings.batch_size):
+            for batch in self.held_out.batches(self._at_once):
                 args, kwargs = as_arguments(batch)
                 tally.count(tally.FORWARD, sum(self._macs.values()) * _samples(batch))
                 ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
@@ -188,13 +213,14 @@ class Training:
         along = min(1.0, iteration / iterations)
         return min(1.0, (iteration + 1) / warm) * 0.5 * (1 + math.cos(math.pi * along))
 
-    def _loss(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
+    def _loss(
+        self, ours: list[torch.Tensor], theirs: list[torch.Tensor], energies: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         total = torch.zeros(())
-        for pair, s, t in zip(self.pairs, ours, theirs, strict=True):
+        for pair, s, t, energy in zip(self.pairs, ours, theirs, energies, strict=True):
             if pair.weight == 0:
                 continue
-            wanted = t.float()
-            total = total + pair.weight * (s.float() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+            total = total + pair.weight * (s.float() - t.float()).square().sum() / energy.clamp(min=1e-12)
         return total
 
     def _next(self) -> torch.Tensor:
@@ -231,14 +257,14 @@ class Training:
         """The teacher's values on all samples, or None when they would not fit into memory or time."""
         parts: list[list[torch.Tensor]] = []
         began = monotonic()
-        for batch in self.calibration.batches(self.settings.batch_size):
+        for batch in self.calibration.batches(self._at_once):
             parts.append(self._values(self.teacher, batch))
-            share = min(1.0, len(parts) * self.settings.batch_size / len(self.calibration))
+            share = min(1.0, len(parts) * self._at_once / len(self.calibration))
             if not self._time.allows_ahead((monotonic() - began) / share):
                 return None
             if (
                 sum(v.numel() * v.element_size() for v in parts[0]) * len(self.calibration)
-                > self.settings.cache_bytes * self.settings.batch_size
+                > at_most(self.settings.cache_bytes) * self._at_once
             ):
                 return None
         return [torch.cat(column) for column in zip(*parts, strict=True)]

@@ -22,6 +22,7 @@ from ...compiler.analysis.unit_groups import UnitGroup
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import descendants
 from ...compiler.ir.program import Program
+from ...compiler.support.memory import at_most
 from ...compiler.support.progress import Progress, silent
 from ..solve.closed_form import solve_without
 from ..solve.layers import Layer, find_layers
@@ -35,7 +36,7 @@ from .submodular import Objective, Selection, select_units
 
 #: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection.
 BOUND_COLUMNS = 1200
-#: Gram matrices that are held at a time, in bytes.
+#: Gram matrices that are held at a time, in bytes, where there is plenty of memory.
 MEMORY_BYTES = 1 << 30
 
 
@@ -156,7 +157,7 @@ def select_layerwise(
     ridge, rows_per_column = settings.ridge_for(len(calibration)), settings.rows_per_column
     readers = {g.name: _readers(consumers, g) for g in groups}
     found = []
-    for index, (batch, nodes) in enumerate(_batches(program, consumers, readers, groups, MEMORY_BYTES)):
+    for index, (batch, nodes) in enumerate(_batches(program, consumers, readers, groups, at_most(MEMORY_BYTES))):
         layers = {n: consumers[n].layer for n in nodes}
         size = split_batch_size(calibration, batch_size_for(program, layers.values()))
         moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)

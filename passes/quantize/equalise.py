@@ -19,8 +19,10 @@ from functools import cached_property
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.live_bytes import live_bytes
 from ...compiler.ir.execute import bind, evaluate, run_until
 from ...compiler.ir.program import Program, is_size
+from ...compiler.support.memory import samples_at_once
 from ..solve.layers import Layer
 from .decision import MOST_EXPONENT, QuantizeLayer
 from .edit_quantize import ValueGrid
@@ -218,7 +220,7 @@ class _Comparison:
             inside = [program.nodes[value] for group in self.groups.values() for value in group.values]
             wanted |= {writer.node for group in self.groups.values() for writer in group.writers}
             wanted |= {operand.name for node in inside for operand in node.all_input_nodes if is_size(operand)}
-        for batch in self.few.batches(8):
+        for batch in self.few.batches(samples_at_once(2 * live_bytes(program).whole, 8)):
             with torch.no_grad():
                 yield run_until(program, sorted(wanted), bind(program, batch))
 

@@ -8,9 +8,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import bounded, output_error
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
+from ...compiler.support.memory import samples_at_once
 from ..solve.layers import Layer
 from ..solve.resolve_network import batch_size_for
 from .edit_quantize import ValueGrid, quantize_program
@@ -100,7 +102,7 @@ def _each(
     for layer in (there[name] for name in layers):
         if layer.input in holders:
             readers[holders[layer.input]].setdefault(layer.input, []).append(layer)
-    for batch in few.batches(8):
+    for batch in few.batches(samples_at_once(2 * live_bytes(program).whole, 8)):
         with torch.no_grad():
             values = run_until(program, list(holders), bind(program, batch))
             for name, grids in offered.items():

@@ -12,9 +12,11 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.kept import kept_for
+from ...compiler.data.live_bytes import live_bytes, value_bytes
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import CalibrationError, RewriteError
+from ...compiler.support.memory import samples_at_once
 from .edit_quantize import LEAST_SCALE, ValueGrid
 
 #: Bins of a histogram, over the whole range of a value.
@@ -89,7 +91,8 @@ def _found(program: Program, names: Sequence[str], samples: CalibrationSet, batc
 def _batches(
     program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    for batch in samples.batches(batch_size):
+    held = sum(value_bytes(program, program.nodes[name]) for name in names)
+    for batch in samples.batches(samples_at_once(held + live_bytes(program).most, batch_size)):
         with torch.no_grad():
             found = run_until(program, list(names), bind(program, batch))
         yield {name: found[name] for name in names}

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.program import Program
+from ...compiler.support.memory import at_most
 from .layers import Layer
 from .moments import Moments, collect_moments, gram_bytes
 from .resolve_network import batch_size_for
 
-#: What the moments of layers may take together, in bytes.
+#: What the moments of layers may take together, in bytes, where there is plenty of memory.
 MEMORY_BYTES = 2 << 30
 
 
@@ -30,7 +31,7 @@ class LayerMoments:
         rows_per_column: int | None = None,
     ) -> None:
         self.program, self.layers, self.calibration = program, layers, calibration
-        self._rows_per_column, self._memory_bytes = rows_per_column, MEMORY_BYTES
+        self._rows_per_column, self._memory_bytes = rows_per_column, at_most(MEMORY_BYTES)
         self._kept: dict[str, Moments] = {}
         # of all layers: sums are then added up alike, whichever of them are collected together
         self._batch_size = batch_size_for(program, layers.values())

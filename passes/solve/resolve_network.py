@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import output_error
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import descendants, run_until
 from ...compiler.ir.program import Program, is_tensor
 from ...compiler.support.errors import Reject
+from ...compiler.support.memory import at_most, samples_at_once
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
 from .changes import Changes
@@ -60,6 +62,9 @@ class ResolveSettings:
         return min(0.1, 5 / samples) if self.ridge is None else self.ridge
 
 
+#: A layer's inputs and outputs as rows, its residual and what a step back along a branch keeps: so many values as large
+#: as the largest.
+COPIES = 6
 #: How networks are re-solved while blocks are compared: enough to tell which can be recovered.
 QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
 #: How they are while plans are compared, and between the rewrites of one: cuts of wide layers overfit few samples. Not
@@ -134,7 +139,8 @@ def _improves(teacher: Program, before: Program, after: Program, samples: Calibr
 
 
 def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int = 256 << 20) -> int:
-    """Samples per batch such that the largest patch matrix of a layer stays within the budget, at most 64."""
+    """Samples per batch such that the largest patch matrix of a layer stays within the budget, at most 64; fewer where
+    memory is limited: beside that matrix a batch has the values of both networks, and copies of some."""
     largest = 1
     for layer in layers:
         weight = program.module.get_parameter(layer.weight)
@@ -142,7 +148,9 @@ def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int 
     for node in program.graph.nodes:
         if is_tensor(node) and node.op == "call_function":
             largest = max(largest, 4 * math.prod(program.shape(node)))
-    return max(1, min(64, budget_bytes // largest))
+    size = max(1, min(64, at_most(budget_bytes) // largest))
+    live = live_bytes(program)
+    return samples_at_once(2 * live.most + COPIES * live.largest, size)
 
 
 def touched(

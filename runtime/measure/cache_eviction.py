@@ -25,8 +25,7 @@ class CacheEviction:
     """
 
     def __init__(self) -> None:
-        size = min(last_level_bytes() or _UNKNOWN_BYTES, _MOST_BYTES)
-        self._memory = np.zeros(_TIMES * size // 8, dtype=np.int64)
+        self._memory = np.zeros(eviction_bytes() // 8, dtype=np.int64)
 
     def __call__(self, runner: Runner) -> None:
         """Leave nothing of the runner's network in the caches. Raises BackendError where that cannot be done."""
@@ -35,6 +34,11 @@ class CacheEviction:
             runner.evict_caches()
         else:
             np.add(self._memory, 1, out=self._memory)  # written, so that no cache keeps a line for others
+
+
+def eviction_bytes() -> int:
+    """The memory that is streamed through to empty the caches of this machine's CPU."""
+    return _TIMES * min(last_level_bytes() or _UNKNOWN_BYTES, _MOST_BYTES)
 
 
 def check_evictable(runner: Runner) -> None:

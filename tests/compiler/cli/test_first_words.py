@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from foldcut.compiler.cli.goals import read_goal, read_goals
-from foldcut.compiler.cli.options import ApplyOptions, Caches, CompileOptions, DemoOptions, SweepOptions
+from foldcut.compiler.cli.option_types import Caches
+from foldcut.compiler.cli.options import ApplyOptions, CompileOptions, DemoOptions, SweepOptions
 
 #: Ends where the first of the libraries that take long is asked for, and says so.
 SCRIPT = """

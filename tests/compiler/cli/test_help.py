@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from foldcut.compiler.cli.options import rewrite_names
+from foldcut.compiler.cli.option_types import rewrite_names
 from foldcut.compiler.driver.builtin import BUILT_IN
 
 SCRIPT = """

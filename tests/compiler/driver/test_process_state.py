@@ -109,6 +109,24 @@ def test_captures_wait_for_each_other() -> None:
     assert done.is_set()
 
 
+@pytest.mark.parametrize(("cpus", "inside"), [(1, 1), (2, 2), (64, 3)])
+def test_torch_has_no_more_threads_than_there_are_cpus(cpus: int, inside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldcut.compiler.support.one_at_a_time.free_cpus", lambda: cpus)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with alone():
+            assert torch.get_num_threads() == inside
+            with alone():
+                assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == 3
+        with pytest.raises(RuntimeError), alone():
+            raise RuntimeError
+        assert torch.get_num_threads() == 3, "also after an error"
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "state",
     [on_meta, torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],

@@ -38,6 +38,7 @@ REFUSED: list[tuple[Callable[..., object], str, tuple[object, ...], str]] = [
     (foldcut.PipelineSettings, "batch", (0, -1, 1.5, "2", True), BATCH),
     (foldcut.PipelineSettings, "threads", (0, -1, 1.5, "2", True), BATCH),
     (foldcut.PipelineSettings, "seed", (-1, 2**63, 1.5, "0", True, None), SEED),
+    (foldcut.PipelineSettings, "memory_bytes", (0, -1, 2.5, "4G", True), WHOLE + ", or None"),
     (foldcut.PipelineSettings, "search_seconds", ("60", True), "give a number of seconds from 0 on, or None"),
     (
         foldcut.PipelineSettings,

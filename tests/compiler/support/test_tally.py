@@ -12,8 +12,8 @@ from foldcut.compiler.support import tally
 from foldcut.compiler.support.progress import StageClock
 from foldcut.passes.prune.submodular import Objective, select_units
 from foldcut.passes.solve.closed_form import solve
-from foldcut.passes.solve.least_macs import forward_macs, least_solve_macs
 from foldcut.passes.solve.moments import LEAST_STRIPPED, Moments
+from foldcut.passes.solve.weighing import forward_macs, least_solve_macs
 from torch.utils.flop_counter import FlopCounterMode
 
 

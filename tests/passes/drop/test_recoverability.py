@@ -1,5 +1,6 @@
 """Which blocks the rest of the network can do without."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -132,3 +133,21 @@ def test_a_block_whose_exit_is_the_output(nets: SimpleNamespace, mode: str) -> N
     errors = score(program, data, mode)([], find_regions(program).blocks)
     assert len(errors) == 2
     assert all(0 < value < 2 for value in errors.values())
+
+
+def test_moments_that_do_not_fit_together_are_read_in_turns(
+    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = find_regions(residual).blocks
+    together = score(residual, nets.images(16), "local")([], blocks)
+    passes: list[int] = []
+    solved = Recoverability._solve_together
+
+    def counted(self: Recoverability, student: Program, trials: Sequence[object]) -> None:
+        passes.append(len(trials))
+        solved(self, student, trials)
+
+    monkeypatch.setattr(Recoverability, "_solve_together", counted)
+    monkeypatch.setattr("foldcut.passes.drop.recoverability.MEMORY_BYTES", 1)
+    assert score(residual, nets.images(16), "local")([], blocks) == together
+    assert len(blocks) > 1 and passes == [1] * len(blocks)

@@ -269,6 +269,22 @@ def test_values_that_do_not_fit_the_cache_are_computed_again(
     assert computed.after == pytest.approx(cached.after, rel=1e-3)
 
 
+@pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
+def test_gradients_of_parts_add_up_to_those_of_a_batch(
+    teacher: Program,
+    student: Program,
+    data: tuple[CalibrationSet, CalibrationSet],
+    cache_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With little memory a batch goes through in parts: of 8 samples 3, 3 and 2."""
+    whole = train(teacher, student, data, iterations=40, cache_bytes=cache_bytes)
+    monkeypatch.setattr("foldcut.passes.mimic.training.samples_at_once", lambda _bytes, most: min(3, most))
+    parts = train(teacher, student, data, iterations=40, cache_bytes=cache_bytes)
+    assert parts.after == pytest.approx(whole.after, rel=1e-3) and parts.after < parts.before
+    assert parts.program.fingerprint != whole.program.fingerprint, "sums round in another way"
+
+
 def test_fewer_samples_than_a_batch(teacher: Program, student: Program, nets: SimpleNamespace) -> None:
     few = CalibrationSet.of(nets.images(3))
     result = train(teacher, student, (few, few), batch_size=64)
