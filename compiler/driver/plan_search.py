@@ -14,7 +14,8 @@ from ..data.output_error import BROKEN, bounded, output_error
 from ..data.sampled_error import sampled_error
 from ..ir.program import Program
 from ..plan.decision import Decision
-from ..plan.joint_search import MOST_TRIALS, Means, MixSearch
+from ..plan.joint_search import MixSearch
+from ..plan.means import MOST_TRIALS, Means
 from ..plan.proposals import Mix
 from ..plan.tried import Found
 from ..rewrite.budget import PlanBudget, keyed

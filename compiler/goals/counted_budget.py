@@ -8,7 +8,7 @@ from typing import Any
 
 from ...runtime.probe.stored_latency import StoredLatency
 from ..ir.program import Program
-from ..plan.joint_search import Adjust
+from ..plan.means import Adjust
 from ..plan.mix_steps import Added, brought_within
 from ..plan.proposals import Item, Mix, Proposal, Scale
 from ..rewrite.budget import Savings, Shape, keyed

@@ -3,21 +3,22 @@
 Errors do not add up over rewrites, and those of two kinds are predicted in different ways. So every kind first makes a
 plan of its own that reaches the goal; what that plan turns out to lose and to save scales the kind's predictions. Where
 the kind that loses least does not get there, a mix is made by that, and the others make one more plan each, toward what
-is left to them beside it. Then plans of all kinds together are made, tried and the scales taken from what each kind
-contributes there. Last, single items are put right around the plan that leads (`item_figures`), and plans follow that
-may be better by those figures. The plan with the least error of all those tried that reach the goal stands, so it is
-never worse than the best of a single kind.
+is left to them beside it; the one of these that loses least makes a mix with it. Then plans of all kinds together are
+made, tried and the scales taken from what each kind contributes there. Last, single items are put right around the plan
+that leads (`item_figures`), and plans follow that may be better by those figures. The plan with the least error of all
+those tried that reach the goal stands, so it is never worse than the best of a single kind.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .item_regression import LEAST_SHARE, error_fit, saving_fit
 from .latency_target import is_near, nearest_from_below, reach, saved_share
+from .means import Means
 from .proposals import (
     Item,
     Mix,
@@ -31,7 +32,6 @@ from .proposals import (
     savings_in,
     with_least_errors,
 )
-from .search_time import SearchTime
 from .tried import Found, Tried
 
 #: How many plans of all kinds together are tried.
@@ -40,9 +40,9 @@ MOST_MIXES = 4
 MOST_OVERLAP = 3.0
 #: How many changes, those that save the most, are tried by themselves.
 MOST_ALONE = 4
-#: No plan is made from single items' figures when so many plans were tried, or so many of those made from them were no
-#: better in a row: twice as many beside a plan that saves more than it has to, which leaves something to be gained.
-MOST_TRIALS, MOST_MISSES = 48, 4
+#: No plan is made from single items' figures when so many of those made from them were no better in a row: twice as
+#: many beside a plan that saves more than it has to, which leaves something to be gained.
+MOST_MISSES = 4
 #: So many items of a plan are left out of it, one at a time, when a plan made from their figures differs from its
 #: prediction by this share of the error.
 MOST_LEFT_OUT, SURPRISE = 8, 0.1
@@ -54,27 +54,8 @@ MOST_CAUGHT_UP, DOUBTED_SAVING = 4, 2.0
 #: A plan is tried when it may lose this share less than the one that leads.
 LEAST_GAIN = 0.01
 
-#: Brings a plan nearer to the goal: the plan, the scales of the items that it may change.
-Adjust = Callable[[Mix, Mapping[Item, Scale]], Mix]
 #: What tells a plan from others: kind, name and the place of the proposal of each item.
 Key = frozenset[tuple[str, str, int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Means:
-    """What a search asks and how long: `measure` gives a plan's ratio, of latency or what else is to be saved, `trial`
-    its relative output error; both are expensive. `adjust` brings a plan nearer to the goal where what single items
-    save is known exactly, given the scales of the items that it may change. No plan is made from single items' figures
-    once `most_trials` were tried; when the `time` has run out, the best plan of those tried so far stands, each kind's
-    own and one of all kinds among them, once one reaches the goal. The search ends with a plan that reaches it and
-    loses at most `enough`."""
-
-    measure: Callable[[Mix], float]
-    trial: Callable[[Mix], float]
-    adjust: Adjust | None = None
-    most_trials: int = MOST_TRIALS
-    enough: float = 0.0
-    time: SearchTime = field(default_factory=SearchTime)
 
 
 class MixSearch:
@@ -132,8 +113,10 @@ class MixSearch:
             # neither way of judging the kinds is the better one for all networks: a mix by each
             if self._time.left():
                 self._mix()
-            for kind, mix in self._milder(least).items():
+            milder = self._milder(least)
+            for kind, mix in milder.items():
                 self._overlap(kind, mix)
+            self._pair(least, milder)
         self._alone()
         if len(self.kinds) > 1:
             self._mixes()
@@ -181,6 +164,17 @@ class MixSearch:
         made whatever the time: a mix of MobileNetV2 toward x0.33 without them was right for 1 % of the images."""
         others = [kind for kind in self.kinds if kind not in least.kinds]
         return {kind: mix for kind in others if (mix := self._single(kind, self.ratio / least.ratio))}
+
+    def _pair(self, least: Tried, milder: Mapping[str, Mix]) -> None:
+        """The cheapest kind with the one that loses least toward what that leaves: a plan of all kinds takes up changes
+        of the others that look better than they are."""
+        errors = {kind: self._error(mix) for kind, mix in milder.items()}
+        kinds = {*least.kinds, *sorted(errors, key=errors.__getitem__)[:1]}
+        if len(kinds) == len(self.kinds) or not self._time.left():
+            return
+        mix, rounds = self._reaching([item for item in self.items if item.kind in kinds], self.ratio, one_kind=False)
+        if mix and _key(mix) not in {_key(plan.mix) for plan in self.tried}:
+            self._try(mix, rounds)
 
     def _overlap(self, kind: str, mix: Mix) -> None:
         """How much less a kind's plan saves beside all that overlaps with it, measured: a layer in two parts may be no

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ...runtime.probe.stored_latency import StoredLatency
 from ..ir.program import Program
-from ..plan.joint_search import Adjust
+from ..plan.means import Adjust
 from ..plan.proposals import Item, Mix, Proposal
 
 #: Makes the network that a plan leads to, with any weights.

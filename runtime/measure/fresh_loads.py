@@ -28,6 +28,9 @@ REGIMES: tuple[Regime, ...] = ("hot", "cold")
 #: Fewer loads say too little about the next one, however slow the networks are.
 _FEWEST_LOADS = 3
 _FEWEST_ROUNDS = 2  # both orders
+#: So many rounds are enough of a load where they take so many seconds: the interval is made of what loads differ by,
+#: and a slow network's single inferences scatter less.
+_ROUNDS_OF_SLOW, _SLOW_S = 4, 1.5
 _COLD_ROUNDS = 2  # times as many: a cold sample is a single inference
 #: A machine is contended where others keep more of its CPUs busy: they share caches, memory and often a core's units.
 _MOST_OTHER_WORK = 0.1
@@ -185,13 +188,18 @@ def _regimes(regime: Regime, both: bool, runners: tuple[Runner, ...]) -> tuple[R
 
 
 def _timed(runners: tuple[Runner, ...], regime: Regime, share: Effort, seed: int) -> Rounds:
-    """The rounds of one load, which may take its `share`; fewer, but both orders, where the seconds are over."""
+    """The rounds of one load, which may take its `share`; fewer, but both orders, where the seconds are over or the
+    networks are slow."""
     end = time.perf_counter() + share.seconds
     # a device's blocks are so long that all loads together last as long as one measurement of a pair
     rounds = Rounds(runners, share.loads * share.rounds, Timing(warmup_ms=share.warmup_ms, seed=seed, regime=regime))
     wanted = share.rounds * (_COLD_ROUNDS if regime == "cold" else 1)
+    began = time.perf_counter()
     while rounds.count < wanted:
         rounds.time_round()
-        if rounds.count >= _FEWEST_ROUNDS and rounds.count % 2 == 0 and time.perf_counter() >= end:
+        now = time.perf_counter()
+        slow = rounds.count >= _ROUNDS_OF_SLOW and now - began >= _SLOW_S
+        late = rounds.count >= _FEWEST_ROUNDS and now >= end
+        if rounds.count % 2 == 0 and (slow or late):
             break
     return rounds

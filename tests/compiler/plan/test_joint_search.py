@@ -6,8 +6,9 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from foldcut.compiler.plan.joint_search import Means, MixSearch
+from foldcut.compiler.plan.joint_search import MixSearch
 from foldcut.compiler.plan.latency_target import MOST_MEASURED
+from foldcut.compiler.plan.means import Means
 from foldcut.compiler.plan.proposals import (
     Claims,
     Item,
