@@ -51,6 +51,9 @@ OVERFLOW = (
 )
 #: How often a goal is planned for when the finished network misses it.
 MOST_AIMS = 3
+#: ... and once more when it is faster than this share of what is asked for and of what its plan was measured at: on a
+#: machine that is busy plans look slower than they are, and more is cut than has to be.
+FAR_BELOW = 0.92
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,14 +174,15 @@ def tested(outcome: Outcome, goal: Goal, test: CalibrationSet) -> Outcome:
 
 def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) -> Outcome:
     """The network for a goal. Where the finished network misses a latency that its plan was measured to reach, plan
-    again for as much less, `MOST_AIMS` times in all; the first that reaches the goal stands, else the fastest.
+    again for as much less, `MOST_AIMS` times in all; where it is far faster than its plan, once for as much more. Of
+    those that reach the goal the one of least error on the judging samples stands, else the fastest.
 
     The plan that is taken is one of several that were measured, so chance has flattered it. The first measurement of
     each network is kept and is the verdict on it, for as long as measurements are kept: a compile that goes on after an
     interruption, or is made again, plans as often and ends with the same answer. Where a later measurement says
     otherwise, a warning does too.
     """
-    outcomes: list[tuple[bool, float, Outcome]] = []
+    outcomes: list[tuple[float, Outcome]] = []
     share = goal.share
     if share is None:
         return made(goal)
@@ -192,12 +196,25 @@ def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) 
         if met != last.met:
             warnings.warn(_disagreement(goal, met, ratio, last.measurement), stacklevel=3)
         last = replace(last, met=met)
-        outcomes.append((not met, ratio, last))
-        if met or not last.planned or len(aims) == MOST_AIMS:
+        outcomes.append((ratio, last))
+        again = _next_aim(share, aims, ratio, last)
+        if again is None or any(before.met for _, before in outcomes[:-1]):
             break
-        aims.append(aims[-1] * share / ratio)
-    _, _, best = min(outcomes, key=lambda outcome: outcome[:2])
+        aims.append(again)
+    reached = [outcome for _, outcome in outcomes if outcome.met]
+    best = min(outcomes, key=lambda outcome: outcome[0])[1] if not reached else reached[0]
+    if len(reached) > 1:
+        best = min(reached, key=lambda outcome: list(outcome.output_errors.values())[-1])
     return replace(best, aims=tuple(aims))
+
+
+def _next_aim(share: float, aims: Sequence[float], ratio: float, last: Outcome) -> float | None:
+    """What to plan for after a network of such a latency ratio; None where it stands."""
+    if not last.met:
+        return aims[-1] * share / ratio if last.planned and len(aims) < MOST_AIMS else None
+    planned = next((plan.ratio for plan in last.applied.tried if plan.chosen), ratio)
+    more = aims[-1] * planned / ratio
+    return more if ratio < FAR_BELOW * min(share, planned) and more < 1 else None
 
 
 def _disagreement(goal: Goal, met: bool, ratio: float, now: Measurement) -> str:

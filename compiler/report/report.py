@@ -43,7 +43,8 @@ class Report(Mapping[str, Any]):
         errors_by_output: Relative error of each output by name, on the test samples.
         details: What else the rewrites said, by name of the rewrite.
         tried: The plans that were compared.
-        aims: The latency ratios that were planned for: that of the goal, and smaller ones after a miss.
+        aims: The latency ratios that were planned for: that of the goal, smaller ones after a miss, and a
+            larger one after a network that came out far faster than its plan.
         changes: For each kind of decision, the error that it makes alone, before any re-solve. If there are several,
             also what it adds to those applied before it: ``error_added`` after a quick re-solve and, under a goal in
             latency, ``saving``, the share of the latency that the times of segments predict.

@@ -168,6 +168,7 @@ def outcome(ratio: float, width: float, planned: bool = True) -> Any:
     values: dict[str, Any] = dict.fromkeys(needed)
     values |= {"met": ratio <= 0.6, "planned": planned, "plan": SimpleNamespace(decisions=[])}
     values["measurement"] = SimpleNamespace(ratio=ratio, low=ratio - width, high=ratio + width)
+    values["applied"] = SimpleNamespace(tried=())
     return Outcome(**values)
 
 
@@ -204,6 +205,35 @@ def test_a_network_that_misses_is_planned_again(ratios: list[float], aims: list[
     asked.clear()
     ratios[:] = [0.5] * len(ratios)
     assert list(_aimed(foldcut.Latency(0.6), made, kept).aims) == pytest.approx(aims)
+
+
+@pytest.mark.parametrize(
+    ("measured", "planned", "errors", "aims", "stands"),
+    [
+        ((0.5, 0.59), 0.59, (0.2, 0.1), [0.6, 0.6 * 0.59 / 0.5], 1),  # the milder plan loses less
+        ((0.5, 0.59), 0.59, (0.1, 0.2), [0.6, 0.6 * 0.59 / 0.5], 0),
+        ((0.5, 0.61), 0.59, (0.2, 0.1), [0.6, 0.6 * 0.59 / 0.5], 0),  # it misses: the first stands
+        ((0.5, 0.4), 0.59, (0.2, 0.1), [0.6, 0.6 * 0.59 / 0.5], 1),  # once is enough
+        ((0.5,), 0.51, (0.2,), [0.6], 0),  # nothing lies between this plan and the goal
+        ((0.58,), 0.6, (0.2,), [0.6], 0),
+    ],
+)
+def test_a_network_far_faster_than_its_plan_is_planned_once_more(
+    measured: tuple[float, ...], planned: float, errors: tuple[float, ...], aims: list[float], stands: int
+) -> None:
+    asked: list[float] = []
+
+    def made(aim: foldcut.Latency) -> Any:
+        asked.append(aim.share)
+        at = len(asked) - 1
+        applied: Any = SimpleNamespace(tried=(SimpleNamespace(ratio=0.9, chosen=False), plan))
+        return replace(outcome(measured[at], 0.005), applied=applied, output_errors={"re-solved": errors[at]})
+
+    plan = SimpleNamespace(ratio=planned, chosen=True)
+    kept: Any = Kept()
+    found = _aimed(foldcut.Latency(0.6), made, kept)
+    assert asked == pytest.approx(aims) and list(found.aims) == asked
+    assert (found.met, found.measurement.ratio) == (True, measured[stands])
 
 
 def test_what_is_asked_for_counts_not_what_was_aimed_at() -> None:
