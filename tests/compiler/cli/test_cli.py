@@ -366,7 +366,8 @@ def test_the_time_of_the_training_reaches_it(folder: Path, tmp_path: Path, monke
     run(*compiled, "--mimic-seconds", 2.5)
     run(*compiled)
     run("sweep", *COMPILE[1:-1], tmp_path / "out", "--mimic-seconds", 0)
-    applied = ("apply", "plan.json", *COMPILE[1:-1], tmp_path / "out")
+    (tmp_path / "plan.json").write_text("{}")
+    applied = ("apply", tmp_path / "plan.json", *COMPILE[1:-1], tmp_path / "out")
     run(*applied, "--mimic-seconds", 7)
     assert seen == [MimicSettings(seconds=2.5), True, MimicSettings(seconds=0), MimicSettings(seconds=7)]
     failed(run(*compiled, "--no-mimic", "--mimic-seconds", 3), "--no-mimic leaves out", "give one of them")

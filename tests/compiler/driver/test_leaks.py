@@ -207,7 +207,7 @@ def test_an_operator_without_a_gradient_is_said(
 ) -> None:
     """That is no fault: the network stays as it was re-solved."""
     real = mimic_training.Training._loss
-    monkeypatch.setattr(mimic_training.Training, "_loss", lambda self, a, b: operation(real(self, a, b)))
+    monkeypatch.setattr(mimic_training.Training, "_loss", lambda *given: operation(real(*given)))
     with pytest.warns(UserWarning, match="the re-solved network is kept: an operator has no gradient"):
         kept = student_of(residual)
     assert len(kept.history) == len(residual.history) + 1

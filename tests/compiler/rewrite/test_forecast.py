@@ -177,7 +177,7 @@ def test_the_stages_that_are_foreseen_are_those_that_come(
         assert unmet.best is not None, unmet
     assert watched.whole.forecast is not None
     missing = set(watched.whole.forecast.stages) - set(watched.whole.lines)
-    assert missing <= maybe
+    assert missing <= set(maybe)
     assert "samples to fit" in watched.said[0] and watched.said[1].startswith("about ") and len(watched.said) == 2
     assert all(after >= before for before, after in pairwise(watched.seen)) and 0.3 < watched.seen[-1] < 1
     assert not any(line.running for line in watched.whole.lines.values())
