@@ -67,9 +67,10 @@ def program_cost(program: Program) -> Cost:
 
 def call_macs(program: Program, values: Iterable[Any]) -> int:
     """Multiply-accumulates of a run of the whole network on inputs with such values: those of one sample times the
-    samples."""
-    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim() > 0]
-    return program.derived(_whole_macs) * (max(sizes) if sizes else 1)
+    samples, which the first input with a dynamic first dimension says."""
+    given = zip(program.inputs, values, strict=False)
+    sizes = (value.shape[0] for spec, value in given if spec.shape and isinstance(spec.shape[0], str))
+    return program.derived(_whole_macs) * next(sizes, 1)
 
 
 def value_macs(program: Program, name: str, value: object) -> int:

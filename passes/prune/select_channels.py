@@ -35,7 +35,7 @@ from .settings import ChannelSettings
 from .submodular import Objective, Selection, select_units
 
 #: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection.
-BOUND_COLUMNS = 1200
+BOUND_COLUMNS = 600
 #: Gram matrices that are held at a time, in bytes, where there is plenty of memory.
 MEMORY_BYTES = 1 << 30
 

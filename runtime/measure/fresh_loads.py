@@ -30,7 +30,7 @@ _FEWEST_LOADS = 3
 _FEWEST_ROUNDS = 2  # both orders
 #: So many rounds are enough of a load where they take so many seconds: the interval is made of what loads differ by,
 #: and a slow network's single inferences scatter less.
-_ROUNDS_OF_SLOW, _SLOW_S = 4, 1.5
+_ROUNDS_OF_SLOW, _SLOW_S = 4, 0.8
 _COLD_ROUNDS = 2  # times as many: a cold sample is a single inference
 #: A machine is contended where others keep more of its CPUs busy: they share caches, memory and often a core's units.
 _MOST_OTHER_WORK = 0.1
