@@ -18,6 +18,9 @@ from ..support.errors import CompilerError, PlanError, RewriteError
 #: A network that was solved is solved once more, with care, where others of the samples lose so many times what those
 #: do that it was solved with.
 OVERFITTED = 1.5
+#: Weights that a rewrite solved itself are no start for the last solve where others of the samples lose so many times
+#: what those do that it was solved with: it then starts from the original ones.
+MEMORISED = 10.0
 
 
 def by_phase(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
@@ -178,15 +181,19 @@ def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
 
 def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision], *, exactly: bool = False) -> Applied:
     """The network of a plan: rewritten, then solved from the better of what a rewrite solved itself and what it did
-    not. After each stage the better of before and after stands, judged on samples that nothing was solved with; the
-    rewrites that come last change what stands then. `errors` say what it loses after each stage."""
+    not; from the latter where the former only knows its samples by heart. After each stage the better of before and
+    after stands, judged on samples that nothing was solved with; the rewrites that come last change what stands then.
+    `errors` say what it loses after each stage."""
     done = applied(ctx, rewrites, decisions, exactly=exactly)
     stages = _Stages(ctx)
     if done.plain is not None:
         stages.take("unsolved", done.plain)
     done = replace(done, program=stages.take("rewritten", done.program))
-    found = _solved_with_care(ctx, rewrites, done)
-    program = done.program if found is done else stages.take("re-solved", found.program)
+    start = done
+    if done.plain is not None and _judged_against_seen(ctx, done.program, MEMORISED)[1]:
+        start = replace(done, program=done.plain)
+    found = _solved_with_care(ctx, rewrites, start)
+    program = done.program if found is start else stages.take("re-solved", found.program)
     return finished(ctx, rewrites, replace(found, program=program, errors=stages.errors), decisions, exactly=exactly)
 
 
@@ -198,13 +205,19 @@ def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) 
     if found is done:
         return found
     if ctx.resolve.margin:
-        error = output_error(ctx.teacher, found.program, ctx.judge)
-        seen = output_error(ctx.teacher, found.program, ctx.solve.take(slice(0, len(ctx.judge))))
-        if error > OVERFITTED * seen:
+        error, overfitted = _judged_against_seen(ctx, found.program, OVERFITTED)
+        if overfitted:
             careful = solved(replace(quiet, resolve=replace(ctx.resolve, margin=0.0)), rewrites, done)
             found = careful if output_error(ctx.teacher, careful.program, ctx.judge) < error else found
     ctx.instruments.after("re-solve", found.program, done.program)
     return found
+
+
+def _judged_against_seen(ctx: Context, program: Program, times: float) -> tuple[float, bool]:
+    """The output error on the samples that judge, and whether it is above so many times that on as many that were
+    solved with."""
+    error = output_error(ctx.teacher, program, ctx.judge)
+    return error, error > times * output_error(ctx.teacher, program, ctx.solve.take(slice(0, len(ctx.judge))))
 
 
 class _Stages:
