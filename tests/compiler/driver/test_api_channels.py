@@ -10,6 +10,7 @@ import foldcut
 import onnx
 import pytest
 import torch
+from foldcut.compiler.driver import apply_decisions
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.runtime.measure.measurement import Measurement
 from torch import nn
@@ -364,3 +365,30 @@ def test_a_norm_score_may_be_re_solved(
     errors = made.report.output_errors
     assert errors["re-solved"] <= errors["rewritten"] < errors["unsolved"]
     assert errors["unsolved"] != halved.report.output_errors["unsolved"]
+
+
+@pytest.mark.parametrize("by_heart", [True, False])
+def test_the_last_solve_starts_from_the_original_weights_where_others_only_know_their_samples(
+    by_heart: bool,
+    residual_net: nn.Module,
+    counting_backend: Any,
+    nets: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(apply_decisions, "MEMORISED", 0.0 if by_heart else math.inf)
+    seen: list[Any] = []
+    real = apply_decisions._solved_with_care
+
+    def watched(ctx: Any, rewrites: Any, done: Any) -> Any:
+        found = real(ctx, rewrites, done)
+        seen.append((done, found))
+        return found
+
+    monkeypatch.setattr(apply_decisions, "_solved_with_care", watched)
+    made = run(residual_net, nets.images(40), counting_backend, foldcut.Channels(keep=0.5), cache=False)
+    ((start, found),) = seen
+    assert (start.program is start.plain) == by_heart
+    assert found.program is not start.program
+    # whatever it starts from, the better of before and after stands
+    errors = made.report.output_errors
+    assert errors["re-solved"] <= errors["rewritten"] <= errors["unsolved"]
