@@ -181,20 +181,11 @@ def without_compile_s(model: Any, samples: Any) -> float:
 
 def small() -> Any:
     """A residual network of 94,000 parameters."""
+    from compile_growth import Residual
     from torch import nn
 
-    class Block(nn.Module):
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            convolutions = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)]
-            norms = [nn.BatchNorm2d(channels) for _ in range(2)]
-            self.body = nn.Sequential(convolutions[0], norms[0], nn.ReLU(), convolutions[1], norms[1])
-
-        def forward(self, x: Any) -> Any:
-            return (x + self.body(x)).relu()
-
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
-    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, stride=2), *(Block(32) for _ in range(5)), *head).eval()
+    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, stride=2), *(Residual(32) for _ in range(5)), *head).eval()
 
 
 def detector() -> Any:

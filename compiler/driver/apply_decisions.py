@@ -190,7 +190,7 @@ def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision
         stages.take("unsolved", done.plain)
     done = replace(done, program=stages.take("rewritten", done.program))
     start = done
-    if done.plain is not None and _judged_against_seen(ctx, done.program, MEMORISED)[1]:
+    if done.plain is not None and stages.errors["rewritten"] > MEMORISED * _seen_error(ctx, done.program):
         start = replace(done, program=done.plain)
     found = _solved_with_care(ctx, rewrites, start)
     program = done.program if found is start else stages.take("re-solved", found.program)
@@ -205,19 +205,17 @@ def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) 
     if found is done:
         return found
     if ctx.resolve.margin:
-        error, overfitted = _judged_against_seen(ctx, found.program, OVERFITTED)
-        if overfitted:
+        error = output_error(ctx.teacher, found.program, ctx.judge)
+        if error > OVERFITTED * _seen_error(ctx, found.program):
             careful = solved(replace(quiet, resolve=replace(ctx.resolve, margin=0.0)), rewrites, done)
             found = careful if output_error(ctx.teacher, careful.program, ctx.judge) < error else found
     ctx.instruments.after("re-solve", found.program, done.program)
     return found
 
 
-def _judged_against_seen(ctx: Context, program: Program, times: float) -> tuple[float, bool]:
-    """The output error on the samples that judge, and whether it is above so many times that on as many that were
-    solved with."""
-    error = output_error(ctx.teacher, program, ctx.judge)
-    return error, error > times * output_error(ctx.teacher, program, ctx.solve.take(slice(0, len(ctx.judge))))
+def _seen_error(ctx: Context, program: Program) -> float:
+    """The output error on samples that were solved with, as many as judge."""
+    return output_error(ctx.teacher, program, ctx.solve.take(slice(0, len(ctx.judge))))
 
 
 class _Stages:

@@ -202,9 +202,10 @@ def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) 
             break
         aims.append(again)
     reached = [outcome for _, outcome in outcomes if outcome.met]
-    best = min(outcomes, key=lambda outcome: outcome[0])[1] if not reached else reached[0]
-    if len(reached) > 1:
+    if reached:
         best = min(reached, key=lambda outcome: list(outcome.output_errors.values())[-1])
+    else:
+        _, best = min(outcomes, key=lambda outcome: outcome[0])
     return replace(best, aims=tuple(aims))
 
 

@@ -109,7 +109,7 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    limit_bytes = settings.memory_bytes if settings is not None else None
+    limit_bytes = (settings or PipelineSettings()).memory_bytes
     with alone(), memory_within(limit_bytes), memory_at_hand(), opened_progress(progress, "apply") as show:
         clock = StageClock(show)
         with clock.stage("capture"):

@@ -66,11 +66,11 @@ def program_cost(program: Program) -> Cost:
 
 
 def call_macs(program: Program, values: Iterable[Any]) -> int:
-    """Multiply-accumulates of a run of the whole network on inputs with such values: those of one sample times the
-    samples, which the first input with a dynamic first dimension says."""
-    given = zip(program.inputs, values, strict=False)
-    sizes = (value.shape[0] for spec, value in given if spec.shape and isinstance(spec.shape[0], str))
-    return program.derived(_whole_macs) * next(sizes, 1)
+    """Multiply-accumulates of a run of the whole network on inputs with such values: those of one sample times how much
+    larger the first input is that samples are stacked in, also where images are cropped."""
+    macs, sizes = program.derived(_call_cost)
+    given = zip(sizes, values, strict=False)
+    return next((macs * value.numel() // elements for elements, value in given if elements), macs)
 
 
 def value_macs(program: Program, name: str, value: object) -> int:
@@ -82,8 +82,12 @@ def value_macs(program: Program, name: str, value: object) -> int:
     return macs * value.numel() // elements
 
 
-def _whole_macs(program: Program) -> int:
-    return program_cost(program).macs
+def _call_cost(program: Program) -> tuple[int, tuple[int, ...]]:
+    """Multiply-accumulates at batch 1, and the elements of each input there; 0 where its first dimension is fixed."""
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    stacked = [bool(spec.shape) and isinstance(spec.shape[0], str) for spec in program.inputs]
+    sizes = (math.prod(program.shape(node)) if many else 0 for node, many in zip(nodes, stacked, strict=False))
+    return program_cost(program).macs, tuple(sizes)
 
 
 def _contractions(program: Program) -> dict[str, tuple[int, int]]:

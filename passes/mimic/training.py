@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.ir.compare import squared_distance
-from ...compiler.ir.cost import program_cost
+from ...compiler.ir.cost import call_macs
 from ...compiler.ir.edit import expose
 from ...compiler.ir.program import Batch, Program, as_arguments
 from ...compiler.support import tally
@@ -60,7 +60,7 @@ class Training:
         self.kept = [lesson.kept.get(p.student, ()) for p in self.pairs]
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
-        self._macs = {False: program_cost(teacher).macs, True: program_cost(trainee).macs}
+        self._programs = {False: teacher, True: trainee}
         self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
         #: Samples that go through a network together: those of an iteration, unless memory is limited.
         self._at_once = settings.batch_size
@@ -193,7 +193,7 @@ class Training:
         with torch.no_grad():
             for batch in self.held_out.batches(self._at_once):
                 args, kwargs = as_arguments(batch)
-                tally.count(tally.FORWARD, sum(self._macs.values()) * _samples(batch))
+                tally.count(tally.FORWARD, sum(call_macs(p, p.flatten(batch)) for p in self._programs.values()))
                 ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
                 for index in range(self.judges):
                     part, norm = squared_distance(theirs[index], ours[index])
@@ -234,7 +234,8 @@ class Training:
     def _values(self, module: fx.GraphModule, batch: Batch) -> list[torch.Tensor]:
         args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
         trains = module is self.student
-        macs = self._macs[trains] * _samples(batch)
+        program = self._programs[trains]
+        macs = call_macs(program, program.flatten(batch))
         tally.count(tally.FORWARD, macs)
         tally.count(tally.GRADIENT, 2 * macs * trains)  # with respect to inputs and to weights
         with (
@@ -268,11 +269,6 @@ class Training:
             ):
                 return None
         return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def _samples(batch: Batch) -> int:
-    """How many samples a batch has."""
-    return max((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)), default=1)
 
 
 def _backward(loss: torch.Tensor) -> None:

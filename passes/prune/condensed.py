@@ -108,6 +108,32 @@ class _Fitted:
             self.weights = torch.cholesky_solve(cross, lower)
 
 
+class _Judged:
+    """A fit to the other rows, and what it leaves of the held-out ones: `residual` = C' - H W, `base` the error."""
+
+    def __init__(self, fit: _Fitted, held: Objective, columns: torch.Tensor) -> None:
+        cross = held.cross[:, columns]
+        self.fit, self.energy = fit, held.energy
+        self.gram = held.gram[:, columns][:, :, columns]
+        image = self.gram @ fit.weights
+        tally.count(tally.ALGEBRA, image.numel() * len(columns))
+        self.residual = cross - image
+        self.base = held.energy - 2 * float((fit.weights * cross).sum()) + float((fit.weights * image).sum())
+
+    def removal(self, at: torch.Tensor) -> Removal:
+        """Without columns at such places."""
+        rows = self.fit.inverse[:, at]
+        tally.count(tally.ALGEBRA, rows.numel() * (rows.shape[2] + rows.shape[1] + self.residual.shape[2]))
+        return Removal(
+            inverse=rows[:, :, at],
+            weights=self.fit.weights[:, at],
+            linear=rows @ self.residual,
+            square=rows @ self.gram @ rows.transpose(1, 2),
+            base=self.base,
+            energy=self.energy,
+        )
+
+
 class SharedColumns:
     """A layer's moments, factorised once for all groups whose units it reads."""
 
@@ -119,10 +145,13 @@ class SharedColumns:
         self.cross = whole.solved_cross[:, self.columns]
         self.fitted = _Fitted(whole.solved_gram()[:, self.columns][:, :, self.columns], self.cross)
         self.sound = self.fitted.sound
-        self.judged = None
+        self.judged: _Judged | None = None
         if self.sound and whole.held is not None and whole.held.energy > 0:
-            self.judged = _Fitted(*whole.fit(self.columns))
-            self.sound = self.judged.sound
+            fit = _Fitted(*whole.fit(self.columns))
+            self.sound = fit.sound
+            self.judged = _Judged(fit, whole.held, self.columns) if fit.sound else None
+        if self.sound:
+            self.explained = (self.cross * self.fitted.weights).sum()
 
     def objective(self, units: torch.Tensor) -> Objective | None:
         """The objective of the units with such columns, -1 where one has fewer than others; None where the columns
@@ -135,7 +164,7 @@ class SharedColumns:
         left = torch.linalg.inv(self.fitted.inverse[:, at][:, :, at])
         left = (left + left.transpose(1, 2)) / 2
         cross = left @ weights
-        explained = float((self.cross * self.fitted.weights).sum() - (weights * cross).sum())
+        explained = float(self.explained - (weights * cross).sum())
         penalty = torch.zeros_like(whole.own) if whole.penalty is None else whole.penalty
         others = torch.ones(whole.gram.shape[1], dtype=torch.bool)
         others[mine] = False
@@ -154,24 +183,7 @@ class SharedColumns:
             energies=whole.own[:, mine],
             others_explain=explained - paid,
             lost=whole.quiet[mine],
-            removal=self._removal(at),
-        )
-
-    def _removal(self, at: torch.Tensor) -> Removal | None:
-        held, fit = self.whole.held, self.judged
-        if held is None or fit is None:
-            return None
-        gram, cross = held.gram[:, self.columns][:, :, self.columns], held.cross[:, self.columns]
-        rows = fit.inverse[:, at]
-        tally.count(tally.ALGEBRA, rows.numel() * (rows.shape[2] + rows.shape[1] + fit.weights.shape[2]))
-        image = gram @ fit.weights
-        return Removal(
-            inverse=rows[:, :, at],
-            weights=fit.weights[:, at],
-            linear=rows @ (cross - image),
-            square=rows @ gram @ rows.transpose(1, 2),
-            base=held.energy - 2 * float((fit.weights * cross).sum()) + float((fit.weights * image).sum()),
-            energy=held.energy,
+            removal=None if self.judged is None else self.judged.removal(at),
         )
 
 

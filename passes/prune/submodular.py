@@ -288,7 +288,7 @@ class _State:
 
     def __init__(self, objective: Objective, count: int) -> None:
         groups, size, _ = objective.gram.shape
-        self.units, self.energy = objective.units, objective.energy
+        self.energy = objective.energy
         # f and c of F = f - c: what the taken columns explain of the rows and the old weights, and their part of these
         self.explained, self.paid = objective.explained, 0.0
         self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
@@ -299,19 +299,19 @@ class _State:
         self.gram, self.cross = gram, with_few_outputs(cross)
         own = torch.cat([objective.own, gram.new_zeros(groups, 1)], 1)
         self.floor = torch.where(own > 0, own, torch.ones_like(own))
-        most = len(objective.always) + count * self.units.shape[1]
+        most = len(objective.always) + count * objective.units.shape[1]
         self.factor = gram.new_zeros(groups, size + 1, most)
         self.weights = gram.new_zeros(groups, most, self.cross.shape[2])
         self.taken = 0
-        #: The units that are still there, their columns, which columns have a row, and each column's row.
-        self.there = torch.arange(len(self.units))
-        self.columns = torch.where(self.units < 0, torch.full_like(self.units, size), self.units)
+        #: The columns of all units; the units that are still there and theirs; which columns have a row, and which.
+        self.there = torch.arange(len(objective.units))
+        self.all_columns = self.columns = torch.where(objective.units < 0, size, objective.units)
         self.rows = self.place = torch.arange(size + 1)
         columns = self.columns
         self.blocks = gram[:, columns.unsqueeze(2), columns.unsqueeze(1)].clone()
         own_cross = self.cross[:, columns]
         self.images = own_cross @ own_cross.transpose(2, 3)
-        self.gone = torch.zeros(len(self.units), dtype=torch.bool)
+        self.gone = torch.zeros(len(self.all_columns), dtype=torch.bool)
         if len(objective.always):
             self._take(objective.always)
 
@@ -323,15 +323,13 @@ class _State:
         """By how much each unit would lower J, relative to the target's energy; 0 of those that are taken."""
         whitening = whitener(self.blocks, self.floor[:, self.columns])
         explained = ((self.images @ whitening) * whitening).sum((2, 3)).clamp(min=0).sum(0)
-        found = torch.zeros(len(self.units), dtype=torch.float64)
+        found = torch.zeros(len(self.all_columns), dtype=torch.float64)
         found[self.there] = (explained - self.owed[self.columns].sum(1)) / self.energy
         return found
 
     def take(self, unit: int) -> None:
         """Take one unit."""
-        size = len(self.place) - 1
-        mine = self.units[unit]
-        self._take(torch.where(mine < 0, torch.full_like(mine, size), mine))
+        self._take(self.all_columns[unit])
         self.gone[unit] = True
         left = ~self.gone[self.there]
         if int(left.sum()) < FEWER * len(left):

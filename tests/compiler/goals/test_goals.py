@@ -168,7 +168,7 @@ def outcome(ratio: float, width: float, planned: bool = True) -> Any:
     values: dict[str, Any] = dict.fromkeys(needed)
     values |= {"met": ratio <= 0.6, "planned": planned, "plan": SimpleNamespace(decisions=[])}
     values["measurement"] = SimpleNamespace(ratio=ratio, low=ratio - width, high=ratio + width)
-    values["applied"] = SimpleNamespace(tried=())
+    values |= {"applied": SimpleNamespace(tried=()), "output_errors": {"re-solved": 0.1}}
     return Outcome(**values)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.ir.cost import call_macs, program_cost
 from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.support import tally
@@ -46,6 +46,12 @@ def test_a_run_in_part_is_counted_in_part(residual: Program, nets: SimpleNamespa
     behind = done(lambda: run_until(residual, ["linear"], dict(middle)))
     assert before[tally.FORWARD] > 0 < behind[tally.FORWARD]
     assert before + behind == done(lambda: run_until(residual, ["linear"], start))
+
+
+def test_a_run_on_half_of_each_image_is_half_the_work(residual: Program, nets: SimpleNamespace) -> None:
+    images = nets.images(2)
+    half = images[..., : images.shape[-1] // 2]
+    assert 2 * call_macs(residual, [half]) == call_macs(residual, [images]) == forward_macs(residual, 2)
 
 
 @pytest.mark.parametrize("columns", [7, LEAST_STRIPPED + 5])
