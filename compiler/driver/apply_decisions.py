@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings
+from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings, rows_are_few
 from ..data.output_error import no_worse, output_error
 from ..ir.edit import check_interface
 from ..ir.program import Program
@@ -15,8 +15,7 @@ from ..rewrite.rewrite import Applied, Rewrite
 from ..rewrite.stored_resolve import stored_resolve
 from ..support.errors import CompilerError, PlanError, RewriteError
 
-#: A network that was solved is solved once more, with care, where others of the samples lose so many times what those
-#: do that it was solved with.
+#: A network fits the samples that it was solved with too closely where others lose so many times what those do.
 OVERFITTED = 1.5
 #: Weights that a rewrite solved itself are no start for the last solve where others of the samples lose so many times
 #: what those do that it was solved with: it then starts from the original ones.
@@ -198,17 +197,22 @@ def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision
 
 
 def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) -> Applied:
-    """`solved`, and where that fits the samples at hand far better than others, once more with each layer held back by
-    what rows held out say of it; the one that loses less on the samples that judge."""
+    """`solved`, with each layer held back by what rows held out say of it (careful) or by hardly anything. Which comes
+    first is a guess from the rows that there are; the other is tried where the first turns out to fit the samples at
+    hand far better than others and is not careful, or the other way round. The one that loses less on the samples that
+    judge."""
     quiet = replace(ctx, instruments=ctx.instruments.for_trials())
-    found = solved(quiet, rewrites, done)
+    careful = replace(quiet, resolve=replace(ctx.resolve, margin=0.0))
+    ways = [careful, quiet] if rows_are_few(done.program, len(ctx.solve)) else [quiet, careful]
+    found = solved(ways[0], rewrites, done)
     if found is done:
         return found
     if ctx.resolve.margin:
         error = output_error(ctx.teacher, found.program, ctx.judge)
-        if error > OVERFITTED * _seen_error(ctx, found.program):
-            careful = solved(replace(quiet, resolve=replace(ctx.resolve, margin=0.0)), rewrites, done)
-            found = careful if output_error(ctx.teacher, careful.program, ctx.judge) < error else found
+        overfitted = error > OVERFITTED * _seen_error(ctx, found.program)
+        if overfitted == (ways[1] is careful):
+            other = solved(ways[1], rewrites, done)
+            found = other if output_error(ctx.teacher, other.program, ctx.judge) < error else found
     ctx.instruments.after("re-solve", found.program, done.program)
     return found
 

@@ -32,10 +32,11 @@ from ..solve.resolve_network import LayerError, ResolveSettings, batch_size_for,
 from ..solve.targets import Target, output_gain, trace_target
 from .condensed import SharedColumns
 from .settings import ChannelSettings
-from .submodular import Objective, Selection, select_units
+from .submodular import LOOKED_AT, Objective, Selection, select_units
 
-#: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection.
-BOUND_COLUMNS = 600
+#: The guarantee takes an eigendecomposition; beyond so many columns that would cost more than the selection, which then
+#: does not look at all candidates in each step either.
+BOUND_COLUMNS = LOOKED_AT
 #: Gram matrices that are held at a time, in bytes, where there is plenty of memory.
 MEMORY_BYTES = 1 << 30
 

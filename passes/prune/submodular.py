@@ -20,8 +20,10 @@ and c(S) = r ||W0_S||^2 a sum over units. While no gain is negative, greedy sele
 
 Everything follows from the streamed moments: a block Cholesky factorisation grows by one unit a step, and the Schur
 complements of all candidates are updated together, so a step costs O(columns * kept columns * unit columns) and nothing
-is refitted. All sums in float64. The gains of a weakly submodular function may grow, so a lazy queue would not be
-exact; all candidates are looked at, in one batched solve.
+is refitted. All sums in float64. Up to `LOOKED_AT` candidates are all looked at in each step, in one batched solve. Of
+more, those that gain most are, until one that was left out had a larger gain when it was last seen; then all are brought
+up to date at once. While gains only fall, as those of a submodular function do, that is greedy selection itself; those
+of a weakly submodular one may grow, and a step can then miss a candidate that grew since.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ import torch
 from ...compiler.support import tally
 from ..solve.closed_form import EIGH_CUBES, ridge_level
 from ..solve.moments import Moments
-from .factors import EXPLAINED, definite_cholesky, growing_squares, whitener, with_few_outputs
+from .factors import EXPLAINED, Elimination, definite_cholesky, growing_squares
 
-#: Rows are left out when so many of the units are still there, as a share of those that have rows.
-FEWER = 0.8
+#: So many candidates are looked at in each step, or one in so many of all, until another may gain more.
+LOOKED_AT, LOOKED_AT_SHARE = 512, 8
+#: Gains that differ by less, relative to the target's energy, are the same.
+NOTHING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,22 +231,33 @@ def select_units(objectives: Sequence[Objective], count: int, *, bound: bool = F
     """
     total = len(objectives[0].units)
     parts = [o for o in objectives if o.energy > 0]
-    states = [_State(o, count) for o in parts]
-    order: list[int] = []
+    states = [Elimination(o, count) for o in parts]
     free = torch.ones(total, dtype=torch.bool)
     silent = torch.stack([o.silent for o in parts]).all(0) if parts else ~free
     unread = torch.stack([o.unread | o.silent for o in parts]).all(0) if parts else ~free
     last = unread if int((~unread).sum()) <= count else silent
+    order: list[int] = []
     errors = [_mean([s.error for s in states])]
-    for _ in range(count):
-        gains = sum((s.gains() for s in states), torch.zeros(total, dtype=torch.float64)).masked_fill(silent, 0.0)
+    while len(order) < count:
+        gains = _gains(states, silent)
         candidates = next(mask for mask in (free & ~last, free & ~silent, free) if bool(mask.any()))
-        best = int(gains.masked_fill(~candidates, -math.inf).argmax())
-        order.append(best)
-        free[best] = False
-        for state in states:
-            state.take(best)
-        errors.append(_mean([s.error for s in states]))
+        looked = _most_gaining(gains, candidates)
+        beyond = float(gains[candidates & ~looked].max()) if bool((candidates & ~looked).any()) else -math.inf
+        few = [s.among(looked) for s in states]
+        for step in range(count - len(order)):
+            if step:
+                gains = _gains(few, silent)
+            gains = gains.masked_fill(~(looked & free), -math.inf)
+            best = int(gains.argmax())
+            if float(gains[best]) == -math.inf or (step and float(gains[best]) < beyond - NOTHING):
+                break
+            order.append(best)
+            free[best] = False
+            for state in few:
+                state.take(best)
+            errors.append(_mean([s.error for s in few]))
+        for state, other in zip(states, few, strict=True):
+            state.follow(other)
     chosen = torch.tensor(order, dtype=torch.long)
     found = torch.tensor(errors, dtype=torch.float64)
     if parts and all(o.predicts for o in parts):
@@ -276,102 +291,18 @@ def submodularity_bound(objective: Objective) -> float:
     return least
 
 
-class _State:
-    """One consumer while units are taken, and what the taken columns leave unexplained of each candidate.
+def _gains(states: Sequence[Elimination], silent: torch.Tensor) -> torch.Tensor:
+    return sum((s.gains() for s in states), torch.zeros(len(silent), dtype=torch.float64)).masked_fill(silent, 0.0)
 
-    `blocks` (groups, candidates, b, b) are the candidates' Schur complements B = K_uu - L_u L_u^T and `images` as many
-    N = C_u C_u^T of what is left of their cross moments, so that a unit gains tr(B^-1 N). `factor` (groups, columns,
-    taken columns) holds the rows L of the Cholesky factor and `weights` (groups, taken columns, outputs) those of
-    L^-1 C. The cross moments themselves stay as they are: a step reads C and L once, and writes neither. Rows of units
-    that were taken are left out now and then.
-    """
 
-    def __init__(self, objective: Objective, count: int) -> None:
-        groups, size, _ = objective.gram.shape
-        self.energy = objective.energy
-        # f and c of F = f - c: what the taken columns explain of the rows and the old weights, and their part of these
-        self.explained, self.paid = objective.explained, 0.0
-        self.owed = torch.cat([objective.owed.sum(0), objective.gram.new_zeros(1)])
-        # an empty column at the end stands for what a narrower unit lacks
-        gram = objective.solved_gram(spare=1)
-        cross = objective.cross.new_zeros(groups, size + 1, objective.cross.shape[2])
-        cross[:, :size] = objective.solved_cross
-        self.gram, self.cross = gram, with_few_outputs(cross)
-        own = torch.cat([objective.own, gram.new_zeros(groups, 1)], 1)
-        self.floor = torch.where(own > 0, own, torch.ones_like(own))
-        most = len(objective.always) + count * objective.units.shape[1]
-        self.factor = gram.new_zeros(groups, size + 1, most)
-        self.weights = gram.new_zeros(groups, most, self.cross.shape[2])
-        self.taken = 0
-        #: The columns of all units; the units that are still there and theirs; which columns have a row, and which.
-        self.there = torch.arange(len(objective.units))
-        self.all_columns = self.columns = torch.where(objective.units < 0, size, objective.units)
-        self.rows = self.place = torch.arange(size + 1)
-        columns = self.columns
-        self.blocks = gram[:, columns.unsqueeze(2), columns.unsqueeze(1)].clone()
-        own_cross = self.cross[:, columns]
-        self.images = own_cross @ own_cross.transpose(2, 3)
-        self.gone = torch.zeros(len(self.all_columns), dtype=torch.bool)
-        if len(objective.always):
-            self._take(objective.always)
-
-    @property
-    def error(self) -> float:
-        return max(0.0, 1 - (self.explained - self.paid) / self.energy)
-
-    def gains(self) -> torch.Tensor:
-        """By how much each unit would lower J, relative to the target's energy; 0 of those that are taken."""
-        whitening = whitener(self.blocks, self.floor[:, self.columns])
-        explained = ((self.images @ whitening) * whitening).sum((2, 3)).clamp(min=0).sum(0)
-        found = torch.zeros(len(self.all_columns), dtype=torch.float64)
-        found[self.there] = (explained - self.owed[self.columns].sum(1)) / self.energy
-        return found
-
-    def take(self, unit: int) -> None:
-        """Take one unit."""
-        self._take(self.all_columns[unit])
-        self.gone[unit] = True
-        left = ~self.gone[self.there]
-        if int(left.sum()) < FEWER * len(left):
-            self._leave_out(left)
-
-    def _take(self, columns: torch.Tensor) -> None:
-        groups, size, outputs = self.cross.shape
-        tally.count(tally.ALGEBRA, groups * size * len(columns) * (2 * self.taken + 2 * len(columns) + outputs))
-        done, weights, at = self.factor[:, :, : self.taken], self.weights[:, : self.taken], self.place[columns]
-        mine = done[:, at]
-        block = self.gram[:, columns][:, :, columns] - mine @ mine.transpose(1, 2)
-        whitening = whitener(block, self.floor[:, columns])
-        fresh = whitening.transpose(1, 2) @ (self.cross[:, at] - mine @ weights)
-        # <what is left of C, the new weights> and the new columns of L, from one pass over those that there are
-        both = done @ torch.cat([mine.transpose(1, 2), weights @ fresh.transpose(1, 2)], 2)
-        left, known = both.chunk(2, 2)
-        rows = (self.gram[:, columns][:, :, self.rows].transpose(1, 2) - left) @ whitening
-        inner = self.cross @ fresh.transpose(1, 2) - known
-        self.explained += float(fresh.square().sum())
-        self.paid += float(self.owed[columns].sum())
-        new = slice(self.taken, self.taken + len(columns))
-        self.factor[:, :, new], self.weights[:, new] = rows, fresh
-        self.taken += len(columns)
-        places = self.place[self.columns]
-        parts = rows[:, places]
-        turned = parts.transpose(2, 3)
-        mixed = (inner[:, places] - parts @ (fresh @ fresh.transpose(1, 2)).unsqueeze(1) / 2) @ turned
-        self.blocks -= parts @ turned
-        self.images -= mixed + mixed.transpose(2, 3)
-
-    def _leave_out(self, left: torch.Tensor) -> None:
-        """Go on with these of the units that are there, and with the rows that they need."""
-        self.there, self.columns = self.there[left], self.columns[left]
-        self.blocks, self.images = self.blocks[:, left], self.images[:, left]
-        needed = torch.zeros(len(self.place), dtype=torch.bool)
-        needed[self.columns] = True
-        needed[-1] = True  # the empty one
-        kept = needed[self.rows]
-        self.rows = self.rows[kept]
-        self.cross, self.factor = self.cross[:, kept], self.factor[:, kept]
-        self.place = torch.full_like(self.place, -1)
-        self.place[self.rows] = torch.arange(len(self.rows))
+def _most_gaining(gains: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """A mask of the candidates to look at: all where they are few, else those that gain most now."""
+    few = max(LOOKED_AT, int(candidates.sum()) // LOOKED_AT_SHARE)
+    if int(candidates.sum()) <= few:
+        return candidates.clone()
+    looked = torch.zeros_like(candidates)
+    looked[gains.masked_fill(~candidates, -math.inf).topk(few).indices] = True
+    return looked
 
 
 def _mean(errors: Sequence[float]) -> float:

@@ -45,7 +45,7 @@ class ResolveSettings:
     refine: int = 2
     rows_per_column: int | None = 200
     batch_size: int | None = None
-    guard_samples: int = 128
+    guard_samples: int = 32
     ram_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +65,8 @@ class ResolveSettings:
 #: A layer's inputs and outputs as rows, its residual and what a step back along a branch keeps: so many values as large
 #: as the largest.
 COPIES = 6
+#: So many rows for each column of a layer are few.
+FEW_ROWS = 20
 #: How networks are re-solved while blocks are compared: enough to tell which can be recovered.
 QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
 #: How they are while plans are compared, and between the rewrites of one: cuts of wide layers overfit few samples. Not
@@ -151,6 +153,18 @@ def batch_size_for(program: Program, layers: Iterable[Layer], budget_bytes: int 
     size = max(1, min(64, at_most(budget_bytes) // largest))
     live = live_bytes(program)
     return samples_at_once(2 * live.most + COPIES * live.largest, size)
+
+
+def rows_are_few(program: Program, samples: int) -> bool:
+    """Whether most of the weights are of layers whose inputs are few rows for their columns: the places of so many
+    samples, those of one sample much alike. A solve then knows the samples by heart before it knows the layer."""
+    few = total = 0
+    for layer in find_layers(program)[0].values():
+        weight = program.module.get_parameter(layer.weight)
+        total += weight.numel()
+        if layer.rows_per_sample(program) * samples < FEW_ROWS * weight[0].numel():
+            few += weight.numel()
+    return 2 * few > total
 
 
 def touched(

@@ -30,7 +30,7 @@ _FEWEST_LOADS = 3
 _FEWEST_ROUNDS = 2  # both orders
 #: So many rounds are enough of a load where they take so many seconds: the interval is made of what loads differ by,
 #: and a slow network's single inferences scatter less.
-_ROUNDS_OF_SLOW, _SLOW_S = 4, 0.8
+_ROUNDS_OF_SLOW, _SLOW_S = 2, 0.8
 _COLD_ROUNDS = 2  # times as many: a cold sample is a single inference
 #: A machine is contended where others keep more of its CPUs busy: they share caches, memory and often a core's units.
 _MOST_OTHER_WORK = 0.1
@@ -50,7 +50,7 @@ class Effort:
     rounds: int = 8
     target_halfwidth: float = 0.01
     warmup_ms: float = 100.0
-    seconds: float = 60.0
+    seconds: float = 40.0
     together: float = 3.0
     regime: Regime = "hot"
     both: bool = False

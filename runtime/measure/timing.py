@@ -17,6 +17,7 @@ _MOST_REPEATS = 100_000
 _MOST_GROWTH = 10  # one short block says little about how many repeats the next needs
 _MOST_WALL_PER_CLOCK = 200  # far beyond what sharing a core with other processes does
 _MOST_STANDSTILL_MS = 1000.0
+_SLOW_S = 0.1  # one inference that takes so long warms caches and allocators up by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,12 @@ def time_block(runner: Runner, repeats: int, prepare: Callable[[], object] | Non
 
 
 def warm_up(runner: Runner, warmup_ms: float) -> None:
-    """Run inferences, at least two, until `warmup_ms` of wall time have passed."""
-    end = time.perf_counter() + warmup_ms / 1000
+    """Run inferences until `warmup_ms` of wall time have passed: at least two, or a slow one."""
+    start = time.perf_counter()
+    end = start + warmup_ms / 1000
     runner.run()
-    runner.run()
+    if time.perf_counter() - start < _SLOW_S:
+        runner.run()
     while time.perf_counter() < end:
         runner.run()
 

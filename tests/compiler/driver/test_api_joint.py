@@ -290,11 +290,14 @@ def test_a_search_that_may_take_no_time(
     assert any("as asked for" in warning for warning in made.report.warnings)
 
 
+@pytest.mark.parametrize("few", [False, True])
 def test_what_fits_few_samples_too_well_is_solved_again_with_care(
-    nets: SimpleNamespace, counting_backend: Any, monkeypatch: pytest.MonkeyPatch
+    few: bool, nets: SimpleNamespace, counting_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The better of the two stands; where others lose no more than the samples at hand it is left at the first."""
+    """The better of the two stands. Where the rows are many care comes second, and only where others of the samples
+    lose far more than those at hand; where they are few it comes first, and the other only where they do not."""
     original = apply_decisions.stored_resolve
+    monkeypatch.setattr(apply_decisions, "rows_are_few", lambda program, samples: few)
 
     def made(limit: float, images: int) -> tuple[float, list[float]]:
         margins: list[float] = []
@@ -310,11 +313,12 @@ def test_what_fits_few_samples_too_well_is_solved_again_with_care(
         found = foldcut.compile(net, nets.images(images), goal=foldcut.Blocks(2), **options)
         return found.output_errors["re-solved"], margins
 
-    once, few = made(math.inf, 24)
-    assert few == [MARGIN]
-    twice, margins = made(1.5, 24)
-    assert margins == [MARGIN, 0.0] and twice <= once
-    assert made(1.5, 600)[1] == [MARGIN]
+    bold, tried = made(0.0 if few else math.inf, 24)
+    assert tried == [0.0 if few else MARGIN]
+    both, margins = made(math.inf if few else 0.0, 24)
+    assert margins == ([0.0, MARGIN] if few else [MARGIN, 0.0])
+    assert both <= bold
+    assert made(1.5, 600)[1] == ([0.0, MARGIN] if few else [MARGIN])
 
 
 def test_nothing_that_can_be_changed(nets: SimpleNamespace, work_backend: Any) -> None:

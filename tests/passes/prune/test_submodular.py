@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from foldcut.passes.prune import submodular
 from foldcut.passes.prune.submodular import Objective, select_units, submodularity_bound
 from foldcut.passes.solve.closed_form import solve, solve_without
 from foldcut.passes.solve.moments import Moments
@@ -335,3 +336,61 @@ def test_all_columns_gone_leaves_the_bias() -> None:
     assert not (weight + found.weight).any()
     assert found.bias is not None
     torch.testing.assert_close(found.bias, (r + weight @ a).mean(2).reshape(-1))
+
+
+def unequal() -> Problem:
+    a, t, _, always = problem(6, units=12)
+    return a, t, torch.tensor([[0, 1], [2, -1], [3, 4], [5, 6], [7, -1], [8, 9], [10, 11]]), always
+
+
+def always_kept() -> Problem:
+    a, t, _, _ = problem(5, units=14)
+    return a, t, torch.arange(12).view(12, 1), torch.tensor([12, 13])
+
+
+@pytest.mark.parametrize(
+    "problems",
+    [
+        [problem(0, units=24)],
+        [problem(1, units=9, width=3)],
+        [patches()],
+        [problem(2, units=15, groups=3)],
+        [problem(0, units=12), problem(10, units=12, width=2)],
+        [unequal()],
+        [always_kept()],
+    ],
+)
+def test_few_looked_at(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few candidates are looked at in a step, the others catch up with what was taken in between: what is said
+    of each step is what refitting finds, and hardly more is left than with all looked at."""
+    count = len(problems[0][2]) - 1
+    whole = select_units([objective(p) for p in problems], count)
+    monkeypatch.setattr(submodular, "LOOKED_AT", 3)
+    found = select_units([objective(p) for p in problems], count)
+    assert sorted(found.order.tolist()) == sorted(set(found.order.tolist()))
+    for step in range(count + 1):
+        assert float(found.errors[step]) == pytest.approx(
+            mean_error(problems, found.order[:step].tolist()), rel=1e-5, abs=1e-7
+        )
+    assert float(found.errors.sum()) <= 1.05 * float(whole.errors.sum())
+
+
+def test_few_looked_at_where_gains_only_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orthogonal columns: no gain depends on what was taken, and few looked at choose what all do."""
+    columns = torch.linalg.qr(normal(60, 40, seed=1)).Q.T * torch.linspace(1, 3, 40, dtype=torch.float64).unsqueeze(1)
+    t = normal(1, 4, 40, seed=2) @ columns
+    whole = (columns.unsqueeze(0), t, torch.arange(40).view(40, 1), torch.tensor([], dtype=torch.long))
+    expected = select_units([objective(whole)], 30).order.tolist()
+    monkeypatch.setattr(submodular, "LOOKED_AT", 5)
+    assert select_units([objective(whole)], 30).order.tolist() == expected
+
+
+def test_a_copy_of_what_was_taken_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies among the candidates that were not looked at come after all that adds something."""
+    a, _, _, always = problem(3, units=16)
+    a = torch.cat([a, a], 1)
+    t = normal(1, 4, 32, seed=1) @ a
+    monkeypatch.setattr(submodular, "LOOKED_AT", 4)
+    found = select_units([objective((a, t, torch.arange(32).view(32, 1), always))], 20)
+    assert sorted(u % 16 for u in found.order[:16].tolist()) == list(range(16))
+    assert float(found.errors[16]) == pytest.approx(0.0, abs=1e-6)

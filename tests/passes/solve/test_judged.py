@@ -13,7 +13,7 @@ from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.solve import resolve_network as module
 from foldcut.passes.solve.closed_form import judged_solve, solve
 from foldcut.passes.solve.moments import Moments, SplitMoments
-from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network
+from foldcut.passes.solve.resolve_network import ResolveSettings, resolve_network, rows_are_few
 from torch import nn
 
 
@@ -133,3 +133,15 @@ def test_rows_are_picked_before_residuals_are_worked_out(
     assert any(picked)
     for key, value in found[0].program.module.state_dict().items():
         torch.testing.assert_close(value, found[1].program.module.state_dict()[key], rtol=0, atol=0)
+
+
+def test_rows_are_few_where_most_weights_have_few_rows_for_their_columns(nets: SimpleNamespace) -> None:
+    """A layer of 72 columns at 8 x 8 places has 64 rows a sample; one of 2,304 at 2 x 2 has 4."""
+    early = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    late = nn.Sequential(
+        nn.Conv2d(3, 256, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Conv2d(256, 256, 3, padding=1), nn.Flatten()
+    )
+    for network, most in ((early, -(-20 * 72 // 64)), (late, 20 * 2304 // 4)):
+        program = capture(network.eval(), nets.images(2))
+        assert rows_are_few(program, most - 1)
+        assert not rows_are_few(program, most)

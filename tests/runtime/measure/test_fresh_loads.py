@@ -215,11 +215,11 @@ def test_slow_networks_end_with_three_loads_of_both_orders() -> None:
     assert (len(found.loads), found.pairs) == (3, 6)
 
 
-def test_four_rounds_of_slow_networks_are_enough_of_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_rounds_of_slow_networks_are_enough_of_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foldcut.runtime.measure.fresh_loads._SLOW_S", 0.0)
     sessions = Sessions(0.5)
     found = measure_loads(sessions.before, sessions.after, Effort(rounds=8, warmup_ms=0))["hot"]
-    assert (len(found.loads), found.pairs) == (5, 5 * 4)
+    assert (len(found.loads), found.pairs) == (5, 5 * 2)
     assert found.ratio == pytest.approx(0.5)
 
 
