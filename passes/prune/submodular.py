@@ -21,9 +21,9 @@ and c(S) = r ||W0_S||^2 a sum over units. While no gain is negative, greedy sele
 Everything follows from the streamed moments: a block Cholesky factorisation grows by one unit a step, and the Schur
 complements of all candidates are updated together, so a step costs O(columns * kept columns * unit columns) and nothing
 is refitted. All sums in float64. Up to `LOOKED_AT` candidates are all looked at in each step, in one batched solve. Of
-more, those that gain most are, until one that was left out had a larger gain when it was last seen; then all are brought
-up to date at once. While gains only fall, as those of a submodular function do, that is greedy selection itself; those
-of a weakly submodular one may grow, and a step can then miss a candidate that grew since.
+more, those that gain most are, until one that was left out had a larger gain when it was last seen; then all catch up
+at once. While gains only fall, as those of a submodular function do, that is greedy selection itself; those of a weakly
+submodular one may grow, and a step can then miss a candidate that grew since.
 """
 
 from __future__ import annotations
