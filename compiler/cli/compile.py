@@ -22,7 +22,7 @@ from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
 from .goals import read_goal, read_mimic, read_rewrites, read_settings
 from .options import CompileOptions
-from .samples import read_cache, read_model, read_samples
+from .samples import read_cache, read_model, read_samples, with_reference
 
 
 def run(options: CompileOptions) -> None:
@@ -44,7 +44,7 @@ def run(options: CompileOptions) -> None:
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,
             rewrites=allowed,
-            settings=read_settings(options),
+            settings=with_reference(read_settings(options), options),
             progress=not (options.as_json or options.quiet),
             cache=read_cache(options.cache, options.fresh),
         )

@@ -33,6 +33,13 @@ ModelArgument = Annotated[
     typer.Argument(metavar="MODEL", help="A .onnx or .pt2 file, or package.module:callable that returns an nn.Module."),
 ]
 CalibOption = Annotated[Path, typer.Option(help="Unlabelled inputs: .npy, .npz, .pt or a folder of images.")]
+ReferenceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Inputs that the network meets in use, read like --calib: how far the calibration set is from them.",
+        show_default="what its batch norms keep",
+    ),
+]
 WeightsOption = Annotated[Path | None, typer.Option(help="A state_dict (.pt) to load into the module.")]
 DequantizeOption = Annotated[
     bool,

@@ -38,6 +38,7 @@ from .option_types import (
     MultipleOption,
     OutputOption,
     QuietOption,
+    ReferenceOption,
     RegimeOption,
     RewritesOption,
     SearchOption,
@@ -123,6 +124,7 @@ class RunOptions(SolveOptions):
     threads: ThreadsOption = 1
     weights: WeightsOption = None
     dequantize: DequantizeOption = False
+    reference: ReferenceOption = None
     save_temps: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Save the program there after every pass.")
     ] = None
@@ -132,6 +134,8 @@ class RunOptions(SolveOptions):
         check_writable(self.output)
         check_named(self.model, self.weights)
         check_readable(self.calib)
+        if self.reference is not None:
+            check_readable(self.reference)
 
     def _begun(self, goal: str) -> str:
         """The first words, with the goal as it is said there."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
 from ..data.sample_paths import check_optional
+from ..driver.pipeline_settings import PipelineSettings
 from ..frontend.capture import Model
 from ..frontend.model_source import load_model
 from ..support.errors import CaptureError, CompilerError
@@ -37,6 +39,13 @@ def read_samples(
             hint="leave it out, or resize the samples",
         )
     return samples
+
+
+def with_reference(settings: PipelineSettings, options: RunOptions) -> PipelineSettings:
+    """The settings with the samples that the calibration set is compared with, where some are named."""
+    if options.reference is None:
+        return settings
+    return replace(settings, reference=read_samples(options.reference, options, limit=options.limit))
 
 
 def sample_reader(path: Path | None, options: ImageOptions, *, input_shape: str | None = None) -> Reader | None:

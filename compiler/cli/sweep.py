@@ -14,7 +14,7 @@ from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
 from .goals import read_goals, read_mimic, read_rewrites, read_settings
 from .options import SweepOptions
-from .samples import read_cache, read_model, read_samples
+from .samples import read_cache, read_model, read_samples, with_reference
 
 
 def run(options: SweepOptions) -> None:
@@ -37,7 +37,7 @@ def run(options: SweepOptions) -> None:
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,
             rewrites=allowed,
-            settings=read_settings(options),
+            settings=with_reference(read_settings(options), options),
             progress=not (options.as_json or options.quiet),
             cache=read_cache(options.cache, options.fresh),
             each=_Written(options.output),

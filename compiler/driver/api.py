@@ -267,6 +267,7 @@ def _report(
             "held_out": options.held_out,
             "ignored": list(samples.ignored),
             "fingerprint": samples.fingerprint,
+            "distance": None if outcome.ctx.distance is None else outcome.ctx.distance.to_dict(),
         },
         seconds=outcome.ctx.clock.to_dict(),
         profile=work_by_stage(outcome),

@@ -14,7 +14,8 @@ from ...passes.prune.settings import ChannelSettings
 from ...passes.solve.least_memory import least_bytes
 from ...passes.solve.resolve_network import ResolveSettings
 from ...runtime.measure.cache_eviction import eviction_bytes
-from ..data.calibration_set import CalibrationSet, View
+from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..data.data_distance import data_distance, warn_if_far
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
 from ..ir.program import Program
@@ -24,7 +25,7 @@ from ..plan.search_time import SearchTime
 from ..rewrite.context import Context
 from ..rewrite.instruments import Instruments
 from ..store.analysis_store import AnalysisStore
-from ..support.errors import GoalError
+from ..support.errors import CalibrationError, GoalError
 from ..support.memory import settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
@@ -48,6 +49,8 @@ class PipelineSettings:
         held_out: Share of the samples that judge, and the same share again that test, above 0 and at most 0.45. At
             most 64 samples judge and 256 test.
         views: Functions of a batch. Each adds a changed copy of the samples to fit with.
+        reference: Samples of the data that the network meets in use, in one of the forms of calibration samples. The
+            report says how far the samples are from them. If None, from what batch norms keep of the training.
         solve_samples: Largest number of samples that the re-solve reads, originals before views.
         batch: Batch size of the measurement.
         threads: Number of CPU threads of the measurement.
@@ -77,6 +80,7 @@ class PipelineSettings:
     mimic: MimicSettings | None = field(default_factory=MimicSettings)
     held_out: float = 0.1
     views: tuple[View, ...] = ()
+    reference: CalibrationData | None = None
     solve_samples: int = 512
     batch: int = 1
     threads: int = 1
@@ -138,6 +142,16 @@ class PipelineSettings:
         warn_of_shared(sets, len(samples))
         return sets.with_views(self.views)
 
+    @staticmethod
+    def _aligned(reference: CalibrationData, program: Program) -> CalibrationSet:
+        """The reference as the network takes it. Raises CalibrationError, which says whose it is."""
+        try:
+            found = CalibrationSet.of(reference, inputs=[spec.name for spec in program.inputs]).aligned(program)
+            found.check(program)
+        except CalibrationError as cause:
+            raise CalibrationError(f"reference: {cause.message}", hint=cause.hint) from cause
+        return found
+
     def settle_memory(self, ctx: Context, *, measured: bool) -> None:
         """Find out how much memory there is for the rest of a compile, and check that it is enough.
 
@@ -177,15 +191,21 @@ class PipelineSettings:
             progress: Gets (stage, done, total).
 
         Returns:
-            The context, without a latency to measure.
+            The context, without a latency to measure. Warns where the samples are far from the data of the network.
 
         Raises:
             CalibrationError: If the samples do not fit the inputs of the program.
         """
+        sets = self.split(samples, program)
+        with clock.stage("compare data"):
+            reference = None if self.reference is None else self._aligned(self.reference, program)
+            distance = data_distance(program, sets.fit, reference)
+            warn_if_far(distance, len(samples))
         return Context(
             teacher=program,
             goal=goal,
-            sets=self.split(samples, program),
+            sets=sets,
+            distance=distance,
             latency=None,
             store=store,
             clock=clock,

@@ -274,6 +274,18 @@ def _divided(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _distance(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far the samples are from the data of the network; nothing of reports that do not say."""
+    if "distance" not in calibration:
+        return []
+    found = calibration["distance"]
+    if found is None:
+        return [("unlike its data", "not known: the network has no batch norms, and no reference was given")]
+    whose = "its batch norms keep" if found["known_from"] == "batch norms" else "the reference gives"
+    figures = f"{found['median']:.2f} standard deviations (median over layers; {found['largest']:.2f} at most)"
+    return [("unlike its data", f"{figures} from what {whose}")]
+
+
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the figures rest on: (heading, [(name, value)])."""
     latency, calibration = report["latency"], report["calibration"]
@@ -291,6 +303,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     data = [
         ("samples", str(calibration["samples"])),
         *_divided(calibration),
+        *_distance(calibration),
         ("fingerprint", str(calibration["fingerprint"])),
         ("seed", str(report["seed"])),
     ]

@@ -10,6 +10,7 @@ from functools import cached_property
 from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings
 from ...runtime.probe.stored_latency import StoredLatency
 from ..data.calibration_set import CalibrationSet
+from ..data.data_distance import DataDistance
 from ..data.sample_sets import SampleSets
 from ..ir.program import Program
 from ..plan.goal import Goal
@@ -41,6 +42,7 @@ class Context:
         multiples: Says what channel counts are best multiples of, by layer: what the rewrites ask for
             (`Rewrite.multiples`). They are asked when it is first called, since that may take seconds.
         instruments: Called after every pass.
+        distance: How far the samples are from the data of the network. None where nothing says.
 
     Example:
         >>> class Sizes(foldcut.Drop):
@@ -71,6 +73,7 @@ class Context:
     trial: bool = False
     multiples: Callable[[], Mapping[str, int]] = dict
     instruments: Instruments = field(default_factory=Instruments)
+    distance: DataDistance | None = None
 
     @property
     def fit(self) -> CalibrationSet:

@@ -1,0 +1,172 @@
+"""How far calibration samples are from the data that a network was trained on.
+
+A batch norm keeps the mean and the variance of what it was given in training, channel by channel. What it is given by
+the calibration samples is compared with that: with m, s the mean and standard deviation of a channel on the samples and
+M, S those that the norm keeps,
+
+    d = sqrt(mean over channels of ((m - M)^2 + (s - S)^2) / (S^2 + eps)),
+
+the 2-Wasserstein distance of two normal distributions in standard deviations of the channel, each at most `MOST`. A
+network without batch norms, or one whose norms were folded into its layers or never trained, says nothing of its data
+by itself. A second set, of data that it was trained on or meets in use, can stand for them: then what the norms are
+given, or what the layers compute, is compared between both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir.cost import node_macs
+from ..ir.execute import bind, run_until
+from ..ir.norms import BatchNorm, batch_norm_of
+from ..ir.program import Program, is_constant, is_tensor
+from ..support.memory import samples_at_once
+from .calibration_set import CalibrationSet
+from .live_bytes import live_bytes
+
+#: Samples that are looked at: the statistics of a channel are those of all its places.
+SAMPLES = 64
+#: No channel counts for more standard deviations than these.
+MOST = 10.0
+#: A channel that varies less than this share of its layer's median says little, and dividing by it would say much.
+LEAST_SHARE = 0.05
+#: From such a distance on, as the median over layers, samples are unlike the data of the network: a ResNet-56 finds its
+#: own images at 0.11, other photographs of the same size at 0.14, images of half the contrast at 0.32, white noise at
+#: 0.72. Fewer samples than `FEWEST` say too little.
+FAR, FEWEST = 0.3, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """Mean and standard deviation of each channel of one value, in float64."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def distance_to(self, known: Channels) -> float:
+        """In standard deviations of the known ones; what varies less than `LEAST_SHARE` of the others does counts as if
+        it did that."""
+        deviation = known.deviation.clamp(min=LEAST_SHARE * float(known.deviation.median()))
+        deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        squares = ((self.mean - known.mean) / deviation).square()
+        squares = squares + ((self.deviation - known.deviation) / deviation).square()
+        return float(squares.nan_to_num(nan=MOST**2, posinf=MOST**2).clamp(max=MOST**2).mean().sqrt())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDistance:
+    """How far samples are from a network's data, in standard deviations: by layer, with the node that the values are
+    of. `known_from` is ``batch norms`` or ``reference``."""
+
+    by_layer: Mapping[str, float]
+    known_from: str
+
+    @property
+    def median(self) -> float:
+        """Over the layers."""
+        return float(torch.tensor(list(self.by_layer.values()), dtype=torch.float64).quantile(0.5))
+
+    @property
+    def far(self) -> bool:
+        return self.median >= FAR
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "known_from": self.known_from,
+            "median": self.median,
+            "largest": max(self.by_layer.values()),
+            "by_layer": dict(self.by_layer),
+        }
+
+    def __str__(self) -> str:
+        whose = "its batch norms keep" if self.known_from == "batch norms" else "the reference gives"
+        low, high = min(self.by_layer.values()), max(self.by_layer.values())
+        return f"{self.median:.2f} standard deviations from what {whose} ({low:.2f} to {high:.2f} by layer)"
+
+
+def warn_if_far(distance: DataDistance | None, samples: int) -> None:
+    """Warn where the samples are unlike the data of the network, and are not so few that chance makes them so."""
+    if distance is not None and distance.far and samples >= FEWEST:
+        warnings.warn(
+            f"the samples are {distance}: what is fitted to them may not hold for the data that the network is for. "
+            "Are they scaled as the network expects (range, mean, order of channels)?",
+            stacklevel=4,
+        )
+
+
+def data_distance(
+    program: Program, samples: CalibrationSet, reference: CalibrationSet | None = None
+) -> DataDistance | None:
+    """How far samples are from what a network knows of its data, or from a reference; None where nothing is known.
+
+    Arguments:
+        program: The network as it was captured.
+        samples: Up to `SAMPLES` of them are looked at.
+        reference: Samples of the data that the network was trained on or meets in use. Without, the statistics of batch
+            norms stand for them.
+    """
+    kept = _kept_by_norms(program)
+    if reference is not None:
+        names = list(kept) or _contracted(program)
+        known, whose = channel_statistics(program, names, reference), "reference"
+    else:
+        known, whose = kept, "batch norms"
+    if not known:
+        return None
+    seen = channel_statistics(program, list(known), samples)
+    return DataDistance(by_layer={name: seen[name].distance_to(known[name]) for name in known}, known_from=whose)
+
+
+def channel_statistics(program: Program, names: Sequence[str], samples: CalibrationSet) -> dict[str, Channels]:
+    """Of values by their node, over `SAMPLES` of the samples, taken evenly. Dim 1 holds the channels of images and of
+    values that a norm reads, the last dimension those of other values. Sums in float64."""
+    few = samples.take(torch.arange(min(SAMPLES, len(samples))) * len(samples) // min(SAMPLES, len(samples)))
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    for batch in few.batches(samples_at_once(live_bytes(program).most, 32)):
+        with torch.no_grad():
+            values = run_until(program, names, bind(program, batch))
+        for name in names:
+            rows = _channels_first(values[name]).double()
+            part = (rows.sum(1), rows.square().sum(1), rows.shape[1])
+            last = sums.get(name)
+            sums[name] = part if last is None else (last[0] + part[0], last[1] + part[1], last[2] + part[2])
+    found = {}
+    for name, (total, square, count) in sums.items():
+        mean = total / count
+        found[name] = Channels(mean=mean, deviation=(square / count - mean.square()).clamp(min=0).sqrt())
+    return found
+
+
+def _channels_first(value: torch.Tensor) -> torch.Tensor:
+    """(channels, places of all samples)."""
+    return value.movedim(1 if value.dim() != 3 else -1, 0).flatten(1)
+
+
+def _kept_by_norms(program: Program) -> dict[str, Channels]:
+    """What the batch norms keep of their inputs, by the nodes that compute these."""
+    found = {}
+    for name, node in program.nodes.items():
+        norm = batch_norm_of(program, node) if node.op == "call_function" else None
+        if norm is not None and norm.node == name and not _untrained(norm):
+            found[str(node.args[0])] = Channels(mean=norm.mean, deviation=norm.deviation)
+    return found
+
+
+def _untrained(norm: BatchNorm) -> bool:
+    """Whether a norm keeps what it began with: means of 0 and deviations of 1 (and eps)."""
+    return not bool(norm.mean.any()) and bool(((norm.deviation - 1).abs() < 1e-3).all())
+
+
+def _contracted(program: Program) -> list[str]:
+    """Results of the layers, in order."""
+    return [
+        name
+        for name, node in program.nodes.items()
+        if is_tensor(node) and node_macs(program, node) and node.meta["val"].is_floating_point()
+        if node.meta["val"].dim() >= 2 and any(map(is_constant, node.all_input_nodes))
+    ]
