@@ -12,6 +12,7 @@ from ...runtime.probe.stored_latency import StoredLatency
 from ..data.calibration_set import CalibrationSet
 from ..data.sample_sets import SampleSets
 from ..ir.program import Program
+from ..metric.metric import Metric
 from ..plan.goal import Goal
 from ..plan.search_time import SearchTime
 from ..store.analysis_store import AnalysisStore
@@ -41,6 +42,7 @@ class Context:
         multiples: Says what channel counts are best multiples of, by layer: what the rewrites ask for
             (`Rewrite.multiples`). They are asked when it is first called, since that may take seconds.
         instruments: Called after every pass.
+        metric: Reads the metric passed as ``evaluate``. None where there is none.
 
     Example:
         >>> class Sizes(foldcut.Drop):
@@ -71,6 +73,7 @@ class Context:
     trial: bool = False
     multiples: Callable[[], Mapping[str, int]] = dict
     instruments: Instruments = field(default_factory=Instruments)
+    metric: Metric | None = None
 
     @property
     def fit(self) -> CalibrationSet:
