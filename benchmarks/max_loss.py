@@ -3,12 +3,12 @@
     python benchmarks/max_loss.py --data ../shared/data --models ../shared/models [--network resnet20] [--labelled 5000]
         [--loss 1.0] [--seeds 0 1 2 3 4] [--rewrites drop_blocks ...] [--mimic] [--output max_loss.jsonl]
 
-Every row is one compile. Seed s takes training images of its own, s x labelled to (s + 1) x labelled, with their labels,
-as `foldcut.Top1`: two fifths of them are what the metric is read on. The network was trained on these images, so its
-top-1 on them is higher than on new ones; --held-out takes them from the test images instead, the last ones, and tests on
-the first 5,000. A row has the latency ratio as the compile measured it (ONNX Runtime, batch 1, one thread), what the
-metric said (points lost, and the most at 95 %), and top-1 of original and result on the test images. A goal is held when
-the points lost there are at most those asked for. Exit code 1 when one is not.
+Every row is one compile. Seed s takes training images of its own, s x labelled to (s + 1) x labelled, with their
+labels, as `foldcut.Top1`: two fifths of them are what the metric is read on. The network was trained on these images,
+so its top-1 on them is higher than on new ones; --held-out takes them from the test images instead, a random choice of
+the last 5,000, and tests on the first 5,000. A row has the latency ratio as the compile measured it (ONNX Runtime,
+batch 1, one thread), what the metric said (points lost, and the most at 95 %), and top-1 of original and result on the
+test images. A goal is held when the points lost there are at most those asked for. Exit code 1 when one is not.
 """
 
 from __future__ import annotations

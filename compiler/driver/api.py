@@ -136,14 +136,11 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         >>> out.module(samples[:3]).shape, out.report.macs
         (torch.Size([3, 4]), {'before': 384, 'after': 192})
     """
-    check_goal(goal)
-    check_metric(evaluate, goal)
+    check_goal(goal, evaluate)
     check_run(batch, threads, seed)
     check_options(mimic, views, progress, cache, settings)
     options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
-    if isinstance(evaluate, Top1) and options.tested is None:
-        options = replace(options, tested=TESTED)
-    options = options.with_mimic(mimic)
+    options = _with_labels(options, evaluate).with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
@@ -219,14 +216,22 @@ def _collected() -> Iterator[list[str]]:
             warnings.warn(message, stacklevel=4)
 
 
-def check_goal(goal: object) -> None:
-    """Raise GoalError for anything but a goal."""
+def _with_labels(options: PipelineSettings, evaluate: Evaluate | Top1 | None) -> PipelineSettings:
+    """The settings with as many samples to test as a labelled set is read on."""
+    labelled = isinstance(evaluate, Top1) and options.tested is None
+    return replace(options, tested=TESTED) if labelled else options
+
+
+def check_goal(goal: object, evaluate: Evaluate | Top1 | None) -> None:
+    """Raise GoalError for anything but a goal, and for one that is about a metric where there is none; CompilerError
+    for a metric that cannot be called."""
     if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
             hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio), "
             "MaxError(error), MaxLoss(loss) or Ranks(keep=...)",
         )
+    check_metric(evaluate, goal)
 
 
 def _check_fixed_batch(program: Program, batch: int) -> None:

@@ -31,7 +31,10 @@ class Reading:
     def of(cls, found: Any) -> Reading:
         """From what a metric returned: a number, or one for each sample, whose mean is the value. Raises NoNumberError
         for anything else, and for what is not finite."""
-        values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found)
+        try:
+            values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found)
+        except (ValueError, TypeError):  # rows of other lengths, and types that numpy has none of
+            values = np.empty(0)
         if values.dtype.kind not in "iuf" or values.ndim > 1 or not values.size:
             raise NoNumberError(f"gave {type(found).__name__} {_shown(found)}, and not a number")
         scores = values.astype(np.float64)
