@@ -11,7 +11,7 @@ from ..data.sample_files import read_arrays
 from ..data.sample_paths import check_optional
 from ..frontend.capture import Model
 from ..frontend.model_source import load_evaluate, load_model
-from ..metric.metric import Evaluate
+from ..metric.metric import Evaluate, check_evaluate
 from ..metric.top1 import Top1
 from ..support.errors import CaptureError, CompilerError
 from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions
@@ -31,7 +31,11 @@ def read_evaluate(options: RunOptions) -> Evaluate | Top1 | None:
     CalibrationError for what are no labels."""
     if options.labels is not None:
         return Top1(read_arrays(options.labels, None))
-    return None if options.evaluate is None else load_evaluate(options.evaluate)
+    if options.evaluate is None:
+        return None
+    evaluate = load_evaluate(options.evaluate)
+    check_evaluate(evaluate)
+    return evaluate
 
 
 def read_samples(

@@ -136,8 +136,9 @@ def check_evaluate(evaluate: object) -> None:
 
 
 def metric_name(evaluate: object) -> str:
-    """What a report calls a metric: the name of the function."""
-    return _name(evaluate)
+    """What a report calls a metric: the name of the function, where it has one."""
+    name = _name(evaluate)
+    return "own metric" if name == "<lambda>" else name
 
 
 def _name(evaluate: object) -> str:

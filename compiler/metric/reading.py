@@ -71,12 +71,12 @@ def _paired_error(before: Floats, after: Floats) -> float:
     """The standard error of the mean difference of scores of the same samples.
 
     Two samples are added in thought, one that gets better and one that gets worse by as much as a score may: for right
-    and wrong that is Agresti and Min's adjusted interval for paired proportions (2005). Without them a few samples
+    and wrong that is Bonett and Price's adjusted interval for paired proportions (2012). Without them a few samples
     none of which changed would prove that none ever does.
     """
     difference = before - after
     largest = float(max(np.abs(before).max(), np.abs(after).max()))
-    squares = float(((difference - difference.mean()) ** 2).sum()) + largest**2
+    squares = float(((difference - difference.mean()) ** 2).sum()) + 2 * largest**2
     return math.sqrt(squares) / (len(difference) + 2)
 
 

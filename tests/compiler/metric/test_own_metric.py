@@ -85,11 +85,12 @@ def test_it_gets_networks_that_are_called_as_the_original(net: nn.Module, nets: 
     assert made.report.seconds["evaluate"]["wall"] > 0
 
 
-def test_the_same_result_with_and_without(net: nn.Module, nets: SimpleNamespace) -> None:
+def test_the_same_result_with_and_without(net: nn.Module, nets: SimpleNamespace, without: Any) -> None:
     """One that draws and calls, and then says nothing that matters."""
     with_one = compiled(net, nets.images(60), lambda module: float(module(torch.randn(2, 3, 8, 8)).sum()))
-    without = foldcut.compile(net, nets.images(60), goal=foldcut.Channels(0.5), **OPTIONS)
-    assert with_one.program.fingerprint == without.program.fingerprint and without.report.metric == {}
+    plain = without[str(with_one.plan.goal)]
+    assert with_one.program.fingerprint == plain.program.fingerprint and plain.report.metric == {}
+    assert with_one.report.metric["name"] == "own metric"
 
 
 def test_several_inputs_and_named_outputs() -> None:
@@ -114,31 +115,36 @@ def test_onnx_files_are_modules_too(net: nn.Module, nets: SimpleNamespace, tmp_p
     assert made.report.metric["before"] == pytest.approx(float(first.module(images).sum()), rel=1e-4)
 
 
+PRUNED: Any = {"goal": foldcut.Latency(0.7), "rewrites": ("prune_channels",)}
+
+
+@pytest.fixture(scope="module")
+def without(net: nn.Module, nets: SimpleNamespace, work_backend: Any) -> Any:
+    """The networks of two goals where there is no metric."""
+    goals = {str(options["goal"]): options for options in ({"goal": foldcut.Channels(0.5)}, PRUNED)}
+    return {
+        goal: foldcut.compile(net, nets.images(60), backend=work_backend, **(OPTIONS | options))
+        for goal, options in goals.items()
+    }
+
+
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "told", "options"),
     [
-        ([ValueError("no targets\nhere")], "failed: ValueError: no targets"),
-        ([math.nan], "is not finite"),
-        ([1.0, math.inf], "is not finite"),
-        (["0.5"], "and not a number"),
-        ([0.5, RuntimeError("late")], "failed: RuntimeError: late"),
-        ([None], "and not a number"),
+        ([ValueError("no targets\nhere")], "failed: ValueError: no targets", {}),
+        ([1.0, math.nan], "is not finite", {}),
+        (["0.5"], "and not a number", {}),
+        ([0.5, RuntimeError("late")], "failed: RuntimeError: late", PRUNED),
     ],
-    ids=str,
+    ids=["raises", "nan", "text", "raises later"],
 )
-@pytest.mark.parametrize("goal", [foldcut.Channels(0.5), foldcut.Latency(0.7)], ids=str)
 def test_what_goes_wrong_ends_nothing(
-    values: Any, told: str, goal: Any, net: nn.Module, nets: SimpleNamespace, work_backend: Any
+    values: Any, told: str, options: Any, net: nn.Module, nets: SimpleNamespace, work_backend: Any, without: Any
 ) -> None:
     """It is told once, and the error decides as without."""
-    options: Any = {"goal": goal, "backend": work_backend}
-    if goal.mixes:
-        options["rewrites"] = ("prune_channels",)
-    evaluate = Recorded(*values)
     with pytest.warns(UserWarning, match=f"{told}.*the output error decides instead"):
-        made = compiled(net, nets.images(60), evaluate, **options)
-    without = foldcut.compile(net, nets.images(60), **(OPTIONS | options))
-    assert made.program.fingerprint == without.program.fingerprint
+        made = compiled(net, nets.images(60), Recorded(*values), backend=work_backend, **options)
+    assert made.program.fingerprint == without[str(made.plan.goal)].program.fingerprint
     assert made.report.metric["loss"] is None and len(made.report.metric["told"]) == 1
     assert next(row for row in made.report.rows() if row[0] == "Recorded")[3].startswith("it could not be read")
     assert any(told in warning for warning in made.report.warnings)
