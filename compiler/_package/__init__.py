@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from .compiler.goals.counted import Parameters as Parameters
     from .compiler.goals.latency import Latency as Latency
     from .compiler.goals.max_error import MaxError as MaxError
+    from .compiler.goals.max_loss import MaxLoss as MaxLoss
     from .compiler.ir.program import Program as Program
     from .compiler.ir.program import TensorSpec as TensorSpec
+    from .compiler.metric.top1 import Top1 as Top1
     from .compiler.plan.decision import Decision as Decision
     from .compiler.plan.goal import Goal as Goal
     from .compiler.plan.proposals import Claims as Claims
@@ -94,7 +96,9 @@ _HOMES = {
     "compiler.goals.counted": "Macs Parameters",
     "compiler.goals.latency": "Latency",
     "compiler.goals.max_error": "MaxError",
+    "compiler.goals.max_loss": "MaxLoss",
     "compiler.ir.program": "Program TensorSpec",
+    "compiler.metric.top1": "Top1",
     "compiler.plan.decision": "Decision",
     "compiler.plan.goal": "Goal",
     "compiler.plan.proposals": "Claims Item Proposal",
@@ -147,6 +151,7 @@ __all__ = [
     "Latency",
     "Macs",
     "MaxError",
+    "MaxLoss",
     "MimicSettings",
     "Offer",
     "OutputError",
@@ -175,6 +180,7 @@ __all__ = [
     "Sweep",
     "SweepPoint",
     "TensorSpec",
+    "Top1",
     "UnitGroup",
     "apply",
     "apply_plan",

@@ -22,7 +22,7 @@ from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
 from .goals import read_goal, read_mimic, read_rewrites, read_settings
 from .options import CompileOptions
-from .samples import read_cache, read_model, read_samples, with_reference
+from .samples import read_cache, read_evaluate, read_model, read_samples, with_reference
 
 
 def run(options: CompileOptions) -> None:
@@ -32,6 +32,7 @@ def run(options: CompileOptions) -> None:
         goal = read_goal(options)
         allowed = read_rewrites(options.rewrites, [goal])
         check_writable(options.output)
+        evaluate = read_evaluate(options)
         samples = read_samples(options.calib, options, limit=options.limit, input_shape=options.input_shape)
         result, unmet = best_of(
             read_model(options),
@@ -47,6 +48,7 @@ def run(options: CompileOptions) -> None:
             settings=with_reference(read_settings(options), options),
             progress=not (options.as_json or options.quiet),
             cache=read_cache(options.cache, options.fresh),
+            evaluate=evaluate,
         )
         result.save(options.output)
         if options.as_json:

@@ -19,6 +19,7 @@ from ..driver.sweep import GOALS
 from ..goals.counted import Macs, Parameters
 from ..goals.latency import Latency
 from ..goals.max_error import MaxError
+from ..goals.max_loss import MaxLoss
 from ..plan.goal import Goal
 from ..support.errors import CalibrationError, GoalError
 from ..support.memory import read_bytes
@@ -35,6 +36,7 @@ def read_goal(options: CompileOptions) -> Goal:
         (options.macs, Macs),
         (options.parameters, Parameters),
         (options.max_error, MaxError),
+        (options.max_loss, MaxLoss),
         (options.ranks, lambda share: Ranks(keep=share)),
     ]
     return next(make(value) for value, make in made if value is not None)

@@ -70,6 +70,17 @@ SearchOption = Annotated[
         show_default="while it finds better ones",
     ),
 ]
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:CALLABLE",
+        help="Your own metric: package.module:callable that takes the network and gives a number, larger is better.",
+    ),
+]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option(help="Classes of the calibration samples (.npy): the metric is top-1 of those that test."),
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..data.sample_paths import check_optional, check_readable
-from ..frontend.model_path import check_named
+from ..frontend.model_path import check_metric_named, check_named
 from ..support.atomic_files import check_writable
 from ..support.errors import CompilerError, GoalError, PlanError
 from .declared import Options
@@ -23,12 +23,14 @@ from .option_types import (
     CalibOption,
     DebugOption,
     DequantizeOption,
+    EvaluateOption,
     FlipOption,
     FreshOption,
     IgnoreOption,
     InputsOption,
     JsonOption,
     KeyOption,
+    LabelsOption,
     LimitOption,
     MeanOption,
     MemoryOption,
@@ -51,7 +53,10 @@ from .option_types import (
 )
 
 #: Every goal of the command line.
-EXAMPLES = "--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6, --parameters 0.5, --max-error 0.02 or --ranks 0.25"
+EXAMPLES = (
+    "--latency 0.7, --blocks 4, --keep 0.5, --macs 0.6, --parameters 0.5, --max-error 0.02, --max-loss 0.5 or "
+    "--ranks 0.25"
+)
 
 
 def latency_number(text: str) -> tuple[float, str]:
@@ -125,6 +130,8 @@ class RunOptions(SolveOptions):
     weights: WeightsOption = None
     dequantize: DequantizeOption = False
     reference: ReferenceOption = None
+    evaluate: EvaluateOption = None
+    labels: LabelsOption = None
     save_temps: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Save the program there after every pass.")
     ] = None
@@ -136,6 +143,7 @@ class RunOptions(SolveOptions):
         check_readable(self.calib)
         if self.reference is not None:
             check_readable(self.reference)
+        check_metric_named(self.evaluate, self.labels, self.limit)
 
     def _begun(self, goal: str) -> str:
         """The first words, with the goal as it is said there."""
@@ -163,6 +171,10 @@ class CompileOptions(RunOptions):
     max_error: Annotated[
         float | None, typer.Option(metavar="E", help="Goal: as fast as a relative output error of E allows.")
     ] = None
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="L", help="Goal: as fast as a loss of L in the metric (--evaluate, --labels) allows."),
+    ] = None
     ranks: Annotated[
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None
@@ -183,6 +195,11 @@ class CompileOptions(RunOptions):
             )
         if len(self._goals()) != 1:
             raise GoalError("give one goal", hint=EXAMPLES)
+        if self.max_loss is not None and self.evaluate is None and self.labels is None:
+            raise GoalError(
+                "--max-loss is about a metric, and there is none",
+                hint="give --evaluate package.module:callable, or --labels labels.npy",
+            )
 
     def first_words(self) -> str:
         return self._begun(self._goals()[0])
@@ -195,6 +212,7 @@ class CompileOptions(RunOptions):
             "macs": "MACs ratio {:g}".format,
             "parameters": "parameters ratio {:g}".format,
             "max_error": "output error at most {:g}".format,
+            "max_loss": "metric loss at most {:g}".format,
             "ranks": "{:g} of full rank".format,
             "latency": lambda text: latency_words(text, self.regime),
         }

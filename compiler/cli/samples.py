@@ -8,10 +8,13 @@ from pathlib import Path
 
 from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
+from ..data.sample_files import read_arrays
 from ..data.sample_paths import check_optional
 from ..driver.pipeline_settings import PipelineSettings
 from ..frontend.capture import Model
-from ..frontend.model_source import load_model
+from ..frontend.model_source import load_evaluate, load_model
+from ..metric.metric import Evaluate, check_evaluate
+from ..metric.top1 import Top1
 from ..support.errors import CaptureError, CompilerError
 from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions
 
@@ -23,6 +26,18 @@ def read_model(options: RunOptions | ApplyOptions | InspectOptions) -> Model:
     """The model of a command's options, in floating point where they ask for it."""
     model = load_model(options.model, options.weights)
     return dequantize(model) if options.dequantize else model
+
+
+def read_evaluate(options: RunOptions) -> Evaluate | Top1 | None:
+    """The metric of a command's options. Raises CompilerError for one that cannot be imported or called,
+    CalibrationError for what are no labels."""
+    if options.labels is not None:
+        return Top1(read_arrays(options.labels, None))
+    if options.evaluate is None:
+        return None
+    evaluate = load_evaluate(options.evaluate)
+    check_evaluate(evaluate)
+    return evaluate
 
 
 def read_samples(

@@ -14,7 +14,7 @@ from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
 from .goals import read_goals, read_mimic, read_rewrites, read_settings
 from .options import SweepOptions
-from .samples import read_cache, read_model, read_samples, with_reference
+from .samples import read_cache, read_evaluate, read_model, read_samples, with_reference
 
 
 def run(options: SweepOptions) -> None:
@@ -24,6 +24,7 @@ def run(options: SweepOptions) -> None:
         goals = read_goals(options.latency, options.macs, options.regime)
         allowed = read_rewrites(options.rewrites, goals)
         check_writable(options.output)
+        evaluate = read_evaluate(options)
         samples = read_samples(options.calib, options, limit=options.limit)
         loaded = read_model(options)
         found = sweep(
@@ -40,6 +41,7 @@ def run(options: SweepOptions) -> None:
             settings=with_reference(read_settings(options), options),
             progress=not (options.as_json or options.quiet),
             cache=read_cache(options.cache, options.fresh),
+            evaluate=evaluate,
             each=_Written(options.output),
         )
         if options.as_json:

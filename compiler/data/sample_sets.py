@@ -40,15 +40,18 @@ class SampleSets:
         return {"fit": len(self.fit), "judge": len(self.judge), "test": len(self.test), "shared": self.shared}
 
 
-def part_sizes(count: int, share: float) -> tuple[int, int]:
-    """(judge, test): `share` of the samples each, at least one and at most `MOST_JUDGE` and `MOST_TEST`; at least one
-    sample is left to fit with."""
+def part_sizes(count: int, share: float, tested: float | None = None) -> tuple[int, int]:
+    """(judge, test): `share` of the samples each, at least one and at most `MOST_JUDGE` and `MOST_TEST`, or the share
+    `tested` of them to test; at least one sample is left to fit with."""
     each = max(1, round(count * share))
     each = min(each, (count - 1) // 2)
-    return min(each, MOST_JUDGE), min(each, MOST_TEST)
+    judge = min(each, MOST_JUDGE)
+    if tested is None:
+        return judge, min(each, MOST_TEST)
+    return judge, min(max(1, round(count * tested)), count - 1 - judge)
 
 
-def divided(samples: CalibrationSet, seed: int, share: float = 0.1) -> SampleSets:
+def divided(samples: CalibrationSet, seed: int, share: float = 0.1, tested: float | None = None) -> SampleSets:
     """The samples in three parts, by one seeded permutation of all of them: each part and each beginning of a part is a
     fair sample. Equal samples go into one part: what is solved with a sample says nothing about another that is equal.
 
@@ -67,13 +70,13 @@ def divided(samples: CalibrationSet, seed: int, share: float = 0.1) -> SampleSet
         most = samples if len(left) == 1 else samples.take(_places(left[1 - left.index(other)]))
         one = samples.take(_places(other[:1]))
         return SampleSets(fit=most, judge=one, test=one, shared=True)
-    sizes = zip(part_sizes(len(left), share), part_sizes(len(samples), share), strict=True)
+    sizes = zip(part_sizes(len(left), share, tested), part_sizes(len(samples), share, tested), strict=True)
     judge, test = (_filled(left, *size) for size in sizes)
     parts = [_places(list(itertools.chain(*part))) for part in (left, judge, test)]
     if len(contents) < len(samples):  # equal samples lie side by side
         parts = [part[torch.randperm(len(part), generator=generator, device="cpu")] for part in parts]
-    fit, judged, tested = map(samples.take, parts)
-    return SampleSets(fit=fit, judge=judged, test=tested)
+    fit, judged, looked_at = map(samples.take, parts)
+    return SampleSets(fit=fit, judge=judged, test=looked_at)
 
 
 def _places(positions: Sequence[int]) -> torch.Tensor:

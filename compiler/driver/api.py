@@ -21,6 +21,9 @@ from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
+from ..metric.given import check_metric, metric_of
+from ..metric.metric import Evaluate
+from ..metric.top1 import TESTED, Top1
 from ..onnx.file import in_one_piece
 from ..plan.goal import Goal
 from ..report.report import Report
@@ -58,6 +61,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     threads: int = 1,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
+    evaluate: Evaluate | Top1 | None = None,
 ) -> Compiled:
     """Make a trained network faster from unlabelled samples.
 
@@ -78,9 +82,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     narrow.
 
     The same seed gives the same network bit for bit on one machine, except where a choice depends on measured times
-    (`Latency`, `MaxError`, `search_seconds`, `on_lattice`, `MimicSettings.seconds`). Calls from several threads run
-    one after the other. A call that was interrupted continues from its cache. Dropping blocks follows PRACTISE (arXiv
-    2202.07861), pruning channels El Halabi et al. (arXiv 2203.04940).
+    (`Latency`, `MaxError`, `MaxLoss`, `search_seconds`, `on_lattice`, `MimicSettings.seconds`). Calls from several
+    threads run one after the other. A call that was interrupted continues from its cache. Dropping blocks follows
+    PRACTISE (arXiv 2202.07861), pruning channels El Halabi et al. (arXiv 2203.04940).
 
     Arguments:
         model: An `nn.Module`, a `torch.export.ExportedProgram`, the path of a ``.pt2`` or ``.onnx`` file, or an
@@ -88,14 +92,14 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             and metadata.
         calibration: A few hundred unlabelled inputs: a tensor or array with all samples along dimension 0, a tuple or
             dict of them for several inputs, or an iterable of batches, such as a DataLoader.
-        goal: `Latency` or `MaxError`, which mix all rewrites; `Macs` or `Parameters`, which prune channels by
-            default; `Blocks`, `Channels` or `Ranks`, which use the rewrite of their units.
+        goal: `Latency`, `MaxError` or `MaxLoss`, which mix all rewrites; `Macs` or `Parameters`, which prune channels
+            by default; `Blocks`, `Channels` or `Ranks`, which use the rewrite of their units.
         backend: Where latency is measured: ``onnxruntime``, ``openvino``, ``torch``, ``tensorrt``, or a backend of
             your own.
         batch: Batch size of the measurement.
         rewrites: Which rewrites to use: ``drop_blocks``, ``prune_channels``, ``factorize``, ``quantize`` or `Rewrite`
-            instances. If None, the goal decides: `Latency` and `MaxError` take all, int8 where the backend is faster
-            with it.
+            instances. If None, the goal decides: `Latency`, `MaxError` and `MaxLoss` take all, int8 where the backend
+            is faster with it.
         mimic: Whether to train on the features of the original: True, False or None, or a `MimicSettings`.
         views: Functions of a batch that the task is invariant to, such as `horizontal_flip`. Each adds a changed copy
             of the samples to fit with.
@@ -106,6 +110,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         settings: How each stage works. Its batch, threads, seed and views are replaced by the arguments of the call.
         cache: True keeps the results of analyses in ``$FOLDCUT_CACHE`` or ``~/.cache/foldcut``, a path elsewhere,
             False nowhere.
+        evaluate: Your own metric: a function of the network, an `nn.Module` called as the original is, that gives a
+            number, larger is better, or one for each sample; or `Top1`. It is read for the original and for few
+            networks, shown in the report, picks among plans that are alike, and `MaxLoss` goes by it.
 
     Returns:
         The `Compiled` network, with its plan and report.
@@ -129,11 +136,11 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         >>> out.module(samples[:3]).shape, out.report.macs
         (torch.Size([3, 4]), {'before': 384, 'after': 192})
     """
-    check_goal(goal)
+    check_goal(goal, evaluate)
     check_run(batch, threads, seed)
     check_options(mimic, views, progress, cache, settings)
     options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
-    options = options.with_mimic(mimic)
+    options = _with_labels(options, evaluate).with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
@@ -146,6 +153,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
                 _check_fixed_batch(teacher, batch)
             store = AnalysisStore(folder, basis=own_sources(used, goal))
             ctx = options.context(teacher, samples, goal, store, clock, show)
+            ctx = replace(ctx, metric=metric_of(evaluate, teacher, samples, ctx.sets.test, clock))
             foresee(ctx, used, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
             deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
             with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
@@ -208,14 +216,22 @@ def _collected() -> Iterator[list[str]]:
             warnings.warn(message, stacklevel=4)
 
 
-def check_goal(goal: object) -> None:
-    """Raise GoalError for anything but a goal."""
+def _with_labels(options: PipelineSettings, evaluate: Evaluate | Top1 | None) -> PipelineSettings:
+    """The settings with as many samples to test as a labelled set is read on."""
+    labelled = isinstance(evaluate, Top1) and options.tested is None
+    return replace(options, tested=TESTED) if labelled else options
+
+
+def check_goal(goal: object, evaluate: Evaluate | Top1 | None) -> None:
+    """Raise GoalError for anything but a goal, and for one that is about a metric where there is none; CompilerError
+    for a metric that cannot be called."""
     if not isinstance(goal, Goal):
         raise GoalError(
             f"{goal!r} is not a goal",
             hint="pass foldcut.Latency(ratio), Blocks(count), Channels(keep), Macs(ratio), Parameters(ratio), "
-            "MaxError(error) or Ranks(keep=...)",
+            "MaxError(error), MaxLoss(loss) or Ranks(keep=...)",
         )
+    check_metric(evaluate, goal)
 
 
 def _check_fixed_batch(program: Program, batch: int) -> None:
@@ -276,6 +292,7 @@ def _report(
         seed=options.seed,
         warnings=tuple(messages),
         errors_by_output=outcome.errors_by_output,
+        metric=outcome.ctx.metric.to_dict(outcome.program) if outcome.ctx.metric is not None else {},
         **origin,
         **parts,
     )

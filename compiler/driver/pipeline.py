@@ -97,6 +97,8 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
     ctx.instruments.after("capture", ctx.teacher)
     latency = StoredLatency(ctx.store, probe)
     ctx = replace(ctx, latency=latency)
+    if ctx.metric is not None:
+        ctx.metric.read(ctx.teacher)  # what is wrong with it is told before anything is done
     with ctx.clock.stage("measure original"):
         goal = ctx.goal.settled(ctx)
     # rewrites of a mix leave alone what the settings of those that take no part name, too
@@ -106,7 +108,8 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
     ctx = replace(ctx, multiples=functools.cache(functools.partial(_multiples, ctx, rewrites)))
 
     def made(aim: Goal) -> Outcome:
-        done, planned = planned_network(replace(ctx, goal=aim), rewrites)
+        train = functools.partial(mimicking, ctx, rewrites, settings=settings)
+        done, planned = planned_network(replace(ctx, goal=aim), rewrites, train)
         require_change(ctx.teacher, done, ctx.goal)
         outcome = _finished(ctx, rewrites, done, planned, probe, settings)
         counted = goal.recounted(
@@ -129,16 +132,21 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
     found = _aimed(goal, made, latency)
     if ctx.time.ran_out:
         warnings.warn(f"the search for a better plan ended after {ctx.time.seconds:g} s, as asked for", stacklevel=3)
+    if ctx.metric is not None:
+        ctx.metric.loss(found.program)
     with ctx.clock.stage("test"):
         return tested(replace(found, sizes=ctx.sets.sizes), goal, ctx.sets.test)
 
 
-def planned_network(ctx: Context, rewrites: Sequence[Rewrite]) -> tuple[Applied, bool]:
+def planned_network(
+    ctx: Context, rewrites: Sequence[Rewrite], train: Callable[[Applied], Applied] = lambda made: made
+) -> tuple[Applied, bool]:
     """The network of the best plan for the goal, and whether the plan was found to reach it.
 
-    Plans are searched for where the goal mixes rewrites; else the plan is that of the rewrite whose units it is in."""
+    Plans are searched for where the goal mixes rewrites; else the plan is that of the rewrite whose units it is in.
+    `train` finishes the networks that a goal has to see as they will go out."""
     if ctx.goal.mixes:
-        return ctx.goal.sought(Search(ctx=ctx, rewrites=rewrites))
+        return ctx.goal.sought(Search(ctx=ctx, rewrites=rewrites, train=train))
     if len(rewrites) != 1:
         names = ", ".join(rewrite.name for rewrite in rewrites)
         raise GoalError(f"{ctx.goal} is reached by one rewrite alone, not by {names}", hint="name one: rewrites=[...]")
@@ -175,7 +183,8 @@ def tested(outcome: Outcome, goal: Goal, test: CalibrationSet) -> Outcome:
 def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) -> Outcome:
     """The network for a goal. Where the finished network misses a latency that its plan was measured to reach, plan
     again for as much less, `MOST_AIMS` times in all; where it is far faster than its plan, once for as much more. Of
-    those that reach the goal the one of least error on the judging samples stands, else the fastest.
+    those that reach the goal the one of least error on the judging samples stands, or a better one by the user's
+    metric, else the fastest.
 
     The plan that is taken is one of several that were measured, so chance has flattered it. The first measurement of
     each network is kept and is the verdict on it, for as long as measurements are kept: a compile that goes on after an
@@ -203,7 +212,9 @@ def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) 
         aims.append(again)
     reached = [outcome for _, outcome in outcomes if outcome.met]
     if reached:
-        best = min(reached, key=lambda outcome: list(outcome.output_errors.values())[-1])
+        reached.sort(key=lambda outcome: list(outcome.output_errors.values())[-1])
+        metric = reached[0].ctx.metric
+        best = reached[metric.best([outcome.program for outcome in reached]) if metric is not None else 0]
     else:
         _, best = min(outcomes, key=lambda outcome: outcome[0])
     return replace(best, aims=tuple(aims))
@@ -282,7 +293,7 @@ def _finished(
 
 def mimicking(ctx: Context, rewrites: Sequence[Rewrite], done: Applied, settings: PipelineSettings) -> Applied:
     """The network after gradient mimicking, where that is asked for: trained before the rewrites that come last."""
-    if settings.mimic is None:
+    if settings.mimic is None or done.trained:
         return done
     base = done.before_last or done
     with ctx.clock.stage("mimic"):

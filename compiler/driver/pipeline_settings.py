@@ -32,6 +32,8 @@ from ..support.setting_checks import Allowed, check_functions, check_kind, check
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
 MOST_HELD_OUT = 0.45
+#: ... and the largest that tests where it is set by itself.
+MOST_TESTED = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class PipelineSettings:
         mimic: How the result is trained on the features of the original. None leaves that out.
         held_out: Share of the samples that judge, and the same share again that test, above 0 and at most 0.45. At
             most 64 samples judge and 256 test.
+        tested: Another share that tests, without a limit. If None, two fifths where there are labels (`Top1`), else as
+            `held_out` says.
         views: Functions of a batch. Each adds a changed copy of the samples to fit with.
         reference: Samples of the data that the network meets in use, in one of the forms of calibration samples. The
             report says how far the samples are from them. If None, from what batch norms keep of the training.
@@ -79,6 +83,7 @@ class PipelineSettings:
     recoverability: RecoverabilitySettings = field(default_factory=RecoverabilitySettings)
     mimic: MimicSettings | None = field(default_factory=MimicSettings)
     held_out: float = 0.1
+    tested: float | None = None
     views: tuple[View, ...] = ()
     reference: CalibrationData | None = None
     solve_samples: int = 512
@@ -98,6 +103,8 @@ class PipelineSettings:
         check_kind("mimic", self.mimic, MimicSettings, none=True)
         share = f"a share above 0 and at most {MOST_HELD_OUT}: that much judges, as much tests, the rest is fitted with"
         check_number("held_out", self.held_out, Allowed(above=0, most=MOST_HELD_OUT, words=share))
+        left = Allowed(above=0, most=MOST_TESTED, none=True)
+        check_number("tested", self.tested, left)
         check_functions("views", self.views, "foldcut.horizontal_flip")
         check_whole("solve_samples", self.solve_samples, Allowed(least=1))
         check_run(self.batch, self.threads, self.seed)
@@ -138,7 +145,7 @@ class PipelineSettings:
         """
         samples = samples.aligned(program)
         samples.check(program)
-        sets = divided(samples, self.seed, self.held_out)
+        sets = divided(samples, self.seed, self.held_out, self.tested)
         warn_of_shared(sets, len(samples))
         return sets.with_views(self.views)
 

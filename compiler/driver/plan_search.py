@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...passes.solve.resolve_network import TRIAL_RESOLVE
@@ -13,6 +13,8 @@ from ...passes.solve.weighing import TRIAL_SAMPLES, solve_macs
 from ..data.output_error import BROKEN, bounded, output_error
 from ..data.sampled_error import sampled_error
 from ..ir.program import Program
+from ..metric.metric import loss_entries
+from ..metric.reading import Loss
 from ..plan.decision import Decision
 from ..plan.joint_search import MixSearch
 from ..plan.means import MOST_TRIALS, Means
@@ -35,6 +37,8 @@ ENOUGH = 1e-4
 MOST_ROUGHLY = 5.0
 #: Multiply-accumulates that all trials of a search may take, about, and how many trials there may be all the same.
 TRIAL_MACS, LEAST_TRIALS = 4_000_000_000_000, 20
+#: With a metric so many plans are made that lose at most so many times what the best of them does, and it picks.
+MOST_FINALISTS, ALIKE = 3, 1.5
 
 
 @dataclass(kw_only=True)
@@ -43,6 +47,8 @@ class Search:
 
     ctx: Context
     rewrites: Sequence[Rewrite]
+    #: Trains a network, where that is asked for.
+    train: Callable[[Applied], Applied] = lambda made: made
     offers: dict[str, Offer] = field(default_factory=dict)
     #: Counts the trials.
     trials: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -121,6 +127,41 @@ class Search:
             raise GoalError(f"nothing can be done towards {self.ctx.goal}", hint=self.reasons())
         done = self._solved(found.best.mix)
         return replace(done, rejects=(*self._rejects(), *done.rejects), tried=found.plans())
+
+    def best_made(self, found: Found, target: float) -> Applied:
+        """`made`; with a metric, of the plans that leave at most the share and lose about the least, the network that
+        is best by it."""
+        if self.ctx.metric is None or not found.met:
+            return self.made(found)
+        near = [p for p in found.tried if p.mix and p.ratio <= target and p.error <= ALIKE * found.best.error]
+        others = {repr(keyed(p.mix)): p for p in sorted(near, key=lambda p: p.error)}
+        plans = list({repr(keyed(found.best.mix)): found.best, **others}.values())[:MOST_FINALISTS]
+        networks = [self.made(replace(found, best=plan)) for plan in plans]
+        best = self.ctx.metric.best([network.program for network in networks])
+        for plan, network in zip(plans if len(plans) > 1 else (), networks, strict=False):
+            self._note(plan.ratio, network)
+        return networks[best]
+
+    def finished(self, found: Found) -> tuple[Applied, Loss | None]:
+        """The network of the plan that a search found best, trained as well where that is asked for, and what it loses
+        in the user's metric: None where that says nothing."""
+        done = replace(self.train(self.made(found)), trained=True)
+        return done, self._note(found.best.ratio, done)
+
+    def _note(self, ratio: float, network: Applied) -> Loss | None:
+        """What a network loses in the metric, for the report as well."""
+        metric = self.ctx.metric
+        assert metric is not None
+        loss = metric.loss(network.program)
+        error = list(network.errors.values())[-1]
+        metric.finalists.append({"ratio": ratio, "error": error, **loss_entries(loss)})
+        return loss
+
+    def unchanged(self, reason: str) -> Applied:
+        """The original as it was, and why."""
+        warnings.warn(f"{reason}: the network is as it was", stacklevel=3)
+        rejects = (*self._rejects(), Reject(reason=reason, node="the network"))
+        return Applied(program=self.ctx.teacher, rejects=rejects, errors={"unchanged": 0.0}, trained=True)
 
     def _solved(self, mix: Mix) -> Applied:
         """The network of a plan, made once."""

@@ -14,6 +14,8 @@ from ..frontend.capture import Model, capture
 from ..frontend.model_inputs import needed_inputs
 from ..goals.latency import Latency
 from ..ir.edit_folds import fold_parameters
+from ..metric.metric import Evaluate
+from ..metric.top1 import Top1
 from ..plan.goal import Goal
 from ..rewrite.rewrite import Rewrite
 from ..store.cache_folder import kept_in
@@ -168,6 +170,7 @@ def sweep(
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     each: Callable[[SweepPoint], None] | None = None,
+    evaluate: Evaluate | Top1 | None = None,
 ) -> Sweep:
     """Compile to several goals. Analyses are shared, so that a further goal mostly costs its own search.
 
@@ -188,6 +191,7 @@ def sweep(
         settings: As in `compile`.
         cache: As in `compile`, except that False keeps analyses until the sweep ends.
         each: A function that gets every `SweepPoint` as soon as it is made.
+        evaluate: As in `compile`; the front is that of latency and output error.
 
     Returns:
         The `Sweep`.
@@ -203,15 +207,13 @@ def sweep(
         >>> [(point.name, point.met) for point in found.points]
         [('0.5-of-the-channels-kept', True)]
     """
-    _check_goals(goals)
+    _check_goals(goals, evaluate)
     check_options(mimic, views, progress, cache, settings)
     check_run(batch, threads, seed)
     if rewrites is not None:
         check_rewrites(rewrites)
     if each is not None and not callable(each):
         refuse("each", each, "a function of a SweepPoint, or None")
-    for goal in goals:
-        check_goal(goal)
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
@@ -234,6 +236,7 @@ def sweep(
                 "threads": threads,
                 "settings": _for_goal(settings, goal),
                 "cache": place,
+                "evaluate": evaluate,
             }
             try:
                 points.append(SweepPoint(goal=goal, compiled=compile_model(model, samples, **options), met=True))
@@ -303,7 +306,7 @@ def _unmet(goal: Goal, unmet: GoalError) -> SweepPoint:
     return SweepPoint(goal=goal, compiled=best, met=False, reason=reason)
 
 
-def _check_goals(goals: Sequence[Goal]) -> None:
+def _check_goals(goals: Sequence[Goal], evaluate: Evaluate | Top1 | None) -> None:
     if isinstance(goals, str) or not isinstance(goals, Collection):  # what can be gone through once only is too little
         refuse("goals", goals, "a list: goals=[foldcut.Latency(0.8), foldcut.Latency(0.6)]", error=GoalError)
     if not goals:
@@ -311,3 +314,5 @@ def _check_goals(goals: Sequence[Goal]) -> None:
     names = [str(goal) for goal in goals]
     if len(set(names)) < len(names):
         raise GoalError(f"a goal is there twice: {', '.join(names)}", hint="name each goal once")
+    for goal in goals:
+        check_goal(goal, evaluate)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..archives.archive_check import check_pickled_file
-from ..support.errors import CaptureError, first_line, named_first_line
+from ..support.errors import CaptureError, CompilerError, first_line, named_first_line
 from .capture import Model
 from .model_path import check_named, names_file
 
@@ -21,15 +22,7 @@ def load_model(source: str, weights: Path | None) -> Model:
         return Path(source)
     import torch
 
-    module_name, _, attribute = source.partition(":")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - what `python -m` would do: modules beside the user's working folder
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as cause:  # the user's own code raises whatever it raises, scripts end themselves
-        raise CaptureError(
-            f"cannot import {source}: {named_first_line(cause)}",
-            hint="give package.module:callable, importable from here",
-        ) from cause
+    factory = _imported(source, CaptureError)
     try:
         model = factory if isinstance(factory, torch.nn.Module) else factory()
     except Exception as cause:  # the user's own code raises whatever it raises
@@ -42,6 +35,31 @@ def load_model(source: str, weights: Path | None) -> Model:
     if weights is not None:
         _load_weights(model, weights)
     return model.eval()
+
+
+def load_evaluate(source: str) -> Callable[[Any], Any]:
+    """The metric named by `package.module:callable`. Raises CompilerError for one that cannot be imported or called."""
+    found = _imported(source, CompilerError)
+    if not callable(found):
+        raise CompilerError(
+            f"--evaluate {source} is a {type(found).__name__}, which cannot be called",
+            hint="name a function of the network that gives a number",
+        )
+    made: Callable[[Any], Any] = found
+    return made
+
+
+def _imported(source: str, error: type[CompilerError]) -> Any:
+    """What `package.module:callable` names, from where the user is. Raises an error of the kind."""
+    module_name, _, attribute = source.partition(":")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - what `python -m` would do: modules beside the user's working folder
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (Exception, SystemExit) as cause:  # the user's own code raises whatever it raises, scripts end themselves
+        raise error(
+            f"cannot import {source}: {named_first_line(cause)}",
+            hint="give package.module:callable, importable from here",
+        ) from cause
 
 
 def _load_weights(model: Any, weights: Path) -> None:

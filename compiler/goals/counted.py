@@ -71,7 +71,7 @@ class CountedGoal(Goal):
         """The plan of least error found that leaves at most `ratio`, and whether it does."""
         search.offer(self.ratio)
         found = search.searched(self.ratio)
-        return search.made(found), found.met
+        return search.best_made(found, self.ratio), found.met
 
     def recounted(self, delivered: Delivered) -> bool:
         """Whether the finished network has at most `ratio` of the original's count."""

@@ -111,7 +111,7 @@ class Latency(Goal):
         """The plan of least error found within the ratio, and whether it is within."""
         search.offer(self.share)
         found = search.searched(self.share)
-        return search.made(found), found.met
+        return search.best_made(found, self.share), found.met
 
     def recounted(self, delivered: Delivered) -> bool:
         """Whether the plan was measured to reach the goal."""

@@ -39,8 +39,8 @@ class Goal:
     Subclass it as a frozen dataclass with a `kind`. Defining the subclass registers its `kind`, so that plans are
     read with it. A goal with `mixes` set implements `budget` and `sought`, and plans of several rewrites are searched
     for. Any other goal is in units of one rewrite (blocks, ranks), which makes the plan. `measured` says that plans
-    have to save latency, `bounds_error` that the output error on the test samples decides, and `needs_change` that an
-    unchanged network does not reach the goal.
+    have to save latency, `bounds_error` that the output error on the test samples decides, `needs_change` that an
+    unchanged network does not reach the goal, and `needs_metric` that it is about the metric passed as ``evaluate``.
 
     Example:
         >>> from dataclasses import dataclass
@@ -64,6 +64,8 @@ class Goal:
     regime: Regime = "hot"
     #: Whether a network that is as it was can reach it.
     needs_change: ClassVar[bool] = False
+    #: Whether it goes by a metric of the user's.
+    needs_metric: ClassVar[bool] = False
     _known: ClassVar[dict[str, type[Goal]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:

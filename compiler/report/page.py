@@ -29,6 +29,7 @@ from .words import (
     kind_words,
     lines,
     memory_words,
+    metric_row,
     milliseconds,
     number,
     percent,
@@ -168,6 +169,7 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         tile("Parameters", scaled(parameters["before"]), scaled(parameters["after"]), ratio(parameters)),
         *([tile("ONNX file", *_file_words(report["file_bytes"]))] if report.get("file_bytes") else []),
         *(tile(f["label"], f["before"], f["after"], f["note"]) for f in report.get("figures", ())),
+        *([tile(*metric_row(report["metric"]))] if report.get("metric") else []),
         tile("Output error", "0", number(report["output_error"]), f"relative mean square {error_note(report)}"),
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.sampled_error import interval_words
 from ..support.strict_json import finite
 from ..support.tally import ALGEBRA, FORWARD, GRADIENT, MOMENTS
-from .words import memory_words, scaled
+from .words import memory_words, metric_row, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # equal to what has the same content, as mappings are
@@ -69,6 +69,9 @@ class Report(Mapping[str, Any]):
             way of doing it avoids. Stages inside others count in both.
         memory: ``peak_bytes``, the most that the process ever had in memory at once, also before the compile; and
             ``limit_bytes``, what it was allowed, None without a limit.
+        metric: The metric passed as ``evaluate``: its ``name``, the value ``before`` and ``after``, the ``loss``, the
+            ``most`` that is at 95 %, on how many ``samples``; how many ``calls`` and ``seconds`` it took; the
+            ``finalists`` of the search; and what went wrong (``told``). Empty without one.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
@@ -129,6 +132,7 @@ class Report(Mapping[str, Any]):
     figures: Sequence[Mapping[str, str]] = ()
     profile: Sequence[Mapping[str, Any]] = ()
     memory: Mapping[str, int | None] = field(default_factory=dict)
+    metric: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:
@@ -187,6 +191,7 @@ class Report(Mapping[str, Any]):
             "output_error": self.output_error,
             "test": dict(self.test),
             "output_errors": dict(self.output_errors),
+            "metric": dict(self.metric),
             "errors_by_output": dict(self.errors_by_output),
             "decisions": [dict(d) for d in self.decisions],
             "rejects": list(self.rejects),
@@ -232,6 +237,8 @@ class Report(Mapping[str, Any]):
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]
             rows.append(("  as judged on the way", "0", f"{judged:.4f}", "plans were chosen by these samples"))
+        if self.metric:
+            rows.append(metric_row(self.metric))
         if self.memory.get("peak_bytes"):
             rows.append(("peak memory", "", *memory_words(self.memory)))
         return rows

@@ -27,6 +27,7 @@ _STAGES = {
     "rewritten": "rewritten, each rewrite with its own solve",
     "re-solved": "re-solved",
     "mimicked": "mimicked",
+    "unchanged": "as it was",
     "test": "in the end, on the test samples",
 }
 
@@ -57,6 +58,24 @@ def memory_words(memory: Mapping[str, Any]) -> tuple[str, str]:
     limit = memory.get("limit_bytes")
     allowed = "" if limit is None else f"; limit {bytes_in_words(limit)}"
     return bytes_in_words(memory["peak_bytes"]), f"of the process{allowed}"
+
+
+def metric_row(metric: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """(name, before, after, note) of the user's metric: ``loses 0.5 (95 %: at most 1.2) on 200 samples; 4 calls, 3.1
+    s``."""
+    before, after = (_value(metric[key]) for key in ("before", "after"))
+    calls = f"{plural(metric['calls'], 'call')}, {number(metric['seconds'], 2)} s"
+    if metric["loss"] is None:
+        return str(metric["name"]), before, after, f"it could not be read; {calls}"
+    gains = metric["loss"] <= 0
+    change = f"{'gains' if gains else 'loses'} {number(abs(metric['loss']))}"
+    if metric["samples"]:
+        change += f" (95 %: loses at most {number(metric['most'])}) on {plural(metric['samples'], 'sample')}"
+    return str(metric["name"]), before, after, f"{change}; {calls}"
+
+
+def _value(value: float | None) -> str:
+    return "unknown" if value is None else number(value, 4)
 
 
 def milliseconds(value_ms: float) -> str:

@@ -13,6 +13,7 @@ from ..data.calibration_set import CalibrationSet
 from ..data.data_distance import DataDistance
 from ..data.sample_sets import SampleSets
 from ..ir.program import Program
+from ..metric.metric import Metric
 from ..plan.goal import Goal
 from ..plan.search_time import SearchTime
 from ..store.analysis_store import AnalysisStore
@@ -43,6 +44,7 @@ class Context:
             (`Rewrite.multiples`). They are asked when it is first called, since that may take seconds.
         instruments: Called after every pass.
         distance: How far the samples are from the data of the network. None where nothing says.
+        metric: Reads the metric passed as ``evaluate``. None where there is none.
 
     Example:
         >>> class Sizes(foldcut.Drop):
@@ -74,6 +76,7 @@ class Context:
     multiples: Callable[[], Mapping[str, int]] = dict
     instruments: Instruments = field(default_factory=Instruments)
     distance: DataDistance | None = None
+    metric: Metric | None = None
 
     @property
     def fit(self) -> CalibrationSet:

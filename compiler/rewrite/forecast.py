@@ -104,7 +104,7 @@ def compile_forecast(ctx: Context, rewrites: Sequence[Rewrite], mimic_s: MimicTi
 def _search(ctx: Context, rewrites: Sequence[Rewrite], needed: Sequence[Rewrite], pass_s: float) -> dict[str, Expected]:
     """Plans that are tried and, where latency is bounded, measured; within the time that there is for it."""
     goal = ctx.goal
-    searches = SEARCHES_OF_ERROR if goal.bounds_error else 1
+    searches = SEARCHES_OF_ERROR if goal.bounds_error or goal.needs_metric else 1
     most, least = (
         searches * (TRIALS_EACH * len(some) + (0 if goal.measured else TRIALS_COUNTED)) for some in (rewrites, needed)
     )

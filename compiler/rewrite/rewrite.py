@@ -71,6 +71,7 @@ class Applied:
         errors: Relative output error on the judging samples after each stage.
         tried: The plans that were compared.
         unmimicked: Why it was not trained on the features of the original, where that was asked for.
+        trained: Whether it has been through that training, or is to go without: nothing is trained after it.
 
     Example:
         >>> program = foldcut.capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 4))
@@ -91,6 +92,7 @@ class Applied:
     errors: Mapping[str, float] = field(default_factory=dict)
     tried: tuple[TriedPlan, ...] = ()
     unmimicked: str | None = None
+    trained: bool = False
 
 
 class Rewrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..metric.reading import Loss
 from ..plan.tried import Found
 from .rewrite import Applied
 
@@ -20,6 +21,17 @@ class PlanSearch(Protocol):
     def made(self, found: Found) -> Applied:
         """The network of the plan that a search found best, solved with all samples. Raises GoalError when that plan
         changes nothing."""
+
+    def best_made(self, found: Found, target: float) -> Applied:
+        """`made`; with a metric, of the plans that leave at most the share and lose about the least, the network that
+        is best by it."""
+
+    def finished(self, found: Found) -> tuple[Applied, Loss | None]:
+        """The network of the plan that a search found best, trained as well where that is asked for, and what it loses
+        in the user's metric: None where that says nothing."""
+
+    def unchanged(self, reason: str) -> Applied:
+        """The original as it was, and why."""
 
     def most_error(self, made: Applied) -> float:
         """The upper end of the interval of a network's output error on the judging samples."""

@@ -116,6 +116,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(folder: Path, arguments
         {"macs": 0.6},
         {"parameters": 0.25},
         {"max_error": 0.02},
+        {"max_loss": 0.5, "evaluate": "package.module:metric"},
         {"ranks": 0.25},
     ],
 )

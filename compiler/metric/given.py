@@ -1,0 +1,39 @@
+"""The metric that a compile is given."""
+
+from __future__ import annotations
+
+from ..data.calibration_set import CalibrationSet
+from ..ir.program import Program
+from ..plan.goal import Goal
+from ..support.errors import GoalError
+from ..support.progress import StageClock
+from .metric import Evaluate, Metric, check_evaluate, metric_name, module_of
+from .top1 import Top1
+
+
+def check_metric(evaluate: Evaluate | Top1 | None, goal: Goal) -> None:
+    """Raise CompilerError for a metric that cannot be called, GoalError for a goal that needs one that is not there."""
+    if evaluate is not None and not isinstance(evaluate, Top1):
+        check_evaluate(evaluate)
+    if evaluate is None and goal.needs_metric:
+        raise GoalError(
+            f"{goal} is about a metric, and there is none",
+            hint="pass evaluate=, a function of the network that gives a number (--evaluate package.module:callable), "
+            "or evaluate=foldcut.Top1(labels) (--labels labels.npy)",
+        )
+
+
+def metric_of(
+    evaluate: Evaluate | Top1 | None,
+    program: Program,
+    samples: CalibrationSet,
+    test: CalibrationSet,
+    clock: StageClock,
+) -> Metric | None:
+    """What reads the metric of a compile. Raises CalibrationError for labels that do not fit."""
+    if evaluate is None:
+        return None
+    if isinstance(evaluate, Top1):
+        return Metric(evaluate.name, evaluate.bound(program, samples, test), program, clock)
+    user = evaluate
+    return Metric(metric_name(user), lambda network: user(module_of(network)), program, clock)
