@@ -14,7 +14,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm:
-    """y = scale * (x - mean) + bias per channel (dim 1), in float64, and the names of its trained tensors.
+    """y = scale * (x - mean) + bias per channel (dim 1), in float64, and the names of its trained tensors. `deviation`
+    is the standard deviation of x that it knows.
 
     `node` computes it, `output` is the node that holds y (a getitem where the operator returns a tuple).
     """
@@ -25,6 +26,7 @@ class BatchNorm:
     bias: str | None
     scale: torch.Tensor
     mean: torch.Tensor
+    deviation: torch.Tensor
     offset: torch.Tensor
 
 
@@ -40,7 +42,8 @@ def batch_norm_of(program: Program, node: fx.Node) -> BatchNorm | None:
     if not isinstance(mean, fx.Node) or not isinstance(var, fx.Node) or not is_constant(mean) or not is_constant(var):
         return None
     eps = float(source.args[6 if legit else 7])  # type: ignore[arg-type]
-    scale = (program.constant(var).detach().double() + eps).rsqrt()
+    deviation = (program.constant(var).detach().double() + eps).sqrt()
+    scale = deviation.reciprocal()
     if isinstance(weight, fx.Node):
         scale = scale * program.constant(weight).detach().double()
     offset = program.constant(bias).detach().double() if isinstance(bias, fx.Node) else torch.zeros_like(scale)
@@ -56,5 +59,6 @@ def batch_norm_of(program: Program, node: fx.Node) -> BatchNorm | None:
         bias=str(bias.target) if isinstance(bias, fx.Node) else None,
         scale=scale,
         mean=program.constant(mean).detach().double(),
+        deviation=deviation,
         offset=offset,
     )
