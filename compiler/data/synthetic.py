@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from .calibration_set import CalibrationSet
+
+#: How the comment of an .npz file begins that says how its samples were made.
+_MARK = b"foldcut made "
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,3 +53,30 @@ class SyntheticSet(CalibrationSet):
 def said_of(samples: CalibrationSet) -> Mapping[str, Any] | None:
     """How the samples were made, where they are no data; None where they are."""
     return samples.made if isinstance(samples, SyntheticSet) else None
+
+
+def as_npz(samples: SyntheticSet, names: Sequence[str]) -> bytes:
+    """The samples as an .npz file, one array for each input, with what is known of how they were made: `marked` reads
+    it back."""
+    content = io.BytesIO()
+    arrays: dict[str, Any] = {name: leaf.numpy() for name, leaf in zip(names, samples.leaves, strict=True)}
+    np.savez(content, **arrays)
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.comment = _MARK + json.dumps(dict(samples.made)).encode()
+    return content.getvalue()
+
+
+def marked(samples: CalibrationSet, path: Path) -> CalibrationSet:
+    """Samples that were read from a file as what they are: a `SyntheticSet` where the file says that they were made."""
+    if path.suffix != ".npz":
+        return samples
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+    if not comment.startswith(_MARK):
+        return samples
+    try:
+        made = json.loads(comment.removeprefix(_MARK))
+    except ValueError:
+        made = {}
+    own = {part.name: getattr(samples, part.name) for part in fields(samples)}
+    return SyntheticSet(**own, made=made if isinstance(made, dict) else {})

@@ -8,8 +8,8 @@ The loss of a batch x of samples is
 
 with m and s the mean and deviation of the batch at the input of a batch norm, M and S those that it holds
 (DeepInversion, Yin et al., CVPR 2020, arXiv 1912.08795, equation 4; here relative to the deviation of each channel, so
-that no layer outweighs another). The network runs in eval mode. Images are shifted by a pixel or so before each step, at random, or
-the strides of a network leave a grid on them.
+that no layer outweighs another). The network runs in eval mode. Images are shifted by a pixel or so before each step,
+at random, or the strides of a network leave a grid on them.
 """
 
 from __future__ import annotations

@@ -73,4 +73,4 @@ class SynthesisSettings:
 
 
 def _sizes(shape: Collection[object]) -> bool:
-    return all(isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in shape)
+    return all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 for size in shape)

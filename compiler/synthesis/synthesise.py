@@ -268,6 +268,7 @@ class _Making:
         matched = bool(aim.targets) and aim.has_gradient and self._failed is None
         columns = list(zip(*self._distances, strict=True)) if aim.targets else []
         return {
+            "inputs": [kind.name for kind in aim.kinds],
             "count": aim.settings.count,
             "how": self._how(),
             "norms": len(aim.targets),
