@@ -9,7 +9,7 @@ from enum import StrEnum
 import torch
 from torch import fx
 
-from ..ir.program import Program, dtype_name, is_call, is_constant
+from ..ir.program import Program, TensorSpec, dtype_name, is_call, is_constant
 from ..support.errors import CalibrationError
 from .natural_images import ImageForm, dead_leaves
 
@@ -57,11 +57,11 @@ def input_kinds(program: Program) -> tuple[InputKind, ...]:
     """What the inputs of a program are, in their order. Raises CalibrationError where nobody could say what to put
     there: integers that are looked up in no table, truth values, complex numbers."""
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    return tuple(_kind(program, node, spec.name) for node, spec in zip(placeholders, program.inputs, strict=True))
+    return tuple(_kind(program, node, spec) for node, spec in zip(placeholders, program.inputs, strict=True))
 
 
-def _kind(program: Program, node: fx.Node, name: str) -> InputKind:
-    dtype, sizes = node.meta["val"].dtype, program.shape(node)[1:]
+def _kind(program: Program, node: fx.Node, spec: TensorSpec) -> InputKind:
+    name, dtype, sizes = spec.name, spec.dtype, program.shape(node)[1:]
     if dtype.is_floating_point:
         kind = Kind.IMAGE if _is_image(sizes) or _is_image(sizes[::-1]) else Kind.NUMBERS
         return InputKind(name=name, kind=kind, sizes=sizes, dtype=dtype, channels_last=not _is_image(sizes))
@@ -70,7 +70,7 @@ def _kind(program: Program, node: fx.Node, name: str) -> InputKind:
         raise CalibrationError(
             f"input {name!r} cannot be made up: nothing says which values its {dtype_name(dtype)} numbers take",
             expected="images, other floating-point numbers, or indices of an embedding",
-            actual=program.inputs[program.order[node.name]] if node.name in program.order else None,
+            actual=spec,
             hint="pass a calibration set",
         )
     return InputKind(name=name, kind=Kind.INDICES, sizes=sizes, dtype=dtype, rows=rows)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
+from ..ir.program import argument, is_call, is_constant
 from .descent import Aim, Descent
 from .input_kinds import Kind
+
+aten = torch.ops.aten
+
+#: Of so many convolutions, the first ones, it is looked at how what they compute compares with their biases.
+_LOOKED_AT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +43,16 @@ RANGES = (
 
 
 def found_range(aim: Aim, leaves: Sequence[torch.Tensor]) -> InputRange:
-    """The range in which the batch norms find what they remember best; without any, that in which a classifier is most
-    sure of classes that differ from sample to sample; else the first."""
+    """The range in which the batch norms find what they remember best. Without any, the one in which what the first
+    convolutions compute is about as large as their biases: a batch norm that was folded into one leaves it so, for its
+    bias and its scale are of one size; in a range that is too large by a factor, biases do not count, and in one that
+    is too small nothing else does. The first where neither is there."""
     if not any(kind.kind is Kind.IMAGE for kind in aim.kinds):
         return RANGES[0]
-    if not aim.targets and aim.classes is None:
+    biased = [node for node in aim.program.graph.nodes if _biased(node)][:_LOOKED_AT]
+    if not aim.targets and not biased:
         return RANGES[0]
-    return min(RANGES, key=lambda one: _doubt(aim, in_range(aim, leaves, one)))
+    return min(RANGES, key=lambda one: _doubt(aim, biased, in_range(aim, leaves, one)))
 
 
 def in_range(aim: Aim, leaves: Sequence[torch.Tensor], found: InputRange) -> list[torch.Tensor]:
@@ -49,20 +60,27 @@ def in_range(aim: Aim, leaves: Sequence[torch.Tensor], found: InputRange) -> lis
     return [found.of(leaf) if kind.kind is Kind.IMAGE else leaf for leaf, kind in zip(leaves, aim.kinds, strict=True)]
 
 
-def _doubt(aim: Aim, leaves: Sequence[torch.Tensor]) -> float:
+def _doubt(aim: Aim, biased: Sequence[fx.Node], leaves: Sequence[torch.Tensor]) -> float:
     """How little speaks for it that the network takes such samples."""
-    if aim.targets:
-        return Descent(aim, leaves, seed=0).distance()
-    assert aim.classes is not None
-    logits = Descent(aim, leaves, seed=0).outputs()
-    return -information(logits)
+    descent = Descent(aim, leaves, seed=0)
+    doubt = descent.distance() if aim.targets else _imbalance(aim, biased, descent)
+    return doubt if math.isfinite(doubt) else math.inf
 
 
-def information(logits: torch.Tensor) -> float:
-    """What the classes say about the samples, in nats: 0 where all are alike or every one is unsure."""
-    logarithms = logits.double().log_softmax(1)
-    shares = logarithms.exp()
-    mean = shares.mean(0)
-    each = -(shares * logarithms).sum(1).mean()
-    together = -(mean * mean.clamp_min(1e-300).log()).sum()
-    return float(together - each)
+def _imbalance(aim: Aim, biased: Sequence[fx.Node], descent: Descent) -> float:
+    """How far apart the deviation of each channel and its bias are, in logarithms: the median of the channels, averaged
+    over convolutions."""
+    values = descent.values([node.name for node in biased])
+    found = []
+    for node in biased:
+        value = values[node.name]
+        bias = aim.program.constant(argument(node, 2, "bias")).detach().abs()
+        deviation = value.std([dim for dim in range(value.dim()) if dim != 1])
+        least = 1e-3 * float(bias.max()) + 1e-12
+        found.append(float((deviation / bias.clamp_min(least)).clamp_min(1e-12).log().median().abs()))
+    return sum(found) / len(found)
+
+
+def _biased(node: fx.Node) -> bool:
+    """Whether it is a convolution with a bias."""
+    return is_call(node, aten.conv2d) and is_constant(argument(node, 2, "bias"))

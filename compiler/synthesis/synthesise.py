@@ -88,12 +88,13 @@ def synthesise(
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """Who counts the time and shows how far it is, the seed of the call, and where it keeps what it finds out."""
+    """Who counts the time and shows how far it is, the seed of the call, and where what it finds out is kept, if it
+    is."""
 
     clock: StageClock
     show: Progress
     seed: int
-    folder: Path
+    folder: Path | None
 
 
 def is_asked_for(calibration: object) -> bool:
