@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .compiler.data.calibration_set import horizontal_flip as horizontal_flip
     from .compiler.data.calibration_set import random_crop as random_crop
     from .compiler.data.calibration_set import read_calibration as read_calibration
+    from .compiler.data.synthetic import SyntheticSet as SyntheticSet
     from .compiler.driver.api import compile as compile
     from .compiler.driver.builtin import Plan as Plan
     from .compiler.driver.pipeline_settings import PipelineSettings as PipelineSettings
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
     from .compiler.support.errors import ProgramError as ProgramError
     from .compiler.support.errors import Reject as Reject
     from .compiler.support.errors import RewriteError as RewriteError
+    from .compiler.synthesis.settings import SynthesisSettings as SynthesisSettings
+    from .compiler.synthesis.synthesise import synthesise as synthesise
     from .passes.drop.decision import Blocks as Blocks
     from .passes.drop.decision import DropBlock as DropBlock
     from .passes.drop.rewrite import Drop as Drop
@@ -85,6 +88,7 @@ _HOMES = {
     "compiler.analysis.regions": "Region RegionAnalysis find_regions",
     "compiler.analysis.unit_groups": "UnitGroup",
     "compiler.data.calibration_set": "CalibrationSet horizontal_flip random_crop read_calibration",
+    "compiler.data.synthetic": "SyntheticSet",
     "compiler.driver.api": "compile",
     "compiler.driver.result": "Compiled Replayed Saved",
     "compiler.driver.builtin": "Plan",
@@ -108,6 +112,8 @@ _HOMES = {
     "compiler.rewrite.rewrite": "Applied Offer Rewrite",
     "compiler.support.errors": "BackendError CalibrationError CaptureError CompilerError "
     "ExportError GoalError OutputError PlanError ProgramError Reject RewriteError",
+    "compiler.synthesis.settings": "SynthesisSettings",
+    "compiler.synthesis.synthesise": "synthesise",
     "passes.drop.decision": "Blocks DropBlock",
     "passes.drop.rewrite": "Drop",
     "passes.factorize.decision": "FactorizeLayer Ranks",
@@ -179,6 +185,8 @@ __all__ = [
     "Saved",
     "Sweep",
     "SweepPoint",
+    "SynthesisSettings",
+    "SyntheticSet",
     "TensorSpec",
     "Top1",
     "UnitGroup",
@@ -194,6 +202,7 @@ __all__ = [
     "random_crop",
     "read_calibration",
     "sweep",
+    "synthesise",
 ]
 
 

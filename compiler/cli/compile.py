@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..data.calibration_set import CalibrationSet, horizontal_flip
+from ..data.calibration_set import CalibrationData, horizontal_flip
 from ..driver.api import Compiled
 from ..driver.api import compile as compile_model
 from ..driver.sealed import PAGE
@@ -22,7 +22,7 @@ from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
 from .goals import read_goal, read_mimic, read_rewrites, read_settings
 from .options import CompileOptions
-from .samples import read_cache, read_evaluate, read_model, read_samples, with_reference
+from .samples import read_cache, read_evaluate, read_model, read_or_none, with_reference
 
 
 def run(options: CompileOptions) -> None:
@@ -33,7 +33,7 @@ def run(options: CompileOptions) -> None:
         allowed = read_rewrites(options.rewrites, [goal])
         check_writable(options.output)
         evaluate = read_evaluate(options)
-        samples = read_samples(options.calib, options, limit=options.limit, input_shape=options.input_shape)
+        samples = read_or_none(options)
         result, unmet = best_of(
             read_model(options),
             samples,
@@ -76,7 +76,7 @@ def end_unmet(unmet: GoalError) -> NoReturn:
     raise typer.Exit(Exit.NOT_MET)
 
 
-def best_of(model: Model, samples: CalibrationSet, **options: Any) -> tuple[Compiled, GoalError | None]:
+def best_of(model: Model, samples: CalibrationData, **options: Any) -> tuple[Compiled, GoalError | None]:
     """The compiled network, or the best there is with the error that says so."""
     try:
         return compile_model(model, samples, **options), None

@@ -1,4 +1,4 @@
-"""The command line: `foldcut compile`, `sweep`, `apply`, `inspect`, `measure`, `verify` and `demo`.
+"""The command line: `foldcut compile`, `sweep`, `apply`, `synthesise`, `inspect`, `measure`, `verify` and `demo`.
 
 Exit codes: see `console.Exit`. Nothing here imports torch: a command loads what it needs when it runs.
 """
@@ -18,6 +18,7 @@ from .options import (
     InspectOptions,
     MeasureOptions,
     SweepOptions,
+    SynthesiseOptions,
     VerifyOptions,
 )
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 add_command(app, "compile", CompileOptions, "compile:run")
 add_command(app, "sweep", SweepOptions, "sweep:run")
 add_command(app, "apply", ApplyOptions, "apply:run")
+add_command(app, "synthesise", SynthesiseOptions, "synthesis.synthesise:run")
 add_command(app, "inspect", InspectOptions, "inspect:run")
 add_command(app, "measure", MeasureOptions, "measure_files:run")
 add_command(app, "verify", VerifyOptions, "verify:run")

@@ -32,7 +32,12 @@ ModelArgument = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A .onnx or .pt2 file, or package.module:callable that returns an nn.Module."),
 ]
-CalibOption = Annotated[Path, typer.Option(help="Unlabelled inputs: .npy, .npz, .pt or a folder of images.")]
+CalibOption = Annotated[
+    Path,
+    typer.Option(
+        help="Unlabelled inputs: .npy, .npz, .pt or a folder of images; `none` makes them from the network alone."
+    ),
+]
 ReferenceOption = Annotated[
     Path | None,
     typer.Option(

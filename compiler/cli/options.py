@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ..data.sample_paths import check_optional, check_readable
+from ..data.sample_paths import check_optional, check_readable, says_none
 from ..frontend.model_path import check_metric_named, check_named
 from ..support.atomic_files import check_writable
-from ..support.errors import CompilerError, GoalError, PlanError
+from ..support.errors import CompilerError, GoalError, OutputError, PlanError
 from .declared import Options
 from .option_types import (
     AfterArgument,
@@ -129,6 +129,7 @@ class RunOptions(SolveOptions):
     threads: ThreadsOption = 1
     weights: WeightsOption = None
     dequantize: DequantizeOption = False
+    input_shape: ShapeOption = None
     reference: ReferenceOption = None
     evaluate: EvaluateOption = None
     labels: LabelsOption = None
@@ -140,14 +141,15 @@ class RunOptions(SolveOptions):
         super().check()
         check_writable(self.output)
         check_named(self.model, self.weights)
-        check_readable(self.calib)
+        check_optional(self.calib, vars(self))
         if self.reference is not None:
             check_readable(self.reference)
         check_metric_named(self.evaluate, self.labels, self.limit)
 
     def _begun(self, goal: str) -> str:
         """The first words, with the goal as it is said there."""
-        return f"compiling {self.model} to {goal} with {self.calib}, on {self.backend}; output in {self.output}/"
+        data = "inputs made from the network alone" if says_none(self.calib) else self.calib
+        return f"compiling {self.model} to {goal} with {data}, on {self.backend}; output in {self.output}/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,6 @@ class CompileOptions(RunOptions):
     ranks: Annotated[
         float | None, typer.Option(metavar="S", help="Goal: factorise every layer to a share S of its full rank.")
     ] = None
-    input_shape: ShapeOption = None
     profile: Annotated[
         bool, typer.Option("--profile", help="Show what each stage took, what it did, and what it cannot do without.")
     ] = False
@@ -281,6 +282,38 @@ class ApplyOptions(SolveOptions):
         else:
             weights = "" if self.calib is None else f", solved again with {self.calib}"
         return f"applying {self.plan} to {self.model}{weights}; output in {self.output}/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesiseOptions(Options):
+    """Make calibration inputs from MODEL alone, as `--calib none` does, and a picture of them where they are images."""
+
+    model: ModelArgument
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="So many samples.")] = 500
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="An .npz file; the picture, a .png, lies beside it.")
+    ] = field(default=Path("synthetic.npz"))
+    iterations: Annotated[
+        int | None, typer.Option(min=0, help="Steps of gradient descent.", show_default="as many as pay")
+    ] = None
+    weights: WeightsOption = None
+    dequantize: DequantizeOption = False
+    input_shape: ShapeOption = None
+    seed: SeedOption = 0
+    cache: CacheOption = None
+    fresh: FreshOption = False
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+    debug: DebugOption = False
+
+    def check(self) -> None:
+        if self.output.suffix != ".npz":
+            raise OutputError(f"{self.output} is not the name of an .npz file", hint="give -o NAME.npz")
+        check_writable(self.output.parent)
+        check_named(self.model, self.weights)
+
+    def first_words(self) -> str:
+        return f"making {self.count} inputs from {self.model} alone; output in {self.output}"
 
 
 @dataclass(frozen=True, kw_only=True)

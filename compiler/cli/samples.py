@@ -9,20 +9,22 @@ from pathlib import Path
 from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
 from ..data.sample_files import read_arrays
-from ..data.sample_paths import check_optional
+from ..data.sample_paths import check_optional, says_none
+from ..data.synthetic import marked
 from ..driver.pipeline_settings import PipelineSettings
 from ..frontend.capture import Model
 from ..frontend.model_source import load_evaluate, load_model
 from ..metric.metric import Evaluate, check_evaluate
 from ..metric.top1 import Top1
 from ..support.errors import CaptureError, CompilerError
-from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions
+from ..synthesis.settings import SynthesisSettings
+from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions, SynthesiseOptions
 
 #: Reads so many samples, or all of them where None is given.
 Reader = Callable[[int | None], CalibrationSet]
 
 
-def read_model(options: RunOptions | ApplyOptions | InspectOptions) -> Model:
+def read_model(options: RunOptions | ApplyOptions | InspectOptions | SynthesiseOptions) -> Model:
     """The model of a command's options, in floating point where they ask for it."""
     model = load_model(options.model, options.weights)
     return dequantize(model) if options.dequantize else model
@@ -53,7 +55,25 @@ def read_samples(
             actual=list(samples.leaves[0].shape[1:]),
             hint="leave it out, or resize the samples",
         )
-    return samples
+    return marked(samples, path)
+
+
+def read_or_none(options: RunOptions) -> CalibrationSet | SynthesisSettings:
+    """The calibration set of a compile, or how it is made where there are no data. Raises CalibrationError and
+    CompilerError."""
+    if not says_none(options.calib):
+        return read_samples(options.calib, options, limit=options.limit, input_shape=options.input_shape)
+    return made_settings(options.limit, options.input_shape)
+
+
+def made_settings(count: int | None, input_shape: str | None, iterations: int | None = None) -> SynthesisSettings:
+    """How samples are made without data, as far as the command line says it."""
+    given = {
+        "count": count,
+        "input_shape": None if input_shape is None else tuple(read_shape(input_shape)),
+        "iterations": iterations,
+    }
+    return SynthesisSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def with_reference(settings: PipelineSettings, options: RunOptions) -> PipelineSettings:

@@ -14,7 +14,7 @@ from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
 from .goals import read_goals, read_mimic, read_rewrites, read_settings
 from .options import SweepOptions
-from .samples import read_cache, read_evaluate, read_model, read_samples, with_reference
+from .samples import read_cache, read_evaluate, read_model, read_or_none, with_reference
 
 
 def run(options: SweepOptions) -> None:
@@ -25,7 +25,7 @@ def run(options: SweepOptions) -> None:
         allowed = read_rewrites(options.rewrites, goals)
         check_writable(options.output)
         evaluate = read_evaluate(options)
-        samples = read_samples(options.calib, options, limit=options.limit)
+        samples = read_or_none(options)
         loaded = read_model(options)
         found = sweep(
             loaded,

@@ -197,8 +197,8 @@ class CalibrationSet:
             data = data if limit is None else data.drawn(limit, seed)
             if known is None or data.bound:
                 return data
-            again = cls.of(data.batch(slice(None)), inputs=known)
-            return replace(again, ignored=(*data.ignored, *again.ignored), sources=data.sources)
+            new = cls.of(data.batch(slice(None)), inputs=known)
+            return replace(data, leaves=new.leaves, spec=new.spec, ignored=data.ignored + new.ignored, bound=new.bound)
         if isinstance(data, (str, Path)):
             raise CalibrationError(
                 "a path was given where data is expected",

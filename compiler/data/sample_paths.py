@@ -9,6 +9,13 @@ from typing import Any
 from ..support.errors import CalibrationError
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
+#: In the place of a path: there are no data.
+NONE = "none"
+
+
+def says_none(path: Path) -> bool:
+    """Whether a path says that there are no data. A file or folder of that name is what it is."""
+    return str(path).lower() == NONE and not path.exists()
 
 
 def check_readable(path: Path) -> None:
@@ -26,9 +33,9 @@ def check_readable(path: Path) -> None:
 
 
 def check_optional(path: Path | None, options: Mapping[str, Any]) -> None:
-    """`check_readable` where samples need not be given. Raises CalibrationError too where none are, and yet `options`
-    say something about how they are read."""
-    if path is not None:
+    """`check_readable` where samples need not be given, or none are there. Raises CalibrationError too where none are,
+    and yet `options` say something about how they are read."""
+    if path is not None and not says_none(path):
         check_readable(path)
         return
     named = " and ".join(f"--{name}" for name in ("key", "size", "mean", "std") if options[name] is not None)

@@ -15,6 +15,7 @@ from ...runtime.measure.backend import Backend, resolve_backend
 from ...runtime.measure.conditions import Conditions
 from ...runtime.probe.latency_probe import LatencyProbe
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..data.synthetic import said_of
 from ..export.exporter import to_onnx
 from ..frontend.capture import Model, capture, is_onnx, opened
 from ..frontend.model_inputs import needed_inputs
@@ -26,6 +27,7 @@ from ..metric.metric import Evaluate
 from ..metric.top1 import TESTED, Top1
 from ..onnx.file import in_one_piece
 from ..plan.goal import Goal
+from ..report.contact_sheet import with_picture
 from ..report.report import Report
 from ..rewrite.context import Context
 from ..rewrite.forecast import foresee
@@ -38,6 +40,7 @@ from ..support.errors import CompilerError, GoalError
 from ..support.memory import memory_within, peak_bytes, warn_if_above
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
+from ..synthesis.synthesise import Watched, captured, is_asked_for, made_samples
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, check_run
@@ -91,7 +94,8 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             `onnx.ModelProto`. An ONNX model is measured as the file it is, and the result keeps its interface, opset
             and metadata.
         calibration: A few hundred unlabelled inputs: a tensor or array with all samples along dimension 0, a tuple or
-            dict of them for several inputs, or an iterable of batches, such as a DataLoader.
+            dict of them for several inputs, or an iterable of batches, such as a DataLoader. None or a
+            `SynthesisSettings`, which a module needs for the shape of an input, makes them from the network alone.
         goal: `Latency`, `MaxError` or `MaxLoss`, which mix all rewrites; `Macs` or `Parameters`, which prune channels
             by default; `Blocks`, `Channels` or `Ranks`, which use the rewrite of their units.
         backend: Where latency is measured: ``onnxruntime``, ``openvino``, ``torch``, ``tensorrt``, or a backend of
@@ -146,11 +150,8 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
         clock = StageClock(show)
         with kept_in(cache) as folder, _collected() as messages:
-            with clock.stage("capture"):
-                network = opened(model)
-                samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
-                teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
-                _check_fixed_batch(teacher, batch)
+            samples, teacher = _read(model, calibration, Watched(clock=clock, show=show, seed=seed, folder=folder))
+            _check_fixed_batch(teacher, batch)
             store = AnalysisStore(folder, basis=own_sources(used, goal))
             ctx = options.context(teacher, samples, goal, store, clock, show)
             ctx = replace(ctx, metric=metric_of(evaluate, teacher, samples, ctx.sets.test, clock))
@@ -177,6 +178,17 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             hint="the best result is in the error's .best; ask for less, or allow other rewrites",
         )
     return result
+
+
+def _read(model: Model, calibration: CalibrationData, watched: Watched) -> tuple[CalibrationSet, Program]:
+    """The samples, made where there are none, and the network."""
+    with watched.clock.stage("capture"):
+        network = opened(model)
+        if not is_asked_for(calibration):
+            samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
+            return samples, fold_parameters(capture(network, samples.batch(slice(0, 2))))
+        teacher = captured(network, calibration)
+    return made_samples(teacher, calibration, watched), teacher
 
 
 def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: bytes | None) -> LatencyProbe:
@@ -284,6 +296,7 @@ def _report(
             "ignored": list(samples.ignored),
             "fingerprint": samples.fingerprint,
             "distance": None if outcome.ctx.distance is None else outcome.ctx.distance.to_dict(),
+            **with_picture(said_of(samples), samples),
         },
         seconds=outcome.ctx.clock.to_dict(),
         profile=work_by_stage(outcome),

@@ -27,6 +27,7 @@ from ..support.one_at_a_time import alone
 from ..support.progress import Progress, WholeProgress, opened_progress
 from ..support.setting_checks import refuse
 from ..support.strict_json import json_file
+from ..synthesis.synthesise import is_asked_for, synthesise
 from .api import Compiled, check_goal
 from .api import compile as compile_model
 from .builtin import check_rewrites, chosen_rewrites, named
@@ -217,7 +218,10 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
-    samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
+    if is_asked_for(calibration):
+        samples: CalibrationSet = synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
+    else:
+        samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)

@@ -40,6 +40,7 @@ from .words import (
     scaled,
     signed,
     stage_words,
+    synthetic_words,
     time_words,
     verdict,
 )
@@ -124,6 +125,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "groups": [g for g in report.get("groups", ()) if g["kept"] < g["total"] or not g.get("locked")],
         "locked": [g for g in report.get("groups", ()) if g.get("locked")],
         "facts": _facts(report),
+        "synthetic": synthetic_words(report),
         "seconds": report["seconds"],
         "total_s": sum(stage["wall"] for stage in report["seconds"].values()),
     }
@@ -303,7 +305,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         ("ONNX against torch", f"largest difference {number(report['onnx_difference'])} of the largest output"),
     ]
     data = [
-        ("samples", str(calibration["samples"])),
+        ("samples", str(calibration["samples"]) + (", made without data" if calibration.get("synthetic") else "")),
         *_divided(calibration),
         *_distance(calibration),
         ("fingerprint", str(calibration["fingerprint"])),

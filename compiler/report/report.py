@@ -33,7 +33,8 @@ class Report(Mapping[str, Any]):
         rejects: What was left unchanged, and why.
         onnx_difference: Largest difference between the outputs of ``model.onnx`` on the backend and those of torch,
             relative to the largest output.
-        calibration: How many samples there were, and how they were divided.
+        calibration: How many samples there were, and how they were divided; ``synthetic`` where they were made without
+            data: how, and a picture.
         seconds: Wall and CPU time per stage, in seconds.
         environment: Machine and versions of the measurement.
         seed: Seed of all random choices.
@@ -232,7 +233,8 @@ class Report(Mapping[str, Any]):
         rows += [(f["label"], f["before"], f["after"], f["note"]) for f in self.figures]
         note = "relative mean squared"
         if self.test:
-            note = f"{interval_words(self.test['low'], self.test['high'])}{self.test['samples']} test samples"
+            made = "synthetic " if self.calibration.get("synthetic") else ""
+            note = f"{interval_words(self.test['low'], self.test['high'])}{self.test['samples']} {made}test samples"
         rows.append(("output error", "0", f"{self.output_error:.4f}", note))
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]

@@ -140,7 +140,31 @@ def error_note(report: Mapping[str, Any]) -> str:
 def _error_samples(report: Mapping[str, Any]) -> str:
     """Reports of earlier versions know held-out samples only, which plans were chosen by too."""
     test = report.get("test")
+    if test and report["calibration"].get("synthetic"):
+        return plural(test["samples"], "synthetic test sample")
     return plural(test["samples"], "test sample") if test else "held-out samples"
+
+
+def synthetic_words(report: Mapping[str, Any]) -> dict[str, str]:
+    """What is to be said of samples that were made without data, in sentences, and their picture; nothing where there
+    are data. Only what is a picture is shown as one."""
+    made = report["calibration"].get("synthetic")
+    if not made:
+        return {}
+    how = f"{made.get('count')} samples were made from the network alone: {made.get('how')}"
+    distance = made.get("distance") or {}
+    if "after" in distance:
+        how += (
+            f"; their mean distance from the statistics of the batch norms fell from {number(distance['before'])} to "
+            f"{number(distance['after'])} (0: the same means and deviations)"
+        )
+    weak = str(made.get("weak") or "")
+    picture = str(made.get("picture") or "")
+    return {
+        "how": how,
+        "weak": weak[:1].upper() + weak[1:] + "." if weak else "",
+        "picture": picture if picture.startswith("data:image/png;base64,") else "",
+    }
 
 
 def backend_words(name: str) -> str:
