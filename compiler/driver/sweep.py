@@ -218,10 +218,8 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
-    if is_asked_for(calibration):
-        samples: CalibrationSet = synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
-    else:
-        samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
+    how: dict[str, Any] = {"seed": seed, "progress": progress, "cache": cache}
+    samples = synthesise(model, calibration, **how) if is_asked_for(calibration) else _read_once(model, calibration)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
@@ -252,6 +250,11 @@ def sweep(
     if len(refused) == len(points):
         raise refused[0]
     return Sweep(points=tuple(points))
+
+
+def _read_once(model: Model, calibration: CalibrationData) -> CalibrationSet:
+    """The samples, for all goals: a generator is gone through once."""
+    return CalibrationSet.of(calibration, inputs=needed_inputs(model))
 
 
 def _folder_name(goal: Goal) -> str:
