@@ -22,7 +22,7 @@ from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
-from ..metric.given import check_metric, metric_of
+from ..metric.given import check_labelled, check_metric, metric_of
 from ..metric.metric import Evaluate
 from ..metric.top1 import TESTED, Top1
 from ..onnx.file import in_one_piece
@@ -141,6 +141,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         (torch.Size([3, 4]), {'before': 384, 'after': 192})
     """
     check_goal(goal, evaluate)
+    check_labelled(evaluate, is_asked_for(calibration))
     check_run(batch, threads, seed)
     check_options(mimic, views, progress, cache, settings)
     options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))

@@ -14,6 +14,7 @@ from ..frontend.capture import Model, capture
 from ..frontend.model_inputs import needed_inputs
 from ..goals.latency import Latency
 from ..ir.edit_folds import fold_parameters
+from ..metric.given import check_labelled
 from ..metric.metric import Evaluate
 from ..metric.top1 import Top1
 from ..plan.goal import Goal
@@ -209,6 +210,7 @@ def sweep(
         [('0.5-of-the-channels-kept', True)]
     """
     _check_goals(goals, evaluate)
+    check_labelled(evaluate, is_asked_for(calibration))
     check_options(mimic, views, progress, cache, settings)
     check_run(batch, threads, seed)
     if rewrites is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..data.calibration_set import CalibrationSet
+from ..data.synthetic import said_of
 from ..ir.program import Program
 from ..plan.goal import Goal
-from ..support.errors import GoalError
+from ..support.errors import CalibrationError, GoalError
 from ..support.progress import StageClock
 from .metric import Evaluate, Metric, check_evaluate, metric_name, module_of
 from .top1 import Top1
@@ -23,6 +24,15 @@ def check_metric(evaluate: Evaluate | Top1 | None, goal: Goal) -> None:
         )
 
 
+def check_labelled(evaluate: Evaluate | Top1 | None, made: bool) -> None:
+    """Raise CalibrationError for labels of samples that were made from the network alone."""
+    if isinstance(evaluate, Top1) and made:
+        raise CalibrationError(
+            "there are labels, but the samples are made from the network alone, and nobody knows their classes",
+            hint="pass the samples that the labels are of, or evaluate=, a function that has data of its own",
+        )
+
+
 def metric_of(
     evaluate: Evaluate | Top1 | None,
     program: Program,
@@ -33,6 +43,7 @@ def metric_of(
     """What reads the metric of a compile. Raises CalibrationError for labels that do not fit."""
     if evaluate is None:
         return None
+    check_labelled(evaluate, said_of(samples) is not None)
     if isinstance(evaluate, Top1):
         return Metric(evaluate.name, evaluate.bound(program, samples, test), program, clock)
     user = evaluate

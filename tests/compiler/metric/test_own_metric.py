@@ -10,6 +10,7 @@ from typing import Any
 import foldcut
 import pytest
 import torch
+from foldcut.compiler.data.synthetic import SyntheticSet
 from foldcut.compiler.driver.plan_search import Search
 from foldcut.compiler.metric.metric import Metric, check_evaluate
 from foldcut.compiler.plan.tried import Found, Tried
@@ -325,3 +326,13 @@ def test_the_report_says_what_it_found(net: nn.Module, nets: SimpleNamespace, la
     assert "top-1 (%)" in report_page(report) and row[3] in report_page(report)
     del report["metric"]  # of an earlier version
     assert "top-1" not in report_page(report)
+
+
+def test_labels_of_samples_that_are_made_are_refused(net: nn.Module, nets: SimpleNamespace) -> None:
+    top1, goal = foldcut.Top1(torch.zeros(8, dtype=torch.long)), foldcut.MaxLoss(1.0)
+    made = SyntheticSet.from_leaves([nets.images(8)], {"how": "by hand"})
+    for samples in (None, foldcut.SynthesisSettings(count=8, input_shape=(3, 8, 8)), made):
+        with pytest.raises(foldcut.CalibrationError, match="made from the network alone"):
+            foldcut.compile(net, samples, goal=goal, evaluate=top1, progress=False, cache=False)
+    with pytest.raises(foldcut.CalibrationError, match="made from the network alone"):
+        foldcut.sweep(net, None, goals=[goal], evaluate=top1, progress=False, cache=False)
