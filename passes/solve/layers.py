@@ -123,8 +123,10 @@ def _as_image(value: torch.Tensor) -> torch.Tensor:
 
 
 def layer_names(program: Program, layer: Layer) -> tuple[str, ...]:
-    """What a layer may be called in an `ignore` pattern: its node, its module path, its weight."""
-    return layer.node, program.path(program.nodes[layer.node]), layer.weight
+    """What a layer may be called in an `ignore` pattern: its node, its module path, its weight. Paths of files begin
+    with a slash, which nobody writes."""
+    path = program.path(program.nodes[layer.node])
+    return tuple(dict.fromkeys((layer.node, path, path.removeprefix("/"), layer.weight)))
 
 
 def all_layer_names(program: Program) -> list[str]:

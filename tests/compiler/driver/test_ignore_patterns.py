@@ -66,3 +66,15 @@ def test_blocks_with_such_a_layer_are_not_dropped(
     for name in names:
         weight = str(after.nodes[name].args[1].target)  # type: ignore[union-attr]
         assert after.tensor(weight).shape == before.tensor(weight).shape
+
+
+def test_names_of_a_file_are_those_that_inspect_shows(nets: SimpleNamespace, tmp_path: Any) -> None:
+    """Exporters begin the paths of nodes with a slash, which `foldcut inspect` leaves out."""
+    import torch
+
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(nets.ResNet(3, 8).eval(), (nets.images(2),), path, dynamo=False, input_names=["x"])
+    program = foldcut.capture(str(path), nets.images(2))
+    with_slash = matching_layers(program, ["/blocks/blocks.1/*"])
+    assert len(with_slash) == 2
+    assert matching_layers(program, ["blocks/blocks.1/*"]) == with_slash
