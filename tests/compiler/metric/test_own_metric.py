@@ -323,5 +323,6 @@ def test_the_report_says_what_it_found(net: nn.Module, nets: SimpleNamespace, la
     row = next(row for row in made.report.rows() if row[0] == "top-1 (%)")
     assert row[1] == "100.0" and "on 24 samples; 2 calls" in row[3]
     assert "top-1 (%)" in report_page(report) and row[3] in report_page(report)
+    assert "24, by which nothing was chosen but what the metric chose" in report_page(report)
     del report["metric"]  # of an earlier version
-    assert "top-1" not in report_page(report)
+    assert "top-1" not in report_page(report) and "24, by which nothing was chosen<" in report_page(report)
