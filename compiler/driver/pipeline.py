@@ -23,6 +23,7 @@ from ..ir.compare import ROUNDED_TOLERANCE, compare, relative_error
 from ..ir.cost import program_cost
 from ..ir.program import Program
 from ..ir.segments import is_dequantized
+from ..metric.metric import Metric
 from ..plan.decision import Decision
 from ..plan.goal import Delivered, Goal
 from ..plan.plan import Plan
@@ -129,7 +130,7 @@ def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe,
             )
         return replace(outcome, met=goal.reached(outcome.measurement, counted), goal_share=goal.share)
 
-    found = _aimed(goal, made, latency)
+    found = _aimed(goal, made, latency, ctx.metric)
     if ctx.time.ran_out:
         warnings.warn(f"the search for a better plan ended after {ctx.time.seconds:g} s, as asked for", stacklevel=3)
     if ctx.metric is not None:
@@ -180,7 +181,9 @@ def tested(outcome: Outcome, goal: Goal, test: CalibrationSet) -> Outcome:
     return replace(outcome, tested=found, errors_by_output=by_output, met=met)
 
 
-def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) -> Outcome:
+def _aimed(
+    goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency, metric: Metric | None = None
+) -> Outcome:
     """The network for a goal. Where the finished network misses a latency that its plan was measured to reach, plan
     again for as much less, `MOST_AIMS` times in all; where it is far faster than its plan, once for as much more. Of
     those that reach the goal the one of least error on the judging samples stands, or a better one by the user's
@@ -213,7 +216,6 @@ def _aimed(goal: Goal, made: Callable[[Goal], Outcome], latency: StoredLatency) 
     reached = [outcome for _, outcome in outcomes if outcome.met]
     if reached:
         reached.sort(key=lambda outcome: list(outcome.output_errors.values())[-1])
-        metric = reached[0].ctx.metric
         best = reached[metric.best([outcome.program for outcome in reached]) if metric is not None else 0]
     else:
         _, best = min(outcomes, key=lambda outcome: outcome[0])

@@ -45,6 +45,6 @@ def metric_of(
         return None
     check_labelled(evaluate, said_of(samples) is not None)
     if isinstance(evaluate, Top1):
-        return Metric(evaluate.name, evaluate.bound(program, samples, test), program, clock)
+        return Metric(evaluate.name, evaluate.bound(program, samples, test), program, clock, on_test=True)
     user = evaluate
     return Metric(metric_name(user), lambda network: user(module_of(network)), program, clock)

@@ -25,11 +25,20 @@ class Metric:
     """Reads what is computed from a network, once for each.
 
     What goes wrong ends nothing: a metric that raises, or gives no finite number, is told of in a warning, and
-    `read` is None. `finalists` are the networks that it was asked about in a search, as a report shows them.
+    `read` is None. `on_test` says that it looks at the samples that test. `finalists` are the networks that it was
+    asked about in a search, as a report shows them.
     """
 
-    def __init__(self, name: str, measure: Callable[[Program], Any], original: Program, clock: StageClock) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        measure: Callable[[Program], Any],
+        original: Program,
+        clock: StageClock,
+        *,
+        on_test: bool = False,
+    ) -> None:
+        self.name, self.on_test = name, on_test
         self.calls, self.seconds = 0, 0.0
         self.told: list[str] = []
         self.finalists: list[dict[str, Any]] = []
@@ -74,6 +83,7 @@ class Metric:
             "before": None if before is None else before.value,
             "after": None if after is None else after.value,
             **loss_entries(loss),
+            "on_test": self.on_test,
             "calls": self.calls,
             "seconds": round(self.seconds, 3),
             "told": list(self.told),

@@ -262,14 +262,14 @@ def _legend(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*((kind["mark"], kind["many"]) for kind in report.get("kinds", {}).values()), ("mix", "a mix")]
 
 
-def _divided(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the samples were used for."""
+def _divided(calibration: Mapping[str, Any], labelled: bool) -> list[tuple[str, str]]:
+    """What the samples were used for; of `labelled` ones those that test are what the metric was read on."""
     if "test" not in calibration:
         return [("held out", percent(calibration["held_out"]) + " of them, at most 64, at least one")]
     rows = [
         ("to fit", f"{calibration['fit']} with views"),
         ("to judge", f"{calibration['judge']}, by which plans and stages were compared"),
-        ("to test", f"{calibration['test']}, by which nothing was chosen"),
+        ("to test", f"{calibration['test']}, by which nothing was chosen{' but what the metric chose' * labelled}"),
     ]
     if calibration.get("ignored"):
         rows.append(("left out", "fields that are no inputs: " + ", ".join(calibration["ignored"])))
@@ -306,7 +306,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     ]
     data = [
         ("samples", str(calibration["samples"]) + (", made without data" if calibration.get("synthetic") else "")),
-        *_divided(calibration),
+        *_divided(calibration, bool(report.get("metric", {}).get("on_test"))),
         *_distance(calibration),
         ("fingerprint", str(calibration["fingerprint"])),
         ("seed", str(report["seed"])),

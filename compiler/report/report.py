@@ -71,8 +71,8 @@ class Report(Mapping[str, Any]):
         memory: ``peak_bytes``, the most that the process ever had in memory at once, also before the compile; and
             ``limit_bytes``, what it was allowed, None without a limit.
         metric: The metric passed as ``evaluate``: its ``name``, the value ``before`` and ``after``, the ``loss``, the
-            ``most`` that is at 95 %, on how many ``samples``; how many ``calls`` and ``seconds`` it took; the
-            ``finalists`` of the search; and what went wrong (``told``). Empty without one.
+            ``most`` that is at 95 %, on how many ``samples``, and whether those test (``on_test``); how many ``calls``
+            and ``seconds`` it took; the ``finalists`` of the search; and what went wrong (``told``). Empty without one.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
