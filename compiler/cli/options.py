@@ -132,7 +132,7 @@ class RunOptions(SolveOptions):
         super().check()
         check_writable(self.output)
         check_named(self.model, self.weights)
-        check_optional(self.calib, vars(self))
+        check_optional(None if says_none(self.calib) else self.calib, vars(self))
 
     def _begun(self, goal: str) -> str:
         """The first words, with the goal as it is said there."""

@@ -216,10 +216,7 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
-    if is_asked_for(calibration):
-        samples: CalibrationSet = synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
-    else:
-        samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))  # a generator is read once
+    samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
@@ -249,6 +246,15 @@ def sweep(
     if len(refused) == len(points):
         raise refused[0]
     return Sweep(points=tuple(points))
+
+
+def _read(
+    model: Model, calibration: CalibrationData, *, seed: int, progress: bool | Progress, cache: bool | str | Path
+) -> CalibrationSet:
+    """The samples of all goals, made where there are none; a generator is read once."""
+    if is_asked_for(calibration):
+        return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
+    return CalibrationSet.of(calibration, inputs=needed_inputs(model))
 
 
 def _folder_name(goal: Goal) -> str:
