@@ -285,9 +285,44 @@ def test_a_network_without_gradient_keeps_what_it_begins_with() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x.to(torch.int32).float())
 
-    with pytest.warns(UserWarning, match=worded("weak here: the network has no gradient")):
+    with pytest.warns(UserWarning, match=worded("weak here: they could not be changed by its gradient")):
         found = made(Rounded().eval())
     assert found.leaves[0].shape == (12, 3, 12, 12)
+
+
+def test_values_that_overflow_end_the_descent_and_not_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = made(program(), replace(SETTINGS, iterations=0))
+    honest, steps = Descent._loss, []
+
+    def overflowing(self: Descent, **options: Any) -> tuple[float, torch.Tensor]:
+        distance, loss = honest(self, **options)
+        steps.append(1)
+        return distance, loss * torch.inf if torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(Descent, "_loss", overflowing)
+    found = made(program())
+    assert steps and "values overflow" in found.made["weak"]
+    assert torch.equal(found.leaves[0], begun.leaves[0])
+
+
+def test_inside_no_grad_samples_are_made_all_the_same() -> None:
+    with torch.no_grad():
+        assert torch.equal(made(program()).leaves[0], made(program()).leaves[0])
+        assert made(program()).made["weak"] is None
+
+
+def test_a_fixed_batch_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.view(2, 6))
+
+    with pytest.raises(foldcut.CalibrationError, match="fixes the batch size"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made(Fixed().eval(), foldcut.SynthesisSettings(count=4, input_shape=(6,)))
 
 
 @pytest.mark.parametrize(
