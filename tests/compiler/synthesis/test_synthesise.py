@@ -388,6 +388,8 @@ def test_none_in_the_place_of_samples_is_enough(counting_backend: Any) -> None:
     with pytest.warns(UserWarning, match=worded("no data were given: 500 calibration", "measure the result on real")):
         out = foldcut.compile(given, None, goal=foldcut.Channels(0.5), backend=counting_backend, **QUICK)
     assert out.report.calibration["synthetic"]["picture"] is None
+    solved = foldcut.apply(given, out.plan, calibration=foldcut.SynthesisSettings(count=60), **QUICK)
+    assert solved.tested is not None and solved.tested.samples == 6
     again = foldcut.sweep(given, None, goals=[foldcut.Channels(0.5)], backend=counting_backend, **QUICK)
     assert again.points[0].compiled is not None
     assert again.points[0].compiled.report.calibration["fingerprint"] == out.report.calibration["fingerprint"]
