@@ -13,7 +13,7 @@ import foldcut
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.data.synthetic import SyntheticSet, as_npz, marked
+from foldcut.compiler.data.synthetic import SyntheticSet, as_npz
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.compiler.ir.program import Program
@@ -416,12 +416,13 @@ def test_samples_that_were_made_before_are_known_as_such(counting_backend: Any, 
     found = made(program())
     path = tmp_path / "made.npz"
     path.write_bytes(as_npz(found, ["x"]))
-    read = marked(foldcut.read_calibration(path), path)
+    read = foldcut.read_calibration(path)
+    assert isinstance(read, SyntheticSet)
     assert torch.equal(read.leaves[0], found.leaves[0])
     out = foldcut.compile(trained(), read, goal=foldcut.Channels(0.5), backend=counting_backend, **QUICK)
     assert out.report.calibration["synthetic"]["how"] == found.made["how"]
     np.savez(path, x=found.leaves[0].numpy())
-    assert not isinstance(marked(foldcut.read_calibration(path), path), SyntheticSet)
+    assert not isinstance(foldcut.read_calibration(path), SyntheticSet)
 
 
 def test_only_a_picture_is_shown_as_one(compiled: foldcut.Compiled) -> None:
