@@ -212,7 +212,12 @@ class _Making:
         self.leaves = [tensors[f"finished {i}"] for i in range(len(self._aim.kinds))] if self._distances else []
         spent_s = data["spent_s"]
         for number in range(len(self._distances), len(self._sizes)):
+            drawing = time.perf_counter()
             start = in_range(self._aim, self._drawn(number, self._sizes[number]), found)
+            if not self._aim.has_gradient:
+                left = len(self._sizes) - number - 1
+                self._foresee((time.perf_counter() - drawing) * left)
+                self._watched.show(STAGE, number + 1, len(self._sizes))
             descent = Descent(self._aim, start, self._seed(number))
             before = None
             if "done" in data and number == len(data["distances"]):

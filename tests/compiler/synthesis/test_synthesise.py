@@ -185,6 +185,12 @@ def test_how_long_it_takes_is_said_once_a_step_was_timed() -> None:
     assert sum(line.startswith("about") and "for synthesise" in line for line in lines) == 1
 
 
+def test_where_nothing_is_changed_progress_goes_by_what_is_drawn() -> None:
+    seen: list[tuple[str, int, int]] = []
+    made(program(), replace(SETTINGS, iterations=0), progress=lambda *far: seen.append(far))
+    assert seen == [("synthesise", 1, 2), ("synthesise", 2, 2)]
+
+
 @pytest.mark.parametrize(
     ("mean", "deviation", "name"),
     [(0.0, 1.0, "mean 0, deviation 1"), (0.45, 0.25, "0 to 1"), (115.0, 64.0, "0 to 255")],
