@@ -105,7 +105,17 @@ def is_asked_for(calibration: object) -> bool:
 def captured(network: Model, settings: SynthesisSettings | None) -> Program:
     """The network as a program, its inputs as they are said to be, or as it says itself. Raises CaptureError, and
     CalibrationError where nothing says it."""
-    return fold_parameters(capture(network, _example(network, settings or SynthesisSettings())))
+    settings = settings or SynthesisSettings()
+    program = fold_parameters(capture(network, _example(network, settings)))
+    first = next((node for node in program.graph.nodes if node.op == "placeholder"), None)
+    if settings.input_shape is not None and first is not None and program.shape(first)[1:] != settings.input_shape:
+        raise CalibrationError(
+            "input_shape (--input-shape) is not the shape that the network was exported with",
+            expected=program.shape(first)[1:],
+            actual=settings.input_shape,
+            hint="leave it out: the network says it itself",
+        )
+    return program
 
 
 def _example(network: Model, settings: SynthesisSettings) -> Batch | None:

@@ -341,8 +341,13 @@ def test_a_fixed_batch_is_refused() -> None:
             ("the network takes 2", "ExportedProgram"),
         ),
         (trained, {"count": 3}, ("is no SynthesisSettings",)),
+        (
+            lambda: exported(nn.Linear(6, 3), torch.zeros(2, 6)),
+            foldcut.SynthesisSettings(input_shape=(7,)),
+            ("is not the shape that the network was exported with", "(6,)", "(7,)", "leave it out"),
+        ),
     ],
-    ids=["no shape", "two inputs", "no settings"],
+    ids=["no shape", "two inputs", "no settings", "another shape"],
 )
 def test_what_cannot_be_made_says_what_to_pass(make: Callable[[], nn.Module], settings: Any, texts: tuple[str]) -> None:
     with pytest.raises(foldcut.CalibrationError, match=f"(?s){worded(*texts)}"):
