@@ -141,7 +141,7 @@ class RunOptions(SolveOptions):
         super().check()
         check_writable(self.output)
         check_named(self.model, self.weights)
-        check_optional(self.calib, vars(self))
+        check_optional(None if says_none(self.calib) else self.calib, vars(self))
         if self.reference is not None:
             check_readable(self.reference)
         check_metric_named(self.evaluate, self.labels, self.limit)

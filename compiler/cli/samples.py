@@ -10,7 +10,6 @@ from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
 from ..data.sample_files import read_arrays
 from ..data.sample_paths import check_optional, says_none
-from ..data.synthetic import marked
 from ..driver.pipeline_settings import PipelineSettings
 from ..frontend.capture import Model
 from ..frontend.model_source import load_evaluate, load_model
@@ -55,7 +54,7 @@ def read_samples(
             actual=list(samples.leaves[0].shape[1:]),
             hint="leave it out, or resize the samples",
         )
-    return marked(samples, path)
+    return samples
 
 
 def read_or_none(options: RunOptions) -> CalibrationSet | SynthesisSettings:

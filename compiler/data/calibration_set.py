@@ -67,8 +67,7 @@ class CalibrationSet:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Iterate over all samples in order, `size` at a time. The last batch may be smaller."""
-        for start in range(0, len(self), size):
-            yield self.batch(slice(start, start + size))
+        yield from (self.batch(slice(start, start + size)) for start in range(0, len(self), size))
 
     def with_views(self, views: Sequence[View]) -> CalibrationSet:
         """The samples, followed by each of the `views` of them."""
@@ -94,8 +93,7 @@ class CalibrationSet:
 
     def drawn(self, count: int, seed: int) -> CalibrationSet:
         """A random choice of `count` samples with their views, in the present order. It depends on `seed` and on the
-        contents, not on the order. All samples if there are no more.
-        """
+        contents, not on the order. All samples if there are no more."""
         sources = torch.arange(len(self), device="cpu") if self.sources is None else self.sources
         firsts: dict[int, int] = {}
         for position, source in enumerate(sources.tolist()):
@@ -357,13 +355,15 @@ def read_calibration(
         ...     len(foldcut.read_calibration(pathlib.Path(folder) / "inputs.pt", limit=12))
         12
     """
+    from .synthetic import marked
+
     path = Path(path)
     check_readable(path)
     check_options(path, key, size, {"mean": mean, "std": std}, limit)
     if path.is_dir():
         shift, scale = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
         return CalibrationSet.of(read_images(path, size, shift, scale, limit, seed))
-    return CalibrationSet.of(read_arrays(path, key), limit=limit, seed=seed)
+    return marked(CalibrationSet.of(read_arrays(path, key), limit=limit, seed=seed), path)
 
 
 def _check_supported(spec: TensorSpec) -> None:

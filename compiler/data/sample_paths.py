@@ -33,9 +33,9 @@ def check_readable(path: Path) -> None:
 
 
 def check_optional(path: Path | None, options: Mapping[str, Any]) -> None:
-    """`check_readable` where samples need not be given, or none are there. Raises CalibrationError too where none are,
-    and yet `options` say something about how they are read."""
-    if path is not None and not says_none(path):
+    """`check_readable` where samples need not be given. Raises CalibrationError too where none are, and yet `options`
+    say something about how they are read."""
+    if path is not None:
         check_readable(path)
         return
     named = " and ".join(f"--{name}" for name in ("key", "size", "mean", "std") if options[name] is not None)

@@ -25,9 +25,14 @@ class SyntheticSet(CalibrationSet):
     """A `CalibrationSet` that no data went into. What a compile makes of it says so in its report.
 
     Arguments:
+        leaves: As in `CalibrationSet`.
+        spec: As in `CalibrationSet`.
+        sources: As in `CalibrationSet`.
+        ignored: As in `CalibrationSet`.
+        bound: As in `CalibrationSet`.
         made: How the samples were made, as plain data: ``how`` in words, ``count``, ``norms`` (batch norms whose
-            statistics they match), ``distance`` (from those statistics, before and after), ``seconds``, ``weak`` (why
-            they say little, or None).
+            statistics they match), ``distance`` (from those statistics, before and after), ``range`` of images,
+            ``seconds`` of CPU time, ``weak`` (why they say little, or None), and the names of the ``inputs``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()

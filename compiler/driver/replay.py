@@ -31,6 +31,8 @@ from ..support.errors import PlanError
 from ..support.memory import memory_within
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, opened_progress
+from ..synthesis.settings import SynthesisSettings
+from ..synthesis.synthesise import synthesise
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
 from .builtin import Plan, built_in, check_rewrites
 from .pipeline import mimicking
@@ -65,7 +67,8 @@ def apply(
         model: The original network, in any form that `compile` takes.
         plan: A `Plan`, or the path of a ``plan.json``.
         weights: A network with the shapes of the result, such as the ``model.pt2`` saved with the plan.
-        calibration: Samples to re-solve with, in any form that `compile` takes.
+        calibration: Samples to re-solve with, in any form that `compile` takes but None; a `SynthesisSettings` makes
+            them.
         example: One batch of inputs, to capture a module without calibration samples.
         rewrites: `Rewrite` instances for decisions that are not built in.
         mimic: As in `compile`. Only used without `weights`.
@@ -114,6 +117,8 @@ def apply(
         clock = StageClock(show)
         with clock.stage("capture"):
             network = opened(model)
+            if isinstance(calibration, SynthesisSettings):
+                calibration = synthesise(network, calibration, seed=seed, progress=show, cache=cache)
             samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
             inputs = example if samples is None else samples.batch(slice(0, 2))
             teacher = fold_parameters(capture(network, inputs))

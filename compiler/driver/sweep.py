@@ -220,8 +220,7 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
-    how: dict[str, Any] = {"seed": seed, "progress": progress, "cache": cache}
-    samples = synthesise(model, calibration, **how) if is_asked_for(calibration) else _read_once(model, calibration)
+    samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
@@ -254,8 +253,12 @@ def sweep(
     return Sweep(points=tuple(points))
 
 
-def _read_once(model: Model, calibration: CalibrationData) -> CalibrationSet:
-    """The samples, for all goals: a generator is gone through once."""
+def _read(
+    model: Model, calibration: CalibrationData, *, seed: int, progress: bool | Progress, cache: bool | str | Path
+) -> CalibrationSet:
+    """The samples of all goals, made where there are none; a generator is read once."""
+    if is_asked_for(calibration):
+        return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
     return CalibrationSet.of(calibration, inputs=needed_inputs(model))
 
 

@@ -76,21 +76,26 @@ class Descent:
         self._asked = self._classes()
 
     def step(self) -> float:
-        """One step; returns how far the statistics were before it."""
-        for place in self._moved:
-            self.leaves[place].requires_grad_(True)
-        distance, loss = self._loss()
-        moved = [self.leaves[place] for place in self._moved]
-        gradients = torch.autograd.grad(loss, moved, allow_unused=True)
+        """One step; returns how far the statistics were before it. Raises RuntimeError where an operator has no
+        gradient, or where values overflow: the samples are then as they were."""
+        before = list(self.leaves)
+        try:
+            with torch.enable_grad():
+                for place in self._moved:
+                    self.leaves[place] = self.leaves[place].detach().requires_grad_(True)
+                moved = [self.leaves[place] for place in self._moved]
+                distance, loss = self._loss()
+                gradients = torch.autograd.grad(loss, moved, allow_unused=True)
+        finally:
+            self.leaves = before
+        if not math.isfinite(float(loss.detach())):
+            raise RuntimeError("values overflow")
         self.done += 1
         settings = self._aim.settings
         rate = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / settings.iterations))
-        with torch.no_grad():
-            for place, leaf in zip(self._moved, moved, strict=True):
-                self.leaves[place] = leaf.detach()
-            for number, gradient in enumerate(gradients):
-                if gradient is not None:
-                    self._move(number, gradient, rate)
+        for number, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._move(number, gradient, rate)
         return distance
 
     def state(self) -> dict[str, torch.Tensor]:

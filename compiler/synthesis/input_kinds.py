@@ -47,7 +47,7 @@ class InputKind:
         if self.kind is Kind.INDICES:
             return torch.randint(self.rows, (count, *self.sizes), generator=generator).to(self.dtype)
         if self.kind is Kind.NUMBERS:
-            return torch.randn(count, *self.sizes, generator=generator).to(self.dtype)
+            return torch.randn(count, *self.sizes, generator=generator, dtype=torch.float32).to(self.dtype)
         channels, height, width = self.sizes if not self.channels_last else (self.sizes[2], *self.sizes[:2])
         images = dead_leaves(count, ImageForm(channels, height, width), generator)
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).contiguous().to(self.dtype)

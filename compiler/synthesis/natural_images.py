@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 #: How much red, green and blue vary along brightness, yellow to blue and green to magenta.
-_COLOUR_AXES = torch.tensor([[0.58, 0.58, 0.58], [0.71, 0.0, -0.71], [0.41, -0.82, 0.41]])
-_COLOUR_SCALES = torch.tensor([1.0, 0.30, 0.16])
+_COLOUR_AXES = ((0.58, 0.58, 0.58), (0.71, 0.0, -0.71), (0.41, -0.82, 0.41))
+_COLOUR_SCALES = (1.0, 0.30, 0.16)
 #: Sizes of leaves, as shares of the image's side, and the power by which small ones are more frequent.
 _SMALLEST, _LARGEST, _POWER = 0.04, 0.7, 2.2
 #: Leaves of one image; what they leave is the ground, a slow ramp.
@@ -43,12 +43,12 @@ def dead_leaves(count: int, form: ImageForm, generator: torch.Generator) -> torc
 def _image(form: ImageForm, generator: torch.Generator) -> torch.Tensor:
     """One image, leaves from the lowest to the highest."""
     side = min(form.height, form.width)
-    rows = torch.arange(form.height).view(-1, 1) / side
-    columns = torch.arange(form.width).view(1, -1) / side
+    rows = torch.arange(form.height, dtype=torch.float32).view(-1, 1) / side
+    columns = torch.arange(form.width, dtype=torch.float32).view(1, -1) / side
     contrast = float(torch.empty(()).uniform_(0.5, 1.3, generator=generator))
     light = _colours(1, form.channels, generator)[0] * 0.7
     noise = _spectral_noise(form, generator)
-    draws = torch.rand(_LEAVES, 9, generator=generator)
+    draws = torch.rand(_LEAVES, 9, generator=generator, dtype=torch.float32)
     colours = _colours(_LEAVES + 1, form.channels, generator)
     image = light.view(-1, 1, 1) + contrast * (_ramp(draws[0], rows, columns) + colours[-1].view(-1, 1, 1))
     image = image + contrast * _TEXTURE * noise
@@ -89,17 +89,18 @@ def _ramp(draw: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torc
 def _colours(count: int, channels: int, generator: torch.Generator) -> torch.Tensor:
     """Random colours: three channels as light has them, any other number with one part that all share."""
     if channels == 3:
-        return torch.randn(count, 3, generator=generator) * _COLOUR_SCALES @ _COLOUR_AXES
-    shared = torch.randn(count, 1, generator=generator)
-    return 0.9 * shared + 0.45 * torch.randn(count, channels, generator=generator)
+        scales, axes = (torch.tensor(values, dtype=torch.float32) for values in (_COLOUR_SCALES, _COLOUR_AXES))
+        return torch.randn(count, 3, generator=generator, dtype=torch.float32) * scales @ axes
+    shared = torch.randn(count, 1, generator=generator, dtype=torch.float32)
+    return 0.9 * shared + 0.45 * torch.randn(count, channels, generator=generator, dtype=torch.float32)
 
 
 def _spectral_noise(form: ImageForm, generator: torch.Generator) -> torch.Tensor:
     """Noise whose amplitude falls as one over the frequency, with the colours of images; about standard deviation 1."""
     white = _colours(form.height * form.width, form.channels, generator)
     white = white.T.reshape(form.channels, form.height, form.width)
-    rows = torch.fft.fftfreq(form.height).view(-1, 1)
-    columns = torch.fft.rfftfreq(form.width).view(1, -1)
+    rows = torch.fft.fftfreq(form.height, dtype=torch.float32).view(-1, 1)
+    columns = torch.fft.rfftfreq(form.width, dtype=torch.float32).view(1, -1)
     falling = 1 / (rows.square() + columns.square()).sqrt().clamp_min(1 / max(form.height, form.width))
     noise = torch.fft.irfft2(torch.fft.rfft2(white) * falling, s=(form.height, form.width))
     return noise / noise.std().clamp_min(1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,17 @@ def is_asked_for(calibration: object) -> bool:
 def captured(network: Model, settings: SynthesisSettings | None) -> Program:
     """The network as a program, its inputs as they are said to be, or as it says itself. Raises CaptureError, and
     CalibrationError where nothing says it."""
-    return fold_parameters(capture(network, _example(network, settings or SynthesisSettings())))
+    settings = settings or SynthesisSettings()
+    program = fold_parameters(capture(network, _example(network, settings)))
+    first = next((node for node in program.graph.nodes if node.op == "placeholder"), None)
+    if settings.input_shape is not None and first is not None and program.shape(first)[1:] != settings.input_shape:
+        raise CalibrationError(
+            "input_shape (--input-shape) is not the shape that the network was exported with",
+            expected=program.shape(first)[1:],
+            actual=settings.input_shape,
+            hint="leave it out: the network says it itself",
+        )
+    return program
 
 
 def _example(network: Model, settings: SynthesisSettings) -> Batch | None:
@@ -152,6 +162,7 @@ def made_samples(program: Program, settings: SynthesisSettings | None, watched: 
     if settings.seed is None:
         settings = replace(settings, seed=watched.seed)
     kinds = input_kinds(program)
+    _check_inputs(program, kinds)
     targets = norm_targets(program) if any(kind.kind is not Kind.INDICES for kind in kinds) else ()
     aim = Aim(program=program, kinds=kinds, targets=targets, classes=class_output(program), settings=settings)
     store, inputs = AnalysisStore(watched.folder), [program, settings]
@@ -167,6 +178,13 @@ def made_samples(program: Program, settings: SynthesisSettings | None, watched: 
     for words in _warnings(made):
         warnings.warn(words, stacklevel=2)
     return SyntheticSet.from_leaves(kwargs or args, made)
+
+
+def _check_inputs(program: Program, kinds: Sequence[InputKind]) -> None:
+    """Raise CalibrationError for a network that no calibration set fits: a fixed batch, bfloat16."""
+    two = [kind.drawn(2, torch.Generator().manual_seed(0)) for kind in kinds]
+    args, kwargs = program.structure(two)
+    SyntheticSet.from_leaves(kwargs or args, {}).check(program)
 
 
 def _warnings(made: dict[str, Any]) -> Iterator[str]:
@@ -204,7 +222,12 @@ class _Making:
         self.leaves = [tensors[f"finished {i}"] for i in range(len(self._aim.kinds))] if self._distances else []
         spent_s = data["spent_s"]
         for number in range(len(self._distances), len(self._sizes)):
+            drawing = time.perf_counter()
             start = in_range(self._aim, self._drawn(number, self._sizes[number]), found)
+            if not self._aim.has_gradient:
+                left = len(self._sizes) - number - 1
+                self._foresee((time.perf_counter() - drawing) * left)
+                self._watched.show(STAGE, number + 1, len(self._sizes))
             descent = Descent(self._aim, start, self._seed(number))
             before = None
             if "done" in data and number == len(data["distances"]):
@@ -225,7 +248,7 @@ class _Making:
             began = time.perf_counter()
             try:
                 descent.step()
-            except RuntimeError as cause:  # an operator without a gradient, whichever
+            except RuntimeError as cause:  # an operator without a gradient, or values that overflow
                 self._failed = first_line(cause)
                 break
             done = number * steps + descent.done
@@ -261,7 +284,8 @@ class _Making:
         words = " and ".join(dict.fromkeys(parts))
         if aim.has_gradient and self._failed is None:
             words += f", changed in {aim.settings.iterations} steps"
-            words += f" to the statistics of {len(aim.targets)} batch norms" if aim.targets else " to differ in class"
+            norms = f"{len(aim.targets)} batch norm{'s' * (len(aim.targets) != 1)}"
+            words += f" to the statistics of {norms}" if aim.targets else " to differ in class"
         return words
 
     def _said(self, found: InputRange, seconds: float) -> dict[str, Any]:
@@ -281,7 +305,7 @@ class _Making:
 
     def _weak(self) -> str:
         if self._failed is not None:
-            why = f"the network has no gradient ({self._failed})"
+            why = f"they could not be changed by its gradient ({self._failed})"
         elif self._aim.targets:
             why = "no steps were asked for"
         else:

@@ -62,6 +62,14 @@ def test_what_will_be_done_is_said_before_anything_is_loaded(folder: Path) -> No
         "applying plan.json to net.pt2, solved again with x.npy; output in out/",
         "loading",
     ]
+    assert begun("compile", "net.onnx", "--calib", "none", "-o", "out", "--macs", "0.5")[1] == [
+        "compiling net.onnx to MACs ratio 0.5 with inputs made from the network alone, on onnxruntime; output in out/",
+        "loading",
+    ]
+    assert begun("synthesise", "net.onnx", "-n", "9")[1] == [
+        "making 9 inputs from net.onnx alone; output in synthetic.npz",
+        "loading",
+    ]
     assert begun("demo", "-o", "out")[1][0].startswith("training a small network on handwritten digits, then")
 
 
@@ -83,7 +91,7 @@ def test_nothing_is_said_where_nothing_is_to_be_said(folder: Path, quiet: str) -
             "capture: --weights goes with package.module:callable",
         ),
         (("compile", "a:b", *COMPILE[2:], "--blocks", "2", "--weights", "no.pt"), "capture: no such file: no.pt"),
-        (("compile", "net.onnx", "--calib", "none", "-o", "out", "--blocks", "2"), "calibrate: no such file or folder"),
+        (("compile", "net.onnx", "--calib", "gone", "-o", "out", "--blocks", "2"), "calibrate: no such file or folder"),
         ((*COMPILE[:-1], "x.npy", "--blocks", "2"), "output: x.npy is a file"),
         ((*COMPILE[:-1], "x.npy/out", "--blocks", "2"), "output: x.npy is a file, so x.npy/out cannot be made"),
         ((*COMPILE, "--blocks", "2", "--fresh", "--cache", "c"), "compile: --fresh keeps no analyses"),

@@ -18,7 +18,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compile", "--help"], ["sweep", "--help"], ["measure", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compile", "--help"], ["synthesise", "--help"], ["measure", "--help"]]
+)
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(arguments=arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import foldcut
 import numpy as np
 import pytest
 import torch
-from foldcut.compiler.data.synthetic import SyntheticSet, as_npz, marked
+from foldcut.compiler.data.synthetic import SyntheticSet, as_npz
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.compiler.ir.program import Program
@@ -185,6 +185,12 @@ def test_how_long_it_takes_is_said_once_a_step_was_timed() -> None:
     assert sum(line.startswith("about") and "for synthesise" in line for line in lines) == 1
 
 
+def test_where_nothing_is_changed_progress_goes_by_what_is_drawn() -> None:
+    seen: list[tuple[str, int, int]] = []
+    made(program(), replace(SETTINGS, iterations=0), progress=lambda *far: seen.append(far))
+    assert seen == [("synthesise", 1, 2), ("synthesise", 2, 2)]
+
+
 @pytest.mark.parametrize(
     ("mean", "deviation", "name"),
     [(0.0, 1.0, "mean 0, deviation 1"), (0.45, 0.25, "0 to 1"), (115.0, 64.0, "0 to 255")],
@@ -285,9 +291,44 @@ def test_a_network_without_gradient_keeps_what_it_begins_with() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x.to(torch.int32).float())
 
-    with pytest.warns(UserWarning, match=worded("weak here: the network has no gradient")):
+    with pytest.warns(UserWarning, match=worded("weak here: they could not be changed by its gradient")):
         found = made(Rounded().eval())
     assert found.leaves[0].shape == (12, 3, 12, 12)
+
+
+def test_values_that_overflow_end_the_descent_and_not_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = made(program(), replace(SETTINGS, iterations=0))
+    honest, steps = Descent._loss, []
+
+    def overflowing(self: Descent, **options: Any) -> tuple[float, torch.Tensor]:
+        distance, loss = honest(self, **options)
+        steps.append(1)
+        return distance, loss * torch.inf if torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(Descent, "_loss", overflowing)
+    found = made(program())
+    assert steps and "values overflow" in found.made["weak"]
+    assert torch.equal(found.leaves[0], begun.leaves[0])
+
+
+def test_inside_no_grad_samples_are_made_all_the_same() -> None:
+    with torch.no_grad():
+        assert torch.equal(made(program()).leaves[0], made(program()).leaves[0])
+        assert made(program()).made["weak"] is None
+
+
+def test_a_fixed_batch_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.view(2, 6))
+
+    with pytest.raises(foldcut.CalibrationError, match="fixes the batch size"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made(Fixed().eval(), foldcut.SynthesisSettings(count=4, input_shape=(6,)))
 
 
 @pytest.mark.parametrize(
@@ -300,8 +341,13 @@ def test_a_network_without_gradient_keeps_what_it_begins_with() -> None:
             ("the network takes 2", "ExportedProgram"),
         ),
         (trained, {"count": 3}, ("is no SynthesisSettings",)),
+        (
+            lambda: exported(nn.Linear(6, 3), torch.zeros(2, 6)),
+            foldcut.SynthesisSettings(input_shape=(7,)),
+            ("is not the shape that the network was exported with", "(6,)", "(7,)", "leave it out"),
+        ),
     ],
-    ids=["no shape", "two inputs", "no settings"],
+    ids=["no shape", "two inputs", "no settings", "another shape"],
 )
 def test_what_cannot_be_made_says_what_to_pass(make: Callable[[], nn.Module], settings: Any, texts: tuple[str]) -> None:
     with pytest.raises(foldcut.CalibrationError, match=f"(?s){worded(*texts)}"):
@@ -353,6 +399,8 @@ def test_none_in_the_place_of_samples_is_enough(counting_backend: Any) -> None:
     with pytest.warns(UserWarning, match=worded("no data were given: 500 calibration", "measure the result on real")):
         out = foldcut.compile(given, None, goal=foldcut.Channels(0.5), backend=counting_backend, **QUICK)
     assert out.report.calibration["synthetic"]["picture"] is None
+    solved = foldcut.apply(given, out.plan, calibration=foldcut.SynthesisSettings(count=60), **QUICK)
+    assert solved.tested is not None and solved.tested.samples == 6
     again = foldcut.sweep(given, None, goals=[foldcut.Channels(0.5)], backend=counting_backend, **QUICK)
     assert again.points[0].compiled is not None
     assert again.points[0].compiled.report.calibration["fingerprint"] == out.report.calibration["fingerprint"]
@@ -379,12 +427,13 @@ def test_samples_that_were_made_before_are_known_as_such(counting_backend: Any, 
     found = made(program())
     path = tmp_path / "made.npz"
     path.write_bytes(as_npz(found, ["x"]))
-    read = marked(foldcut.read_calibration(path), path)
+    read = foldcut.read_calibration(path)
+    assert isinstance(read, SyntheticSet)
     assert torch.equal(read.leaves[0], found.leaves[0])
     out = foldcut.compile(trained(), read, goal=foldcut.Channels(0.5), backend=counting_backend, **QUICK)
     assert out.report.calibration["synthetic"]["how"] == found.made["how"]
     np.savez(path, x=found.leaves[0].numpy())
-    assert not isinstance(marked(foldcut.read_calibration(path), path), SyntheticSet)
+    assert not isinstance(foldcut.read_calibration(path), SyntheticSet)
 
 
 def test_only_a_picture_is_shown_as_one(compiled: foldcut.Compiled) -> None:
