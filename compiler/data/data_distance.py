@@ -48,10 +48,15 @@ class Channels:
     mean: torch.Tensor
     deviation: torch.Tensor
 
+    @property
+    def at_least(self) -> torch.Tensor:
+        """The deviations; what varies less than `LEAST_SHARE` of what the median channel does counts as if it did
+        that."""
+        return self.deviation.clamp(min=LEAST_SHARE * float(self.deviation.median()))
+
     def distance_to(self, known: Channels) -> float:
-        """In standard deviations of the known ones; what varies less than `LEAST_SHARE` of the others does counts as if
-        it did that."""
-        deviation = known.deviation.clamp(min=LEAST_SHARE * float(known.deviation.median()))
+        """In standard deviations of the known ones, `at_least`."""
+        deviation = known.at_least
         deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
         squares = ((self.mean - known.mean) / deviation).square()
         squares = squares + ((self.deviation - known.deviation) / deviation).square()
@@ -110,7 +115,7 @@ def data_distance(
         reference: Samples of the data that the network was trained on or meets in use. Without, the statistics of batch
             norms stand for them.
     """
-    kept = _kept_by_norms(program)
+    kept = kept_by_norms(program)
     if reference is not None:
         names = list(kept) or _contracted(program)
         known, whose = channel_statistics(program, names, reference), "reference"
@@ -147,8 +152,9 @@ def _channels_first(value: torch.Tensor) -> torch.Tensor:
     return value.movedim(1 if value.dim() != 3 else -1, 0).flatten(1)
 
 
-def _kept_by_norms(program: Program) -> dict[str, Channels]:
-    """What the batch norms keep of their inputs, by the nodes that compute these."""
+def kept_by_norms(program: Program) -> dict[str, Channels]:
+    """What the batch norms in eval mode keep of their inputs, by the nodes that compute these, in topological order;
+    nothing of norms that were never trained."""
     found = {}
     for name, node in program.nodes.items():
         norm = batch_norm_of(program, node) if node.op == "call_function" else None

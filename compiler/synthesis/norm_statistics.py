@@ -8,42 +8,25 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ir.norms import batch_norm_of
+from ..data.data_distance import kept_by_norms
 from ..ir.program import Program
-
-#: A channel whose deviation is below this share of the layer's median counts as if it were that: what hardly varies
-#: says little, and dividing by it would say much.
-_LEAST_DEVIATION = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormTarget:
     """The input of a batch norm by its node, and what its channels should have on average: float32, (C,)."""
 
-    norm: str
     source: str
     mean: torch.Tensor
     deviation: torch.Tensor
 
 
 def norm_targets(program: Program) -> tuple[NormTarget, ...]:
-    """The statistics of all batch norms in eval mode, in topological order."""
-    found = []
-    for name, node in program.nodes.items():
-        norm = batch_norm_of(program, node) if node.op == "call_function" else None
-        if norm is None or norm.node != name:
-            continue
-        source = str(node.args[0])
-        deviation = norm.deviation.float()
-        found.append(
-            NormTarget(
-                norm=name,
-                source=source,
-                mean=norm.mean.float(),
-                deviation=deviation.clamp_min(_LEAST_DEVIATION * float(deviation.median())),
-            )
-        )
-    return tuple(found)
+    """The statistics of all batch norms that were trained, in topological order."""
+    return tuple(
+        NormTarget(source=source, mean=kept.mean.float(), deviation=kept.at_least.float())
+        for source, kept in kept_by_norms(program).items()
+    )
 
 
 def statistics_distance(targets: Sequence[NormTarget], values: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -98,9 +98,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:no data were given", "ignore:sam
 def test_the_distance_is_what_it_says() -> None:
     value = torch.randn(64, 2, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
     variance, mean = torch.var_mean(value, (0, 2, 3), correction=0)
-    exact = NormTarget(norm="n", source="x", mean=mean, deviation=variance.sqrt())
+    exact = NormTarget(source="x", mean=mean, deviation=variance.sqrt())
     assert float(statistics_distance([exact], {"x": value})) == pytest.approx(0, abs=1e-8)
-    other = NormTarget(norm="n", source="x", mean=mean + 2 * variance.sqrt(), deviation=variance.sqrt() / 3)
+    other = NormTarget(source="x", mean=mean + 2 * variance.sqrt(), deviation=variance.sqrt() / 3)
     # 2 deviations of a third of the size are 6; three times as wide is 2 more than it should be
     assert float(statistics_distance([other], {"x": value})) == pytest.approx(6**2 + 2**2, rel=1e-4)
 
