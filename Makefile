@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard compiler/*.py compiler/*/*.py compiler/report/report.* passes/*.py passes/*/*.py runtime/*/*.py)
+SOURCES := $(wildcard compiler/*.py compiler/*/*.py compiler/*/*/*.py compiler/report/report.* passes/*.py passes/*/*.py runtime/*/*.py)
 
 .PHONY: demo test lint types examples install clean
 
