@@ -39,7 +39,7 @@ def test_numbers_of_samples_have_a_mean(kind: Any) -> None:
         torch.tensor([0.5, float("nan")]),
         [[1.0], [2.0, 3.0]],
     ],
-    ids=str,
+    ids=lambda found: type(found).__name__,
 )
 def test_all_else_is_no_number(found: Any) -> None:
     with pytest.raises(NoNumberError, match="gave"):
