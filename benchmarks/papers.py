@@ -65,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("papers.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the run")
     parser.add_argument("--synthetic", type=Path, help=".npz of images for the network, as `foldcut synthesise` writes")
-    parser.add_argument("--digits", type=Path, help=".npz of `images` (n, h, w) and `labels`, instead of scikit-learn's")
+    parser.add_argument(
+        "--digits", type=Path, help=".npz of `images` (n, h, w) and `labels`, instead of scikit-learn's"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny rows: does it run?")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="foldcut alone")
     parser.add_argument("--epochs", type=int, help="of the networks that a run trains")

@@ -193,4 +193,3 @@ RUNS = (
         table=sources_table,
     ),
 )
-

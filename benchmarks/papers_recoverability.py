@@ -91,7 +91,9 @@ def scores_of(
             continue
         started = time.process_time()
         settings = RecoverabilitySettings(mode=mode, samples=min(64, len(images)), adaptors=adaptors)  # type: ignore[arg-type]
-        look = Recoverability(about.program, CalibrationSet.of(images), regions=blocks(about.program), settings=settings)
+        look = Recoverability(
+            about.program, CalibrationSet.of(images), regions=blocks(about.program), settings=settings
+        )
         scores[mode] = float(look((), [region])[region.name])
         seconds[mode] = round(time.process_time() - started, 1)
     return scores, seconds

@@ -21,7 +21,9 @@ def frame(left: float, top: float, size: float) -> str:
 
 def dot(x: float, y: float, colour: str, title: str) -> str:
     """A point that says what it is under the pointer."""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity="0.75"><title>{title}</title></circle>'
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity="0.75"><title>{title}</title></circle>'
+    )
 
 
 def document(width: float, height: float, parts: Iterable[str]) -> str:
