@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def listed() -> str:
     lines = [(run.name, run.what, run.shows, _time(run.hours)) for run in RUNS.values()]
-    return markdown(("name", "what", "in the paper", "CPU time, on one of two cores"), lines)
+    return markdown(("name", "what", "in the paper", "CPU time, one core"), lines)
 
 
 def _time(hours: float) -> str:

@@ -126,8 +126,8 @@ SHOWN = (
         paper="practise",
         what="MobileNetV2 on ImageNet",
         state=ANALOGUE,
-        why="the same network, other weights (batch norms folded), top-1 on 400 images instead of 50,000: a sampling error "
-        "of 2 points",
+        why="the same network, other weights (batch norms folded), top-1 on 400 images instead of 50,000: a sampling "
+        "error of 2 points",
         run="practise_mobilenetv2",
         ours=_by_size,
     ),
@@ -239,8 +239,8 @@ SHOWN = (
         paper="submodular",
         what="with fine-tuning on the little data, and on all of it",
         state=ANALOGUE,
-        why="mimicking from the same unlabelled images instead: [prune_channels.md](prune_channels.md), rows *then mimicking*; "
-        "fine-tuning on all data is GPU days",
+        why="mimicking from the same unlabelled images instead: [prune_channels.md](prune_channels.md), rows *then "
+        "mimicking*; fine-tuning on all data is GPU days",
     ),
     Shown(
         paper="submodular",
@@ -277,7 +277,7 @@ SHOWN = (
         paper="frank_wolfe",
         what="rescaling of the learning rate by the gradient, and others",
         state=ANALOGUE,
-        why="all rescalings are there (`FrankWolfe(rescale=...)`) and tested for what they compute; not compared at length",
+        why="all rescalings are there (`FrankWolfe(rescale=...)`) and tested for what they compute; not compared",
     ),
     Shown(
         paper="frank_wolfe",

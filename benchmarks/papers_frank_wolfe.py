@@ -1,5 +1,5 @@
-"""Compression-aware training by Frank-Wolfe (Zimmer et al., arXiv 2205.11921) beside its rivals: what is left after filter
-pruning and low rank without retraining, and what a step costs."""
+"""Compression-aware training by Frank-Wolfe (Zimmer et al., arXiv 2205.11921) beside its rivals: what is left after
+filter pruning and low rank without retraining, and what a step costs."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from cifar_data import Cifar
 from frank_wolfe_train import batches, train_step
@@ -92,8 +91,8 @@ def vgg_data(options: Options) -> Cifar:
 
 
 def train_vgg(network: nn.Module, data: Cifar, seed: int, options: Options) -> None:
-    """SGD 0.05 falling linearly to zero, momentum 0.9, weight decay 5e-4, batches of 128, crops and mirror images, forward
-    pass in bfloat16."""
+    """SGD 0.05 falling linearly to zero, momentum 0.9, weight decay 5e-4, batches of 128, crops and mirror images,
+    forward pass in bfloat16."""
     epochs = options.epochs or (1 if options.quick else VGG_EPOCHS)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * -(-len(data.calibration) // 128)

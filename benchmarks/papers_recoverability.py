@@ -131,8 +131,12 @@ def table(rows: Sequence[Row]) -> str:
         columns = ("score", f"rank correlation with the error left, {len(some)} blocks", "CPU s of all scores")
         parts.append(f"{network}, {some[0]['case']['images']} images:\n\n{markdown(columns, lines)}")
         blocks_ = [
-            [row["path"], *(f"{row['scores'][mode]:.4f}" for mode in _modes(some)), f"{row['left']:.4f}"]
-            + [f"{row['top1']:.2f} of {row['original']:.2f}"]
+            (
+                row["path"],
+                *(f"{row['scores'][mode]:.4f}" for mode in _modes(some)),
+                f"{row['left']:.4f}",
+                f"{row['top1']:.2f} of {row['original']:.2f}",
+            )
             for row in sorted(some, key=lambda row: row["left"])
         ]
         parts.append(markdown(("block", *_modes(some), "error left", "top-1"), blocks_))

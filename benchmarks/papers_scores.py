@@ -116,8 +116,8 @@ def largest_shares(ranked: Ranked) -> dict[str, torch.Tensor]:
 
 
 def objectives(ranked: Ranked) -> dict[str, Objective]:
-    """What greedy selection optimises for each group, on the original network: the layer's own output, with the ridge of
-    the solve."""
+    """What greedy selection optimises for each group, on the original network: the layer's own output, with the ridge
+    of the solve."""
     program, consumers = ranked.provenance.program, ranked.consumers()
     layers = {c.layer.node: c.layer for c in consumers.values()}
     samples = CalibrationSet.of(ranked.images)
@@ -144,8 +144,8 @@ def residuals(ranked: Ranked) -> dict[str, torch.Tensor]:
 
 
 def residual(objective: Objective) -> torch.Tensor:
-    """tr(W_u^T (G^-1)_uu^-1 W_u) of each unit u, G the Gram matrix with its ridge and W the whole layer's weights: how far
-    the least squares fit falls behind when the columns of u alone are taken away."""
+    """tr(W_u^T (G^-1)_uu^-1 W_u) of each unit u, G the Gram matrix with its ridge and W the whole layer's weights: how
+    far the least squares fit falls behind when the columns of u alone are taken away."""
     columns = torch.cat([objective.always, objective.units[objective.units >= 0]])
     place = torch.full((objective.gram.shape[1] + 1,), -1, dtype=torch.long)
     place[columns] = torch.arange(len(columns))

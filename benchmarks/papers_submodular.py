@@ -227,8 +227,8 @@ def _single_losses(network: str, seed: int, options: Options) -> dict[str, dict[
 def equal_loss(
     losses: Mapping[str, Mapping[float, float]], sizes: Mapping[str, int], model: Any, target: float
 ) -> dict[str, int]:
-    """The counts of the least loss that every layer alone stays within and that brings the cost down to the target: each
-    layer keeps the smallest share that loses no more."""
+    """The counts of the least loss that every layer alone stays within and that brings the cost down to the target:
+    each layer keeps the smallest share that loses no more."""
     counts = dict(sizes)
     for most in sorted({loss for by_share in losses.values() for loss in by_share.values()}):
         for name, by_share in losses.items():
@@ -318,11 +318,10 @@ def guarantee_table(rows: Sequence[Row]) -> str:
         for line in row["layers"]:
             best = line["best"]
             reached = line["greedy"] / line["all"] if best is None else line["greedy"] / best
-            lines.append(
-                [row["case"]["network"], line["layer"], f"{line['kept']} of {line['units']}", f"{line['gamma']:.1e}"]
-                + [f"{line['guarantee']:.1e}", f"{1 - line['greedy']:.4f}"]
-                + [f"{reached:.4f}{' of the best' if best is not None else ' of all channels together'}"]
-            )
+            of = "of all channels together" if best is None else "of the best"
+            shares = (f"{line['gamma']:.1e}", f"{line['guarantee']:.1e}", f"{1 - line['greedy']:.4f}")
+            kept = f"{line['kept']} of {line['units']}"
+            lines.append([row["case"]["network"], line["layer"], kept, *shares, f"{reached:.4f} {of}"])
     columns = ("network", "layer", "kept", "gamma, at least", "guaranteed share", "error", "greedy reaches")
     return f"{_in_short(rows)}\n\n{markdown(columns, lines)}"
 
@@ -341,7 +340,7 @@ def _run(network: str, what: str, hours: float) -> PaperRun:
     return PaperRun(
         name=f"submodular_{network}",
         what=f"{what}: 0.05 to 0.75 of the channels, all methods, with and without the solve, 5 seeds",
-        shows=f"the figure of accuracy against compression, without fine-tuning, with and without reweighting: {network}",
+        shows=f"accuracy against compression, no fine-tuning, with and without reweighting: {network}",
         hours=hours,
         cases=cases_of(network),
         make=pruned_row,
@@ -364,7 +363,7 @@ RUNS = (
     ),
     PaperRun(
         name="submodular_guarantee",
-        what="greedy selection's error in every layer beside 1 - exp(-gamma), and beside the best subset where it is known",
+        what="greedy selection in every layer beside 1 - exp(-gamma), and beside the best subset where that is known",
         shows="the approximation guarantee (proposition 3.3), which the paper proves and does not measure",
         hours=0.5,
         cases=guarantee_cases,
