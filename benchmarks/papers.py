@@ -3,6 +3,7 @@
     python benchmarks/papers.py --list
     python benchmarks/papers.py --run practise_resnet56 [--seeds 0 1 2] --data ../shared/data --models ../shared/models
         [--output papers.jsonl] [--quick] [--no-peers] [--synthetic images.npz] [--digits digits.npz] [--epochs N]
+        [--where network=lenet images=50 ...]
     python benchmarks/papers.py --table [--plot docs/papers_recoverability.svg] [--output papers.jsonl]
 
 A run makes its rows one by one, seed by seed, and appends each to the output as it is made. A row that is there is not
@@ -49,6 +50,7 @@ def main() -> None:
     options = Options(
         **{name: getattr(arguments, name) for name in names},
         seeds=None if arguments.seeds is None else tuple(arguments.seeds),
+        where=tuple(arguments.where),
     )
     failed = sum(make_rows(RUNS[name], options) for name in arguments.run)
     sys.exit(1 if failed else 0)
@@ -68,6 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--digits", type=Path, help=".npz of `images` (n, h, w) and `labels`, instead of scikit-learn's"
     )
+    parser.add_argument(
+        "--where", nargs="+", type=_field, default=[], help="only cases with FIELD=VALUE; several may be"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny rows: does it run?")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="foldcut alone")
     parser.add_argument("--epochs", type=int, help="of the networks that a run trains")
@@ -75,7 +80,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _field(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
+    return name, value
+
+
 def listed() -> str:
+    """The runs, and how long they take."""
     lines = [(run.name, run.what, run.shows, _time(run.hours)) for run in RUNS.values()]
     return markdown(("name", "what", "in the paper", "CPU time, one core"), lines)
 

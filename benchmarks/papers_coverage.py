@@ -148,7 +148,7 @@ SHOWN = (
         paper="practise",
         what="recoverability of each block against what is left after recovering; the score with and without latency",
         state=REPRODUCED,
-        why="on other networks, with the paper's adaptors (50 iterations for 1,000) beside foldcut's scores; "
+        why="on other networks, with the paper's adaptors (20 iterations for 1,000) beside foldcut's scores; "
         "[the figure](papers_recoverability.svg)",
         run="practise_recoverability",
         ours=_by_correlation,

@@ -26,7 +26,7 @@ from svg import document, dot, frame, text
 #: Scores, from cheap to expensive; `adaptors` is the paper's.
 MODES = ("plain", "local", "calibrated", "adaptors")
 #: Iterations of the adaptors, where the paper has 1,000: their ranking is known long before.
-ITERATIONS = 50
+ITERATIONS = 20
 #: Test images that the error is read on, and top-1 (as many as there are of ImageNet).
 JUDGED, TOP1 = 200, 2000
 PANEL, MARGIN, TOP = 240, 60, 30
@@ -35,7 +35,7 @@ COLOURS = {"plain": "#6b7280", "local": "#16a34a", "calibrated": "#2563eb", "ada
 
 def cases(options: Options) -> list[Case]:
     small = "resnet20" if options.quick else "resnet56"
-    found = [(small, "cifar", 50 if options.quick else 500), ("mobilenetv2", "imagenet", 12 if options.quick else 100)]
+    found = [(small, "cifar", 50 if options.quick else 200), ("mobilenetv2", "imagenet", 12 if options.quick else 100)]
     return [
         {"network": network, "source": source, "images": n, "block": block, "seed": seed}
         for seed in options.seeds_or(1)

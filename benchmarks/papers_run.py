@@ -31,6 +31,7 @@ class Options:
     quick: bool = False
     peers: bool = True
     epochs: int | None = None
+    where: tuple[tuple[str, str], ...] = ()
 
     def few(self, whole: Sequence[Any], first: int = 1) -> list[Any]:
         """All of an axis, or the first so many where it only has to be shown that it runs."""
@@ -39,6 +40,11 @@ class Options:
     def seeds_or(self, count: int) -> list[int]:
         """The seeds that were asked for, else so many."""
         return list(self.seeds) if self.seeds is not None else self.few(range(count))
+
+    def wants(self, case: Case) -> bool:
+        """Whether a case is among those that are asked for: any of the values that are named for a field of it."""
+        named = {name for name, _ in self.where}
+        return all((name, str(case[name])) in self.where for name in named & set(case))
 
     def beside(self, name: str) -> Path:
         """A file that a run keeps beside its rows."""
@@ -72,7 +78,7 @@ def kept_rows(path: Path) -> dict[str, Row]:
 def make_rows(run: PaperRun, options: Options) -> int:
     """Make the rows that are not there yet, each appended when it is whole; how many failed. A case that fails is told
     and leaves no row: the next call tries it again."""
-    failed, cases = 0, run.cases(options)
+    failed, cases = 0, [case for case in run.cases(options) if options.wants(case)]
     for index, case in enumerate(cases):
         if key_of(run.name, case, options.quick) in kept_rows(options.output):
             continue

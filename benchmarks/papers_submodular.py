@@ -42,6 +42,8 @@ SHARES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
 BUDGETS = ("uniform", "equal loss on labelled images (the paper's)", "error curves (foldcut)")
 #: Subsets that the best choice is looked for among, at most.
 MOST_SUBSETS = 5_000
+#: Between the counts of two losses.
+STEPS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,15 +230,22 @@ def equal_loss(
     losses: Mapping[str, Mapping[float, float]], sizes: Mapping[str, int], model: Any, target: float
 ) -> dict[str, int]:
     """The counts of the least loss that every layer alone stays within and that brings the cost down to the target:
-    each layer keeps the smallest share that loses no more."""
-    counts = dict(sizes)
+    each layer keeps the smallest share that loses no more. The shares that were tried are few, so the counts are then
+    moved back toward those of the next smaller loss, as far as the target allows."""
+    above = below = dict(sizes)
     for most in sorted({loss for by_share in losses.values() for loss in by_share.values()}):
-        for name, by_share in losses.items():
-            share = min(share for share, loss in by_share.items() if loss <= most or share == 1.0)
-            counts[name] = max(1, round(share * sizes[name]))
-        if model(list(counts.values())) <= target:
+        shares = {
+            name: min(share for share, loss in by_share.items() if loss <= most or share == 1.0)
+            for name, by_share in losses.items()
+        }
+        above, below = below, {name: max(1, round(share * sizes[name])) for name, share in shares.items()}
+        if model(list(below.values())) <= target:
             break
-    return counts
+    for step in range(STEPS, -1, -1):
+        counts = {name: below[name] + (above[name] - below[name]) * step // STEPS for name in sizes}
+        if model(list(counts.values())) <= target:
+            return counts
+    return below
 
 
 def budget_table(rows: Sequence[Row]) -> str:

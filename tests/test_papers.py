@@ -143,7 +143,7 @@ def test_budgets_of_equal_loss_take_the_smallest_shares_that_reach_the_target() 
     from papers_submodular import equal_loss
 
     losses = {"a": {0.25: 9.0, 0.5: 1.0, 1.0: 0.0}, "b": {0.25: 2.0, 0.5: 1.5, 1.0: 0.0}}
-    assert equal_loss(losses, {"a": 8, "b": 8}, sum, 13) == {"a": 4, "b": 8}
+    assert equal_loss(losses, {"a": 8, "b": 8}, sum, 13) == {"a": 5, "b": 8}
     assert equal_loss(losses, {"a": 8, "b": 8}, sum, 8) == {"a": 4, "b": 4}
     assert equal_loss(losses, {"a": 8, "b": 8}, sum, 6) == {"a": 4, "b": 2}
 
