@@ -37,7 +37,14 @@ def coverage_table(rows: Mapping[str, Sequence[Row]]) -> str:
     parts = []
     for key, title in PAPERS.items():
         lines = [
-            [s.what, s.state, s.why, f"`{s.run}`" if s.run else "-", _ours(s, rows), s.theirs]
+            [
+                s.what,
+                s.state if not s.run or rows.get(s.run) else f"{s.state}, once run",
+                s.why,
+                f"`{s.run}`" if s.run else "-",
+                _ours(s, rows),
+                s.theirs,
+            ]
             for s in SHOWN
             if s.paper == key
         ]

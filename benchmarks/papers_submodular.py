@@ -79,12 +79,13 @@ def subject(name: str, seed: int, options: Options) -> Subject:
     if name.startswith("resnet"):
         data = cifar(options.data, seed * STRIDE + SAMPLES, 500 if options.quick else None, True)
         module: torch.nn.Module = load_resnet(options.models, name)
-        first = seed * STRIDE
+        chosen = torch.arange(seed * STRIDE, seed * STRIDE + count)
     else:
         module, data = trained(name, 0, options)
-        first = seed * count % max(1, len(data.calibration) - count + 1)
+        drawn = torch.randperm(len(data.calibration), generator=torch.Generator().manual_seed(seed))
+        chosen = drawn[:count] if seed else torch.arange(count)
     assert data.calibration_labels is not None
-    images, labels = (part[first : first + count] for part in (data.calibration, data.calibration_labels))
+    images, labels = data.calibration[chosen], data.calibration_labels[chosen]
     program = capture(module, images[:2])
     provenance = find_units(program)
     groups = tuple(g for g in provenance.prunable if len(g.consumers) == 1)
