@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from papers_claims import claims_section
 from papers_coverage import coverage_table
 from papers_frank_wolfe import RUNS as FRANK_WOLFE
 from papers_practise import RUNS as PRACTISE
@@ -100,7 +101,7 @@ def _time(hours: float) -> str:
 def tables(output: Path, quick: bool) -> str:
     """What the papers show row by row, then what came out of each run."""
     rows = {name: rows_of(name, output, quick) for name in RUNS}
-    parts = [coverage_table(rows), "## What came out"]
+    parts = [coverage_table(rows), claims_section(rows), "## What came out"]
     for name, run in RUNS.items():
         found = run.table(rows[name]) if rows[name] else "Not run yet."
         parts.append(f"### `{name}`: {run.what}\n\n{found}")

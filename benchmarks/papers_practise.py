@@ -45,16 +45,17 @@ def mobilenet_cases(options: Options) -> list[Case]:
 
 def other_cases(options: Options) -> list[Case]:
     small, blocks, n = ("resnet20", 2, 50) if options.quick else ("resnet56", BLOCKS, 500)
-    synthetic = ["synthetic"] if options.synthetic else []
+    fits = _synthetic_size(options)
     found = []
     for seed in options.seeds_or(3):
         # one file of synthetic images fits one network: the size of its images says which rows can be made
-        sources = ["cifar", "imagenet", "digits", "noise", *(synthetic if _synthetic_size(options) == 32 else [])]
+        sources = ["cifar", "imagenet", "digits", "noise", *(["synthetic"] if fits == 32 else [])]
         found += [_case(small, source, n, blocks, seed) for source in sources]
-        sources = ["imagenet", "cifar", "noise", *(synthetic if _synthetic_size(options) == 224 else [])]
+        sources = ["imagenet", "cifar", "noise", *(["synthetic"] if fits == 224 else [])]
         sizes = (12, (1,)) if options.quick else (300, (1, 2))
         found += [_case("mobilenetv2", source, sizes[0], k, seed) for source in sources for k in sizes[1]]
-    return found
+    file = {"file": options.synthetic.name} if options.synthetic else {}
+    return [{**case, **file} if case["source"] == "synthetic" else case for case in found]
 
 
 def _synthetic_size(options: Options) -> int | None:
@@ -169,7 +170,7 @@ RUNS = (
         name="practise_resnet56",
         what="ResNet-56 on CIFAR-10, 8 blocks, set sizes 50 to 500, 5 seeds",
         shows="accuracy against the number of images, several seeds; the analogue of the ResNet-34 tables on ImageNet",
-        hours=4.5,
+        hours=5,
         cases=resnet_cases,
         make=compressed,
         table=sizes_table,
@@ -178,7 +179,7 @@ RUNS = (
         name="practise_mobilenetv2",
         what="MobileNetV2 on ImageNet, 1 to 3 blocks, 50 to 300 images, 3 seeds; top-1 on 400 other images",
         shows="the MobileNetV2 table",
-        hours=6,
+        hours=8,
         cases=mobilenet_cases,
         make=compressed,
         table=sizes_table,

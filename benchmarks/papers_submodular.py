@@ -359,9 +359,9 @@ def _run(network: str, what: str, hours: float) -> PaperRun:
 
 
 RUNS = (
-    _run("lenet", "LeNet, trained here on digits", 0.3),
-    _run("vgg11", "VGG11, trained here on CIFAR-10 for 5 epochs", 14),
-    _run("resnet56", "ResNet-56, the first convolution of each block", 8),
+    _run("lenet", "LeNet, trained here on digits", 0.05),
+    _run("vgg11", "VGG11, trained here on CIFAR-10 for 5 epochs", 11),
+    _run("resnet56", "ResNet-56, the first convolution of each block", 6),
     PaperRun(
         name="submodular_budgets",
         what="channels of each layer: equal shares, the paper's equal loss, foldcut's error curves, at equal MACs",
