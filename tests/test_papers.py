@@ -206,3 +206,24 @@ def test_the_figure_has_a_point_for_each_score_of_each_block() -> None:
     assert plot(rows).count("<circle") == 6
     assert rank_correlation([1, 2, 3], [1, 4, 9]) == pytest.approx(1)
     assert plot([]).startswith("<svg")
+
+
+def test_claims_are_put_to_the_test_and_failures_told() -> None:
+    from papers import RUNS
+    from papers_claims import claims_section
+
+    def row(method: str, seed: int, top1: float) -> dict[str, Any]:
+        case = {"network": "lenet", "keep": 0.5, "method": method, "seed": seed}
+        return {"case": case, "plain": {"top1": 10.0}, "resolved": {"top1": top1}}
+
+    rows = [
+        row("greedy-asymmetric", 0, 80.0),
+        row("greedy-asymmetric", 1, 90.0),
+        row("l1", 0, 86.0),
+        row("random", 0, 1),
+    ]
+    text = claims_section({name: [] for name in RUNS} | {"submodular_lenet": rows})
+    assert "all solved again: holds in 1 of 2 comparisons, not here:" in text
+    assert "greedy-asymmetric 85.00 ± 7.07, l1 86.00" in text
+    assert "better than leaving them: holds in 2 of 3 comparisons" in text
+    assert "finetune" not in text
