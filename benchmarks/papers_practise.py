@@ -141,28 +141,42 @@ def figures(rows: Sequence[Row]) -> list[str]:
 
 def sizes_table(rows: Sequence[Row]) -> str:
     """Top-1 by network, blocks and number of images."""
-    columns = ("network", "blocks", "images", "seeds", "original", *_HEAD, "agreement, mimicked", "latency ratio")
+    columns = ("network", "blocks", "images", "seeds", "original", *_HEAD, *_TAIL)
     lines = []
     for (network, blocks, images), some in grouped(rows, "network", "blocks", "images").items():
         lines.append([network, blocks, images, *_cells(some)])
-    return markdown(columns, lines)
+    return f"{markdown(columns, lines)}\n\n{_finetuned_how(rows)}"
 
 
 _HEAD = ("dropped", "re-solved", "mimicked", "PRACTISE's finetune")
+_TAIL = ("agreement, mimicked", "latency ratio", "CPU s, foldcut", "CPU s, finetune")
 
 
 def _cells(rows: Sequence[Row]) -> Iterable[object]:
     original = over_seeds(row["original"] for row in rows)
     agreement = over_seeds((row["mimicked"]["agreement"] for row in rows), 1)
-    return (len(rows), original, *figures(rows), agreement, over_seeds((row["latency"]["ratio"] for row in rows), 3))
+    latency = over_seeds((row["latency"]["ratio"] for row in rows), 3)
+    ours = over_seeds((sum(row["stages_cpu_s"].values()) for row in rows), 0)
+    theirs = over_seeds((row.get("finetuned", {}).get("cpu_s") for row in rows), 0)
+    return (len(rows), original, *figures(rows), agreement, latency, ours, theirs)
+
+
+def _finetuned_how(rows: Sequence[Row]) -> str:
+    """How long the rival trained: the paper has 2,000 iterations."""
+    known = [(row["case"]["network"], row["case"]["images"], row["finetuned"]) for row in rows if "finetuned" in row]
+    found = sorted({(net, n, said["iterations"], said["learning_rate"] or 0.0) for net, n, said in known})
+    each = [
+        f"{net} from {n} images {iterations} iterations, {f'rate {rate:g}' if rate else 'the loss grew at every rate'}"
+        for net, n, iterations, rate in found
+    ]
+    return f"The finetune (2,000 iterations in the paper): {'; '.join(each)}." if each else "Without the finetune."
 
 
 def sources_table(rows: Sequence[Row]) -> str:
     """Top-1 by the domain that the images are of."""
-    columns = ("network", "blocks", "images of", "number", "seeds", "original", *_HEAD, "agreement, mimicked")
-    columns = (*columns, "latency ratio")
+    columns = ("network", "blocks", "images of", "number", "seeds", "original", *_HEAD, *_TAIL)
     found = grouped(rows, "network", "blocks", "source", "images")
-    return markdown(columns, [[*key, *_cells(some)] for key, some in found.items()])
+    return f"{markdown(columns, [[*key, *_cells(some)] for key, some in found.items()])}\n\n{_finetuned_how(rows)}"
 
 
 RUNS = (

@@ -287,6 +287,7 @@ def guarantee_row(case: Case, options: Options) -> Row:
                     "keep": keep,
                     "gamma": gamma,
                     "guarantee": -math.expm1(-gamma),
+                    "error": float(selection.errors[count]),
                     "greedy": float(selection.errors[0] - selection.errors[count]),
                     "all": float(selection.errors[0] - selection.errors[-1]),
                     "best": best_explained(objective, count, 200 if options.quick else MOST_SUBSETS),
@@ -322,18 +323,26 @@ def best_explained(objective: Objective, count: int, most: int) -> float | None:
 
 
 def guarantee_table(rows: Sequence[Row]) -> str:
-    """A line for each layer and share of the small networks; of the large ones the least and the median."""
+    """A line for each layer: errors at each share, and how near the best choice greedy comes where that is known."""
     lines = []
     for row in rows:
-        for line in row["layers"]:
-            best = line["best"]
-            reached = line["greedy"] / line["all"] if best is None else line["greedy"] / best
-            of = "of all channels together" if best is None else "of the best"
-            shares = (f"{line['gamma']:.1e}", f"{line['guarantee']:.1e}", f"{1 - line['greedy']:.4f}")
-            kept = f"{line['kept']} of {line['units']}"
-            lines.append([row["case"]["network"], line["layer"], kept, *shares, f"{reached:.4f} {of}"])
-    columns = ("network", "layer", "kept", "gamma, at least", "guaranteed share", "error", "greedy reaches")
-    return f"{_in_short(rows)}\n\n{markdown(columns, lines)}"
+        for name in dict.fromkeys(line["layer"] for line in row["layers"]):
+            some = [line for line in row["layers"] if line["layer"] == name]
+            known = [line["greedy"] / line["best"] for line in some if line["best"] is not None]
+            errors = " / ".join(f"{line['error']:.4f}" for line in some)
+            nearest = f"{min(known):.4f} ({len(known)} shares)" if known else "-"
+            gamma, share = (f"{some[0][key]:.1e}" for key in ("gamma", "guarantee"))
+            lines.append([row["case"]["network"], name, some[0]["units"], gamma, share, nearest, errors])
+    shares = " / ".join(f"{keep:g}" for keep in KEEPS)
+    head = (
+        "network",
+        "layer",
+        "channels",
+        "gamma, at least",
+        "guaranteed share of the best",
+        "greedy's share of the best",
+    )
+    return f"{_in_short(rows)}\n\n{markdown((*head, f'relative error at {shares} kept'), lines)}"
 
 
 def _in_short(rows: Sequence[Row]) -> str:
