@@ -112,7 +112,7 @@ def solving_helps(rows: Rows) -> Iterator[Compared]:
 
 
 def curves_above_budgets(rows: Rows) -> Iterator[Compared]:
-    """Budgets by error curves beside equal shares and the paper's, at the MACs of equal shares."""
+    """Budgets by error curves beside equal shares and the paper's, within the MACs of equal shares."""
     by = grouped(rows["submodular_budgets"], "network", "keep", "budget")
     for network, keep in sorted({key[:2] for key in by}):
         for other in BUDGETS[:2]:

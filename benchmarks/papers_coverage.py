@@ -202,7 +202,7 @@ SHOWN = (
         paper="submodular",
         what="VGG11 on CIFAR-10: the same",
         state=ANALOGUE,
-        why="trained by the run for 5 epochs, and CIFAR-10 here is of JPEG files",
+        why="trained by the run for 8 epochs, and CIFAR-10 here is of JPEG files",
         run="submodular_vgg11",
         ours=_at_quarter,
     ),
@@ -232,7 +232,7 @@ SHOWN = (
         paper="submodular",
         what="per-layer budgets of equal accuracy loss",
         state=REPRODUCED,
-        why="at the MACs of equal shares, beside foldcut's error curves, which take no labels",
+        why="within the MACs of equal shares, beside foldcut's error curves, which take no labels",
         run="submodular_budgets",
     ),
     Shown(

@@ -369,11 +369,11 @@ def _run(network: str, what: str, hours: float) -> PaperRun:
 
 RUNS = (
     _run("lenet", "LeNet, trained here on digits", 0.05),
-    _run("vgg11", "VGG11, trained here on CIFAR-10 for 5 epochs", 11),
+    _run("vgg11", "VGG11, trained here on CIFAR-10 for 8 epochs", 11),
     _run("resnet56", "ResNet-56, the first convolution of each block", 6),
     PaperRun(
         name="submodular_budgets",
-        what="channels of each layer: equal shares, the paper's equal loss, foldcut's error curves, at equal MACs",
+        what="channels of each layer: equal shares, the paper's equal loss, foldcut's error curves, within the MACs of the first",
         shows="budget selection over layers",
         hours=2,
         cases=budget_cases,
