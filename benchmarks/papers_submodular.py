@@ -373,7 +373,7 @@ RUNS = (
     _run("resnet56", "ResNet-56, the first convolution of each block", 6),
     PaperRun(
         name="submodular_budgets",
-        what="channels of each layer: equal shares, the paper's equal loss, foldcut's error curves, within the MACs of the first",
+        what="channels per layer: equal shares, equal loss (the paper's), error curves (foldcut), within equal shares' MACs",
         shows="budget selection over layers",
         hours=2,
         cases=budget_cases,
