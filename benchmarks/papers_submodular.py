@@ -373,7 +373,7 @@ RUNS = (
     _run("resnet56", "ResNet-56, the first convolution of each block", 6),
     PaperRun(
         name="submodular_budgets",
-        what="channels per layer: equal shares, equal loss (the paper's), error curves (foldcut), within equal shares' MACs",
+        what="channels per layer: equal shares, and, within their MACs, equal loss (the paper's) and error curves",
         shows="budget selection over layers",
         hours=2,
         cases=budget_cases,
