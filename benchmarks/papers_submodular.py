@@ -370,7 +370,7 @@ def _run(network: str, what: str, hours: float) -> PaperRun:
 RUNS = (
     _run("lenet", "LeNet, trained here on digits", 0.05),
     _run("vgg11", "VGG11, trained here on CIFAR-10 for 8 epochs", 11),
-    _run("resnet56", "ResNet-56, the first convolution of each block", 6),
+    _run("resnet56", "ResNet-56, the first convolution of each block", 3),
     PaperRun(
         name="submodular_budgets",
         what="channels per layer: equal shares, and, within their MACs, equal loss (the paper's) and error curves",
