@@ -103,7 +103,9 @@ def tables(output: Path, quick: bool) -> str:
     rows = {name: rows_of(name, output, quick) for name in RUNS}
     parts = [coverage_table(rows), claims_section(rows), "## What came out"]
     for name, run in RUNS.items():
-        found = run.table(rows[name]) if rows[name] else "Not run yet."
+        whole = len(run.cases(Options(data=Path(), models=Path(), output=output, quick=quick)))
+        made = f"{len(rows[name])} rows of {whole}."
+        found = f"{made}\n\n{run.table(rows[name])}" if rows[name] else "Not run yet."
         parts.append(f"### `{name}`: {run.what}\n\n{found}")
     return "\n\n".join(parts)
 
