@@ -105,8 +105,7 @@ def run_point(
     dropped = onnx_without(probe.model, changes_of_drops(drops).dropped) or to_onnx(student)
     row["dropped"] = onnx_accuracy(dropped, data)
     row["re-solved"] = onnx_accuracy(to_onnx(done.program), data)
-    student, _ = mimicking(ctx, done, settings)
-    model = to_onnx(student)
+    model = to_onnx(mimicking(ctx, [foldcut.Drop()], done, settings).program)
     row["mimicked"] = onnx_accuracy(model, data)
     row["cpu_s"] = {name: round(seconds, 1) for name, seconds in clock.cpu_s.items()}
     row["total_cpu_s"] = round(sum(clock.cpu_s.values()), 1)

@@ -22,6 +22,7 @@ from pathlib import Path
 import foldcut
 import torch
 from rows import Row, append_line, best_compiled, read_lines
+from svg import document, frame, text
 from torch import nn
 
 SIZES = {"samples": 256, "depth": 6, "width": 32, "resolution": 32}
@@ -72,7 +73,7 @@ def main() -> None:
         print(found[0], flush=True)
     print(table(rows))
     if arguments.plot:
-        arguments.plot.write_text(plot(rows), encoding="utf-8")
+        arguments.plot.writetext(plot(rows), encoding="utf-8")
 
 
 def measured(goal: str, sizes: dict[str, int]) -> Row:
@@ -123,13 +124,13 @@ def plot(rows: Sequence[Row]) -> str:
     parts: list[str] = []
     for panel, size in enumerate(SIZES):
         left = MARGIN + panel * (PANEL + MARGIN)
-        parts.append(f'<rect x="{left}" y="24" width="{PANEL}" height="{PANEL}" fill="none" stroke="#cbd5e1"/>')
-        parts.append(_text(left + PANEL / 2, 16, f"{size}, from {SIZES[size]}"))
+        parts.append(frame(left, 24, PANEL))
+        parts.append(text(left + PANEL / 2, 16, f"{size}, from {SIZES[size]}"))
         for power in range(low, high + 1):
             y = 24 + PANEL * (high - power) / (high - low)
             parts.append(f'<path d="M{left} {y:.1f}h{PANEL}" stroke="#e2e8f0"/>')
-            parts.append(_text(left - 4, y + 4, f"{10.0**power:g} s", "end"))
-        parts += [_text(_x(left, times), 24 + PANEL + 16, f"x{times}") for times in TIMES]
+            parts.append(text(left - 4, y + 4, f"{10.0**power:g} s", "end"))
+        parts += [text(_x(left, times), 24 + PANEL + 16, f"x{times}") for times in TIMES]
         for (goal, of), some in curves(rows).items():
             if of == size:
                 for name, colour in (("stages_s", COLOURS[goal]), ("forward_s", COLOURS["forward"])):
@@ -140,20 +141,12 @@ def plot(rows: Sequence[Row]) -> str:
                     parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
     shown = [*dict.fromkeys(row["goal"] for row in rows), "forward"]
     for place, name in enumerate(shown):
-        parts.append(_text(MARGIN + 110 * place, PANEL + 62, name, "start", COLOURS[name]))
-    width, height = MARGIN + len(SIZES) * (PANEL + MARGIN), PANEL + 76
-    body = "".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="12">{body}</svg>\n'
+        parts.append(text(MARGIN + 110 * place, PANEL + 62, name, "start", COLOURS[name]))
+    return document(MARGIN + len(SIZES) * (PANEL + MARGIN), PANEL + 76, parts)
 
 
 def _x(left: float, times: int) -> float:
     return left + 20 + (PANEL - 40) * math.log(times) / math.log(TIMES[-1])
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#334155") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-family="sans-serif">{text}</text>'
-    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ A run is METHOD:SETTING[:SHARE], with a learning rate behind "@" (0.1 without):
     l2:FACTOR              SFW, every conv and linear weight in an L2 ball of diameter 2 * FACTOR * E||W_init||
     spectral:FACTOR:SHARE  SFW, spectral k-support balls, k = SHARE of full rank
     group:FACTOR:SHARE     SFW, k-support balls over filters, k = SHARE of the filters
+    prox_l1:PENALTY        proximal SGD, L1 norm of the weights
+    prox_group:PENALTY     proximal SGD, L2 norm of each filter
+    filter:PENALTY         SGD, L2 norm of each filter added to the loss
+    nuclear:PENALTY        SGD, nuclear norm of each weight added to the loss, by a full SVD at every step
 Biases and batch norms take plain SGD steps. Momentum 0.9, learning rate falling linearly to zero, crops and mirror
 images; weights in float32, forward pass in bfloat16 autocast. Writes RUN.pt (weights) and RUN.json (accuracy, loss,
 seconds, norms) into the folder when a run is complete; a run that is there already is not repeated.
@@ -32,6 +36,7 @@ from foldcut.passes.frank_wolfe import (
     Subspace,
     parameter_groups,
 )
+from frank_wolfe_rivals import PENALTIES, PenalisedSGD
 from rows import Row, write_json
 from torch import nn
 from torch.nn import functional as F
@@ -53,7 +58,7 @@ class Run:
     def parse(cls, text: str) -> Run:
         body, _, lr = text.partition("@")
         method, *numbers = body.split(":")
-        wanted = {"sgd": 1, "l2": 1, "spectral": 2, "group": 2}.get(method)
+        wanted = {"sgd": 1, "l2": 1, "spectral": 2, "group": 2, **dict.fromkeys(PENALTIES, 1)}.get(method)
         if wanted != len(numbers):
             raise argparse.ArgumentTypeError(f"{text!r} is not a run: see --help")
         values = [float(number) for number in numbers] + [1.0]
@@ -76,6 +81,10 @@ class Run:
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         if self.method == "sgd":
             return torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=self.setting)
+        if self.method in PENALTIES:
+            return PenalisedSGD(
+                network.parameters(), lr=self.lr, momentum=MOMENTUM, kind=self.method, penalty=self.setting
+            )
         groups = parameter_groups(network, self.constraint, factor=self.setting)
         optimizer = FrankWolfe(groups, lr=self.lr, momentum=MOMENTUM)
         optimizer.make_feasible()
