@@ -20,14 +20,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..ir.cost import node_macs
 from ..ir.execute import bind, run_until
 from ..ir.norms import BatchNorm, batch_norm_of
-from ..ir.program import Program, is_constant, is_tensor
+from ..ir.program import Program, is_call, is_constant, is_tensor
 from ..support.memory import samples_at_once
 from .calibration_set import CalibrationSet
 from .live_bytes import live_bytes
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = (
+    *(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution),
+    *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+)
 
 #: Samples that are looked at: the statistics of a channel are those of all its places.
 SAMPLES = 64
@@ -128,15 +136,16 @@ def data_distance(
 
 
 def channel_statistics(program: Program, names: Sequence[str], samples: CalibrationSet) -> dict[str, Channels]:
-    """Of values by their node, over `SAMPLES` of the samples, taken evenly. Dim 1 holds the channels of images and of
-    values that a norm reads, the last dimension those of other values. Sums in float64."""
+    """Of values by their node, over `SAMPLES` of the samples, taken evenly. Dim 1 holds the channels of what a batch
+    norm reads or a convolution computes, the last dimension those of other values. Sums in float64."""
     few = samples.take(torch.arange(min(SAMPLES, len(samples))) * len(samples) // min(SAMPLES, len(samples)))
     sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    dims = {name: _channel_dim(program, program.nodes[name]) for name in names}
     for batch in few.batches(samples_at_once(live_bytes(program).most, 32)):
         with torch.no_grad():
             values = run_until(program, names, bind(program, batch))
         for name in names:
-            rows = _channels_first(values[name]).double()
+            rows = values[name].movedim(dims[name], 0).flatten(1).double()
             part = (rows.sum(1), rows.square().sum(1), rows.shape[1])
             last = sums.get(name)
             sums[name] = part if last is None else (last[0] + part[0], last[1] + part[1], last[2] + part[2])
@@ -147,9 +156,13 @@ def channel_statistics(program: Program, names: Sequence[str], samples: Calibrat
     return found
 
 
-def _channels_first(value: torch.Tensor) -> torch.Tensor:
-    """(channels, places of all samples)."""
-    return value.movedim(1 if value.dim() != 3 else -1, 0).flatten(1)
+def _channel_dim(program: Program, node: fx.Node) -> int:
+    """Where the channels of a value are: (N, C, L) of one-dimensional signals is told from (N, L, C) of tokens by what
+    makes it and what reads it."""
+    if is_call(node, *_CONVOLUTIONS):
+        return 1
+    norms = [batch_norm_of(program, user) for user in node.users if user.op == "call_function"]
+    return 1 if any(norm is not None and norm.node != node.name for norm in norms) else -1
 
 
 def kept_by_norms(program: Program) -> dict[str, Channels]:

@@ -16,6 +16,7 @@ from ...passes.solve.resolve_network import ResolveSettings
 from ...runtime.measure.cache_eviction import eviction_bytes
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.data_distance import data_distance, warn_if_far
+from ..data.input_binding import ForwardInputs
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
 from ..ir.program import Program
@@ -54,7 +55,8 @@ class PipelineSettings:
             `held_out` says.
         views: Functions of a batch. Each adds a changed copy of the samples to fit with.
         reference: Samples of the data that the network meets in use, in one of the forms of calibration samples. The
-            report says how far the samples are from them. If None, from what batch norms keep of the training.
+            report says how far the samples are from them. If None, from what batch norms keep of the training. A
+            generator is used up by one compile or sweep.
         solve_samples: Largest number of samples that the re-solve reads, originals before views.
         batch: Batch size of the measurement.
         threads: Number of CPU threads of the measurement.
@@ -152,11 +154,15 @@ class PipelineSettings:
     @staticmethod
     def _aligned(reference: CalibrationData, program: Program) -> CalibrationSet:
         """The reference as the network takes it. Raises CalibrationError, which says whose it is."""
+        dtypes = {spec.name: spec.dtype for spec in program.inputs}
+        known = ForwardInputs(names=tuple(dtypes), required=frozenset(dtypes), dtypes=dtypes, chosen=True)
         try:
-            found = CalibrationSet.of(reference, inputs=[spec.name for spec in program.inputs]).aligned(program)
+            found = CalibrationSet.of(reference, inputs=known).aligned(program)
             found.check(program)
         except CalibrationError as cause:
-            raise CalibrationError(f"reference: {cause.message}", hint=cause.hint) from cause
+            raise CalibrationError(
+                f"reference: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
+            ) from cause
         return found
 
     def settle_memory(self, ctx: Context, *, measured: bool) -> None:

@@ -221,6 +221,8 @@ def sweep(
     points: list[SweepPoint] = []
     refused: list[GoalError] = []
     samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
+    if settings is not None and settings.reference is not None:
+        settings = replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)

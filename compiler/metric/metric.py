@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import Signature, signature
 from typing import Any
 
@@ -94,9 +95,9 @@ class Metric:
         self.calls += 1
         began = time.monotonic()
         try:
-            # neither gradients nor draws of the user's code reach the rest of a compile
-            with self._clock.stage("evaluate"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                return Reading.of(self._measure(program))
+            # neither gradients nor draws nor settings of the user's code reach the rest of a compile
+            with self._clock.stage("evaluate"), torch.no_grad(), torch.random.fork_rng(devices=[]), _as_it_was():
+                return Reading.of(self._measure(program), sampled=self.on_test)
         except NoNumberError as cause:
             self._tell(str(cause))
         except Exception as cause:  # the user's own code raises whatever it raises
@@ -110,6 +111,17 @@ class Metric:
         if said not in self.told:
             self.told.append(said)
             warnings.warn(f"{said}; the output error decides instead", stacklevel=4)
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Torch's default type and threads are afterwards what they were before."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
 
 
 def loss_entries(loss: Loss | None) -> dict[str, Any]:

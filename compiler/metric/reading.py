@@ -12,6 +12,8 @@ import torch
 
 #: A loss is held with this many standard errors to spare: 95 %, one side.
 SPARE = 1.645
+#: No number of a metric is larger: squares are taken of their differences, and added.
+LARGEST = 1e140
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,11 +30,12 @@ class Reading:
     scores: Floats | None = None
 
     @classmethod
-    def of(cls, found: Any) -> Reading:
-        """From what a metric returned: a number, or one for each sample, whose mean is the value. Raises NoNumberError
-        for anything else, and for what is not finite."""
+    def of(cls, found: Any, *, sampled: bool = False) -> Reading:
+        """From what a metric returned: a number, or one for each sample, whose mean is the value. One number in a list
+        or an array is that number, unless it is `sampled`: known to be the score of a sample. Raises NoNumberError for
+        anything else, and for what is not finite, or so large that its square would not be."""
         try:
-            values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found)
+            values = np.asarray(_on_host(found) if isinstance(found, torch.Tensor) else found)
         except (ValueError, TypeError):  # rows of other lengths, and types that numpy has none of
             values = np.empty(0)
         if values.dtype.kind not in "iuf" or values.ndim > 1 or not values.size:
@@ -40,7 +43,9 @@ class Reading:
         scores = values.astype(np.float64)
         if not np.isfinite(scores).all():
             raise NoNumberError(f"gave {_shown(found)}, which is not finite")
-        return cls(value=float(scores.mean()), scores=scores if scores.ndim else None)
+        if np.abs(scores).max() > LARGEST:
+            raise NoNumberError(f"gave {_shown(found)}, which is larger than {LARGEST:g}")
+        return cls(value=float(scores.mean()), scores=scores if scores.ndim and (sampled or scores.size > 1) else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,12 @@ def _paired_error(before: Floats, after: Floats) -> float:
     largest = float(max(np.abs(before).max(), np.abs(after).max()))
     squares = float(((difference - difference.mean()) ** 2).sum()) + 2 * largest**2
     return math.sqrt(squares) / (len(difference) + 2)
+
+
+def _on_host(found: torch.Tensor) -> torch.Tensor:
+    """A tensor as numpy reads it, which has no bfloat16."""
+    found = found.detach().cpu()
+    return found.double() if found.is_floating_point() else found
 
 
 def _shown(found: Any) -> str:

@@ -157,3 +157,39 @@ def test_a_reference_that_does_not_fit_is_refused(counting_backend: Any) -> None
         foldcut.compile(
             network, own(40), goal=foldcut.Channels(0.5), settings=settings, progress=False, backend=counting_backend
         )
+
+
+class Signals(nn.Module):
+    """Batch norms on (N, C, L), trained; as long as there are channels, or not."""
+
+    def __init__(self, signals: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv1d(2, 8, 3, padding=1), nn.BatchNorm1d(8, momentum=None)
+        self.train()(signals)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(x)).relu().mean(2)
+
+
+@pytest.mark.parametrize("length", [8, 5])
+def test_channels_of_one_dimensional_signals(length: int) -> None:
+    """(N, C, L) is not taken for (N, L, C): not where both fit, and not where they do not."""
+    signals = 3 * torch.randn(64, 2, length) + 1
+    network = Signals(signals)
+    distance, other = found(network, signals), found(network, signals, signals + 2)
+    assert distance is not None and distance.median < 0.01
+    assert other is not None and other.median > 0.3
+
+
+def test_a_reference_is_read_as_samples_are() -> None:
+    """Doubles of numpy are converted, and a generator lasts for a sweep."""
+    network, samples = Plain().eval(), torch.randn(12, 5, 6)
+    options: Any = {"progress": False, "cache": False, "mimic": False}
+    halves = (half for half in torch.randn(12, 5, 6).double().numpy().reshape(2, 6, 5, 6))
+    limits = foldcut.ChannelSettings(limits=foldcut.ChannelLimits(multiple_of=1))
+    settings = foldcut.PipelineSettings(channels=limits, reference=halves)
+    goals = [foldcut.Channels(0.75), foldcut.Channels(0.5)]
+    points = foldcut.sweep(network, samples, goals=goals, settings=settings, **options).points
+    found = [point.compiled.report.calibration["distance"] for point in points if point.compiled is not None]
+    assert len(found) == 2 and found[0] == found[1] and found[0]["known_from"] == "reference"

@@ -94,6 +94,23 @@ def test_the_same_result_with_and_without(net: nn.Module, nets: SimpleNamespace,
     assert with_one.report.metric["name"] == "own metric"
 
 
+def test_what_it_sets_in_torch_ends_with_it() -> None:
+    before = torch.get_default_dtype(), torch.get_num_threads()
+
+    def measure(_: Any) -> float:
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(before[1] + 1)
+        return 1.0
+
+    try:
+        (network,) = programs(1)
+        assert Metric("its", measure, network, StageClock()).read(network) is not None
+        assert (torch.get_default_dtype(), torch.get_num_threads()) == before
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_num_threads(before[1])
+
+
 def test_several_inputs_and_named_outputs() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -14,6 +14,18 @@ def test_numbers_are_values(found: Any) -> None:
     assert reading.value == float(found) and reading.scores is None
 
 
+@pytest.mark.parametrize("found", [[0.5], np.array([0.5]), torch.tensor([0.5]), torch.tensor(0.5).bfloat16()], ids=str)
+def test_one_number_has_no_scatter(found: Any) -> None:
+    """A mean over a kept dimension is no sample whose loss might be as large as its score."""
+    reading = Reading.of(found)
+    assert reading.value == 0.5 and reading.scores is None and Loss.between(reading, reading).most == 0
+
+
+def test_one_sample_says_little() -> None:
+    reading = Reading.of([100.0], sampled=True)
+    assert Loss.between(reading, reading).most > 50
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_numbers_of_samples_have_a_mean(kind: Any) -> None:
     reading = Reading.of(kind([0.0, 1.0, 1.0, 0.0]))
@@ -38,6 +50,8 @@ def test_numbers_of_samples_have_a_mean(kind: Any) -> None:
         -float("inf"),
         torch.tensor([0.5, float("nan")]),
         [[1.0], [2.0, 3.0]],
+        [1e200, 1e200],
+        -1e308,
     ],
     ids=lambda found: type(found).__name__,
 )
