@@ -24,7 +24,7 @@ from torch import fx
 
 from ..ir.cost import node_macs
 from ..ir.execute import bind, run_until
-from ..ir.norms import BatchNorm, batch_norm_of
+from ..ir.norms import batch_norm_of
 from ..ir.program import Program, is_call, is_constant, is_tensor
 from ..support.memory import samples_at_once
 from .calibration_set import CalibrationSet
@@ -55,6 +55,11 @@ class Channels:
 
     mean: torch.Tensor
     deviation: torch.Tensor
+
+    @property
+    def untrained(self) -> bool:
+        """Whether these are what a batch norm begins with: means of 0 and deviations of 1 (and eps)."""
+        return not bool(self.mean.any()) and bool(((self.deviation - 1).abs() < 1e-3).all())
 
     @property
     def at_least(self) -> torch.Tensor:
@@ -128,7 +133,7 @@ def data_distance(
         names = list(kept) or _contracted(program)
         known, whose = channel_statistics(program, names, reference), "reference"
     else:
-        known, whose = kept, "batch norms"
+        known, whose = {name: channels for name, channels in kept.items() if not channels.untrained}, "batch norms"
     if not known:
         return None
     seen = channel_statistics(program, list(known), samples)
@@ -166,19 +171,14 @@ def _channel_dim(program: Program, node: fx.Node) -> int:
 
 
 def kept_by_norms(program: Program) -> dict[str, Channels]:
-    """What the batch norms in eval mode keep of their inputs, by the nodes that compute these, in topological order;
-    nothing of norms that were never trained."""
+    """What the batch norms in eval mode keep of their inputs, by the nodes that compute these, in topological
+    order."""
     found = {}
     for name, node in program.nodes.items():
         norm = batch_norm_of(program, node) if node.op == "call_function" else None
-        if norm is not None and norm.node == name and not _untrained(norm):
+        if norm is not None and norm.node == name:
             found[str(node.args[0])] = Channels(mean=norm.mean, deviation=norm.deviation)
     return found
-
-
-def _untrained(norm: BatchNorm) -> bool:
-    """Whether a norm keeps what it began with: means of 0 and deviations of 1 (and eps)."""
-    return not bool(norm.mean.any()) and bool(((norm.deviation - 1).abs() < 1e-3).all())
 
 
 def _contracted(program: Program) -> list[str]:

@@ -22,7 +22,7 @@ class NormTarget:
 
 
 def norm_targets(program: Program) -> tuple[NormTarget, ...]:
-    """The statistics of all batch norms that were trained, in topological order."""
+    """The statistics of all batch norms, in topological order."""
     return tuple(
         NormTarget(source=source, mean=kept.mean.float(), deviation=kept.at_least.float())
         for source, kept in kept_by_norms(program).items()

@@ -241,7 +241,10 @@ COMPILE = ("compile", "foldcut_cli_net:build", "--calib", "samples.npy", "-o", "
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        ((*COMPILE,), ("give one goal", "--latency 0.7, --blocks 4", "--max-error 0.02 or --ranks 0.25")),
+        (
+            (*COMPILE,),
+            ("give one goal", "--latency 0.7, --blocks 4", "--max-error 0.02, --max-loss 0.5 or --ranks 0.25"),
+        ),
         ((*COMPILE, "--latency", "0.5", "--blocks", "1"), ("give one goal",)),
         ((*COMPILE, "--latency", "1.5"), ("Latency(1.5) is not a goal", "hint")),
         ((*COMPILE, "--latency", "0ms"), ("Latency(ms=0.0) is not a goal", "hint")),

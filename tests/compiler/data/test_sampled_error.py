@@ -131,8 +131,8 @@ def test_what_the_test_samples_are_chooses_nothing(
     first = compiled(residual_net, data, foldcut.Blocks(2))
     real = pipeline_settings.divided
 
-    def others(samples: CalibrationSet, seed: int, share: float) -> Any:
-        sets = real(samples, seed, share)
+    def others(samples: CalibrationSet, *how: Any) -> Any:
+        sets = real(samples, *how)
         return replace(sets, test=CalibrationSet.of(3 * nets.images(7) + 1))
 
     monkeypatch.setattr(pipeline_settings, "divided", others)

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from foldcut.compiler.data.data_distance import FAR
 from foldcut.compiler.ir.cost import program_cost
 from foldcut.compiler.ir.program import Program
 from torch import nn
@@ -90,7 +91,9 @@ def test_the_report_has_what_was_promised(compiled: foldcut.Compiled, residual: 
     assert data["met"] is True
     assert data["calibration"]["samples"] == 40
     assert data["onnx_difference"] < 1e-4
-    assert data["warnings"] == []
+    # the batch norms of the network keep random statistics
+    (far,) = data["warnings"]
+    assert far.startswith("the samples are 0.8") and data["calibration"]["distance"]["median"] > FAR
 
 
 def test_the_report_as_rows(compiled: foldcut.Compiled) -> None:
