@@ -218,11 +218,9 @@ def sweep(
     if each is not None and not callable(each):
         refuse("each", each, "a function of a SweepPoint, or None")
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
-    points: list[SweepPoint] = []
-    refused: list[GoalError] = []
+    points, refused = list[SweepPoint](), list[GoalError]()
     samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
-    if settings is not None and settings.reference is not None:
-        settings = replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
+    settings = _with_reference_read(model, settings)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
@@ -262,6 +260,13 @@ def _read(
     if is_asked_for(calibration):
         return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
     return CalibrationSet.of(calibration, inputs=needed_inputs(model))
+
+
+def _with_reference_read(model: Model, settings: PipelineSettings | None) -> PipelineSettings | None:
+    """The settings with a reference that every goal can read."""
+    if settings is None or settings.reference is None:
+        return settings
+    return replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
 
 
 def _folder_name(goal: Goal) -> str:
