@@ -33,7 +33,7 @@ from .api import Compiled, check_goal
 from .api import compile as compile_model
 from .builtin import check_rewrites, chosen_rewrites, named
 from .ignore_patterns import sorted_ignores
-from .pipeline_settings import PipelineSettings, check_options, check_run
+from .pipeline_settings import PipelineSettings, check_options, check_run, with_reference_read
 
 #: The goals of a sweep that names none.
 GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
@@ -220,7 +220,7 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points, refused = list[SweepPoint](), list[GoalError]()
     samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
-    settings = _with_reference_read(model, settings)
+    settings = settings and with_reference_read(model, settings)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
@@ -260,13 +260,6 @@ def _read(
     if is_asked_for(calibration):
         return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
     return CalibrationSet.of(calibration, inputs=needed_inputs(model))
-
-
-def _with_reference_read(model: Model, settings: PipelineSettings | None) -> PipelineSettings | None:
-    """The settings with a reference that every goal can read."""
-    if settings is None or settings.reference is None:
-        return settings
-    return replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
 
 
 def _folder_name(goal: Goal) -> str:
