@@ -159,7 +159,10 @@ class PipelineSettings:
         dtypes = {spec.name: spec.dtype for spec in program.inputs}
         known = ForwardInputs(names=tuple(dtypes), required=frozenset(dtypes), dtypes=dtypes, chosen=True)
         try:
-            found = CalibrationSet.of(reference, inputs=known).aligned(program)
+            read = CalibrationSet.of(reference, inputs=known)
+            if len(read.leaves) == len(known.names) == 1:  # by whichever name
+                read = CalibrationSet.of(read.leaves[0], inputs=known)
+            found = read.aligned(program)
             found.check(program)
         except CalibrationError as cause:
             raise _of_reference(cause) from cause

@@ -199,6 +199,7 @@ def test_a_reference_may_be_a_list_of_single_samples() -> None:
     """Which are told from batches by running the network, as those to calibrate with are."""
     network = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
     samples, options = list(torch.randn(12, 5)), {"progress": False, "cache": False, "mimic": False}
-    settings = foldcut.PipelineSettings(reference=samples)
-    made = foldcut.compile(network, samples, goal=foldcut.Channels(0.5), settings=settings, **options)  # type: ignore[arg-type]
-    assert made.report.calibration["distance"]["known_from"] == "reference"
+    for reference in (samples, {"input": torch.stack(samples)}):
+        settings = foldcut.PipelineSettings(reference=reference)  # type: ignore[arg-type]
+        made = foldcut.compile(network, samples, goal=foldcut.Channels(0.5), settings=settings, **options)  # type: ignore[arg-type]
+        assert made.report.calibration["distance"]["known_from"] == "reference"
