@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
@@ -13,11 +16,14 @@ from ..data.sample_paths import check_optional, says_none
 from ..driver.pipeline_settings import PipelineSettings
 from ..frontend.capture import Model
 from ..frontend.model_source import load_evaluate, load_model
-from ..metric.metric import Evaluate, check_evaluate
+from ..metric.metric import Evaluate, check_evaluate, metric_name
 from ..metric.top1 import Top1
 from ..support.errors import CaptureError, CompilerError
 from ..synthesis.settings import SynthesisSettings
 from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions, SynthesiseOptions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Reads so many samples, or all of them where None is given.
 Reader = Callable[[int | None], CalibrationSet]
@@ -38,7 +44,18 @@ def read_evaluate(options: RunOptions) -> Evaluate | Top1 | None:
         return None
     evaluate = load_evaluate(options.evaluate)
     check_evaluate(evaluate)
-    return evaluate
+    return _beside_json(evaluate) if options.as_json else evaluate
+
+
+def _beside_json(evaluate: Evaluate) -> Evaluate:
+    """A metric whose prints go to stderr, since nothing but JSON goes to stdout."""
+
+    def evaluated(module: nn.Module) -> Any:
+        with redirect_stdout(sys.stderr):
+            return evaluate(module)
+
+    evaluated.__name__ = metric_name(evaluate)
+    return evaluated
 
 
 def read_samples(

@@ -23,9 +23,10 @@ def check_readable(path: Path) -> None:
     if path.is_dir():
         return
     if not path.is_file():
-        raise CalibrationError(
-            f"no such file or folder: {path}", hint="pass a .npy, .npz or .pt file or a folder of images"
-        )
+        hint = "pass a .npy, .npz or .pt file or a folder of images"
+        if says_none(path):
+            hint += "; `none` is for --calib of `compile` and `sweep`, and `foldcut synthesise` writes such samples"
+        raise CalibrationError(f"no such file or folder: {path}", hint=hint)
     if path.suffix not in ARRAY_SUFFIXES:
         raise CalibrationError(
             f"cannot read calibration data from {path.name}", expected=".npy, .npz, .pt or a folder of images"

@@ -43,7 +43,7 @@ from ..support.progress import Progress, StageClock, opened_progress
 from ..synthesis.synthesise import Watched, captured, is_asked_for, made_samples
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
-from .pipeline_settings import PipelineSettings, check_options, check_run
+from .pipeline_settings import PipelineSettings, check_options, check_run, with_reference_read
 from .report_parts import report_origin, report_parts, work_by_stage
 from .result import Compiled as Compiled
 from .sealed import ONNX, PT2
@@ -152,6 +152,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         clock = StageClock(show)
         with kept_in(cache) as folder, _collected() as messages:
             samples, teacher = _read(model, calibration, Watched(clock=clock, show=show, seed=seed, folder=folder))
+            options = with_reference_read(model, options)
             _check_fixed_batch(teacher, batch)
             store = AnalysisStore(folder, basis=own_sources(used, goal))
             ctx = options.context(teacher, samples, goal, store, clock, show)

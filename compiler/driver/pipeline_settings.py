@@ -19,6 +19,8 @@ from ..data.data_distance import data_distance, warn_if_far
 from ..data.input_binding import ForwardInputs
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
+from ..frontend.capture import Model
+from ..frontend.model_inputs import needed_inputs
 from ..ir.program import Program
 from ..onnx.file import OLDEST_OPSET
 from ..plan.goal import Goal
@@ -157,12 +159,13 @@ class PipelineSettings:
         dtypes = {spec.name: spec.dtype for spec in program.inputs}
         known = ForwardInputs(names=tuple(dtypes), required=frozenset(dtypes), dtypes=dtypes, chosen=True)
         try:
-            found = CalibrationSet.of(reference, inputs=known).aligned(program)
+            read = CalibrationSet.of(reference, inputs=known)
+            if len(read.leaves) == len(known.names) == 1:  # by whichever name
+                read = CalibrationSet.of(read.leaves[0], inputs=known)
+            found = read.aligned(program)
             found.check(program)
         except CalibrationError as cause:
-            raise CalibrationError(
-                f"reference: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
-            ) from cause
+            raise _of_reference(cause) from cause
         return found
 
     def settle_memory(self, ctx: Context, *, measured: bool) -> None:
@@ -229,6 +232,23 @@ class PipelineSettings:
             seed=self.seed,
             instruments=Instruments(folder=None if self.save_temps is None else Path(self.save_temps)),
         )
+
+
+def with_reference_read(model: Model, settings: PipelineSettings) -> PipelineSettings:
+    """The settings with a reference that was read as calibration samples of the network are, and can be read again.
+    Raises CalibrationError, which says whose it is."""
+    if settings.reference is None:
+        return settings
+    try:
+        return replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
+    except CalibrationError as cause:
+        raise _of_reference(cause) from cause
+
+
+def _of_reference(cause: CalibrationError) -> CalibrationError:
+    return CalibrationError(
+        f"reference: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
+    )
 
 
 def check_run(batch: object, threads: object, seed: object) -> None:

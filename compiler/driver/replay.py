@@ -36,7 +36,7 @@ from ..synthesis.synthesise import synthesise
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
 from .builtin import Plan, built_in, check_rewrites
 from .pipeline import mimicking
-from .pipeline_settings import PipelineSettings, check_options, check_seed
+from .pipeline_settings import PipelineSettings, check_options, check_seed, with_reference_read
 from .result import Compiled, exported
 from .sealed import PT2, check_file, check_plan, digest
 
@@ -129,6 +129,7 @@ def apply(
             return _result(program, read, opset)
         assert samples is not None
         options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
+        options = with_reference_read(network, options)
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
         with kept_in(cache) as folder:

@@ -33,7 +33,7 @@ from .api import Compiled, check_goal
 from .api import compile as compile_model
 from .builtin import check_rewrites, chosen_rewrites, named
 from .ignore_patterns import sorted_ignores
-from .pipeline_settings import PipelineSettings, check_options, check_run
+from .pipeline_settings import PipelineSettings, check_options, check_run, with_reference_read
 
 #: The goals of a sweep that names none.
 GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
@@ -218,11 +218,9 @@ def sweep(
     if each is not None and not callable(each):
         refuse("each", each, "a function of a SweepPoint, or None")
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
-    points: list[SweepPoint] = []
-    refused: list[GoalError] = []
+    points, refused = list[SweepPoint](), list[GoalError]()
     samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
-    if settings is not None and settings.reference is not None:
-        settings = replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
+    settings = settings and with_reference_read(model, settings)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)

@@ -30,6 +30,7 @@ from .settings import SynthesisSettings
 
 #: Of Adam: how fast the averages of gradients and of their squares forget.
 _FORGETS = (0.9, 0.99)
+_HALF = (torch.float16, torch.bfloat16)
 #: Images are shifted by at most a pixel for so many of their side.
 _SHIFT_SIDE = 32
 
@@ -62,14 +63,16 @@ def class_output(program: Program) -> tuple[str, int] | None:
 
 
 class Descent:
-    """The steps of one batch of samples; `leaves` are the samples as they are, one tensor for each input."""
+    """The steps of one batch of samples; `leaves` are the samples as they are, one tensor for each input, those of half
+    precision in float32: what is added up over steps is lost in half."""
 
     def __init__(self, aim: Aim, leaves: Sequence[torch.Tensor], seed: int) -> None:
         self._aim, self._seed = aim, seed
-        self.leaves = [leaf.clone() for leaf in leaves]
+        self.leaves = [leaf.float() if leaf.dtype in _HALF else leaf.clone() for leaf in leaves]
         self.done = 0
         self._moved = [i for i, kind in enumerate(aim.kinds) if kind.kind is not Kind.INDICES]
-        self._scales = [float(leaves[i].std()) or 1.0 for i in self._moved]
+        many = {i: self.leaves[i].numel() > 1 for i in self._moved}
+        self._scales = [float(self.leaves[i].std() if many[i] else 0.0) or 1.0 for i in self._moved]
         self._first = [torch.zeros_like(self.leaves[i]) for i in self._moved]
         self._second = [torch.zeros_like(self.leaves[i]) for i in self._moved]
         self._weights = _laid_out(aim.program)
@@ -88,7 +91,8 @@ class Descent:
                 gradients = torch.autograd.grad(loss, moved, allow_unused=True)
         finally:
             self.leaves = before
-        if not math.isfinite(float(loss.detach())):
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+        if not math.isfinite(float(loss.detach())) or not finite:
             raise RuntimeError("values overflow")
         self.done += 1
         settings = self._aim.settings
@@ -97,6 +101,11 @@ class Descent:
             if gradient is not None:
                 self._move(number, gradient, rate)
         return distance
+
+    @property
+    def samples(self) -> list[torch.Tensor]:
+        """The samples as they are, as the network takes them."""
+        return [leaf.to(kind.dtype) for leaf, kind in zip(self.leaves, self._aim.kinds, strict=True)]
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that changes from step to step, beside their number."""
@@ -147,7 +156,8 @@ class Descent:
 
     def _values(self, wanted: Sequence[str], leaves: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         program = self._aim.program
-        args, kwargs = program.structure([_channels_last(leaf) for leaf in leaves])
+        taken = [leaf.to(kind.dtype) for leaf, kind in zip(leaves, self._aim.kinds, strict=True)]
+        args, kwargs = program.structure([_channels_last(leaf) for leaf in taken])
         return run_until(program, dict.fromkeys(wanted), bind(program, kwargs or args), self._weights)
 
     def _shifted(self) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -60,7 +60,7 @@ class SynthesisSettings:
         check_whole("seed", self.seed, Allowed(least=0, most=2**63 - 1, none=True), error=error)
         shape: object = self.input_shape
         if shape is not None:
-            if not isinstance(shape, Collection) or isinstance(shape, (str, bytes)) or not shape or not _sizes(shape):
+            if not isinstance(shape, Collection) or isinstance(shape, (str, bytes, Set)) or not _sizes(shape):
                 refuse(
                     "input_shape",
                     shape,
@@ -68,9 +68,11 @@ class SynthesisSettings:
                     why="is not a shape",
                     error=error,
                 )
-            object.__setattr__(self, "input_shape", tuple(int(size) for size in self.input_shape or ()))
+            object.__setattr__(self, "input_shape", tuple(map(int, shape)))
         settled(self)
 
 
 def _sizes(shape: Collection[object]) -> bool:
-    return all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 for size in shape)
+    return len(shape) > 0 and all(
+        isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 for size in shape
+    )

@@ -234,7 +234,7 @@ class _Making:
                 before = data["before"]
                 descent.go_on(data["done"], tensors)
             self._descend(number, descent, before, spent_s - began)
-            self.leaves = _joined(self.leaves, descent.leaves)
+            self.leaves = _joined(self.leaves, descent.samples)
         return self._said(found, spent_s + time.process_time() - began)
 
     def _descend(self, number: int, descent: Descent, before: float | None, offset_s: float) -> None:
@@ -308,6 +308,8 @@ class _Making:
             why = f"they could not be changed by its gradient ({self._failed})"
         elif self._aim.targets:
             why = "no steps were asked for"
+        elif all(kind.kind is Kind.INDICES for kind in self._aim.kinds):
+            why = "indices are not changed by gradients, so nothing in the network tells what its data were like"
         else:
             why = (
                 "the network has no batch norms, or has them folded into its layers, so nothing in it tells what its "

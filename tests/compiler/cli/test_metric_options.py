@@ -9,6 +9,7 @@ import pytest
 from foldcut.compiler.cli.goals import read_goal
 from foldcut.compiler.cli.options import CompileOptions, SweepOptions
 from foldcut.compiler.cli.samples import read_evaluate
+from foldcut.compiler.metric.metric import metric_name
 from torch import nn
 
 
@@ -85,3 +86,17 @@ def test_labels_that_are_none(made: Any) -> None:
     Path("broken.npy").write_bytes(b"nothing")
     with pytest.raises(foldcut.CalibrationError, match="cannot read"):
         read_evaluate(made(latency="0.7", labels=Path("broken.npy")))
+
+
+def test_what_a_metric_prints_is_no_json(made: Any, capsys: Any) -> None:
+    Path("talking_metrics.py").write_text("def size(module):\n    print('hello')\n    return 1.0\n")
+    for as_json, place in ((True, 1), (False, 0)):
+        evaluate = read_evaluate(made(latency="0.7", evaluate="talking_metrics:size", as_json=as_json))
+        assert not isinstance(evaluate, foldcut.Top1) and evaluate is not None
+        assert evaluate(nn.Linear(2, 2)) == 1.0 and metric_name(evaluate) == "size"
+        assert capsys.readouterr()[place] == "hello\n"
+
+
+def test_none_is_said_to_be_for_calib(made: Any) -> None:
+    with pytest.raises(foldcut.CalibrationError, match="`none` is for --calib of `compile` and `sweep`"):
+        made(latency="0.7", reference=Path("none")).check()

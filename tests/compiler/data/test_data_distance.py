@@ -193,3 +193,13 @@ def test_a_reference_is_read_as_samples_are() -> None:
     points = foldcut.sweep(network, samples, goals=goals, settings=settings, **options).points
     found = [point.compiled.report.calibration["distance"] for point in points if point.compiled is not None]
     assert len(found) == 2 and found[0] == found[1] and found[0]["known_from"] == "reference"
+
+
+def test_a_reference_may_be_a_list_of_single_samples() -> None:
+    """Which are told from batches by running the network, as those to calibrate with are."""
+    network = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    samples, options = list(torch.randn(12, 5)), {"progress": False, "cache": False, "mimic": False}
+    for reference in (samples, {"input": torch.stack(samples)}):
+        settings = foldcut.PipelineSettings(reference=reference)  # type: ignore[arg-type]
+        made = foldcut.compile(network, samples, goal=foldcut.Channels(0.5), settings=settings, **options)  # type: ignore[arg-type]
+        assert made.report.calibration["distance"]["known_from"] == "reference"

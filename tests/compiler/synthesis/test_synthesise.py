@@ -373,6 +373,7 @@ def test_a_shape_that_does_not_fit_is_the_capture_s_to_refuse() -> None:
         ({"input_shape": "3,8,8"}, "input_shape='3,8,8' is not a shape"),
         ({"input_shape": ()}, r"input_shape=\(\) is not a shape"),
         ({"input_shape": 8}, "input_shape=8 is not a shape"),
+        ({"input_shape": {3, 8}}, "is not a shape"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
