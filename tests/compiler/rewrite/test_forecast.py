@@ -202,4 +202,4 @@ def test_a_plan_that_is_solved_again_is_foreseen(nets: SimpleNamespace, counting
     foldcut.apply(net, made.plan, calibration=samples, progress=watched, **options)
     assert watched.whole.forecast is not None
     assert list(watched.whole.forecast.stages) == ["re-solve", "test"]
-    assert list(watched.whole.lines) == ["capture", "re-solve", "test"]
+    assert list(watched.whole.lines) == ["capture", "compare data", "re-solve", "test"]
