@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from inspect import Parameter, Signature, getdoc
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 
 from ..starting import started
+from ..support.errors import CompilerError
 from .console import guarded, say
 
 
@@ -25,6 +27,12 @@ class Options:
     def first_words(self) -> str:
         """What the command is about to do; nothing where it does not say so."""
         return ""
+
+
+def check_kept(cache: Path | None, fresh: bool) -> None:
+    """Raise CompilerError for a place to keep what is not to be kept."""
+    if fresh and cache is not None:
+        raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
 
 
 def add_command(app: typer.Typer, name: str, kind: type[Options], where: str) -> None:

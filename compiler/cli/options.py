@@ -11,8 +11,8 @@ import typer
 from ..data.sample_paths import check_optional, check_readable, says_none
 from ..frontend.model_path import check_metric_named, check_named
 from ..support.atomic_files import check_writable
-from ..support.errors import CompilerError, GoalError, OutputError, PlanError
-from .declared import Options
+from ..support.errors import GoalError, OutputError, PlanError
+from .declared import Options, check_kept
 from .option_types import (
     AfterArgument,
     BackendOption,
@@ -108,8 +108,7 @@ class SolveOptions(SampleOptions):
     debug: DebugOption = False
 
     def check(self) -> None:
-        if self.fresh and self.cache is not None:
-            raise CompilerError("--fresh keeps no analyses", hint="leave out --cache or --fresh")
+        check_kept(self.cache, self.fresh)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +310,7 @@ class SynthesiseOptions(Options):
             raise OutputError(f"{self.output} is not the name of an .npz file", hint="give -o NAME.npz")
         check_writable(self.output.parent)
         check_named(self.model, self.weights)
+        check_kept(self.cache, self.fresh)
 
     def first_words(self) -> str:
         return f"making {self.count} inputs from {self.model} alone; output in {self.output}"

@@ -102,9 +102,14 @@ class DataDistance:
         }
 
     def __str__(self) -> str:
-        whose = "its batch norms keep" if self.known_from == "batch norms" else "the reference gives"
+        whose = whose_statistics(self.known_from)
         low, high = min(self.by_layer.values()), max(self.by_layer.values())
         return f"{self.median:.2f} standard deviations from what {whose} ({low:.2f} to {high:.2f} by layer)"
+
+
+def whose_statistics(known_from: str) -> str:
+    """What `DataDistance.known_from` says, in words behind "from what"."""
+    return "its batch norms keep" if known_from == "batch norms" else "the reference gives"
 
 
 def warn_if_far(distance: DataDistance | None, samples: int) -> None:

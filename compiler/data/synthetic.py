@@ -49,8 +49,7 @@ class SyntheticSet(CalibrationSet):
         cls, batch: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], made: Mapping[str, Any]
     ) -> SyntheticSet:
         """One tensor for each input, by position or by name, with the samples along dimension 0."""
-        one = next(iter(batch)) if not isinstance(batch, Mapping) and len(batch) == 1 else None
-        whole: Any = one if one is not None else dict(batch) if isinstance(batch, Mapping) else tuple(batch)
+        whole: Any = dict(batch) if isinstance(batch, Mapping) else batch[0] if len(batch) == 1 else tuple(batch)
         leaves, spec = pytree.tree_flatten(whole)
         return cls(leaves=tuple(leaves), spec=spec, bound=True, made=made)
 

@@ -19,7 +19,7 @@ from ..plan.decision import Decision
 from ..plan.joint_search import MixSearch
 from ..plan.means import MOST_TRIALS, Means
 from ..plan.proposals import Mix
-from ..plan.tried import Found
+from ..plan.tried import NEGLIGIBLE, Found
 from ..rewrite.budget import PlanBudget, keyed
 from ..rewrite.checked_offer import checked_offer
 from ..rewrite.context import Context
@@ -27,10 +27,6 @@ from ..rewrite.rewrite import Applied, Offer, Rewrite
 from ..support.errors import CompilerError, GoalError, Reject
 from .apply_decisions import applied, finished, made, shaped, solved, solved_at_the_end
 
-#: Where a plan of layers in int8, say, reaches the goal and loses less than this share of the outputs' energy, no other
-#: rewrite is asked what it could do: hardly a set of samples could tell which is better (0.0005 to 0.0015 took 0.06
-#: points from a ResNet-56 and two of 400 images from a MobileNetV2).
-NEGLIGIBLE = 2e-3
 #: A search ends with a plan that reaches the goal and loses at most so much.
 ENOUGH = 1e-4
 #: What a network loses that is made with care, a trial may say so many times as much of.

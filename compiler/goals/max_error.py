@@ -6,24 +6,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.measure.measurement import Measurement
-from ..plan.goal import Delivered, Goal
+from ..plan.goal import Delivered
 from ..plan.tried import Found, Tried
-from ..rewrite.budget import Shape
-from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied
 from ..rewrite.search import PlanSearch
 from ..support.errors import GoalError
-from .latency_budget import LatencyBudget
+from .fastest import LEAST_RATIO, NARROW, Fastest
 
-#: No plan is looked for below this latency ratio when only the error is bounded, nor nearer than this to one that is
-#: known, nor at more ratios than this.
-LEAST_RATIO, NARROW, MOST_RATIOS = 0.25, 0.04, 5
+#: Plans are looked for at so many latency ratios at the most.
+MOST_RATIOS = 5
 #: A network whose error is this share below its bound has room left.
 ROOM = 0.15
 
 
 @dataclass(frozen=True)
-class MaxError(Goal):
+class MaxError(Fastest):
     """Goal: the fastest network found whose relative output error is at most `error`.
 
     The error is ``sum ||S(x) - T(x)||^2 / sum ||T(x)||^2`` over all outputs, in float64, with S the result and T the
@@ -44,8 +41,6 @@ class MaxError(Goal):
     error: float
 
     kind = "max_error"
-    mixes = True
-    measured = True
     bounds_error = True
 
     def __post_init__(self) -> None:
@@ -54,11 +49,6 @@ class MaxError(Goal):
                 f"MaxError({self.error!r}) is not a goal",
                 hint="give a relative squared error between 0 and 1: MaxError(0.02) allows two percent",
             )
-
-    def budget(self, ctx: Context, shape: Shape) -> LatencyBudget:
-        """The budget in measured latency."""
-        assert ctx.latency is not None
-        return LatencyBudget(LEAST_RATIO, ctx.latency, shape)
 
     def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
         """Search for the fastest network whose output error is within the bound.

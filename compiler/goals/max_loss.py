@@ -7,26 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..metric.reading import Loss
-from ..plan.goal import Delivered, Goal
-from ..rewrite.budget import Shape
-from ..rewrite.context import Context
+from ..plan.goal import Delivered
+from ..plan.tried import NEGLIGIBLE
 from ..rewrite.rewrite import Applied
 from ..rewrite.search import PlanSearch
 from ..support.errors import GoalError
-from .latency_budget import LatencyBudget
+from .fastest import LEAST_RATIO, NARROW, Fastest
 
-#: No plan is looked for below this latency ratio, nor nearer than this to one that is known; so many are looked for,
-#: and so many of them finished and read.
-LEAST_RATIO, NARROW, MOST_SEARCHES, MOST_FINISHED = 0.25, 0.04, 7, 5
+#: Plans are looked for at so many latency ratios, and so many of them finished and read.
+MOST_SEARCHES, MOST_FINISHED = 7, 5
 #: The next ratio lies this far inside the interval that is left, at the least, whatever the losses say.
 INSIDE = 0.25
-#: A network that the metric says nothing of is taken to lose nothing where its output error is at most this: hardly a
-#: set of samples can tell such a network from the original.
-NEGLIGIBLE = 2e-3
 
 
 @dataclass(frozen=True)
-class MaxLoss(Goal):
+class MaxLoss(Fastest):
     """Goal: the fastest network found that loses at most `loss` in the metric passed as ``evaluate``.
 
     The loss is in the metric's own units: in points of a percent for `Top1`, say 0.02 for a metric between 0 and 1.
@@ -48,8 +43,6 @@ class MaxLoss(Goal):
     loss: float
 
     kind = "max_loss"
-    mixes = True
-    measured = True
     needs_metric = True
 
     def __post_init__(self) -> None:
@@ -60,11 +53,6 @@ class MaxLoss(Goal):
                 hint="give what the metric may lose, in its own units, from 0 on: MaxLoss(0.5) allows half a point of "
                 "a metric in percent",
             )
-
-    def budget(self, ctx: Context, shape: Shape) -> LatencyBudget:
-        """The budget in measured latency."""
-        assert ctx.latency is not None
-        return LatencyBudget(LEAST_RATIO, ctx.latency, shape)
 
     def sought(self, search: PlanSearch) -> tuple[Applied, bool]:
         """Search for the fastest network that loses at most so much.

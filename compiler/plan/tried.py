@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from .proposals import Mix, Scale, kinds_of
 
+#: What loses less than this share of the outputs' energy counts as losing nothing: hardly a set of samples could tell
+#: it from the original (0.0005 to 0.0015 took 0.06 points from a ResNet-56 and two of 400 images from a MobileNetV2).
+#: Where a plan of layers in int8, say, reaches the goal so, no other rewrite is asked what it could do.
+NEGLIGIBLE = 2e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:

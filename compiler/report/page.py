@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..data.data_distance import whose_statistics
 from ..support.errors import first_line
 from ..support.strict_json import finite
 from .cards import block_cards, labelled, run_name, runs_of_blocks, shared_path
@@ -285,7 +286,7 @@ def _distance(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = calibration["distance"]
     if found is None:
         return [("unlike its data", "not known: the network has no batch norms, and no reference was given")]
-    whose = "its batch norms keep" if found["known_from"] == "batch norms" else "the reference gives"
+    whose = whose_statistics(found["known_from"])
     figures = f"{found['median']:.2f} standard deviations (median over layers; {found['largest']:.2f} at most)"
     return [("unlike its data", f"{figures} from what {whose}")]
 

@@ -100,6 +100,7 @@ def test_a_folder_called_none_is_one(folder: Path, monkeypatch: pytest.MonkeyPat
         (("synthesise", *NET, "-o", "made.png"), ("made.png is not the name of an .npz file",)),
         (("synthesise", NET[0], "--input-shape", "3,x", "-o", "x.npz"), ("--input-shape '3,x' is not a shape",)),
         (("synthesise", "gone.onnx", "-o", "x.npz"), ("no such file: gone.onnx",)),
+        (("synthesise", *NET, "--fresh", "--cache", "kept", "-o", "x.npz"), ("--fresh keeps no analyses",)),
     ],
     ids=lambda value: str(value[0]) if value and value[0] in ("compile", "synthesise") else "",
 )
