@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from .errors import CompilerError
@@ -41,8 +42,10 @@ _OWN_SHARE = 0.75
 #: The share of the memory to work with that one batch may take on its way through a network.
 _BATCH_SHARE = 0.25
 
-#: How torch says that it got no memory.
-_NO_MEMORY = "can't allocate memory"
+#: How torch says that it got no memory, and the linker that there is no room for a library.
+_NO_MEMORY = ("can't allocate memory", "failed to map segment", "cannot allocate memory")
+#: What a compile imports at its first use.
+_LATE = ("scipy.special", "scipy.sparse.csgraph")
 #: Addresses that are taken and hold nothing: what threads reserve for their heaps, and gaps that mapping leaves.
 _RESERVED_BYTES = 384 << 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -81,8 +84,8 @@ def memory_within(limit_bytes: int | None) -> Iterator[None]:
     try:
         _refuse_less_than(0)
         yield
-    except (MemoryError, RuntimeError) as cause:
-        if not _bounds() or not (isinstance(cause, MemoryError) or _NO_MEMORY in str(cause)):
+    except (MemoryError, RuntimeError, ImportError) as cause:
+        if not _bounds() or not (isinstance(cause, MemoryError) or any(words in str(cause) for words in _NO_MEMORY)):
             raise
         raise CompilerError(
             f"memory ran out under {' and '.join(_bounds())}", hint="allow more, or give smaller samples"
@@ -98,6 +101,8 @@ def settle_memory(least_bytes: int) -> None:
 
     The number is a round one, so that it is the same when the compile is made again: what depends on it, depends on
     the limit, and not on how a few pages happened to lie."""
+    if _bounds():
+        import_late()
     _refuse_less_than(least_bytes)
     above = _above()
     if above is not None:
@@ -107,6 +112,13 @@ def settle_memory(least_bytes: int) -> None:
     whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
     left = [total - used for total, used in _bounds().values()]
     _within[-1].working_bytes = min((_round(count) for count in (*whole, *left)), default=None)
+
+
+def import_late() -> None:
+    """Import what a compile imports at its first use. Code takes memory and addresses too: under a limit it does so
+    before they are nearly all taken."""
+    for name in _LATE:
+        import_module(name)
 
 
 def at_most(most_bytes: int) -> int:

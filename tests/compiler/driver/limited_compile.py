@@ -70,7 +70,8 @@ def main() -> None:
     ends = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     net = nn.Sequential(conftest.conv_bn(3, 16), conftest.Residual(16), *ends).eval()
     samples = torch.randn(24, 3, 160, 160)
-    # what torch.onnx imports at its first use, the children then have
+    # what torch.onnx and a compile import at their first use, the children then have
+    memory.import_late()
     to_onnx(capture(conftest.ResNet(1, 4).eval(), conftest.images()))
     for kind in MORE_MIB:
         child = os.fork()
