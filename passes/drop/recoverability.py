@@ -6,8 +6,9 @@ Five ways to ask, from cheap to expensive:
   stream before and after the
   region), run on. Nearly as cheap.
 - ``calibrated``: the local error times the share of it that a full re-solve leaves, measured once for each region on
-  its own. The default: local
-  errors alone overrate early blocks, since more layers behind them help to recover.
+  its own: on few samples for all, then on more for the few that come out best. The default: local errors alone
+  overrate early blocks, since more layers behind them help to recover, and few samples cannot tell which of the best
+  is the best.
 - ``exact``: bypass it and re-solve every layer behind it.
 - ``adaptors``: bypass it and train the paper's 1x1 adaptors (`adaptors`): expensive, for comparison.
 The errors are those of the student as it stands, with the regions chosen so far dropped and re-solved, so that the
@@ -17,7 +18,7 @@ choice is joint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,16 +46,22 @@ Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverabilitySettings:
-    """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module."""
+    """`samples` of the calibration set are used, half to solve and half to judge; `mode` see the module. In the
+    calibrated mode the best `finalists` are solved again, on `final_samples` and more rows of each; 0 leaves that
+    out."""
 
     mode: Mode = "calibrated"
     samples: int = 64
     adaptors: AdaptorSettings = field(default_factory=AdaptorSettings)
     resolve: ResolveSettings = QUICK_RESOLVE
+    finalists: int = 3
+    final_samples: int = 128
 
     def __post_init__(self) -> None:
         check_word("mode", self.mode, get_args(Mode))
         check_whole("samples", self.samples, Allowed(least=1))
+        check_whole("finalists", self.finalists, Allowed(least=0))
+        check_whole("final_samples", self.final_samples, Allowed(least=1))
         check_kind("adaptors", self.adaptors, AdaptorSettings)
         check_kind("resolve", self.resolve, ResolveSettings)
         settled(self)
@@ -81,6 +88,7 @@ class Recoverability:
         self.settings = settings or RecoverabilitySettings()
         self.teacher = teacher
         self.features = judged_values(teacher, regions)
+        self._regions = regions
         few = calibration.take(slice(0, self.settings.samples))
         half = max(1, len(few) // 2)
         self.fit, self.judge = (
@@ -90,8 +98,10 @@ class Recoverability:
         size = batch_size_for(teacher, find_layers(teacher)[0].values())
         # of either network the values in front of and behind each region stand while all are compared
         self.batch_size = samples_at_once(2 * live_bytes(teacher).whole, size)
-        #: The samples that are read.
+        #: The samples that are read for every region, and those for finalists: none where there are no more.
         self.samples = few
+        more = self.settings.final_samples if self.settings.mode == "calibrated" and self.settings.finalists else 0
+        self.final_samples = calibration.take(slice(0, more if more > len(few) else 0))
         #: Of each region the share of its local error that is left when the layers behind it are re-solved too.
         self.recovery: dict[str, float] = {}
         self._state: tuple[tuple[str, ...], Program] = ((), teacher)
@@ -117,9 +127,24 @@ class Recoverability:
 
     def calibration_of(self, candidates: Sequence[Region]) -> dict[str, float]:
         """How much of each region's local error is left when the layers behind it are re-solved too, with nothing else
-        dropped."""
+        dropped. Of regions that are no finalists few samples say it, times what more of them changed for the
+        finalists."""
+        left, exact = self._left(candidates)
+        ranked = sorted(candidates, key=lambda r: (exact[r.name], r.name))[: self.settings.finalists]
+        finalists = [region for region in ranked if left[region.name] > 0]
+        if len(candidates) < 2 or not finalists or len(self.final_samples) <= len(self.samples):
+            return left
+        resolve = replace(self.settings.resolve, rows_per_column=ResolveSettings().rows_per_column)
+        settings = replace(self.settings, samples=len(self.final_samples), resolve=resolve)
+        again = Recoverability(self.teacher, self.final_samples, regions=self._regions, settings=settings)
+        better, _ = again._left(finalists)
+        changed = sorted(share / left[name] for name, share in better.items())[len(better) // 2]
+        return {name: better.get(name, min(1.0, share * changed)) for name, share in left.items()}
+
+    def _left(self, candidates: Sequence[Region]) -> tuple[dict[str, float], dict[str, float]]:
+        """Of each region the share of its local error that solving all behind it leaves, and what it leaves."""
         local, exact = (self._errors((), candidates, mode) for mode in ("local", "exact"))
-        return {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}
+        return {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}, exact
 
     def _base(self, chosen: Sequence[Region]) -> float:
         """Error of the network as it stands."""

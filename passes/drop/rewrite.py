@@ -48,6 +48,9 @@ class Drop(RecoverabilitySettings, Rewrite):
         samples: Number of samples that are read, half to solve and half to judge.
         adaptors: How adaptors are trained.
         resolve: How layers are re-solved for the prediction.
+        finalists: How many blocks, those with the least error, have the share of ``calibrated`` measured again on more
+            samples. 0 leaves that out.
+        final_samples: Number of samples for these.
         ignore: Shell-style patterns of layers (node, module path or weight). A region with such a layer stays.
 
     Raises:
@@ -89,10 +92,13 @@ class Drop(RecoverabilitySettings, Rewrite):
     def work(self, ctx: Context) -> Mapping[str, Work]:
         """What is saved by each region, timed, and the choice: a few quick solves for each block."""
         regions = self._regions(ctx)
-        each = solve_passes(ctx.teacher, max(1, min(self.samples, len(ctx.fit)) // 2), quick=True)
+        each, more = (
+            solve_passes(ctx.teacher, max(1, min(count, len(ctx.fit)) // 2), quick=True)
+            for count in (self.samples, self.final_samples)
+        )
         solves = SOLVES_OF_MIX if ctx.goal.mixes else SOLVES_OF_BLOCKS
         timed = Work(passes=SAVING_PASSES * len(regions.regions)) if ctx.goal.measured else Work()
-        return {"measure savings": timed, "choose": Work(passes=solves * len(regions.blocks) * each)}
+        return {"measure savings": timed, "choose": Work(passes=solves * len(regions.blocks) * each + self.finalists * more)}
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """The regions whose drops reach the aim of `budget`, one after the other, each with the error that it adds."""

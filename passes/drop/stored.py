@@ -16,7 +16,7 @@ class StoredErrors:
     def __init__(self, store: AnalysisStore, recoverability: Recoverability) -> None:
         self._store, self._recoverability = store, recoverability
         r = recoverability
-        self._inputs = [r.teacher, r.samples, r.features, r.settings]
+        self._inputs = [r.teacher, r.samples, r.final_samples, r.features, r.settings]
         self._first: Sequence[Region] | None = None
 
     def __call__(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:

@@ -1,6 +1,7 @@
 """Which blocks the rest of the network can do without."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.drop.recoverability import Recoverability, RecoverabilitySettings
+from foldcut.passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
 from torch import nn
 
 MODES = ("plain", "local", "exact")
@@ -109,10 +111,31 @@ def test_one_sample_is_enough(residual: Program, nets: SimpleNamespace) -> None:
 def test_only_a_part_of_the_calibration_set_is_read(residual: Program, nets: SimpleNamespace) -> None:
     blocks = find_regions(residual).blocks
     data = nets.images(40)
-    settings = RecoverabilitySettings(samples=16)
-    few = Recoverability(residual, CalibrationSet.of(data[:16]), settings=settings)([], blocks)
-    many = Recoverability(residual, CalibrationSet.of(data), settings=settings)([], blocks)
-    assert few == many
+    for settings, read in (
+        (RecoverabilitySettings(samples=16, finalists=0), 16),
+        (RecoverabilitySettings(samples=16, final_samples=24), 24),
+    ):
+        few = Recoverability(residual, CalibrationSet.of(data[:read]), settings=settings)([], blocks)
+        many = Recoverability(residual, CalibrationSet.of(data), settings=settings)([], blocks)
+        assert few == many
+
+
+def test_the_best_are_looked_at_again_on_more_samples(transformer: Program, nets: SimpleNamespace) -> None:
+    blocks = find_regions(transformer).blocks
+    data = CalibrationSet.of(nets.tokens(96))
+    resolve = replace(QUICK_RESOLVE, rows_per_column=ResolveSettings().rows_per_column)
+
+    def shares(samples: int, finalists: int) -> dict[str, float]:
+        settings = RecoverabilitySettings(samples=samples, finalists=finalists, final_samples=96, resolve=resolve)
+        return Recoverability(transformer, data, settings=settings).calibration_of(blocks)
+
+    few, one, each, more = shares(16, 0), shares(16, 1), shares(16, len(blocks)), shares(96, 0)
+    settings = RecoverabilitySettings(samples=16, mode="exact", resolve=resolve)
+    exact = Recoverability(transformer, data, settings=settings)([], blocks)
+    best = min(exact, key=exact.__getitem__)
+    assert each == more == shares(96, 1), "all of them, and where there are no more samples"
+    assert one[best] == more[best] != few[best]
+    assert all(one[name] == pytest.approx(min(1.0, few[name] * more[best] / few[best])) for name in few)
 
 
 class Backbone(nn.Module):
