@@ -67,6 +67,9 @@ class ResolveSettings:
 COPIES = 6
 #: So many rows for each column of a layer are few.
 FEW_ROWS = 20
+#: Another round of refining follows one that took at least this share of the error at a branch's end: the next takes
+#: less still, and costs as much.
+REFINED_AGAIN = 0.05
 #: How networks are re-solved while blocks are compared: enough to tell which can be recovered.
 QUICK_RESOLVE = ResolveSettings(refine=0, rows_per_column=20, guard_samples=0)
 #: How they are while plans are compared, and between the rewrites of one: cuts of wide layers overfit few samples. Not
@@ -195,9 +198,13 @@ def _solve_group(
         if not target.counterparts:
             continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
+    end = next(t.layer.node for t in step.targets if t.anchor == step.targets[-1].anchor)
     for turn in range(settings.refine):
         proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
+        before = errors[end].after if proposed else 0.0
         if not proposed or not _refine(lockstep, step, tensors, settings, proposed, errors):
+            break
+        if errors[end].after > (1 - REFINED_AGAIN) * before:
             break
     return list(errors.values())
 
