@@ -50,7 +50,7 @@ class Recorded:
     def __call__(self, module: nn.Module) -> Any:
         self.modules.append(module)
         value = self.values[min(len(self.modules), len(self.values)) - 1]
-        if isinstance(value, Exception):
+        if isinstance(value, BaseException):
             raise value
         return value
 
@@ -92,23 +92,6 @@ def test_the_same_result_with_and_without(net: nn.Module, nets: SimpleNamespace,
     plain = without[str(with_one.plan.goal)]
     assert with_one.program.fingerprint == plain.program.fingerprint and plain.report.metric == {}
     assert with_one.report.metric["name"] == "own metric"
-
-
-def test_what_it_sets_in_torch_ends_with_it() -> None:
-    before = torch.get_default_dtype(), torch.get_num_threads()
-
-    def measure(_: Any) -> float:
-        torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(before[1] + 1)
-        return 1.0
-
-    try:
-        (network,) = programs(1)
-        assert Metric("its", measure, network, StageClock()).read(network) is not None
-        assert (torch.get_default_dtype(), torch.get_num_threads()) == before
-    finally:
-        torch.set_default_dtype(before[0])
-        torch.set_num_threads(before[1])
 
 
 def test_several_inputs_and_named_outputs() -> None:
@@ -153,8 +136,9 @@ def without(net: nn.Module, nets: SimpleNamespace, work_backend: Any) -> Any:
         ([1.0, math.nan], "is not finite", {}),
         (["0.5"], "and not a number", {}),
         ([0.5, RuntimeError("late")], "failed: RuntimeError: late", PRUNED),
+        ([SystemExit(2)], "failed: SystemExit: 2", {}),
     ],
-    ids=["raises", "nan", "text", "raises later"],
+    ids=["raises", "nan", "text", "raises later", "exits"],
 )
 def test_what_goes_wrong_ends_nothing(
     values: Any, told: str, options: Any, net: nn.Module, nets: SimpleNamespace, work_backend: Any, without: Any
