@@ -22,7 +22,7 @@ from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
-from ..metric.given import check_labelled, check_metric, metric_of
+from ..metric.given import check_labelled, check_labels, check_metric, check_output, metric_of
 from ..metric.metric import Evaluate
 from ..metric.top1 import TESTED, Top1
 from ..onnx.file import in_one_piece
@@ -151,7 +151,8 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
         clock = StageClock(show)
         with kept_in(cache) as folder, _collected() as messages:
-            samples, teacher = _read(model, calibration, Watched(clock=clock, show=show, seed=seed, folder=folder))
+            watched = Watched(clock=clock, show=show, seed=seed, folder=folder)
+            samples, teacher = _read(model, calibration, evaluate, watched)
             options = with_reference_read(model, options)
             _check_fixed_batch(teacher, batch)
             store = AnalysisStore(folder, basis=own_sources(used, goal))
@@ -182,13 +183,18 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     return result
 
 
-def _read(model: Model, calibration: CalibrationData, watched: Watched) -> tuple[CalibrationSet, Program]:
-    """The samples, made where there are none, and the network."""
+def _read(
+    model: Model, calibration: CalibrationData, evaluate: Evaluate | Top1 | None, watched: Watched
+) -> tuple[CalibrationSet, Program]:
+    """The samples, made where there are none, and the network. Raises CalibrationError for labels that do not fit."""
     with watched.clock.stage("capture"):
         network = opened(model)
         if not is_asked_for(calibration):
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
-            return samples, fold_parameters(capture(network, samples.batch(slice(0, 2))))
+            check_labels(evaluate, samples)
+            teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
+            check_output(evaluate, teacher)
+            return samples, teacher
         teacher = captured(network, calibration)
     return made_samples(teacher, calibration, watched), teacher
 

@@ -14,7 +14,7 @@ from ..frontend.capture import Model, capture
 from ..frontend.model_inputs import needed_inputs
 from ..goals.latency import Latency
 from ..ir.edit_folds import fold_parameters
-from ..metric.given import check_labelled
+from ..metric.given import check_labelled, check_labels
 from ..metric.metric import Evaluate
 from ..metric.top1 import Top1
 from ..plan.goal import Goal
@@ -220,6 +220,7 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points, refused = list[SweepPoint](), list[GoalError]()
     samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
+    check_labels(evaluate, samples)
     settings = settings and with_reference_read(model, settings)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:

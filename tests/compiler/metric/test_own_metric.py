@@ -236,6 +236,32 @@ def test_labels_that_do_not_fit_are_refused(
         compiled(net, nets.images(60), foldcut.Top1(made(labels)))
 
 
+@pytest.mark.parametrize("run", ["compile", "sweep"])
+def test_labels_of_another_number_are_refused_before_the_capture(
+    run: str, net: nn.Module, nets: SimpleNamespace, labels: torch.Tensor, monkeypatch: Any
+) -> None:
+    """The network may take minutes to capture."""
+    for module in ("api", "sweep"):
+        monkeypatch.setattr(f"foldcut.compiler.driver.{module}.capture", lambda *_: pytest.fail("it is captured"))
+    options: dict[str, Any] = {"progress": False, "cache": False, "evaluate": foldcut.Top1(labels[1:])}
+    ignored = foldcut.RankSettings(ignore=("head",))  # a sweep captures the network for it
+    options["settings"] = foldcut.PipelineSettings(ranks=ignored)
+    goals: list[foldcut.Goal] = [foldcut.Channels(0.5), foldcut.Ranks(keep=0.5)]
+    with pytest.raises(foldcut.CalibrationError, match="not as many labels as samples"):
+        if run == "compile":
+            foldcut.compile(net, nets.images(60), goal=goals[0], **options)
+        else:
+            foldcut.sweep(net, nets.images(60), goals=goals, **options)
+
+
+def test_classes_that_are_not_there_are_refused_before_samples_are_compared(
+    net: nn.Module, nets: SimpleNamespace, labels: torch.Tensor, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(foldcut.PipelineSettings, "context", lambda *_: pytest.fail("the samples are divided"))
+    with pytest.raises(foldcut.CalibrationError, match="has 4 classes"):
+        compiled(net, nets.images(60), foldcut.Top1(labels + 4))
+
+
 def test_labels_need_an_output_of_classes() -> None:
     net = nn.Conv2d(3, 4, 3).eval()
     with pytest.raises(foldcut.CalibrationError, match="top-1 needs an output with a number for each class"):
