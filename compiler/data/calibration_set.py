@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..ir.program import Batch, Program, TensorSpec, dtype_name
-from ..support.errors import CalibrationError, CaptureError
+from ..support.errors import CalibrationError, CaptureError, plural
 from .input_binding import ForwardInputs
 from .sample_files import check_limit, check_options, read_arrays, read_images
 from .sample_paths import check_readable
@@ -395,6 +395,6 @@ def _check_values(leaves: Sequence[torch.Tensor]) -> None:
             bad = (~leaf.isfinite()).flatten(1).any(1) if leaf.dim() > 1 else ~leaf.isfinite()
             raise CalibrationError(
                 f"input {index} holds NaN or infinite values",
-                actual=f"{int(bad.sum())} of {leaf.shape[0]} samples, the first at {int(bad.nonzero()[0])}",
+                actual=f"{int(bad.sum())} of {plural(leaf.shape[0], 'sample')}, the first at {int(bad.nonzero()[0])}",
                 hint="leave those samples out, or correct how they are read",
             )

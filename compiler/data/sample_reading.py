@@ -288,7 +288,7 @@ class _Sampler:
         order = torch.tensor(sorted(range(len(self._arrivals)), key=self._arrivals.__getitem__), device="cpu")
         if len(order) != self._limit:
             warnings.warn(
-                f"{self._seen:,} calibration samples came, more than are kept: a random sample of {len(order):,} is "
+                f"more calibration samples came than are kept: a random sample of {len(order):,} of {self._seen:,} is "
                 "used",
                 stacklevel=5,
             )

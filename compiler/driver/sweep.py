@@ -219,8 +219,7 @@ def sweep(
         refuse("each", each, "a function of a SweepPoint, or None")
     chosen = _chosen(goals, rewrites, settings or PipelineSettings())
     points, refused = list[SweepPoint](), list[GoalError]()
-    samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
-    check_labels(evaluate, samples)
+    samples = _read(model, calibration, evaluate, seed=seed, progress=progress, cache=cache)
     settings = settings and with_reference_read(model, settings)
     memory = memory_within((settings or PipelineSettings()).memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
@@ -255,12 +254,21 @@ def sweep(
 
 
 def _read(
-    model: Model, calibration: CalibrationData, *, seed: int, progress: bool | Progress, cache: bool | str | Path
+    model: Model,
+    calibration: CalibrationData,
+    evaluate: Evaluate | Top1 | None,
+    *,
+    seed: int,
+    progress: bool | Progress,
+    cache: bool | str | Path,
 ) -> CalibrationSet:
-    """The samples of all goals, made where there are none; a generator is read once."""
+    """The samples of all goals, made where there are none; a generator is read once. Raises CalibrationError for labels
+    that do not fit."""
     if is_asked_for(calibration):
         return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
-    return CalibrationSet.of(calibration, inputs=needed_inputs(model))
+    samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
+    check_labels(evaluate, samples)
+    return samples
 
 
 def _folder_name(goal: Goal) -> str:

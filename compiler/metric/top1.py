@@ -13,7 +13,7 @@ import torch
 from ..data.calibration_set import CalibrationSet
 from ..ir.compare import flatten_outputs
 from ..ir.program import Program
-from ..support.errors import CalibrationError
+from ..support.errors import CalibrationError, plural
 
 #: Share of labelled samples that test, where no setting says otherwise: what can be said of a metric goes by how many
 #: samples it was read on, and these are read for nothing else.
@@ -77,8 +77,8 @@ class Top1:
         if len(self.labels) != len(samples):
             raise CalibrationError(
                 "there are not as many labels as samples",
-                expected=f"{len(samples)} labels",
-                actual=f"{len(self.labels)} labels",
+                expected=plural(len(samples), "label"),
+                actual=plural(len(self.labels), "label"),
                 hint=_HINT,
             )
 

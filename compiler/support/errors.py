@@ -189,6 +189,11 @@ class Reject:
         return f"{self.node}: {self.reason}"
 
 
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def first_line(cause: BaseException) -> str:
     """What a foreign error says in its first non-empty line; its type when it says nothing."""
     return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)

@@ -22,7 +22,7 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..store.checkpoint import Checkpoint
 from ..support.allocator import memory_at_hand
-from ..support.errors import CalibrationError, first_line
+from ..support.errors import CalibrationError, first_line, plural
 from ..support.memory import at_most
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, WholeProgress, opened_progress
@@ -189,7 +189,8 @@ def _check_inputs(program: Program, kinds: Sequence[InputKind]) -> None:
 
 def _warnings(made: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"no data were given: {made['count']} calibration samples were made from the network alone ({made['how']}); "
+        f"no data were given: {plural(made['count'], 'calibration sample was', 'calibration samples were')} made from "
+        f"the network alone ({made['how']}); "
         "errors and tests are over such samples, so measure the result on real inputs before it is used"
     )
     if made["weak"]:
@@ -267,7 +268,7 @@ class _Making:
         """Say what is to be done and how long it takes, once, where somebody watches."""
         if isinstance(self._watched.show, WholeProgress) and not self._told:
             self._told = True
-            words = f"{self._aim.settings.count} samples to make without data: {self._how()}"
+            words = f"{plural(self._aim.settings.count, 'sample')} to make without data: {self._how()}"
             self._watched.show.foresee(words, Forecast({STAGE: Expected(seconds=seconds)}))
 
     def _drawn(self, number: int, count: int) -> list[torch.Tensor]:
@@ -283,8 +284,8 @@ class _Making:
         parts = [_begun(kind) for kind in aim.kinds]
         words = " and ".join(dict.fromkeys(parts))
         if aim.has_gradient and self._failed is None:
-            words += f", changed in {aim.settings.iterations} steps"
-            norms = f"{len(aim.targets)} batch norm{'s' * (len(aim.targets) != 1)}"
+            words += f", changed in {plural(aim.settings.iterations, 'step')}"
+            norms = plural(len(aim.targets), "batch norm")
             words += f" to the statistics of {norms}" if aim.targets else " to differ in class"
         return words
 
