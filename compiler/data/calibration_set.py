@@ -17,6 +17,7 @@ from ..ir.program import Batch, Program, TensorSpec, dtype_name
 from ..support.errors import CalibrationError, CaptureError, plural
 from .input_binding import ForwardInputs
 from .sample_files import check_limit, check_options, read_arrays, read_images
+from .sample_kinds import check_samples
 from .sample_paths import check_readable
 from .sample_reading import check_counts, content_digests, drawing_keys, read_data
 
@@ -197,12 +198,7 @@ class CalibrationSet:
                 return data
             new = cls.of(data.batch(slice(None)), inputs=known)
             return replace(data, leaves=new.leaves, spec=new.spec, ignored=data.ignored + new.ignored, bound=new.bound)
-        if isinstance(data, (str, Path)):
-            raise CalibrationError(
-                "a path was given where data is expected",
-                actual=str(data),
-                hint="read it with foldcut.read_calibration(path)",
-            )
+        check_samples(data)
         read = read_data(data, known, limit=limit, seed=seed)
         _check_values(read.leaves)
         bound = known is not None and known.named

@@ -65,12 +65,7 @@ def _items(data: Any) -> tuple[Iterator[Any], bool | None]:
         if isinstance(data, torch.utils.data.DataLoader):
             return iter(data), data.batch_size is None and data.batch_sampler is None
         return iter(data), None
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a data set that is read by index
-        return (data[index] for index in range(len(data))), True
-    raise CalibrationError(
-        f"cannot read calibration samples from a {type(data).__name__}",
-        hint="pass a tensor, an array, a tuple or dict of them, a DataLoader or a generator of batches",
-    )
+    return (data[index] for index in range(len(data))), True  # a data set that is read by index
 
 
 def _is_batch(data: Any) -> bool:

@@ -17,6 +17,7 @@ from ...runtime.measure.cache_eviction import eviction_bytes
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.data_distance import data_distance, warn_if_far
 from ..data.input_binding import ForwardInputs
+from ..data.sample_kinds import check_samples
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
 from ..frontend.capture import Model
@@ -32,6 +33,7 @@ from ..support.errors import CalibrationError, GoalError
 from ..support.memory import settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
+from ..synthesis.settings import SynthesisSettings
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
 MOST_HELD_OUT = 0.45
@@ -72,7 +74,8 @@ class PipelineSettings:
         save_temps: Folder for the program after every pass, as text and as ``.pt2``; in a sweep, one below it per goal.
 
     Raises:
-        CompilerError: If a setting is out of range or of the wrong type.
+        CompilerError: If a setting is out of range or of the wrong type; CalibrationError for a reference that holds
+            no samples.
 
     Example:
         >>> limits = foldcut.ChannelLimits(multiple_of=4, ignore=("head*",))
@@ -110,6 +113,7 @@ class PipelineSettings:
         left = Allowed(above=0, most=MOST_TESTED, none=True)
         check_number("tested", self.tested, left)
         check_functions("views", self.views, "foldcut.horizontal_flip")
+        _check_reference(self.reference)
         check_whole("solve_samples", self.solve_samples, Allowed(least=1))
         check_run(self.batch, self.threads, self.seed)
         if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
@@ -241,6 +245,23 @@ def with_reference_read(model: Model, settings: PipelineSettings) -> PipelineSet
         return settings
     try:
         return replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
+    except CalibrationError as cause:
+        raise _of_reference(cause) from cause
+
+
+def _check_reference(reference: object) -> None:
+    """Raise CalibrationError for what is no reference: samples made from the network alone say nothing of its data."""
+    if reference is None or isinstance(reference, CalibrationSet):
+        return
+    if isinstance(reference, SynthesisSettings):
+        raise CalibrationError(
+            "reference: samples that are made from the network alone say no more of its data than the network does",
+            actual="SynthesisSettings",
+            hint="pass samples of the data that the network meets in use, or leave reference out: the statistics of "
+            "batch norms then stand for them",
+        )
+    try:
+        check_samples(reference)
     except CalibrationError as cause:
         raise _of_reference(cause) from cause
 

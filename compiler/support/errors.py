@@ -55,8 +55,9 @@ class CompilerError(Exception):
         lines = [f"{self.stage}: {self.message}"]
         if self.node is not None:
             lines.append(f"  at node: {self.node}")
-        if self.expected is not None or self.actual is not None:
+        if self.expected is not None:
             lines.append(f"  expected: {self.expected}")
+        if self.actual is not None:
             lines.append(f"  actual:   {self.actual}")
         if self.excerpt:
             lines.append("  in the graph:")
