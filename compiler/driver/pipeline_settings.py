@@ -45,7 +45,8 @@ MOST_TESTED = 0.5
 class PipelineSettings:
     """Settings of each stage of a compile.
 
-    `compile` takes batch, threads, seed and views from its own arguments, and `mimic` too unless it is True.
+    Arguments of `compile`, `sweep` and `apply` with the name of a setting come before it: batch, threads, seed and
+    views where they are not None, mimic where it is not True.
 
     Arguments:
         resolve: How layers are re-solved.
@@ -115,7 +116,7 @@ class PipelineSettings:
         check_functions("views", self.views, "foldcut.horizontal_flip")
         _check_reference(self.reference)
         check_whole("solve_samples", self.solve_samples, Allowed(least=1))
-        check_run(self.batch, self.threads, self.seed)
+        _check_run(self.batch, self.threads, self.seed)
         if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
             refuse("save_temps", self.save_temps, "the path of a folder, or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
@@ -124,6 +125,34 @@ class PipelineSettings:
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
             refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
         settled(self)
+
+    def with_arguments(
+        self,
+        *,
+        batch: int | None = None,
+        threads: int | None = None,
+        seed: int | None = None,
+        views: Sequence[View] | None = None,
+    ) -> PipelineSettings:
+        """Set what the arguments of `compile` say otherwise.
+
+        Arguments:
+            batch: Batch size of the measurement. None keeps the setting, here and for the others.
+            threads: Number of CPU threads of the measurement.
+            seed: Seed of all random choices.
+            views: Functions of a batch.
+
+        Returns:
+            The settings.
+
+        Raises:
+            CompilerError: If an argument is out of range or of the wrong type.
+        """
+        if views is not None:
+            check_functions("views", views, "foldcut.horizontal_flip")
+            views = tuple(views)
+        given = {"batch": batch, "threads": threads, "seed": seed, "views": views}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
         """Set the training as an argument of `compile` asks for it.
@@ -272,22 +301,16 @@ def _of_reference(cause: CalibrationError) -> CalibrationError:
     )
 
 
-def check_run(batch: object, threads: object, seed: object) -> None:
+def _check_run(batch: object, threads: object, seed: object) -> None:
     """Raise CompilerError for an invalid batch size, number of threads or seed."""
     for name, value in (("batch", batch), ("threads", threads)):
         check_whole(name, value, Allowed(least=1, words="a whole number: batch and threads start at 1"))
-    check_seed(seed)
-
-
-def check_seed(seed: object) -> None:
-    """Raise CompilerError for an invalid seed."""
     # torch takes others, what draws inputs does not
     check_whole("seed", seed, Allowed(least=0, most=2**63 - 1, words="a whole number from 0 on, below 2 ** 63"))
 
 
 def check_options(
     mimic: MimicSettings | bool | None,
-    views: Sequence[View],
     progress: bool | Progress,
     cache: bool | str | Path,
     settings: PipelineSettings | None,
@@ -295,7 +318,6 @@ def check_options(
     """Raise CompilerError for options that `compile` does not take."""
     if mimic is not None and not isinstance(mimic, (bool, MimicSettings)):
         refuse("mimic", mimic, "True, False, None or a foldcut.MimicSettings")
-    check_functions("views", views, "foldcut.horizontal_flip")
     if not isinstance(progress, bool) and not callable(progress):
         refuse("progress", progress, "True, False or a function of (stage, done, total)")
     if not isinstance(cache, (bool, str, Path)):
