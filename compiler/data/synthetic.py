@@ -31,8 +31,10 @@ class SyntheticSet(CalibrationSet):
         ignored: As in `CalibrationSet`.
         bound: As in `CalibrationSet`.
         made: How the samples were made, as plain data: ``how`` in words, ``count``, ``norms`` (batch norms whose
-            statistics they match), ``distance`` (from those statistics, before and after), ``range`` of images,
-            ``seconds`` of CPU time, ``weak`` (why they say little, or None), and the names of the ``inputs``.
+            statistics they match), ``distance`` (from those statistics, before and after), ``disagreement`` (of the
+            network that they were made against, before and after: 0 for none, 1 for all that there can be), ``range``
+            of images, ``seconds`` of CPU time, ``weak`` (why they say little, or None), and the names of the
+            ``inputs``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()

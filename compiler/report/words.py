@@ -154,6 +154,10 @@ def synthetic_words(report: Mapping[str, Any]) -> dict[str, str]:
             f"; their mean distance from the statistics of the batch norms fell from {number(distance['before'])} to "
             f"{number(distance['after'])} (0: the same means and deviations)"
         )
+    disagreed = made.get("disagreement") or {}
+    if "after" in disagreed:
+        how += f"; another network's disagreement rose from {number(disagreed['before'])} to "
+        how += f"{number(disagreed['after'])} (1: as much as there can be)"
     weak = str(made.get("weak") or "")
     picture = str(made.get("picture") or "")
     return {
