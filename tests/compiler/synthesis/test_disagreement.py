@@ -271,6 +271,27 @@ def test_a_file_for_other_inputs_is_refused(tmp_path: Path) -> None:
         made(program(), path)
 
 
+def test_parts_that_were_made_in_two_ways_stay_made_samples() -> None:
+    few = replace(SETTINGS, count=4, batch=4, iterations=2)
+    plain, more = made(program(), None, replace(few, compete=None)), made(program(), changed(trained()), few)
+    both = plain.with_more(more)
+    assert isinstance(both, SyntheticSet) and len(both) == both.made["count"] == 8
+    assert torch.equal(both.leaves[0], torch.cat([plain.leaves[0], more.leaves[0]]))
+    assert both.made["how"] == f"{plain.made['how']}; {more.made['how']}"
+    assert both.made["disagreement"] == more.made["disagreement"]
+    after = [part.made["distance"]["after"] for part in (plain, more)]
+    assert both.made["distance"]["after"] == pytest.approx(sum(after) / 2)
+    half: Any = plain.take(slice(0, 2))
+    assert half.with_more(more).made["distance"]["after"] == pytest.approx((2 * after[0] + 4 * after[1]) / 6)
+    assert plain.made.keys() == both.made.keys()
+    other = SyntheticSet.from_leaves([torch.zeros(4, 3, 8, 8)], {})
+    with pytest.raises(foldcut.CalibrationError, match="not for the same inputs"):
+        plain.with_more(other)
+    flipped: Any = plain.with_views([foldcut.horizontal_flip])
+    with pytest.raises(foldcut.CalibrationError, match="add views when all are together"):
+        flipped.with_more(more)
+
+
 def test_a_report_says_how_much_they_disagree() -> None:
     told = dict(made(program(), changed(trained()), replace(SETTINGS, count=4, batch=4, iterations=2)).made)
     words = synthetic_words({"calibration": {"synthetic": told}})["how"]
