@@ -31,7 +31,7 @@ class SynthesisSettings:
             often.
         smooth: Weight of the total variation of images.
         compete: Weight of the agreement with another network, the one that `synthesise` is given as `against`: samples
-            then show where the two differ (Adaptive DeepInversion, section 3.3). None is 0.01 where there is another
+            then show where the two differ (Adaptive DeepInversion, section 3.3). None is 0.001 where there is another
             network; a weight without one is refused.
         seed: Seed of all random choices. None takes that of the compile.
 
