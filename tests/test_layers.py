@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,16 @@ def test_every_test_file_has_a_name_of_its_own() -> None:
     names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
     assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_samples_are_counted_by_one_function() -> None:
+    """``1 test samples`` was said in seven places: a number before the word is `plural`'s to write."""
+    word = re.compile(r"\s*(\w+ ){0,2}samples\b")
+    found = []
+    for path in FILES:
+        for text in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr)):
+            for value, words in pairwise(text.values):
+                counted = isinstance(value, ast.FormattedValue) and isinstance(words, ast.Constant)
+                if counted and word.match(str(words.value)):  # type: ignore[attr-defined]
+                    found.append(f"{path.relative_to(ROOT)}:{text.lineno}")
+    assert not found

@@ -15,9 +15,9 @@ from ..driver.api import compile as compile_model
 from ..driver.sealed import PAGE
 from ..frontend.capture import Model
 from ..report.report import Report
-from ..report.words import kind_words, plural, saving_words, signed
+from ..report.words import kind_words, saving_words, signed
 from ..support.atomic_files import check_writable
-from ..support.errors import GoalError
+from ..support.errors import GoalError, plural
 from ..support.strict_json import json_text
 from .console import Exit, after_interrupt, guarded, out, say, show_line
 from .goals import read_goal, read_mimic, read_rewrites, read_settings

@@ -19,7 +19,7 @@ from ...runtime.measure.measurement import Measurement
 from ..data.calibration_set import CalibrationSet
 from ..ir.program import as_arguments
 from ..onnx.file import in_one_piece, read_onnx
-from ..support.errors import BackendError
+from ..support.errors import BackendError, plural
 from ..support.progress import Progress, opened_progress, silent
 from ..support.strict_json import json_text
 from .console import guarded, out, show_line
@@ -116,7 +116,7 @@ def _pairs(progress: Progress, stage: str) -> Callable[[Measurement], None]:
 def show_measured(found: Measured, console: Console) -> None:
     """Print what was found: the times, the ratio with its interval and what it allows to claim, and where it was."""
     result, check = found.measurement, found.self_check
-    taken = f"{result.clock}, {len(result.loads)} fresh loads, {result.pairs} pairs"
+    taken = f"{result.clock}, {plural(len(result.loads), 'fresh load')}, {plural(result.pairs, 'pair')}"
     lines = [
         f"before {result.before_ms:.3f} ms  after {result.after_ms:.3f} ms  ({taken})",
         _ratio_line(result),

@@ -11,7 +11,7 @@ import typer
 from ..data.sample_paths import check_optional, check_readable, says_none
 from ..frontend.model_path import check_metric_named, check_named
 from ..support.atomic_files import check_writable
-from ..support.errors import GoalError, OutputError, PlanError
+from ..support.errors import GoalError, OutputError, PlanError, plural
 from .declared import Options, check_kept
 from .option_types import (
     AfterArgument,
@@ -207,7 +207,7 @@ class CompileOptions(RunOptions):
     def _goals(self) -> list[str]:
         """The goals that are given, as they say themselves."""
         words = {
-            "blocks": lambda count: f"{count} block{'s' if count > 1 else ''} dropped",
+            "blocks": lambda count: f"{plural(count, 'block')} dropped",
             "keep": "{:g} of the channels kept".format,
             "macs": "MACs ratio {:g}".format,
             "parameters": "parameters ratio {:g}".format,
@@ -313,7 +313,7 @@ class SynthesiseOptions(Options):
         check_kept(self.cache, self.fresh)
 
     def first_words(self) -> str:
-        return f"making {self.count} inputs from {self.model} alone; output in {self.output}"
+        return f"making {plural(self.count, 'input')} from {self.model} alone; output in {self.output}"
 
 
 @dataclass(frozen=True, kw_only=True)

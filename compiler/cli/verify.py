@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..onnx.compare_files import Comparison, compare_onnx, random_samples
+from ..support.errors import plural
 from ..support.strict_json import json_text
 from .console import Exit, guarded, out, plain_table, show_line
 from .options import VerifyOptions
@@ -41,4 +42,4 @@ def show_comparison(found: Comparison, tolerance: float, console: Console) -> No
     for line in found.interface:
         show_line(f"  {line}", console)
     verdict = "the same" if found.same(tolerance) else "different"
-    show_line(f"{verdict} on {found.samples} samples (tolerance {tolerance:g} relative)", console)
+    show_line(f"{verdict} on {plural(found.samples, 'sample')} (tolerance {tolerance:g} relative)", console)

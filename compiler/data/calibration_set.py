@@ -14,9 +14,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..ir.program import Batch, Program, TensorSpec, dtype_name
-from ..support.errors import CalibrationError, CaptureError
+from ..support.errors import CalibrationError, CaptureError, plural
 from .input_binding import ForwardInputs
 from .sample_files import check_limit, check_options, read_arrays, read_images
+from .sample_kinds import check_samples
 from .sample_paths import check_readable
 from .sample_reading import check_counts, content_digests, drawing_keys, read_data
 
@@ -197,12 +198,7 @@ class CalibrationSet:
                 return data
             new = cls.of(data.batch(slice(None)), inputs=known)
             return replace(data, leaves=new.leaves, spec=new.spec, ignored=data.ignored + new.ignored, bound=new.bound)
-        if isinstance(data, (str, Path)):
-            raise CalibrationError(
-                "a path was given where data is expected",
-                actual=str(data),
-                hint="read it with foldcut.read_calibration(path)",
-            )
+        check_samples(data)
         read = read_data(data, known, limit=limit, seed=seed)
         _check_values(read.leaves)
         bound = known is not None and known.named
@@ -395,6 +391,6 @@ def _check_values(leaves: Sequence[torch.Tensor]) -> None:
             bad = (~leaf.isfinite()).flatten(1).any(1) if leaf.dim() > 1 else ~leaf.isfinite()
             raise CalibrationError(
                 f"input {index} holds NaN or infinite values",
-                actual=f"{int(bad.sum())} of {leaf.shape[0]} samples, the first at {int(bad.nonzero()[0])}",
+                actual=f"{int(bad.sum())} of {plural(leaf.shape[0], 'sample')}, the first at {int(bad.nonzero()[0])}",
                 hint="leave those samples out, or correct how they are read",
             )

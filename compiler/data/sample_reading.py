@@ -65,12 +65,7 @@ def _items(data: Any) -> tuple[Iterator[Any], bool | None]:
         if isinstance(data, torch.utils.data.DataLoader):
             return iter(data), data.batch_size is None and data.batch_sampler is None
         return iter(data), None
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a data set that is read by index
-        return (data[index] for index in range(len(data))), True
-    raise CalibrationError(
-        f"cannot read calibration samples from a {type(data).__name__}",
-        hint="pass a tensor, an array, a tuple or dict of them, a DataLoader or a generator of batches",
-    )
+    return (data[index] for index in range(len(data))), True  # a data set that is read by index
 
 
 def _is_batch(data: Any) -> bool:
@@ -288,7 +283,7 @@ class _Sampler:
         order = torch.tensor(sorted(range(len(self._arrivals)), key=self._arrivals.__getitem__), device="cpu")
         if len(order) != self._limit:
             warnings.warn(
-                f"{self._seen:,} calibration samples came, more than are kept: a random sample of {len(order):,} is "
+                f"more calibration samples came than are kept: a random sample of {len(order):,} of {self._seen:,} is "
                 "used",
                 stacklevel=5,
             )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..support.errors import plural
 from .calibration_set import CalibrationSet, View
 
 #: The judging samples are read for every plan that is tried, the test samples once: no more of each than these.
@@ -109,7 +110,7 @@ def warn_of_shared(sets: SampleSets, count: int) -> None:
     """Warn where there are too few samples for three parts, or too few that differ."""
     if sets.shared:
         alone = set(sets.judge.digests) <= set(sets.fit.digests)
-        what = f"{count} calibration sample{'s' * (count > 1)}"
+        what = plural(count, "calibration sample")
         if count > 2 or (alone and count > 1):
             what += " that are all equal" if alone else " with only two contents"
         whole = "the network was also solved with it" if alone else "plans were compared by it too"

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..ir.compare import flatten_outputs, squares
+from ..support.errors import plural
 from .output_error import with_outputs
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class SampledError:
         return {"error": self.error, "low": self.low, "high": self.high, "samples": self.samples}
 
     def __str__(self) -> str:
-        return f"{self.error:.4g} ({interval_words(self.low, self.high)}{self.samples} test samples)"
+        return f"{self.error:.4g} ({interval_words(self.low, self.high)}{plural(self.samples, 'test sample')})"
 
 
 def warn_if_lost(found: SampledError) -> None:

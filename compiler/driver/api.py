@@ -22,7 +22,7 @@ from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program
-from ..metric.given import check_labelled, check_metric, metric_of
+from ..metric.given import check_labelled, check_labels, check_metric, check_output, metric_of
 from ..metric.metric import Evaluate
 from ..metric.top1 import TESTED, Top1
 from ..onnx.file import in_one_piece
@@ -43,7 +43,7 @@ from ..support.progress import Progress, StageClock, opened_progress
 from ..synthesis.synthesise import Watched, captured, is_asked_for, made_samples
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
-from .pipeline_settings import PipelineSettings, check_options, check_run, with_reference_read
+from .pipeline_settings import PipelineSettings, check_options, with_reference_read
 from .report_parts import report_origin, report_parts, work_by_stage
 from .result import Compiled as Compiled
 from .sealed import ONNX, PT2
@@ -55,13 +55,13 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     *,
     goal: Goal,
     backend: str | Backend | type[Backend] = "onnxruntime",
-    batch: int = 1,
+    batch: int | None = None,
     rewrites: Sequence[str | Rewrite] | None = None,
     mimic: MimicSettings | bool | None = True,
-    views: Sequence[View] = (),
-    seed: int = 0,
+    views: Sequence[View] | None = None,
+    seed: int | None = None,
     progress: bool | Progress = True,
-    threads: int = 1,
+    threads: int | None = None,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     evaluate: Evaluate | Top1 | None = None,
@@ -100,18 +100,18 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             by default; `Blocks`, `Channels` or `Ranks`, which use the rewrite of their units.
         backend: Where latency is measured: ``onnxruntime``, ``openvino``, ``torch``, ``tensorrt``, or a backend of
             your own.
-        batch: Batch size of the measurement.
+        batch: Batch size of the measurement. If None, that of the settings: 1.
         rewrites: Which rewrites to use: ``drop_blocks``, ``prune_channels``, ``factorize``, ``quantize`` or `Rewrite`
             instances. If None, the goal decides: `Latency`, `MaxError` and `MaxLoss` take all, int8 where the backend
             is faster with it.
         mimic: Whether to train on the features of the original: True, False or None, or a `MimicSettings`.
         views: Functions of a batch that the task is invariant to, such as `horizontal_flip`. Each adds a changed copy
-            of the samples to fit with.
-        seed: Seed of all random choices.
+            of the samples to fit with. If None, those of the settings: none.
+        seed: Seed of all random choices. If None, that of the settings: 0.
         progress: True shows on stderr what is to be done, about how long it takes, and bars. A callable gets (stage,
             done, total).
-        threads: Number of CPU threads of the measurement.
-        settings: How each stage works. Its batch, threads, seed and views are replaced by the arguments of the call.
+        threads: Number of CPU threads of the measurement. If None, that of the settings: 1.
+        settings: How each stage works. Arguments of the call with the name of a setting come before it.
         cache: True keeps the results of analyses in ``$FOLDCUT_CACHE`` or ``~/.cache/foldcut``, a path elsewhere,
             False nowhere.
         evaluate: Your own metric: a function of the network, an `nn.Module` called as the original is, that gives a
@@ -142,18 +142,19 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     """
     check_goal(goal, evaluate)
     check_labelled(evaluate, is_asked_for(calibration))
-    check_run(batch, threads, seed)
-    check_options(mimic, views, progress, cache, settings)
-    options = replace(settings or PipelineSettings(), batch=batch, threads=threads, seed=seed, views=tuple(views))
+    check_options(mimic, progress, cache, settings)
+    options = settings or PipelineSettings()
+    options = options.with_arguments(batch=batch, threads=threads, seed=seed, views=views)
     options = _with_labels(options, evaluate).with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
     with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
         clock = StageClock(show)
         with kept_in(cache) as folder, _collected() as messages:
-            samples, teacher = _read(model, calibration, Watched(clock=clock, show=show, seed=seed, folder=folder))
+            watched = Watched(clock=clock, show=show, seed=options.seed, folder=folder)
+            samples, teacher = _read(model, calibration, evaluate, watched)
             options = with_reference_read(model, options)
-            _check_fixed_batch(teacher, batch)
+            _check_fixed_batch(teacher, options.batch)
             store = AnalysisStore(folder, basis=own_sources(used, goal))
             ctx = options.context(teacher, samples, goal, store, clock, show)
             ctx = replace(ctx, metric=metric_of(evaluate, teacher, samples, ctx.sets.test, clock))
@@ -182,13 +183,18 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     return result
 
 
-def _read(model: Model, calibration: CalibrationData, watched: Watched) -> tuple[CalibrationSet, Program]:
-    """The samples, made where there are none, and the network."""
+def _read(
+    model: Model, calibration: CalibrationData, evaluate: Evaluate | Top1 | None, watched: Watched
+) -> tuple[CalibrationSet, Program]:
+    """The samples, made where there are none, and the network. Raises CalibrationError for labels that do not fit."""
     with watched.clock.stage("capture"):
         network = opened(model)
         if not is_asked_for(calibration):
             samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
-            return samples, fold_parameters(capture(network, samples.batch(slice(0, 2))))
+            check_labels(evaluate, samples)
+            teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
+            check_output(evaluate, teacher)
+            return samples, teacher
         teacher = captured(network, calibration)
     return made_samples(teacher, calibration, watched), teacher
 

@@ -17,6 +17,7 @@ from ...runtime.measure.cache_eviction import eviction_bytes
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.data_distance import data_distance, warn_if_far
 from ..data.input_binding import ForwardInputs
+from ..data.sample_kinds import check_samples
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..export.exporter import NEWEST_OPSET
 from ..frontend.capture import Model
@@ -32,6 +33,7 @@ from ..support.errors import CalibrationError, GoalError
 from ..support.memory import settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
+from ..synthesis.settings import SynthesisSettings
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
 MOST_HELD_OUT = 0.45
@@ -43,7 +45,8 @@ MOST_TESTED = 0.5
 class PipelineSettings:
     """Settings of each stage of a compile.
 
-    `compile` takes batch, threads, seed and views from its own arguments, and `mimic` too unless it is True.
+    Arguments of `compile`, `sweep` and `apply` with the name of a setting come before it: batch, threads, seed and
+    views where they are not None, mimic where it is not True.
 
     Arguments:
         resolve: How layers are re-solved.
@@ -72,7 +75,8 @@ class PipelineSettings:
         save_temps: Folder for the program after every pass, as text and as ``.pt2``; in a sweep, one below it per goal.
 
     Raises:
-        CompilerError: If a setting is out of range or of the wrong type.
+        CompilerError: If a setting is out of range or of the wrong type; CalibrationError for a reference that holds
+            no samples.
 
     Example:
         >>> limits = foldcut.ChannelLimits(multiple_of=4, ignore=("head*",))
@@ -110,8 +114,9 @@ class PipelineSettings:
         left = Allowed(above=0, most=MOST_TESTED, none=True)
         check_number("tested", self.tested, left)
         check_functions("views", self.views, "foldcut.horizontal_flip")
+        _check_reference(self.reference)
         check_whole("solve_samples", self.solve_samples, Allowed(least=1))
-        check_run(self.batch, self.threads, self.seed)
+        _check_run(self.batch, self.threads, self.seed)
         if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
             refuse("save_temps", self.save_temps, "the path of a folder, or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
@@ -120,6 +125,34 @@ class PipelineSettings:
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
             refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
         settled(self)
+
+    def with_arguments(
+        self,
+        *,
+        batch: int | None = None,
+        threads: int | None = None,
+        seed: int | None = None,
+        views: Sequence[View] | None = None,
+    ) -> PipelineSettings:
+        """Set what the arguments of `compile` say otherwise.
+
+        Arguments:
+            batch: Batch size of the measurement. None keeps the setting, here and for the others.
+            threads: Number of CPU threads of the measurement.
+            seed: Seed of all random choices.
+            views: Functions of a batch.
+
+        Returns:
+            The settings.
+
+        Raises:
+            CompilerError: If an argument is out of range or of the wrong type.
+        """
+        if views is not None:
+            check_functions("views", views, "foldcut.horizontal_flip")
+            views = tuple(views)
+        given = {"batch": batch, "threads": threads, "seed": seed, "views": views}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
         """Set the training as an argument of `compile` asks for it.
@@ -245,28 +278,39 @@ def with_reference_read(model: Model, settings: PipelineSettings) -> PipelineSet
         raise _of_reference(cause) from cause
 
 
+def _check_reference(reference: object) -> None:
+    """Raise CalibrationError for what is no reference: samples made from the network alone say nothing of its data."""
+    if reference is None or isinstance(reference, CalibrationSet):
+        return
+    if isinstance(reference, SynthesisSettings):
+        raise CalibrationError(
+            "reference: samples that are made from the network alone say no more of its data than the network does",
+            actual="SynthesisSettings",
+            hint="pass samples of the data that the network meets in use, or leave reference out: the statistics of "
+            "batch norms then stand for them",
+        )
+    try:
+        check_samples(reference)
+    except CalibrationError as cause:
+        raise _of_reference(cause) from cause
+
+
 def _of_reference(cause: CalibrationError) -> CalibrationError:
     return CalibrationError(
         f"reference: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
     )
 
 
-def check_run(batch: object, threads: object, seed: object) -> None:
+def _check_run(batch: object, threads: object, seed: object) -> None:
     """Raise CompilerError for an invalid batch size, number of threads or seed."""
     for name, value in (("batch", batch), ("threads", threads)):
         check_whole(name, value, Allowed(least=1, words="a whole number: batch and threads start at 1"))
-    check_seed(seed)
-
-
-def check_seed(seed: object) -> None:
-    """Raise CompilerError for an invalid seed."""
     # torch takes others, what draws inputs does not
     check_whole("seed", seed, Allowed(least=0, most=2**63 - 1, words="a whole number from 0 on, below 2 ** 63"))
 
 
 def check_options(
     mimic: MimicSettings | bool | None,
-    views: Sequence[View],
     progress: bool | Progress,
     cache: bool | str | Path,
     settings: PipelineSettings | None,
@@ -274,7 +318,6 @@ def check_options(
     """Raise CompilerError for options that `compile` does not take."""
     if mimic is not None and not isinstance(mimic, (bool, MimicSettings)):
         refuse("mimic", mimic, "True, False, None or a foldcut.MimicSettings")
-    check_functions("views", views, "foldcut.horizontal_flip")
     if not isinstance(progress, bool) and not callable(progress):
         refuse("progress", progress, "True, False or a function of (stage, done, total)")
     if not isinstance(cache, (bool, str, Path)):

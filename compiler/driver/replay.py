@@ -36,7 +36,7 @@ from ..synthesis.synthesise import synthesise
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
 from .builtin import Plan, built_in, check_rewrites
 from .pipeline import mimicking
-from .pipeline_settings import PipelineSettings, check_options, check_seed, with_reference_read
+from .pipeline_settings import PipelineSettings, check_options, with_reference_read
 from .result import Compiled, exported
 from .sealed import PT2, check_file, check_plan, digest
 
@@ -50,8 +50,8 @@ def apply(
     example: Batch | None = None,
     rewrites: Sequence[str | Rewrite] = (),
     mimic: MimicSettings | bool | None = True,
-    views: Sequence[View] = (),
-    seed: int = 0,
+    views: Sequence[View] | None = None,
+    seed: int | None = None,
     settings: PipelineSettings | None = None,
     progress: bool | Progress = True,
     cache: bool | str | Path = True,
@@ -73,8 +73,8 @@ def apply(
         rewrites: `Rewrite` instances for decisions that are not built in.
         mimic: As in `compile`. Only used without `weights`.
         views: As in `compile`. Only used without `weights`.
-        seed: Seed of all random choices.
-        settings: How each stage works.
+        seed: As in `compile`.
+        settings: As in `compile`. Nothing is measured: its batch and threads are not used.
         progress: As in `compile`.
         cache: As in `compile`. A call that was interrupted continues from it.
 
@@ -100,8 +100,8 @@ def apply(
         >>> out.program.parameter_count(), list(out.output_errors)
         (212, ['unsolved', 'rewritten', 're-solved'])
     """
-    check_options(mimic, views, progress, cache, settings)
-    check_seed(seed)
+    check_options(mimic, progress, cache, settings)
+    options = (settings or PipelineSettings()).with_arguments(seed=seed, views=views).with_mimic(mimic)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
         weights = _beside(Path(plan), read)
@@ -112,23 +112,20 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    limit_bytes = (settings or PipelineSettings()).memory_bytes
-    with alone(), memory_within(limit_bytes), memory_at_hand(), opened_progress(progress, "apply") as show:
+    with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "apply") as show:
         clock = StageClock(show)
         with clock.stage("capture"):
             network = opened(model)
             if isinstance(calibration, SynthesisSettings):
-                calibration = synthesise(network, calibration, seed=seed, progress=show, cache=cache)
+                calibration = synthesise(network, calibration, seed=options.seed, progress=show, cache=cache)
             samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
             inputs = example if samples is None else samples.batch(slice(0, 2))
             teacher = fold_parameters(capture(network, inputs))
             read.check(teacher.fingerprint)
-        opset = settings.opset if settings is not None else None
         if weights is not None:
             program = with_weights(apply_plan(teacher, read, rewrites), capture(weights, inputs))
-            return _result(program, read, opset)
+            return _result(program, read, options.opset)
         assert samples is not None
-        options = replace(settings or PipelineSettings(), seed=seed, views=tuple(views)).with_mimic(mimic)
         options = with_reference_read(network, options)
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)

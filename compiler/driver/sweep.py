@@ -14,7 +14,7 @@ from ..frontend.capture import Model, capture
 from ..frontend.model_inputs import needed_inputs
 from ..goals.latency import Latency
 from ..ir.edit_folds import fold_parameters
-from ..metric.given import check_labelled
+from ..metric.given import check_labelled, check_labels
 from ..metric.metric import Evaluate
 from ..metric.top1 import Top1
 from ..plan.goal import Goal
@@ -33,7 +33,7 @@ from .api import Compiled, check_goal
 from .api import compile as compile_model
 from .builtin import check_rewrites, chosen_rewrites, named
 from .ignore_patterns import sorted_ignores
-from .pipeline_settings import PipelineSettings, check_options, check_run, with_reference_read
+from .pipeline_settings import PipelineSettings, check_options, with_reference_read
 
 #: The goals of a sweep that names none.
 GOALS: tuple[Goal, ...] = tuple(map(Latency, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)))
@@ -162,13 +162,13 @@ def sweep(
     *,
     goals: Sequence[Goal] = GOALS,
     backend: str | Backend | type[Backend] = "onnxruntime",
-    batch: int = 1,
+    batch: int | None = None,
     rewrites: Sequence[str | Rewrite] | None = None,
     mimic: MimicSettings | bool | None = True,
-    views: Sequence[View] = (),
-    seed: int = 0,
+    views: Sequence[View] | None = None,
+    seed: int | None = None,
     progress: bool | Progress = True,
-    threads: int = 1,
+    threads: int | None = None,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     each: Callable[[SweepPoint], None] | None = None,
@@ -211,17 +211,17 @@ def sweep(
     """
     _check_goals(goals, evaluate)
     check_labelled(evaluate, is_asked_for(calibration))
-    check_options(mimic, views, progress, cache, settings)
-    check_run(batch, threads, seed)
+    check_options(mimic, progress, cache, settings)
+    settings = (settings or PipelineSettings()).with_arguments(batch=batch, threads=threads, seed=seed, views=views)
     if rewrites is not None:
         check_rewrites(rewrites)
     if each is not None and not callable(each):
         refuse("each", each, "a function of a SweepPoint, or None")
-    chosen = _chosen(goals, rewrites, settings or PipelineSettings())
+    chosen = _chosen(goals, rewrites, settings)
     points, refused = list[SweepPoint](), list[GoalError]()
-    samples = _read(model, calibration, seed=seed, progress=progress, cache=cache)
-    settings = settings and with_reference_read(model, settings)
-    memory = memory_within((settings or PipelineSettings()).memory_bytes)
+    samples = _read(model, calibration, evaluate, seed=settings.seed, progress=progress, cache=cache)
+    settings = with_reference_read(model, settings)
+    memory = memory_within(settings.memory_bytes)
     with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
         for_goal = _leaving_alone(chosen, model, samples)
         for number, goal in enumerate(goals, 1):
@@ -230,13 +230,9 @@ def sweep(
             options: dict[str, Any] = {
                 "goal": goal,
                 "backend": backend,
-                "batch": batch,
                 "rewrites": for_goal[str(goal)],
                 "mimic": mimic,
-                "views": views,
-                "seed": seed,
                 "progress": show,
-                "threads": threads,
                 "settings": _for_goal(settings, goal),
                 "cache": place,
                 "evaluate": evaluate,
@@ -254,21 +250,30 @@ def sweep(
 
 
 def _read(
-    model: Model, calibration: CalibrationData, *, seed: int, progress: bool | Progress, cache: bool | str | Path
+    model: Model,
+    calibration: CalibrationData,
+    evaluate: Evaluate | Top1 | None,
+    *,
+    seed: int,
+    progress: bool | Progress,
+    cache: bool | str | Path,
 ) -> CalibrationSet:
-    """The samples of all goals, made where there are none; a generator is read once."""
+    """The samples of all goals, made where there are none; a generator is read once. Raises CalibrationError for labels
+    that do not fit."""
     if is_asked_for(calibration):
         return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
-    return CalibrationSet.of(calibration, inputs=needed_inputs(model))
+    samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
+    check_labels(evaluate, samples)
+    return samples
 
 
 def _folder_name(goal: Goal) -> str:
     return "-".join(str(goal).replace("%", "").split())
 
 
-def _for_goal(settings: PipelineSettings | None, goal: Goal) -> PipelineSettings | None:
+def _for_goal(settings: PipelineSettings, goal: Goal) -> PipelineSettings:
     """The settings of one goal's compile: what it saves between passes goes to a folder of its own."""
-    if settings is None or settings.save_temps is None:
+    if settings.save_temps is None:
         return settings
     return replace(settings, save_temps=Path(settings.save_temps) / _folder_name(goal))
 

@@ -18,7 +18,7 @@ from ..ir.exported_program import WAY_OUT, from_exported
 from ..ir.graph_copy import copied
 from ..ir.program import Batch, Program, as_arguments
 from ..onnx import opaque_operator  # noqa: F401 - registers the operator of opaque nodes, which .pt2 files may hold
-from ..support.errors import CaptureError, named_first_line
+from ..support.errors import CaptureError, named_first_line, plural
 from ..support.one_at_a_time import alone
 from ..support.quiet_logs import quiet_exporters
 from .module_state import check_weights, eval_mode, name_keywords, restored, unwrapped
@@ -151,12 +151,12 @@ def _check(program: Program, inputs: Any, reference: Any, *, count: int, gradien
             found = program.module(*args, **kwargs)
     except Exception as cause:  # an operator raises whatever it raises
         raise CaptureError(
-            f"the captured graph does not run with {count} samples: {named_first_line(cause)}", hint=WAY_OUT
+            f"the captured graph does not run with {plural(count, 'sample')}: {named_first_line(cause)}", hint=WAY_OUT
         ) from cause
     difference = compare(reference, found)
     if difference.relative > 1e-4 or not difference.same_structure:
         raise CaptureError(
-            f"the captured graph does not compute what the model computes with {count} samples",
+            f"the captured graph does not compute what the model computes with {plural(count, 'sample')}",
             expected="relative difference at most 1e-4 on the example batch",
             actual=difference,
             hint="a model that draws random numbers, depends on earlier calls or branches on the batch size cannot be "
@@ -176,7 +176,7 @@ def _check_batch_range(exported: torch.export.ExportedProgram) -> None:
             raise CaptureError(
                 "forward() takes another way for other numbers of samples",
                 expected="one graph for any batch size",
-                actual=f"a graph for {found.lower} to {found.upper} samples",
+                actual=f"a graph for batches of {found.lower} to {found.upper}",
                 hint="keep conditions on the batch size out of forward(); name the mode of operators that choose one "
                 "by size (torch.cdist has compute_mode)",
             )

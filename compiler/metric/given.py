@@ -33,6 +33,20 @@ def check_labelled(evaluate: Evaluate | Top1 | None, made: bool) -> None:
         )
 
 
+def check_labels(evaluate: Evaluate | Top1 | None, samples: CalibrationSet) -> None:
+    """Raise CalibrationError for labels that are not those of the samples: before the network is captured, since
+    nothing but their number has to be known."""
+    check_labelled(evaluate, said_of(samples) is not None)
+    if isinstance(evaluate, Top1):
+        evaluate.check_count(samples)
+
+
+def check_output(evaluate: Evaluate | Top1 | None, program: Program) -> None:
+    """Raise CalibrationError for labels that a network has no output for."""
+    if isinstance(evaluate, Top1):
+        evaluate.check_classes(program)
+
+
 def metric_of(
     evaluate: Evaluate | Top1 | None,
     program: Program,
@@ -40,10 +54,9 @@ def metric_of(
     test: CalibrationSet,
     clock: StageClock,
 ) -> Metric | None:
-    """What reads the metric of a compile. Raises CalibrationError for labels that do not fit."""
+    """What reads the metric of a compile. Labels have been checked: `check_labels`, `check_output`."""
     if evaluate is None:
         return None
-    check_labelled(evaluate, said_of(samples) is not None)
     if isinstance(evaluate, Top1):
         return Metric(evaluate.name, evaluate.bound(program, samples, test), program, clock, on_test=True)
     user = evaluate

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from inspect import Signature, signature
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..ir.graph_copy import copied
 from ..ir.program import Program
 from ..support.errors import CompilerError, named_first_line
 from ..support.progress import StageClock
+from .kept_state import state_kept
 from .reading import Loss, NoNumberError, Reading
 
 #: What a user passes: a module as they would call it -> a number, larger is better, or one for each sample.
@@ -95,12 +94,14 @@ class Metric:
         self.calls += 1
         began = time.monotonic()
         try:
-            # neither gradients nor draws nor settings of the user's code reach the rest of a compile
-            with self._clock.stage("evaluate"), torch.no_grad(), torch.random.fork_rng(devices=[]), _as_it_was():
+            with self._clock.stage("evaluate"), state_kept():
                 return Reading.of(self._measure(program), sampled=self.on_test)
         except NoNumberError as cause:
             self._tell(str(cause))
-        except Exception as cause:  # the user's own code raises whatever it raises
+        except (
+            Exception,
+            SystemExit,
+        ) as cause:  # the user's own code raises whatever it raises, scripts end themselves
             self._tell(f"failed: {named_first_line(cause)}")
         finally:
             self.seconds += time.monotonic() - began
@@ -111,17 +112,6 @@ class Metric:
         if said not in self.told:
             self.told.append(said)
             warnings.warn(f"{said}; the output error decides instead", stacklevel=4)
-
-
-@contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Torch's default type and threads are afterwards what they were before."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
 
 
 def loss_entries(loss: Loss | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from ..data.calibration_set import CalibrationSet
 from ..ir.compare import flatten_outputs
 from ..ir.program import Program
-from ..support.errors import CalibrationError
+from ..support.errors import CalibrationError, plural
 
 #: Share of labelled samples that test, where no setting says otherwise: what can be said of a metric goes by how many
 #: samples it was read on, and these are read for nothing else.
@@ -72,31 +72,18 @@ class Top1:
         """What a report calls it."""
         return "top-1 (%)"
 
-    def bound(self, program: Program, samples: CalibrationSet, test: CalibrationSet) -> Callable[[Program], Any]:
-        """What scores a network on `test`, samples out of `samples`, whose labels these are: 100 or 0 for each.
-
-        Raises CalibrationError for labels of another number than the samples, and for those that `program` has no
-        output for."""
+    def check_count(self, samples: CalibrationSet) -> None:
+        """Raise CalibrationError for labels of another number than the samples."""
         if len(self.labels) != len(samples):
             raise CalibrationError(
                 "there are not as many labels as samples",
-                expected=f"{len(samples)} labels",
-                actual=f"{len(self.labels)} labels",
+                expected=plural(len(samples), "label"),
+                actual=plural(len(self.labels), "label"),
                 hint=_HINT,
             )
-        self._check_classes(program)
-        labels = self._of(samples.aligned(program), test)
 
-        def scores(network: Program) -> Any:
-            right = []
-            for start, batch in zip(range(0, len(test), _BATCH), test.batches(_BATCH), strict=True):
-                found = flatten_outputs(network(batch))[0].argmax(1).cpu()
-                right.append(found == labels[start : start + _BATCH])
-            return 100 * torch.cat(right).double()
-
-        return scores
-
-    def _check_classes(self, program: Program) -> None:
+    def check_classes(self, program: Program) -> None:
+        """Raise CalibrationError for labels that a network has no output for."""
         output = program.outputs[0]
         if len(output.shape) != 2:
             raise CalibrationError(
@@ -112,6 +99,20 @@ class Top1:
                 expected=f"0 to {classes - 1}",
                 hint="number the classes as the network does, from 0 on",
             )
+
+    def bound(self, program: Program, samples: CalibrationSet, test: CalibrationSet) -> Callable[[Program], Any]:
+        """What scores a network on `test`, samples out of `samples`, whose labels these are: 100 or 0 for each. The
+        labels have been checked."""
+        labels = self._of(samples.aligned(program), test)
+
+        def scores(network: Program) -> Any:
+            right = []
+            for start, batch in zip(range(0, len(test), _BATCH), test.batches(_BATCH), strict=True):
+                found = flatten_outputs(network(batch))[0].argmax(1).cpu()
+                right.append(found == labels[start : start + _BATCH])
+            return 100 * torch.cat(right).double()
+
+        return scores
 
     def _of(self, samples: CalibrationSet, test: CalibrationSet) -> torch.Tensor:
         """The labels of the samples in `test`, which are known again by their contents."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import networkx as nx
 
+from ..support.errors import plural
 from .graph import ENTRY, EXIT
-from .words import ARROW, TIMES, lines, number, percent, plural, rank_words, scaled
+from .words import ARROW, TIMES, lines, number, percent, rank_words, scaled
 
 #: More cards than these are put together, and more vertices in a card.
 MOST_CARDS, MOST_VERTICES = 64, 24

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..data.data_distance import whose_statistics
-from ..support.errors import first_line
+from ..support.errors import first_line, plural
 from ..support.strict_json import finite
 from .cards import block_cards, labelled, run_name, runs_of_blocks, shared_path
 from .pareto import pareto_plot
@@ -34,7 +34,6 @@ from .words import (
     milliseconds,
     number,
     percent,
-    plural,
     regime_words,
     rewrite_words,
     saving_words,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..data.sampled_error import interval_words
+from ..support.errors import plural
 from ..support.strict_json import finite
 from ..support.tally import ALGEBRA, FORWARD, GRADIENT, MOMENTS
 from .words import memory_words, metric_row, scaled
@@ -234,7 +235,8 @@ class Report(Mapping[str, Any]):
         note = "relative mean squared"
         if self.test:
             made = "synthetic " if self.calibration.get("synthetic") else ""
-            note = f"{interval_words(self.test['low'], self.test['high'])}{self.test['samples']} {made}test samples"
+            samples = plural(self.test["samples"], f"{made}test sample")
+            note = interval_words(self.test["low"], self.test["high"]) + samples
         rows.append(("output error", "0", f"{self.output_error:.4f}", note))
         if self.output_errors:
             judged = list(self.output_errors.values())[-1]

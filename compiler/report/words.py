@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..support.errors import plural
 from ..support.memory import bytes_in_words
 
 TIMES = "\u00d7"
@@ -101,11 +102,6 @@ def saving_words(share: float | None) -> str:
     return f"{percent(abs(share))} {'less' if share >= 0 else 'more'} latency"
 
 
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{count} {one if count == 1 else many or f'{one}s'}"
-
-
 def goal_words(report: Mapping[str, Any]) -> str:
     """The goal as a sentence; earlier versions had its figures only."""
     figures = ", ".join(f"{key} {value}" for key, value in report["goal"].items() if key != "kind")
@@ -151,13 +147,17 @@ def synthetic_words(report: Mapping[str, Any]) -> dict[str, str]:
     made = report["calibration"].get("synthetic")
     if not made:
         return {}
-    how = f"{made.get('count')} samples were made from the network alone: {made.get('how')}"
+    how = f"{plural(made.get('count', 0), 'sample was', 'samples were')} made from the network alone: {made.get('how')}"
     distance = made.get("distance") or {}
     if "after" in distance:
         how += (
             f"; their mean distance from the statistics of the batch norms fell from {number(distance['before'])} to "
             f"{number(distance['after'])} (0: the same means and deviations)"
         )
+    disagreed = made.get("disagreement") or {}
+    if "after" in disagreed:
+        how += f"; another network's disagreement rose from {number(disagreed['before'])} to "
+        how += f"{number(disagreed['after'])} (1: as much as there can be)"
     weak = str(made.get("weak") or "")
     picture = str(made.get("picture") or "")
     return {

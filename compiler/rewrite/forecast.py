@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from ...passes.solve.weighing import TRIAL_SAMPLES, solve_passes
 from ..ir.cost import program_cost
+from ..support.errors import plural
 from ..support.progress import WholeProgress
 from ..support.whole import Expected, Forecast, When
 from .context import Context
@@ -56,7 +57,7 @@ def foresee_replay(ctx: Context, rewrites: Sequence[Rewrite], mimic_s: MimicTime
 def size_words(ctx: Context) -> str:
     """The samples and the network in numbers."""
     sizes, cost = ctx.sets.sizes, program_cost(ctx.teacher)
-    samples = f"{sizes['fit']} samples to fit, {sizes['judge']} to judge, {sizes['test']} to test"
+    samples = f"{plural(sizes['fit'], 'sample')} to fit, {sizes['judge']} to judge, {sizes['test']} to test"
     return f"{samples}; {_short(cost.macs)} MACs a sample, {_short(ctx.teacher.parameter_count())} parameters"
 
 

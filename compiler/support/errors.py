@@ -55,8 +55,9 @@ class CompilerError(Exception):
         lines = [f"{self.stage}: {self.message}"]
         if self.node is not None:
             lines.append(f"  at node: {self.node}")
-        if self.expected is not None or self.actual is not None:
+        if self.expected is not None:
             lines.append(f"  expected: {self.expected}")
+        if self.actual is not None:
             lines.append(f"  actual:   {self.actual}")
         if self.excerpt:
             lines.append("  in the graph:")
@@ -187,6 +188,11 @@ class Reject:
 
     def __str__(self) -> str:
         return f"{self.node}: {self.reason}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def first_line(cause: BaseException) -> str:

@@ -5,6 +5,7 @@ The loss of a batch x of samples is
     L = mean over batch norms l and channels c of  ((m_lc(x) - M_lc) / S_lc)^2 + (s_lc(x) / S_lc - 1)^2
         + diverse * cross entropy of the outputs with classes that are each asked for equally often
         + smooth * total variation of images
+        + compete * (1 - disagreement with another network), where there is one: `disagreement`
 
 with m and s the mean and deviation of the batch at the input of a batch norm, M and S those that it holds
 (DeepInversion, Yin et al., CVPR 2020, arXiv 1912.08795, equation 4; here relative to the deviation of each channel, so
@@ -22,8 +23,9 @@ import torch
 from torch.nn import functional
 
 from ..ir.execute import bind, run_until
-from ..ir.program import Program, is_tensor, output_nodes
+from ..ir.program import Batch, Program, is_tensor, output_nodes
 from ..store.checkpoint import Standing
+from .disagreement import Rival
 from .input_kinds import InputKind, Kind
 from .norm_statistics import NormTarget, statistics_distance
 from .settings import SynthesisSettings
@@ -38,18 +40,25 @@ _SHIFT_SIDE = 32
 @dataclass(frozen=True, kw_only=True)
 class Aim:
     """What samples are changed towards: the statistics of batch norms, and classes at an output (its node, and how many
-    there are) where there is one to ask for."""
+    there are) where there is one to ask for, and disagreement with another network, the rival, with its weight."""
 
     program: Program
     kinds: tuple[InputKind, ...]
     targets: tuple[NormTarget, ...]
     classes: tuple[str, int] | None
     settings: SynthesisSettings
+    rival: Rival | None = None
+    compete: float = 0.0
+
+    @property
+    def competes(self) -> bool:
+        """Whether disagreement counts."""
+        return self.rival is not None and self.compete > 0
 
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to change, and to change it towards."""
-        asked = self.targets or (self.classes is not None and self.settings.diverse)
+        asked = self.targets or self.competes or (self.classes is not None and self.settings.diverse)
         return bool(asked) and self.settings.iterations > 0 and any(k.kind is not Kind.INDICES for k in self.kinds)
 
 
@@ -76,6 +85,7 @@ class Descent:
         self._first = [torch.zeros_like(self.leaves[i]) for i in self._moved]
         self._second = [torch.zeros_like(self.leaves[i]) for i in self._moved]
         self._weights = _laid_out(aim.program)
+        self._rival_weights = _laid_out(aim.rival.program) if aim.rival is not None else {}
         self._asked = self._classes()
 
     def step(self) -> float:
@@ -124,6 +134,15 @@ class Descent:
         with torch.no_grad():
             return self._loss(shifted=False)[0]
 
+    def disagreement(self) -> float:
+        """How much the other network disagrees as the samples now stand; 0 without one."""
+        rival = self._aim.rival
+        if rival is None:
+            return 0.0
+        with torch.no_grad():
+            ours = self._values([one for one, _ in rival.outputs], self.leaves)
+            return float(self._disagreement(rival, ours, self.leaves))
+
     def values(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
         """What nodes hold for the samples as they now stand."""
         with torch.no_grad():
@@ -143,6 +162,8 @@ class Descent:
         aim, settings = self._aim, self._aim.settings
         leaves = self._shifted() if shifted else self.leaves
         wanted = [target.source for target in aim.targets] + ([aim.classes[0]] if aim.classes else [])
+        rival = aim.rival if aim.competes else None
+        wanted += [one for one, _ in rival.outputs] if rival is not None else []
         values = self._values(wanted, leaves)
         loss = torch.zeros(())
         if aim.targets:
@@ -152,13 +173,27 @@ class Descent:
             loss = loss + settings.diverse * functional.cross_entropy(values[aim.classes[0]], self._asked)
         if settings.smooth:
             loss = loss + settings.smooth * sum(self._variations())
+        if rival is not None:
+            loss = loss + aim.compete * (1 - self._disagreement(rival, values, leaves))
         return distance, loss
 
     def _values(self, wanted: Sequence[str], leaves: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         program = self._aim.program
+        return run_until(program, dict.fromkeys(wanted), bind(program, self._batch(leaves)), self._weights)
+
+    def _disagreement(
+        self, rival: Rival, values: Mapping[str, torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Of what the network holds, and what the other one makes of the same samples."""
+        other, wanted = rival.program, [theirs for _, theirs in rival.outputs]
+        found = run_until(other, dict.fromkeys(wanted), bind(other, self._batch(leaves)), self._rival_weights)
+        return rival.disagreement([values[ours] for ours, _ in rival.outputs], [found[theirs] for theirs in wanted])
+
+    def _batch(self, leaves: Sequence[torch.Tensor]) -> Batch:
+        """The samples as the network is called with them."""
         taken = [leaf.to(kind.dtype) for leaf, kind in zip(leaves, self._aim.kinds, strict=True)]
-        args, kwargs = program.structure([_channels_last(leaf) for leaf in taken])
-        return run_until(program, dict.fromkeys(wanted), bind(program, kwargs or args), self._weights)
+        args, kwargs = self._aim.program.structure([_channels_last(leaf) for leaf in taken])
+        return kwargs or args
 
     def _shifted(self) -> list[torch.Tensor]:
         """The samples as this step sees them: images shifted, the same way in all of the batch."""

@@ -30,6 +30,9 @@ class SynthesisSettings:
         diverse: Weight of a term for classifiers, that each sample belongs to a class of its own choice, all equally
             often.
         smooth: Weight of the total variation of images.
+        compete: Weight of the agreement with another network, the one that `synthesise` is given as `against`: samples
+            then show where the two differ (Adaptive DeepInversion, section 3.3). None is 0.001 where there is another
+            network; a weight without one is refused.
         seed: Seed of all random choices. None takes that of the compile.
 
     Raises:
@@ -47,6 +50,7 @@ class SynthesisSettings:
     learning_rate: float = 0.05
     diverse: float = 0.0
     smooth: float = 0.0
+    compete: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +61,7 @@ class SynthesisSettings:
         check_number("learning_rate", self.learning_rate, Allowed(above=0, most=10), error=error)
         for name in ("diverse", "smooth"):
             check_number(name, getattr(self, name), Allowed(least=0), error=error)
+        check_number("compete", self.compete, Allowed(least=0, none=True), error=error)
         check_whole("seed", self.seed, Allowed(least=0, most=2**63 - 1, none=True), error=error)
         shape: object = self.input_shape
         if shape is not None:

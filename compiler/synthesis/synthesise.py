@@ -22,13 +22,14 @@ from ..store.analysis_store import AnalysisStore
 from ..store.cache_folder import kept_in
 from ..store.checkpoint import Checkpoint
 from ..support.allocator import memory_at_hand
-from ..support.errors import CalibrationError, first_line
+from ..support.errors import CalibrationError, first_line, plural
 from ..support.memory import at_most
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock, WholeProgress, opened_progress
 from ..support.setting_checks import check_kind
 from ..support.whole import Expected, Forecast
 from .descent import Aim, Descent, class_output, standing
+from .disagreement import rival_of
 from .input_kinds import InputKind, Kind, input_kinds
 from .input_range import InputRange, found_range, in_range
 from .norm_statistics import norm_targets
@@ -36,6 +37,10 @@ from .settings import SynthesisSettings
 
 #: The stage, as progress shows it and the report counts it.
 STAGE = "synthesise"
+#: Weight of the agreement with another network where the settings say none: of ResNet-20 and one with half its channels
+#: the disagreement rises from 0.37 to 0.82, and the statistics of the batch norms are as near within 1 %. Ten times as
+#: much (0.98, 6 %) costs the next re-solve four points (docs/no_data.md).
+COMPETE = 0.001
 #: Bytes that the values of a batch may take while gradients go back through them.
 _MOST_BYTES = 3 << 30
 #: Samples that say which range of numbers the network takes.
@@ -46,6 +51,7 @@ def synthesise(
     model: Model,
     settings: SynthesisSettings | None = None,
     *,
+    against: Model | None = None,
     seed: int = 0,
     progress: bool | Progress = True,
     cache: bool | str | Path = True,
@@ -59,6 +65,9 @@ def synthesise(
     Arguments:
         model: The network, in any form that `compile` takes.
         settings: How samples are made. A module also needs the shape of one there: ``input_shape=(3, 224, 224)``.
+        against: Another network with the same inputs and outputs, such as the result of a first compile without data:
+            samples are then made on which the two disagree, as far as the statistics of the batch norms allow it
+            (`SynthesisSettings.compete`).
         seed: Seed of all random choices, where the settings have none.
         progress: As in `compile`. Says how long it will take once one step was timed.
         cache: As in `compile`.
@@ -67,8 +76,9 @@ def synthesise(
         The samples, a `CalibrationSet` whose `made` says how they were made.
 
     Raises:
-        CalibrationError: If the shape of the inputs is not known, or nobody could say what to put there.
-        CaptureError: If the model cannot be captured.
+        CalibrationError: If the shape of the inputs is not known, nobody could say what to put there, or `against` has
+            other inputs or outputs.
+        CaptureError: If a network cannot be captured.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -83,7 +93,8 @@ def synthesise(
         network = opened(model)
         with clock.stage("capture"):
             program = captured(network, settings)
-        return made_samples(program, settings, Watched(clock=clock, show=show, seed=seed, folder=folder))
+        watched = Watched(clock=clock, show=show, seed=seed, folder=folder)
+        return made_samples(program, settings, watched, against=against)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,17 +166,29 @@ def _example(network: Model, settings: SynthesisSettings) -> Batch | None:
     return numbers  # capture says what is wrong
 
 
-def made_samples(program: Program, settings: SynthesisSettings | None, watched: Watched) -> SyntheticSet:
+def made_samples(
+    program: Program, settings: SynthesisSettings | None, watched: Watched, *, against: Model | None = None
+) -> SyntheticSet:
     """Samples for a program, or those that were made before. Warns of what they are worth. Raises CalibrationError
-    where nobody could say what to put into an input."""
+    where nobody could say what to put into an input, and where the network that they are made against does not fit."""
     settings = settings or SynthesisSettings()
     if settings.seed is None:
         settings = replace(settings, seed=watched.seed)
+    if settings.compete and against is None:
+        raise CalibrationError(
+            f"compete={settings.compete:g} is about another network, and there is none",
+            hint="pass it: foldcut.synthesise(net, settings, against=first.module), and what that makes to compile; or "
+            "leave compete out",
+        )
     kinds = input_kinds(program)
     _check_inputs(program, kinds)
     targets = norm_targets(program) if any(kind.kind is not Kind.INDICES for kind in kinds) else ()
     aim = Aim(program=program, kinds=kinds, targets=targets, classes=class_output(program), settings=settings)
-    store, inputs = AnalysisStore(watched.folder), [program, settings]
+    if against is not None:
+        with watched.clock.stage("capture"):
+            rival = rival_of(program, kinds, against, aim.classes is not None)
+        aim = replace(aim, rival=rival, compete=COMPETE if settings.compete is None else settings.compete)
+    store, inputs = AnalysisStore(watched.folder), [program, settings, aim.rival, aim.compete]
 
     def compute() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         making = _Making(aim, watched, store.checkpoint(STAGE, inputs))
@@ -189,7 +212,8 @@ def _check_inputs(program: Program, kinds: Sequence[InputKind]) -> None:
 
 def _warnings(made: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"no data were given: {made['count']} calibration samples were made from the network alone ({made['how']}); "
+        f"no data were given: {plural(made['count'], 'calibration sample was', 'calibration samples were')} made from "
+        f"the network alone ({made['how']}); "
         "errors and tests are over such samples, so measure the result on real inputs before it is used"
     )
     if made["weak"]:
@@ -202,14 +226,15 @@ class _Making:
     def __init__(self, aim: Aim, watched: Watched, checkpoint: Checkpoint) -> None:
         self._aim, self._watched, self._checkpoint = aim, watched, checkpoint
         settings = aim.settings
-        most = max(2, at_most(_MOST_BYTES) // max(1, live_bytes(aim.program).whole))
+        most = max(2, at_most(_MOST_BYTES) // max(1, _bytes_of_sample(aim)))
         parts = -(-settings.count // min(settings.batch, most))
         self._sizes = [len(part) for part in torch.arange(settings.count).tensor_split(parts)]
         self._failed: str | None = None
         self._told = False
         self.leaves: list[torch.Tensor] = []
-        #: How far the statistics were in the beginning and in the end, of each batch.
-        self._distances: list[list[float]] = []
+        #: Of each batch how far the statistics were, and how much another network disagreed: in the beginning, in the
+        #: end.
+        self._figures: list[list[float]] = []
 
     def run(self) -> dict[str, Any]:
         """Make them all; returns what is to be known of them."""
@@ -217,11 +242,11 @@ class _Making:
         kept = self._checkpoint.read()
         first = self._drawn(0, min(_TRIED, self._aim.settings.count))
         found = found_range(self._aim, first)
-        data, tensors = kept if kept is not None else ({"spent_s": 0.0, "distances": []}, {})
-        self._distances = list(data["distances"])
-        self.leaves = [tensors[f"finished {i}"] for i in range(len(self._aim.kinds))] if self._distances else []
+        data, tensors = kept if kept is not None else ({"spent_s": 0.0, "figures": []}, {})
+        self._figures = list(data["figures"])
+        self.leaves = [tensors[f"finished {i}"] for i in range(len(self._aim.kinds))] if self._figures else []
         spent_s = data["spent_s"]
-        for number in range(len(self._distances), len(self._sizes)):
+        for number in range(len(self._figures), len(self._sizes)):
             drawing = time.perf_counter()
             start = in_range(self._aim, self._drawn(number, self._sizes[number]), found)
             if not self._aim.has_gradient:
@@ -230,19 +255,19 @@ class _Making:
                 self._watched.show(STAGE, number + 1, len(self._sizes))
             descent = Descent(self._aim, start, self._seed(number))
             before = None
-            if "done" in data and number == len(data["distances"]):
+            if "done" in data and number == len(data["figures"]):
                 before = data["before"]
                 descent.go_on(data["done"], tensors)
             self._descend(number, descent, before, spent_s - began)
             self.leaves = _joined(self.leaves, descent.samples)
         return self._said(found, spent_s + time.process_time() - began)
 
-    def _descend(self, number: int, descent: Descent, before: float | None, offset_s: float) -> None:
-        """All steps of one batch; `before` is how far its statistics were in the beginning, where that is known."""
-        aim, steps = self._aim, self._aim.settings.iterations if self._aim.has_gradient else 0
-        distances = self._distances
+    def _descend(self, number: int, descent: Descent, before: list[float] | None, offset_s: float) -> None:
+        """All steps of one batch; `before` are its figures in the beginning, where they are known."""
+        steps = self._aim.settings.iterations if self._aim.has_gradient else 0
+        figures = self._figures
         if before is None:
-            before = descent.distance() if aim.targets else 0.0
+            before = self._figured(descent)
         all_steps = steps * len(self._sizes)
         while descent.done < steps and self._failed is None:
             began = time.perf_counter()
@@ -258,16 +283,20 @@ class _Making:
                 lambda: standing(
                     descent,
                     self.leaves,
-                    {"distances": distances, "spent_s": offset_s + time.process_time(), "before": before},
+                    {"figures": figures, "spent_s": offset_s + time.process_time(), "before": before},
                 )
             )
-        self._distances.append([before, descent.distance() if aim.targets else 0.0])
+        self._figures.append(before + self._figured(descent))
+
+    def _figured(self, descent: Descent) -> list[float]:
+        """(distance of the statistics, disagreement), as the samples of a batch stand."""
+        return [descent.distance() if self._aim.targets else 0.0, descent.disagreement()]
 
     def _foresee(self, seconds: float) -> None:
         """Say what is to be done and how long it takes, once, where somebody watches."""
         if isinstance(self._watched.show, WholeProgress) and not self._told:
             self._told = True
-            words = f"{self._aim.settings.count} samples to make without data: {self._how()}"
+            words = f"{plural(self._aim.settings.count, 'sample')} to make without data: {self._how()}"
             self._watched.show.foresee(words, Forecast({STAGE: Expected(seconds=seconds)}))
 
     def _drawn(self, number: int, count: int) -> list[torch.Tensor]:
@@ -283,21 +312,25 @@ class _Making:
         parts = [_begun(kind) for kind in aim.kinds]
         words = " and ".join(dict.fromkeys(parts))
         if aim.has_gradient and self._failed is None:
-            words += f", changed in {aim.settings.iterations} steps"
-            norms = f"{len(aim.targets)} batch norm{'s' * (len(aim.targets) != 1)}"
-            words += f" to the statistics of {norms}" if aim.targets else " to differ in class"
+            words += f", changed in {plural(aim.settings.iterations, 'step')}"
+            norms = plural(len(aim.targets), "batch norm")
+            ends = [f"to the statistics of {norms}"] if aim.targets else []
+            ends += ["to differ in class"] if aim.classes is not None and aim.settings.diverse else []
+            ends += ["to be what another network disagrees on"] if aim.competes else []
+            words += " " + " and ".join(ends)
         return words
 
     def _said(self, found: InputRange, seconds: float) -> dict[str, Any]:
         aim = self._aim
         matched = bool(aim.targets) and aim.has_gradient and self._failed is None
-        columns = list(zip(*self._distances, strict=True)) if aim.targets else []
+        before, disagreed, after, disagrees = (sum(c) / len(c) for c in zip(*self._figures, strict=True))
         return {
             "inputs": [kind.name for kind in aim.kinds],
             "count": aim.settings.count,
             "how": self._how(),
             "norms": len(aim.targets),
-            "distance": {side: sum(c) / len(c) for side, c in zip(("before", "after"), columns, strict=False)},
+            "distance": {"before": before, "after": after} if aim.targets else {},
+            "disagreement": {"before": disagreed, "after": disagrees} if aim.rival is not None else {},
             "range": found.name if any(kind.kind is Kind.IMAGE for kind in aim.kinds) else None,
             "seconds": round(seconds, 1),
             "weak": None if matched else self._weak(),
@@ -316,6 +349,12 @@ class _Making:
                 "data were like"
             )
         return f"samples made without data are weak here: {why}; a few real inputs are better than any number of them"
+
+
+def _bytes_of_sample(aim: Aim) -> int:
+    """What stays in memory of a sample while gradients go back."""
+    programs = [aim.program, aim.rival.program] if aim.rival is not None and aim.competes else [aim.program]
+    return sum(live_bytes(program).whole for program in programs)
 
 
 def _joined(finished: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:

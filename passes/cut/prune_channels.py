@@ -12,7 +12,7 @@ from ...compiler.analysis.provenance import Provenance
 from ...compiler.ir.edit import Call, replace_calls, set_tensors
 from ...compiler.ir.execute import ConcreteValues, run_until
 from ...compiler.ir.program import Program, is_constant, is_tensor
-from ...compiler.support.errors import RewriteError
+from ...compiler.support.errors import RewriteError, plural
 from ..solve.targets import Kept, select_kept
 from .cut_proof import Prover
 from .shape_arguments import Cut, new_call
@@ -96,7 +96,7 @@ def _cut(provenance: Provenance, removed: torch.Tensor, tensors: Mapping[str, to
     current = {name: program.tensor(name).detach() for name in cutter.parameters} | dict(tensors or {})
     tensors = {name: select_kept(value, cutter.parameters.get(name, ())) for name, value in current.items()}
     count = int(removed.sum())
-    smaller = replace_calls(program, calls, tensors, note=f"prune {count} units")
+    smaller = replace_calls(program, calls, tensors, note=f"prune {plural(count, 'unit')}")
     return Pruned(program=smaller, kept=_selectable(cutter))
 
 

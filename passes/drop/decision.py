@@ -10,7 +10,7 @@ from ...compiler.analysis.regions import removed_nodes
 from ...compiler.ir.program import Program
 from ...compiler.plan.decision import Decision, predicted
 from ...compiler.plan.goal import Delivered, Goal
-from ...compiler.support.errors import GoalError
+from ...compiler.support.errors import GoalError, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Blocks(Goal):
 
     def unmet(self, result: Any) -> str:
         """How many blocks can be dropped, in words."""
-        return f"only {len(result.plan.decisions)} of {self.count} blocks can be dropped"
+        return f"only {len(result.plan.decisions)} of {plural(self.count, 'block')} can be dropped"
 
     def __str__(self) -> str:
-        return f"{self.count} block{'s' if self.count > 1 else ''} dropped"
+        return f"{plural(self.count, 'block')} dropped"

@@ -14,7 +14,7 @@ from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.edit_chain import Link, replace_layers
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
-from ...compiler.support.errors import RewriteError
+from ...compiler.support.errors import RewriteError, plural
 from ..solve.layers import Layer, add_delta, find_layers
 from ..solve.targets import Target, trace_target
 from .decision import FactorizeLayer
@@ -68,7 +68,7 @@ def factorize(program: Program, factors: Sequence[Factors]) -> Program:
     if not chains:
         return program
     base = set_tensors(program, shifted, note="shift biases") if shifted else program
-    result = replace_layers(base, chains, note=f"factorise {len(chains)} layers")
+    result = replace_layers(base, chains, note=f"factorise {plural(len(chains), 'layer')}")
     for item in factors:
         _check(program, result, layers[item.layer], item.dense)
     return result
@@ -105,7 +105,8 @@ def factorize_for_timing(program: Program, decisions: Sequence[FactorizeLayer], 
         shapes = SCHEMES[decision.scheme].shapes(size, decision.ranks)
         matrices = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) * 0.05 for shape in shapes)
         chains[decision.layer] = _links(program, layer, matrices)
-    return replace_layers(program, chains, note=f"factorise {len(chains)} layers, for timing") if chains else program
+    note = f"factorise {plural(len(chains), 'layer')}, for timing"
+    return replace_layers(program, chains, note=note) if chains else program
 
 
 def chain_nodes(program: Program, layer: Layer) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...compiler.ir.cost import program_cost
 from ...compiler.ir.program import Program
+from ...compiler.support.errors import plural
 from .crops import Crop
 from .settings import MimicSettings
 from .timetable import affordable
@@ -83,13 +84,13 @@ class TrainingMacs:
     def smaller(self, made: int, *, crop: Crop | None, cached: bool) -> tuple[str, ...]:
         """What is done instead of all that was asked for, and what to set for more; nothing where it is all done."""
         ways = [] if crop is None else [f"it is trained on {crop}"]
-        ways += [f"{made} iterations are made"] if made < self.iterations else []
-        ways += [f"{self.judges} of {self.samples} samples judge it"] if self.judges < self.samples else []
+        ways += [plural(made, "iteration is made", "iterations are made")] if made < self.iterations else []
+        ways += [f"{self.judges} of {plural(self.samples, 'sample')} judge it"] if self.judges < self.samples else []
         if not ways:
             return ()
         return (
-            f"mimicking was made smaller: {self.iterations} iterations of {self.batch} samples would take "
-            f"{self.asked(cached=cached):.1e} multiply-accumulates, and it may take {self.most_macs:.1e}: "
+            f"mimicking was made smaller: {plural(self.iterations, 'iteration')} of {plural(self.batch, 'sample')} "
+            f"would take {self.asked(cached=cached):.1e} multiply-accumulates, and it may take {self.most_macs:.1e}: "
             f"{' and '.join(ways)}; foldcut.MimicSettings(macs={_rounded_up(self.asked(cached=False))}) allows all of "
             "it, macs=None any number",
         )

@@ -21,6 +21,7 @@ from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.edit_folds import fold_batch_norms, unfold_tensors
 from ...compiler.ir.program import Program
 from ...compiler.store.checkpoint import UNKEPT, Checkpoint, Standing
+from ...compiler.support.errors import plural
 from ...compiler.support.progress import Progress, silent
 from .settings import MimicSettings
 from .timetable import Timetable
@@ -87,7 +88,9 @@ def mimic(
             checkpoint.keep(course.standing)
     said = run.said
     if finite and course.misses < settings.patience and timetable.ran_out(run.done):
-        said += (f"mimicking ended after {run.done} of {timetable.most} iterations, within {settings.seconds:g} s",)
+        said += (
+            f"mimicking ended after {run.done} of {plural(timetable.most, 'iteration')}, within {settings.seconds:g} s",
+        )
         if run.done > timetable.checked:
             course.judge()
     found = Mimicked(
@@ -101,7 +104,8 @@ def mimic(
     if course.best is None:
         return found
     trained = set_tensors(trainee, course.best, note="mimic")
-    program = set_tensors(student, unfold_tensors(student, trained, norms), note=f"mimic {run.done} iterations")
+    note = f"mimic {plural(run.done, 'iteration')}"
+    program = set_tensors(student, unfold_tensors(student, trained, norms), note=note)
     return replace(found, program=program)
 
 

@@ -12,7 +12,7 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import run_until
 from ...compiler.ir.program import Program
-from ...compiler.support.errors import RewriteError
+from ...compiler.support.errors import RewriteError, plural
 from ...compiler.support.progress import Progress, silent
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
 from ..solve.lockstep import Lockstep, Step, plan_steps
@@ -74,7 +74,7 @@ def quantize(
     weights = {
         name: _integers(there[name], grids, stored[name], _bias(rounded_program, there[name]), how) for name in layers
     }
-    note = f"{len(layers)} layers in int8"
+    note = f"{plural(len(layers), 'layer')} in int8"
     return quantize_program(rounded_program, grids, weights, note=note)
 
 

@@ -22,7 +22,7 @@ from ...compiler.rewrite.budget import Budget
 from ...compiler.rewrite.context import Context
 from ...compiler.rewrite.rewrite import Applied, Offer, Rewrite
 from ...compiler.rewrite.work import Work
-from ...compiler.support.errors import BackendError, CompilerError, Reject, RewriteError
+from ...compiler.support.errors import BackendError, CompilerError, Reject, RewriteError, plural
 from ...compiler.support.setting_checks import (
     Allowed,
     check_kind,
@@ -224,7 +224,7 @@ class Quantize(Rewrite):
             few = few_of(ctx.solve)
             fit = self._fitted(folded, names, few, mine[0], self._known_way(ctx, mine[0]))
             weights = plain_integers(fit.program, names, fit.grids, _how(mine[0]))
-            made = quantize_program(fit.program, fit.grids, weights, note=f"{len(names)} layers in int8")
+            made = quantize_program(fit.program, fit.grids, weights, note=f"{plural(len(names), 'layer')} in int8")
         else:
             fit = self._fitted(folded, names, ctx.solve, mine[0], self.ranges)
             how = replace(_how(mine[0]), rows_per_column=self.rows_per_column)
@@ -364,7 +364,7 @@ class Quantize(Rewrite):
                 raise RewriteError("no range is known for it", node=value, hint=AS_SAVED)
         used = {value: grids[value] for value in around}
         weights = plain_integers(folded, names, used, _how(decisions[0]))
-        return quantize_program(folded, used, weights, note=f"{len(names)} layers in int8")
+        return quantize_program(folded, used, weights, note=f"{plural(len(names), 'layer')} in int8")
 
 
 def _mine(decisions: Sequence[Decision]) -> list[QuantizeLayer]:

@@ -15,7 +15,7 @@ from torch import fx
 
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.program import Program, argument, is_size, is_tensor
-from ...compiler.support.errors import RewriteError
+from ...compiler.support.errors import RewriteError, plural
 from ..solve.layers import Layer
 from .values import quantizable
 
@@ -114,7 +114,8 @@ def rescaled(program: Program, scales: Mapping[str, torch.Tensor]) -> Program:
                 multiply(layer.bias, 1 / scale)
         for layer in groups[name].readers:
             multiply(layer.weight, _column_factors(program, layer, scale))
-    return set_tensors(program, tensors, note=f"{len(scales)} groups of channels evened out") if scales else program
+    note = f"{plural(len(scales), 'group')} of channels evened out"
+    return set_tensors(program, tensors, note=note) if scales else program
 
 
 def _column_factors(program: Program, layer: Layer, scale: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ...compiler.data.output_error import output_error
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import descendants, run_until
 from ...compiler.ir.program import Program, is_tensor
-from ...compiler.support.errors import Reject
+from ...compiler.support.errors import Reject, plural
 from ...compiler.support.memory import at_most, samples_at_once
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
@@ -132,7 +132,7 @@ def resolve_network(
             errors += _solve_group(lockstep, step, tensors, settings)
             lockstep.finish(step)
             progress("re-solve", index + 1, len(steps))
-    program = set_tensors(student, tensors, note=f"re-solve {len(targets)} layers") if tensors else student
+    program = set_tensors(student, tensors, note=f"re-solve {plural(len(targets), 'layer')}") if tensors else student
     if tensors and not _improves(teacher, student, program, calibration.take(slice(0, settings.guard_samples))):
         return Resolved(program=student, layers=(), locked=tuple(locked))
     return Resolved(program=program, layers=tuple(errors), locked=tuple(locked))

@@ -51,7 +51,7 @@ def ratio_interval(before: Samples, after: Samples, *, seed: int = 0) -> Interva
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"there are {first.size} samples before and {second.size} after; they must be pairs")
+        raise ValueError(f"samples are no pairs: {first.size} before and {second.size} after")
     if not (np.all(np.isfinite(first) & np.isfinite(second)) and np.all(first > 0) and np.all(second > 0)):
         raise ValueError("samples must be finite and above 0")
     logs = median_interval(np.log(second) - np.log(first), seed=seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...data.synthetic import as_npz
 from ...report.contact_sheet import contact_sheet, images_among
 from ...support.atomic_files import write_folder
+from ...support.errors import plural
 from ...support.strict_json import json_text
 from ...synthesis.synthesise import synthesise
 from ..console import after_interrupt, guarded, out, show_line
@@ -32,7 +33,7 @@ def run(options: SynthesiseOptions) -> None:
         if options.as_json:
             print(json_text({**samples.made, "files": [str(output.parent / name) for name in files]}))
         elif not options.quiet:
-            show_line(f"{samples.made['count']} samples: {samples.made['how']}", out)
+            show_line(f"{plural(samples.made['count'], 'sample')}: {samples.made['how']}", out)
             if samples.made["distance"]:
                 before, after = (samples.made["distance"][side] for side in ("before", "after"))
                 show_line(f"distance from the statistics of the batch norms {before:.4f}, then {after:.4f}", out)

@@ -2,9 +2,11 @@
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import foldcut
 import numpy as np
 import pytest
 import torch
@@ -513,3 +515,52 @@ def test_numbers_out_of_range(pictures: Path, tmp_path: Path, options: dict[str,
         with pytest.raises(CalibrationError, match=message) as caught:
             read_calibration(path, **options)
         assert caught.value.actual is not None
+
+
+@dataclass
+class Signal:
+    """A batch, as an own collate function may make it."""
+
+    values: Any
+    scale: float = 1.0
+
+
+NO_SAMPLES: dict[str, tuple[Any, str]] = {
+    "number": (3, "from an int"),
+    "switch": (True, "from a bool"),
+    "function": (torch.randn, "from a builtin_function_or_method"),
+    "network": (torch.nn.Sequential(torch.nn.Linear(2, 2)), "from a Sequential"),
+    "bytes": (b"ab", "from a bytes"),
+    "goal": (foldcut.Latency(0.5), "from a Latency"),
+    "settings": (foldcut.PipelineSettings(), "from a PipelineSettings"),
+    "class": (foldcut.SynthesisSettings, "from the class SynthesisSettings"),
+    "fields": (Signal(values=(1, 2)), "from a Signal"),
+}
+
+
+@pytest.mark.parametrize("what", NO_SAMPLES)
+def test_what_holds_no_samples_is_called_so(what: str) -> None:
+    """In the place of samples, and in that of a reference before anything is read."""
+    data, words = NO_SAMPLES[what]
+    for read in (CalibrationSet.of, lambda data: foldcut.PipelineSettings(reference=data)):
+        with pytest.raises(CalibrationError, match=f"cannot read calibration samples {words}") as caught:
+            read(data)
+        assert "pass a tensor" in str(caught.value) and "None" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data", [Signal(torch.ones(3, 2)), Signal([[1.0, 2.0]] * 3), Signal((torch.ones(3, 2),)), [[1.0, 2.0]] * 3]
+)
+def test_what_holds_samples_is_read_and_may_be_a_reference(data: Any) -> None:
+    assert foldcut.PipelineSettings(reference=data).reference is data
+    if not isinstance(getattr(data, "values", None), tuple):
+        assert len(CalibrationSet.of(data, inputs=["values"])) == 3
+
+
+def test_made_samples_are_no_reference() -> None:
+    with pytest.raises(CalibrationError, match="reference: samples that are made from the network alone") as caught:
+        foldcut.PipelineSettings(reference=foldcut.SynthesisSettings())
+    assert "pass samples of the data" in str(caught.value) and "leave reference out" in str(caught.value)
+    with pytest.raises(CalibrationError, match="reference: a path was given") as caught:
+        foldcut.PipelineSettings(reference="images/")
+    assert "read_calibration(path)" in str(caught.value)

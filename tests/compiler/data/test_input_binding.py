@@ -434,7 +434,7 @@ def test_a_stream_beyond_the_bound_is_sampled() -> None:
     def batches() -> Iterator[torch.Tensor]:
         yield from (torch.arange(1000).view(-1, 1) // 100).split(7)
 
-    with pytest.warns(UserWarning, match="1,000 calibration samples came.* a random sample of 100"):
+    with pytest.warns(UserWarning, match="more calibration samples came.* a random sample of 100 of 1,000 is"):
         kept = read_data(batches(), None, most_bytes=800).leaves[0]
     counts = torch.bincount(kept.flatten(), minlength=10)
     # chi square with 9 degrees of freedom: above 33.7 once in ten thousand

@@ -162,7 +162,7 @@ def test_a_bound_on_the_error_goes_by_the_test_samples(
 
 @pytest.mark.parametrize("error", [0.5, 3.0, math.inf, math.nan])
 def test_a_result_that_is_hardly_the_original_any_more_says_so(error: float) -> None:
-    with pytest.warns(UserWarning, match=r"little is left .* output error .*; ask for less"):
+    with pytest.warns(UserWarning, match=r"little is left .* output error .* \(1 test sample\) .*; ask for less"):
         warn_if_lost(SampledError(error=error, low=None, high=None, samples=1))
 
 

@@ -98,10 +98,10 @@ REFUSED: list[tuple[Callable[..., object], str, tuple[object, ...], str]] = [
 
 #: The same of the arguments that `compile` and `sweep` have in common.
 ARGUMENTS: list[tuple[str, tuple[object, ...], str]] = [
-    ("batch", ("2", 1.5, 0, -1, True, None, NAN), BATCH),
-    ("threads", ("2", 1.5, 0, -1, True, None), BATCH),
-    ("seed", ("0", 1.5, -1, 2**63, True, None), SEED),
-    ("views", (foldcut.horizontal_flip, ("flip",), "flip", None, iter(())), "give a tuple of functions"),
+    ("batch", ("2", 1.5, 0, -1, True, NAN), BATCH),
+    ("threads", ("2", 1.5, 0, -1, True), BATCH),
+    ("seed", ("0", 1.5, -1, 2**63, True), SEED),
+    ("views", (foldcut.horizontal_flip, ("flip",), "flip", iter(())), "give a tuple of functions"),
     ("cache", (5, None, b"folder", 0), "give True, False or the path of a folder"),
     ("progress", ("x", None, 1, 0), "give True, False or a function of (stage, done, total)"),
     ("mimic", (1, 0, "yes", ""), "give True, False, None or a foldcut.MimicSettings"),

@@ -144,3 +144,84 @@ def test_dropping_blocks_keeps_the_better_weights(
     done = made(contexts(residual, samples), [foldcut.Drop()], [drop])
     assert done.errors["re-solved"] == done.errors["rewritten"]
     assert torch.equal(done.program.module.get_parameter("head.weight"), residual.module.get_parameter("head.weight"))
+
+
+class ThreadsSeen:
+    """Wraps a backend: with how many threads, and on batches of how many, networks are run."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.seen: set[tuple[int, int]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def load(self, engine: Any, inputs: Any, *, threads: int = 1) -> Any:
+        self.seen.add((len(next(iter(inputs.values()))), threads))
+        return self._inner.load(engine, inputs, threads=threads)
+
+
+def perceptron() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).eval()
+
+
+def mirrored(batch: Any) -> Any:
+    return batch.flip(1)
+
+
+OF_SETTINGS: dict[str, Any] = {"batch": 3, "threads": 2, "seed": 5, "views": (mirrored,)}
+OF_CALL: dict[str, Any] = {"batch": 2, "threads": 1, "seed": 6, "views": ()}
+QUICK: dict[str, Any] = {"mimic": False, "progress": False, "cache": False}
+
+
+@pytest.mark.usefixtures("quick_measurement")
+@pytest.mark.parametrize("call", ["compile", "sweep"])
+@pytest.mark.parametrize("arguments", [{}, OF_CALL], ids=["settings", "arguments"])
+def test_what_a_call_leaves_open_its_settings_say(call: str, arguments: Any, counting_backend: Any) -> None:
+    """They were replaced without a word by what the call has when nothing is passed."""
+    backend, goal = ThreadsSeen(counting_backend), foldcut.Channels(0.5)
+    options = {**QUICK, **arguments, "backend": backend, "settings": PipelineSettings(**OF_SETTINGS)}
+    if call == "compile":
+        made = foldcut.compile(perceptron(), torch.randn(40, 8), goal=goal, **options)
+    else:
+        made = foldcut.sweep(perceptron(), torch.randn(40, 8), goals=[goal], **options).points[0].compiled  # type: ignore[assignment]
+    wanted = OF_SETTINGS | arguments
+    used = made.outcome.settings
+    assert {name: getattr(used, name) for name in wanted} == wanted
+    assert backend.seen == {(wanted["batch"], wanted["threads"])}
+    assert (made.report.seed, made.report.batch) == (wanted["seed"], wanted["batch"])
+    assert made.report.calibration["fit"] == 32 * (1 + len(wanted["views"]))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"seed": 6, "views": ()}], ids=["settings", "arguments"])
+def test_what_apply_leaves_open_its_settings_say(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = perceptron(), torch.randn(40, 8)
+    cut = PruneChannels(group="0", kept=tuple(range(16)), total=32)
+    fingerprint = foldcut.capture(net, data[:2]).fingerprint
+    plan = foldcut.Plan(decisions=(cut,), goal=foldcut.Channels(0.5), fingerprint=fingerprint, predicted={})
+    seen: list[Any] = []
+    honest = PipelineSettings.context
+
+    def context(self: PipelineSettings, *given: Any) -> Any:
+        seen.append(honest(self, *given))
+        return seen[-1]
+
+    monkeypatch.setattr(PipelineSettings, "context", context)
+    foldcut.apply(net, plan, calibration=data, settings=PipelineSettings(**OF_SETTINGS), **QUICK, **arguments)
+    wanted = OF_SETTINGS | arguments
+    assert seen[0].seed == wanted["seed"]
+    assert len(seen[0].sets.fit) == 32 * (1 + len(wanted["views"]))
+
+
+@pytest.mark.usefixtures("quick_measurement")
+def test_made_samples_take_the_seed_of_the_settings(counting_backend: Any) -> None:
+    net = perceptron()
+    wanted = foldcut.SynthesisSettings(count=20, input_shape=(8,))
+    options: dict[str, Any] = {**QUICK, "goal": foldcut.Channels(0.5), "backend": counting_backend}
+    with pytest.warns(UserWarning, match="no data were given"):
+        by_settings, by_argument, plain = (
+            foldcut.compile(net, wanted, **options, **seeded).report.calibration["fingerprint"]
+            for seeded in ({"settings": PipelineSettings(seed=5)}, {"seed": 5}, {})
+        )
+    assert by_settings == by_argument != plain

@@ -105,7 +105,7 @@ def test_wrapped_networks_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) 
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        (lambda net, x: net.body(x) * (2 if x.shape[0] == 1 else 1), "with 1 samples"),
+        (lambda net, x: net.body(x) * (2 if x.shape[0] == 1 else 1), "with 1 sample"),
         (lambda net, x: net.body(x) * (2 if x.shape[0] > 64 else 1), "another way for other numbers of samples"),
         (lambda net, x: (net.body(x), x.shape[0]), "a number that is no tensor"),
         (lambda net, x: (net.body(x), 3), "a number that is no tensor"),

@@ -50,7 +50,7 @@ class Recorded:
     def __call__(self, module: nn.Module) -> Any:
         self.modules.append(module)
         value = self.values[min(len(self.modules), len(self.values)) - 1]
-        if isinstance(value, Exception):
+        if isinstance(value, BaseException):
             raise value
         return value
 
@@ -92,23 +92,6 @@ def test_the_same_result_with_and_without(net: nn.Module, nets: SimpleNamespace,
     plain = without[str(with_one.plan.goal)]
     assert with_one.program.fingerprint == plain.program.fingerprint and plain.report.metric == {}
     assert with_one.report.metric["name"] == "own metric"
-
-
-def test_what_it_sets_in_torch_ends_with_it() -> None:
-    before = torch.get_default_dtype(), torch.get_num_threads()
-
-    def measure(_: Any) -> float:
-        torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(before[1] + 1)
-        return 1.0
-
-    try:
-        (network,) = programs(1)
-        assert Metric("its", measure, network, StageClock()).read(network) is not None
-        assert (torch.get_default_dtype(), torch.get_num_threads()) == before
-    finally:
-        torch.set_default_dtype(before[0])
-        torch.set_num_threads(before[1])
 
 
 def test_several_inputs_and_named_outputs() -> None:
@@ -153,8 +136,9 @@ def without(net: nn.Module, nets: SimpleNamespace, work_backend: Any) -> Any:
         ([1.0, math.nan], "is not finite", {}),
         (["0.5"], "and not a number", {}),
         ([0.5, RuntimeError("late")], "failed: RuntimeError: late", PRUNED),
+        ([SystemExit(2)], "failed: SystemExit: 2", {}),
     ],
-    ids=["raises", "nan", "text", "raises later"],
+    ids=["raises", "nan", "text", "raises later", "exits"],
 )
 def test_what_goes_wrong_ends_nothing(
     values: Any, told: str, options: Any, net: nn.Module, nets: SimpleNamespace, work_backend: Any, without: Any
@@ -250,6 +234,32 @@ def test_labels_that_do_not_fit_are_refused(
     monkeypatch.setattr("foldcut.compiler.driver.api.run_pipeline", None)
     with pytest.raises(foldcut.CalibrationError, match=words):
         compiled(net, nets.images(60), foldcut.Top1(made(labels)))
+
+
+@pytest.mark.parametrize("run", ["compile", "sweep"])
+def test_labels_of_another_number_are_refused_before_the_capture(
+    run: str, net: nn.Module, nets: SimpleNamespace, labels: torch.Tensor, monkeypatch: Any
+) -> None:
+    """The network may take minutes to capture."""
+    for module in ("api", "sweep"):
+        monkeypatch.setattr(f"foldcut.compiler.driver.{module}.capture", lambda *_: pytest.fail("it is captured"))
+    options: dict[str, Any] = {"progress": False, "cache": False, "evaluate": foldcut.Top1(labels[1:])}
+    ignored = foldcut.RankSettings(ignore=("head",))  # a sweep captures the network for it
+    options["settings"] = foldcut.PipelineSettings(ranks=ignored)
+    goals: list[foldcut.Goal] = [foldcut.Channels(0.5), foldcut.Ranks(keep=0.5)]
+    with pytest.raises(foldcut.CalibrationError, match="not as many labels as samples"):
+        if run == "compile":
+            foldcut.compile(net, nets.images(60), goal=goals[0], **options)
+        else:
+            foldcut.sweep(net, nets.images(60), goals=goals, **options)
+
+
+def test_classes_that_are_not_there_are_refused_before_samples_are_compared(
+    net: nn.Module, nets: SimpleNamespace, labels: torch.Tensor, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(foldcut.PipelineSettings, "context", lambda *_: pytest.fail("the samples are divided"))
+    with pytest.raises(foldcut.CalibrationError, match="has 4 classes"):
+        compiled(net, nets.images(60), foldcut.Top1(labels + 4))
 
 
 def test_labels_need_an_output_of_classes() -> None:

@@ -319,6 +319,21 @@ def test_numbers_in_words() -> None:
     assert verdict({"ratio": 1.1, "low": 1.05, "high": 1.2}).startswith("slower")
 
 
+def test_one_of_them_is_not_several(compiled: foldcut.Compiled, report: dict[str, Any]) -> None:
+    """In the page and in the table."""
+    few = copy.deepcopy(report)
+    few["test"]["samples"] = 1
+    page = report_page(few)
+    assert "on 1 test sample<" in page and "1 test samples" not in page
+    few["calibration"]["synthetic"] = {"count": 1, "how": "noise"}
+    page = report_page(few)
+    assert "1 synthetic test sample<" in page and "1 sample was made from the network alone: noise" in page
+    for test in ({"low": None, "high": None, "samples": 1}, {"low": 0.1, "high": 0.2, "samples": 1}):
+        rows = replace(compiled.report, test=test).rows()
+        note = next(row[3] for row in rows if row[0] == "output error")
+        assert note == ("1 test sample" if test["low"] is None else "95 %: 0.1 to 0.2, 1 test sample")
+
+
 def named(*names: str) -> list[dict[str, Any]]:
     return [{"name": name} for name in names]
 

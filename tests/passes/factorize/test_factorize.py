@@ -235,7 +235,7 @@ def test_the_layer_keeps_its_name_and_the_program_its_own(nets: SimpleNamespace)
     assert program.text() == text
     assert torch.equal(program(images), before)
     assert made(torch.randn(5, 8, 11, 9)).shape == (5, 12, 11, 9)
-    assert made.history[-1] == "factorise 1 layers"
+    assert made.history[-1] == "factorise 1 layer"
 
 
 def decision(program: Program, scheme: str, ranks: tuple[int, ...], layer: str | None = None) -> FactorizeLayer:
