@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...compiler.devices.precision import in_float64, widest
 from ...compiler.ir.edit import signature
+from ...compiler.ir.execute import device_of
 from ...compiler.ir.norms import BatchNorm, batch_norm_of
 from ...compiler.ir.program import Program, argument, is_call, is_constant, is_tensor
 from .layers import Layer
@@ -83,7 +85,8 @@ def output_gain(program: Program, target: Target) -> torch.Tensor:
     comparison, and an output that the norm silences does not count.
     """
     node = program.nodes[target.anchor]
-    back = target.pull_back(torch.ones(program.shape(node, batch=1), dtype=torch.float64))
+    device = device_of(program)
+    back = target.pull_back(torch.ones(program.shape(node, batch=1), dtype=widest(device), device=device))
     ratio = target.layer.outputs(back)[:, :, 0]
     return torch.where(
         ratio == 0, torch.zeros_like(ratio), 1 / torch.where(ratio == 0, torch.ones_like(ratio), ratio)
@@ -131,7 +134,7 @@ def trace_target(
         shift=shift,
         shift_scale=scale,
         zone=_flat_zone(node),
-        kept=(kept or {}).get(node.name, ()),
+        kept=kept_on((kept or {}).get(node.name, ()), device_of(program)),
         pointwise=pointwise,
     )
 
@@ -189,6 +192,11 @@ def _is_residual_join(join: fx.Node, branch: fx.Node) -> bool:
     )
 
 
+def kept_on(kept: Kept, device: torch.device) -> Kept:
+    """Indices where they pick values: moved once, not for each batch."""
+    return tuple(None if indices is None else indices.to(device) for indices in kept)
+
+
 def _along_channels(scale: torch.Tensor, node: fx.Node) -> torch.Tensor:
     return scale.view(-1, *[1] * (node.meta["val"].dim() - 2))
 
@@ -200,7 +208,7 @@ def _divide_by(scale: torch.Tensor) -> Residual:
     )
 
     def step(residual: torch.Tensor) -> torch.Tensor:
-        return residual * inverse.to(residual.dtype)
+        return residual * inverse.to(residual)
 
     return step
 
@@ -246,7 +254,7 @@ def _constant_step(program: Program, following: fx.Node, node: fx.Node, outputs:
     if is_call(following, aten.mul):
         # only one factor per channel: a factor that changes along rows would weight the rows of the fit
         return (
-            _divide_by(constant.double())
+            _divide_by(in_float64(constant))
             if constant.numel() == 1 or (constant.numel() == outputs and max(constant.shape) == outputs)
             else None
         )
@@ -298,4 +306,14 @@ def residual_at(teacher: torch.Tensor, student: torch.Tensor, zone: FlatZone | N
     return residual
 
 
-__all__ = ["FlatZone", "Kept", "Target", "counterparts", "output_gain", "residual_at", "select_kept", "trace_target"]
+__all__ = [
+    "FlatZone",
+    "Kept",
+    "Target",
+    "counterparts",
+    "kept_on",
+    "output_gain",
+    "residual_at",
+    "select_kept",
+    "trace_target",
+]
