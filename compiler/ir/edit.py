@@ -95,7 +95,7 @@ def set_tensors(program: Program, tensors: Mapping[str, torch.Tensor], *, note: 
                 hint="values may change here, shapes not",
             )
         owners[path] = _own(module, path)
-        new = value.detach().to(old.dtype)
+        new = value.detach().to(old.dtype).to(old.device)
         if isinstance(old, nn.Parameter):
             owners[path]._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
         else:
@@ -171,7 +171,7 @@ def _with_aliases(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict
     fresh: dict[Hashable, torch.Tensor | nn.Parameter] = {}
     for target, value in tensors.items():
         old = _lookup(program, target)
-        new = value.detach().to(old.dtype)
+        new = value.detach().to(old.dtype).to(old.device)
         shared = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         fresh[tensor_identity(old)] = shared
     targets = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} | set(tensors)

@@ -90,7 +90,7 @@ class RankTrials:
         for item in self.analysis.factors(missing):
             program, candidate = self.analysis.program, self.analysis.candidates[item.layer]
             weight = program.module.get_parameter(candidate.layer.weight)
-            tensors = {candidate.layer.weight: item.dense.reshape(weight.shape).to(weight.dtype)}
+            tensors = {candidate.layer.weight: item.dense.reshape(weight.shape).to(weight.detach())}
             if item.shift is not None:
                 tensors |= shift_tensors(program, candidate.target, item.shift)
             self._tensors[item.layer, missing[item.layer]] = tensors

@@ -73,6 +73,7 @@ class Training:
             self._at_once = samples_at_once(taken, settings.batch_size)
         self._generator = torch.Generator().manual_seed(lesson.seed)
         self._order = torch.empty(0, dtype=torch.long)
+        self._sound = torch.ones((), dtype=torch.bool, device=self.device)
         frozen = same_as_teacher(teacher, trainee)
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
@@ -153,7 +154,8 @@ class Training:
         self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def step(self) -> bool:
-        """One iteration; False when loss or gradients are not finite (the weights are then left as they are)."""
+        """One iteration; False when loss or gradients are not finite (the weights are then left as they are). On a
+        device other than the CPU nothing waits for that: `sound` says it of all iterations so far."""
         self.done += 1
         indices = self._next()
         batch = self.calibration.batch(indices)
@@ -164,12 +166,18 @@ class Training:
         if not self._gradients(batch, indices):
             return False  # nothing that is trained bears on the features
         norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
-        if not bool(norm.isfinite()):
+        if self.device.type != "cpu":
+            self._sound = self._sound & norm.isfinite()
+        elif not bool(norm.isfinite()):
             return False
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._pace(self.done - 1) / self.slower
         self._optimiser.step()
         return True
+
+    def sound(self) -> bool:
+        """Whether loss and gradients were finite in all iterations."""
+        return bool(self._sound)
 
     def _gradients(self, batch: Batch, indices: torch.Tensor) -> bool:
         """Leave the loss's gradients with the parameters; whether there are any. Where not all samples go through at

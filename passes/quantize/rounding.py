@@ -64,7 +64,7 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int, least: torch.T
     Never worse than rounding each value to the nearest: where an output would be, it is rounded so.
     """
     groups, outputs, columns = weight.shape
-    weight = weight.double()
+    weight = weight.to(gram.device).double()
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
     scales = weight_scales(weight, diagonal[:, :-1], limit, least)
     nearest = _nearest(weight, scales, limit)

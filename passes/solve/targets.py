@@ -116,7 +116,7 @@ def trace_target(
             break
         if (found := batch_norm_of(program, following)) is not None and following.args[0] is node:
             norm = norm or (found if not steps else None)
-            steps.append(_divide_by(_along_channels(found.scale, node)))
+            steps.append(_divide_by(_along_channels(found.scale, node), device_of(program)))
             node = program.nodes[found.output]
             continue
         step = _affine_step(program, following, node, outputs)
@@ -201,14 +201,15 @@ def _along_channels(scale: torch.Tensor, node: fx.Node) -> torch.Tensor:
     return scale.view(-1, *[1] * (node.meta["val"].dim() - 2))
 
 
-def _divide_by(scale: torch.Tensor) -> Residual:
-    """1 / scale, and 0 where the scale is zero."""
+def _divide_by(scale: torch.Tensor, device: torch.device) -> Residual:
+    """1 / scale on a device, and 0 where the scale is zero."""
     inverse = torch.where(
         scale == 0, torch.zeros_like(scale), 1 / torch.where(scale == 0, torch.ones_like(scale), scale)
     )
+    inverse = inverse.to(device, widest(device))
 
     def step(residual: torch.Tensor) -> torch.Tensor:
-        return residual * inverse.to(residual)
+        return residual * inverse.to(residual.dtype)
 
     return step
 
@@ -254,7 +255,7 @@ def _constant_step(program: Program, following: fx.Node, node: fx.Node, outputs:
     if is_call(following, aten.mul):
         # only one factor per channel: a factor that changes along rows would weight the rows of the fit
         return (
-            _divide_by(in_float64(constant))
+            _divide_by(in_float64(constant), device_of(program))
             if constant.numel() == 1 or (constant.numel() == outputs and max(constant.shape) == outputs)
             else None
         )
