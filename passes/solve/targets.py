@@ -97,7 +97,7 @@ def select_kept(value: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The part of a teacher's value that the student still has; the value itself when that is all of it."""
     for dim, indices in enumerate(kept):
         if indices is not None:
-            value = value.index_select(dim, indices)
+            value = value.index_select(dim, indices.to(value.device))
     return value
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.devices.precision import widest
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -26,6 +27,8 @@ NAME = "elsewhere"
 COPIES = (aten._to_copy.default, aten.copy_.default)
 #: Operators whose indices may be on the CPU.
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+#: Operators that make tensors, and would otherwise give another one its shape.
+FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace")
 #: Operators whose result's size, or whose result itself, the CPU has to know.
 WAITED_FOR = {
     aten._local_scalar_dense.default,
@@ -86,6 +89,12 @@ class Elsewhere(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            made: torch.Tensor = self.detach().clone()
+            memo[id(self)] = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
+        return memo[id(self)]  # type: ignore[no-any-return]
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"{NAME}({self.inner!r})"
 
@@ -98,7 +107,7 @@ def run_elsewhere(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = torch.device(device).type == NAME if device is not None else bool(ours)
     check_devices(func, args, leaves, ours, here)
     if waits(func, args, kwargs, here):
-        STATE.waits.append(place())
+        STATE.waits.append(place(func))
     inner_args, inner_kwargs = pytree.tree_map(
         lambda leaf: leaf.inner if isinstance(leaf, Elsewhere) else leaf, (args, kwargs)
     )
@@ -115,6 +124,8 @@ def run_elsewhere(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(leaf)] if id(leaf) in known else Elsewhere(leaf)
 
     if id(result) in known:
+        if known[id(result)].shape != result.shape:
+            raise NotImplementedError(f"{func} gives a tensor on {NAME} another shape")
         return known[id(result)]
     return pytree.tree_map(outside, result) if here else result
 
@@ -150,11 +161,14 @@ def waits(func: Any, args: Any, kwargs: dict[str, Any], here: bool) -> bool:
     return func in WAITED_FOR
 
 
-def place() -> str:
-    """The line of foldcut that an operator was called from, or of the test."""
+def place(func: Any) -> str:
+    """The line of foldcut that an operator was called from, or of the test; the operator alone where a backward pass
+    did."""
     lines = traceback.extract_stack()
     own = [frame for frame in lines if "/passes/" in frame.filename or "/compiler/" in frame.filename]
-    frame = own[-1] if own else lines[-1]
+    if threading.current_thread() is not threading.main_thread():
+        return str(func)
+    frame = own[-1] if own else lines[-2]
     return f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.line}"
 
 
@@ -202,7 +216,10 @@ class _Module:
 def watched() -> Iterator[list[str]]:
     """The places that wait for the device meanwhile, one entry for each time."""
     STATE.waits = found = []
-    yield found
+    try:
+        yield found
+    finally:
+        STATE.waits = []
 
 
 @contextmanager
@@ -239,7 +256,14 @@ def elsewhere() -> SimpleNamespace:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         library = torch.library.Library("_", "IMPL")
         library.fallback(lambda op, *args, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1")
-        STATE.library = library  # type: ignore[attr-defined]
+        factories = torch.library.Library("aten", "IMPL")
+        for name in FACTORIES:
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(aten, packet), overload or "default")
+            factories.impl(
+                name, lambda *args, op=operator, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1"
+            )
+        STATE.libraries = [library, factories]  # type: ignore[attr-defined]
     found: Callable[[Any], CalibrationSet] = lambda data: samples_of(data, torch.device(NAME, 0))  # noqa: E731
     return SimpleNamespace(
         device=torch.device(NAME, 0), watched=watched, without_float64=without_float64, samples=found
