@@ -86,7 +86,7 @@ def _move_node(node: fx.Node, device: torch.device) -> None:
     value = node.meta.get("val")
     mode = getattr(value, "fake_mode", None)
     if isinstance(value, torch.Tensor) and isinstance(mode, FakeTensorMode):
-        with mode:
+        with mode, torch.no_grad():
             node.meta["val"] = value.to(device)
 
 

@@ -260,9 +260,7 @@ def elsewhere() -> SimpleNamespace:
         for name in FACTORIES:
             packet, _, overload = name.partition(".")
             operator = getattr(getattr(aten, packet), overload or "default")
-            factories.impl(
-                name, lambda *args, op=operator, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1"
-            )
+            factories.impl(name, lambda *args, op=operator, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1")
         STATE.libraries = [library, factories]  # type: ignore[attr-defined]
     found: Callable[[Any], CalibrationSet] = lambda data: samples_of(data, torch.device(NAME, 0))  # noqa: E731
     return SimpleNamespace(

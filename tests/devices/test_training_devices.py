@@ -27,9 +27,9 @@ from foldcut.passes.frank_wolfe import (
     Subspace,
 )
 from foldcut.passes.mimic.settings import MimicSettings
+from foldcut.passes.mimic.timetable import Timetable
 from foldcut.passes.mimic.training import Lesson, Training
 from foldcut.passes.mimic.training_stage import Mimicked, mimic
-from foldcut.passes.mimic.timetable import Timetable
 
 QUICK = MimicSettings(iterations=8, batch_size=8, checks=2, bfloat16=False, learning_rate=0.002)
 CPU = torch.device("cpu")
