@@ -119,13 +119,17 @@ def required(program: Program, wanted: Iterable[str], known: Mapping[str, Any] |
 
 class ConcreteValues:
     """The values of operands that depend on no input (an index made of constants), at batch 1; sizes as numbers. None
-    for what depends on an input."""
+    for what depends on an input. Tensors are on the CPU, where graphs are reasoned about."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._known: dict[str, Any] = {}
 
     def __call__(self, value: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, self._value(value))
+
+    def _value(self, value: Any) -> Any:
+        """On the program's device."""
         if not isinstance(value, fx.Node):
             return value
         if is_constant(value):
@@ -134,7 +138,7 @@ class ConcreteValues:
             return self.program.scalar(value)
         if value.name not in self._known:
             self._known[value.name] = None
-            operands = {n.name: self(n) for n in value.all_input_nodes}
+            operands = {n.name: self._value(n) for n in value.all_input_nodes}
             if value.op == "call_function" and all(v is not None for v in operands.values()):
                 self._known[value.name] = evaluate(self.program, value, operands)
         return self._known[value.name]

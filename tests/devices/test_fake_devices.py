@@ -1,9 +1,9 @@
 """What runs for each batch, on fake tensors of another device: torch's own rules for devices, and nothing to read.
 
-A fake tensor has no numbers, so whatever decides by one raises, and so does mixing devices. The device is ``cuda`` where
-torch is built with it. A build for the CPU alone cannot even slice a fake tensor of cuda ("not linked with support for
-cuda devices"): there it is the second device of these tests. Solves decide, whether a system is definite and whether an
-error fell: `test_solve_devices.py` has those.
+A fake tensor has no numbers, so whatever decides by one raises, and so does mixing devices. The device is ``cuda``
+where torch is built with it. A build for the CPU alone cannot even slice a fake tensor of cuda ("not linked with
+support for cuda devices"): there it is the second device of these tests. Solves decide, whether a system is definite
+and whether an error fell: `test_solve_devices.py` has those.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_what_is_read_or_mixed_raises(fake: Fake) -> None:
     with fake.mode:
         with pytest.raises(DataDependentOutputException):
             float(there.sum())
-        with pytest.raises(RuntimeError, match="same device|Device Propagation"):
+        with pytest.raises(RuntimeError, match=r"same device|Device Propagation"):
             _ = there + torch.ones(3)
 
 

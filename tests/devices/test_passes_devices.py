@@ -28,6 +28,7 @@ from foldcut.passes.quantize.quantize import Rounding, quantize
 from foldcut.passes.quantize.ranges import GridKind
 from foldcut.passes.quantize.values import quantizable
 from foldcut.passes.solve.resolve_network import ResolveSettings
+from torch import nn
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,34 @@ def test_channels(variant: str, residual: Program, nets: SimpleNamespace, elsewh
     alike(cut_there.module.state_dict(), cut_here.module.state_dict())
     batch = nets.images(4)
     torch.testing.assert_close(cut_there(batch).cpu(), cut_here(batch), rtol=1e-4, atol=1e-5)
+
+
+class Indexed(nn.Module):
+    """Channels that are picked by a stored index, and tensors that the graph makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("order", torch.arange(15, -1, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.first(x)).index_select(1, self.order)
+        y = torch.relu(self.second(y)) * torch.linspace(0.5, 1.5, 8, device=x.device)
+        return self.head(y.mean((2, 3)))
+
+
+def test_channels_behind_an_index(nets: SimpleNamespace, elsewhere: SimpleNamespace) -> None:
+    program = foldcut.capture(nets.seeded(Indexed, seed=2), nets.images())
+    cuts = []
+    for device in (CPU, elsewhere.device):
+        units = foldcut.find_units(moved(program, device))
+        assert units.prunable
+        cuts.append(prune_channels(units, torch.cat([group.units[::2] for group in units.prunable])).program)
+    batch = nets.images(4)
+    assert [n.name for n in cuts[0].graph.nodes] == [n.name for n in cuts[1].graph.nodes]
+    assert cuts[0].parameter_count() < program.parameter_count()
+    torch.testing.assert_close(cuts[1](batch).cpu(), cuts[0](batch), rtol=1e-4, atol=1e-5)
 
 
 def test_ranks(residual: Program, nets: SimpleNamespace, elsewhere: SimpleNamespace) -> None:
@@ -157,3 +186,30 @@ def test_nothing_waits_in_a_loop_over_batches(
     for run in (ranks, integers, channels, compared, errors):
         few, many = by_place(run, elsewhere)
         assert few == many and few.total() > 0, run.__name__
+
+
+def test_a_device_without_float64(residual: Program, nets: SimpleNamespace, elsewhere: SimpleNamespace) -> None:
+    """Channels, ranks, integers and blocks again, from float32 products added up with compensation."""
+    samples, folded = CalibrationSet.of(nets.images(24)), fold_batch_norms(residual)[0]
+
+    def made(device: torch.device) -> dict[str, torch.Tensor]:
+        program, whole = moved(folded, device), moved(residual, device)
+        units = foldcut.find_units(whole)
+        choice = choose_channels(units, samples, {group.name: len(group) // 2 for group in units.prunable})
+        analysis = RankAnalysis(whole, samples, settings=foldcut.RankSettings(multiple_of=1))
+        ranks = {name: candidate.trial() for name, candidate in analysis.candidates.items()}
+        layers = list(quantizable(program))
+        grids = choose_grids(program, layers, samples, GridKind(), "each")
+        integers = quantize(program, layers, grids, samples, Rounding(limit=127))
+        batch, found = nets.images(4), dict(choice.tensors)
+        found["cut"] = prune_channels(units, choice.removed).program(batch)
+        found["factorised"] = factorize(whole, analysis.factors(ranks))(batch)
+        found["integers"] = integers(batch)
+        return found
+
+    wanted = made(CPU)
+    with elsewhere.without_float64():
+        found = made(elsewhere.device)
+        recovered = Recoverability(moved(residual, elsewhere.device), samples)([], find_regions(residual).blocks)
+    alike(found, wanted)
+    assert recovered == pytest.approx(Recoverability(residual, samples)([], find_regions(residual).blocks), rel=1e-4)
