@@ -74,7 +74,7 @@ class CalibrationSet:
         """The samples, followed by each of the `views` of them."""
         parts = [self, *(view_of(self, view) for view in views)]
         columns = zip(*(part.leaves for part in parts), strict=True)
-        sources = torch.arange(len(self)) if self.sources is None else self.sources
+        sources = torch.arange(len(self), device="cpu") if self.sources is None else self.sources
         return replace(
             self,
             leaves=tuple(torch.cat(column) for column in columns),
@@ -141,7 +141,7 @@ class CalibrationSet:
         digest = hashlib.blake2b(digest_size=16)
         for leaf in self.leaves:
             digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-            digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(leaf.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def aligned(self, program: Program) -> CalibrationSet:

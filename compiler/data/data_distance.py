@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..devices.precision import WideSum, widest
 from ..ir.cost import node_macs
 from ..ir.execute import bind, run_until
 from ..ir.norms import batch_norm_of
@@ -149,20 +150,22 @@ def channel_statistics(program: Program, names: Sequence[str], samples: Calibrat
     """Of values by their node, over `SAMPLES` of the samples, taken evenly. Dim 1 holds the channels of what a batch
     norm reads or a convolution computes, the last dimension those of other values. Sums in float64."""
     few = samples.take(torch.arange(min(SAMPLES, len(samples))) * len(samples) // min(SAMPLES, len(samples)))
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    totals, squares = {name: WideSum() for name in names}, {name: WideSum() for name in names}
+    counts = dict.fromkeys(names, 0)
     dims = {name: _channel_dim(program, program.nodes[name]) for name in names}
     for batch in few.batches(samples_at_once(live_bytes(program).most, 32)):
         with torch.no_grad():
             values = run_until(program, names, bind(program, batch))
         for name in names:
-            rows = values[name].movedim(dims[name], 0).flatten(1).double()
-            part = (rows.sum(1), rows.square().sum(1), rows.shape[1])
-            last = sums.get(name)
-            sums[name] = part if last is None else (last[0] + part[0], last[1] + part[1], last[2] + part[2])
+            rows = values[name].movedim(dims[name], 0).flatten(1)
+            rows = rows.to(widest(rows.device))
+            totals[name].add(rows.sum(1))
+            squares[name].add(rows.square().sum(1))
+            counts[name] += rows.shape[1]
     found = {}
-    for name, (total, square, count) in sums.items():
-        mean = total / count
-        found[name] = Channels(mean=mean, deviation=(square / count - mean.square()).clamp(min=0).sqrt())
+    for name, count in counts.items():
+        mean = totals[name].value() / count
+        found[name] = Channels(mean=mean, deviation=(squares[name].value() / count - mean.square()).clamp(min=0).sqrt())
     return found
 
 

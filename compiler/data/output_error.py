@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
+from ..devices.precision import WideSums
 from ..ir.compare import flatten_outputs, squared_distance
 from ..ir.program import Batch, Program
 from ..support.memory import at_most, samples_at_once
@@ -23,12 +24,19 @@ KEPT_BYTES = 64 << 20
 
 def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
     """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64."""
-    error = energy = 0.0
+    sums = WideSums()
     for batch, theirs in with_outputs(teacher, samples, batch_size):
         for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True):
             part, norm = squared_distance(t, s)
-            error, energy = error + part, energy + norm
-    return error / energy if energy > 0 else error
+            sums.add("error", part)
+            sums.add("energy", norm)
+    return relative_to(sums.floats(), "error", "energy")
+
+
+def relative_to(sums: Mapping[str, float], error: str, energy: str) -> float:
+    """One sum over another, or itself where that is zero; 0 for a sum of nothing."""
+    part, whole = sums.get(error, 0.0), sums.get(energy, 0.0)
+    return part / whole if whole > 0 else part
 
 
 def with_outputs(
@@ -64,12 +72,14 @@ def errors_by_output(
 ) -> dict[str, float]:
     """The relative mean squared error of each output over the samples, by the output's name."""
     names = [spec.name for spec in teacher.outputs]
-    sums = [(0.0, 0.0)] * len(names)
+    sums = WideSums()
     for batch, theirs in with_outputs(teacher, samples, batch_size):
-        pairs = zip(theirs, flatten_outputs(student(batch)), strict=True)
-        found = [squared_distance(t, s) for t, s in pairs]
-        sums = [(error + part, energy + norm) for (error, energy), (part, norm) in zip(sums, found, strict=True)]
-    return {name: error / energy if energy > 0 else error for name, (error, energy) in zip(names, sums, strict=True)}
+        for index, (t, s) in enumerate(zip(theirs, flatten_outputs(student(batch)), strict=True)):
+            part, norm = squared_distance(t, s)
+            sums.add(f"error {index}", part)
+            sums.add(f"energy {index}", norm)
+    found = sums.floats()
+    return {name: relative_to(found, f"error {index}", f"energy {index}") for index, name in enumerate(names)}
 
 
 def bounded(error: float) -> float:

@@ -306,7 +306,7 @@ def content_digests(leaves: Sequence[torch.Tensor], salt: str = "") -> list[byte
     start = hashlib.blake2b(salt.encode(), digest_size=16)
     digests = [start.copy() for _ in range(len(leaves[0]))]
     for leaf in leaves:
-        rows = leaf.contiguous().view(len(leaf), math.prod(leaf.shape[1:])).view(torch.uint8).numpy()
+        rows = leaf.cpu().contiguous().view(len(leaf), math.prod(leaf.shape[1:])).view(torch.uint8).numpy()
         for digest, row in zip(digests, rows, strict=True):
             digest.update(row.data)
     return [digest.digest() for digest in digests]

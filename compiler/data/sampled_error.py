@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from ..devices.precision import in_float64
 from ..ir.compare import flatten_outputs, squares
 from ..support.errors import plural
 from .output_error import with_outputs
@@ -90,16 +93,17 @@ def squares_by_sample(
     """
     batches = {spec.shape[0] for spec in teacher.inputs if spec.shape and isinstance(spec.shape[0], str)}
     by_sample = all(spec.shape and spec.shape[0] in batches for spec in teacher.outputs)
-    errors, energies = [], []
+    errors: list[torch.Tensor] = []
+    energies: list[torch.Tensor] = []
     for batch, theirs in with_outputs(teacher, samples, batch_size if by_sample else 1):
-        error: Floats | float = 0.0
-        energy: Floats | float = 0.0
-        for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True):
-            wrong, whole = (part.reshape(len(t) if by_sample else 1, -1).sum(1).numpy() for part in squares(t, s))
-            error, energy = error + wrong, energy + whole
-        errors.append(np.atleast_1d(error))
-        energies.append(np.atleast_1d(energy))
-    return np.concatenate(errors), np.concatenate(energies)
+        found = [
+            [part.reshape(len(t) if by_sample else 1, -1).sum(1) for part in squares(t, s)]
+            for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True)
+        ]
+        for sums, parts in zip((errors, energies), zip(*found, strict=True), strict=True):
+            sums.append(functools.reduce(torch.add, parts))
+    wrong, whole = (in_float64(torch.cat(sums)).cpu().numpy() for sums in (errors, energies))  # read once, in the end
+    return wrong, whole
 
 
 def _interval(errors: Floats, energies: Floats, error: float, seed: int) -> tuple[float | None, float | None]:

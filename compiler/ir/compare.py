@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..devices.precision import in_float64, widest
+
 #: Rounding steps that fall on the other side: what a network with quantised values may differ by, relative to its
 #: largest output.
 ROUNDED_TOLERANCE = 2e-2
@@ -50,7 +52,7 @@ def compare(reference: Any, other: Any) -> Difference:
     for a, b in zip(left, right, strict=True):
         if a.numel() == 0:
             continue
-        x, y = a.detach().double().flatten(), b.detach().double().flatten()
+        x, y = in_float64(a.detach()).flatten(), in_float64(b.detach()).flatten()
         worst = _worst(x, y)
         absolute = max(absolute, worst)
         relative = max(relative, worst / (_largest(x) or 1.0))
@@ -59,19 +61,20 @@ def compare(reference: Any, other: Any) -> Difference:
     return Difference(absolute=absolute, relative=relative, cosine=cosine)
 
 
-def squared_distance(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """(sum of (other - reference)^2, sum of reference^2) in float64, of `squares`."""
+def squared_distance(reference: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of (other - reference)^2, sum of reference^2) of `squares`, on their device: nothing waits for it."""
     error, energy = squares(reference, other)
-    return float(error.sum()), float(energy.sum())
+    return error.sum(), energy.sum()
 
 
 def squares(reference: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """((other - reference)^2, reference^2) entry by entry in float64.
+    """((other - reference)^2, reference^2) entry by entry, in float64 where the device has it (`widest`).
 
     Entries that are equal, infinities of one sign and NaN included (masked logits), add no error; infinite ones no
     energy.
     """
-    t, s = reference.detach().double(), other.detach().double()
+    wide = widest(reference.device)
+    t, s = reference.detach().to(wide), other.detach().to(wide)
     equal = (t == s) | (t.isnan() & s.isnan())
     error = torch.where(equal, torch.zeros_like(t), s - t).square()
     energy = torch.where(t.isfinite(), t, torch.zeros_like(t)).square()
@@ -83,7 +86,7 @@ def relative_error(reference: Any, other: Any) -> float:
     error = energy = 0.0
     for a, b in zip(flatten_outputs(reference), flatten_outputs(other), strict=True):
         part, norm = squared_distance(a, b)
-        error, energy = error + part, energy + norm
+        error, energy = error + float(part), energy + float(norm)
     if energy > 0:
         return error / energy
     return 0.0 if error == 0 else float("inf")

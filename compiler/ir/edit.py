@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..support.errors import CaptureError, RewriteError, first_line
+from .execute import device_of
 from .graph_copy import copied
 from .program import Program, is_tensor, output_nodes, tensor_identity
 from .trial_shapes import TrialShapes, UnknownShapeError
@@ -95,7 +96,7 @@ def set_tensors(program: Program, tensors: Mapping[str, torch.Tensor], *, note: 
                 hint="values may change here, shapes not",
             )
         owners[path] = _own(module, path)
-        new = value.detach().to(old.dtype)
+        new = value.detach().to(old.dtype).to(old.device)
         if isinstance(old, nn.Parameter):
             owners[path]._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
         else:
@@ -123,7 +124,7 @@ def replace_calls(
     """
     graph = copied(program.graph)
     module = rebuild(program.module, graph)
-    by_name = {n.name: n for n in module.graph.nodes}
+    by_name, device = {n.name: n for n in module.graph.nodes}, device_of(program)
     for target, value in _with_aliases(program, tensors).items():
         _assign(module, target, value)
     for name, call in calls.items():
@@ -132,7 +133,7 @@ def replace_calls(
         def here(leaf: Any, node: fx.Node = node) -> Any:
             if isinstance(leaf, fx.Node):
                 return by_name[leaf.name]
-            return _constant_node(module, node, leaf) if isinstance(leaf, torch.Tensor) else leaf
+            return _constant_node(module, node, leaf.to(device)) if isinstance(leaf, torch.Tensor) else leaf
 
         node.target = call.target
         node.args = fx.node.map_aggregate(call.args, here)
@@ -171,7 +172,7 @@ def _with_aliases(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict
     fresh: dict[Hashable, torch.Tensor | nn.Parameter] = {}
     for target, value in tensors.items():
         old = _lookup(program, target)
-        new = value.detach().to(old.dtype)
+        new = value.detach().to(old.dtype).to(old.device)
         shared = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         fresh[tensor_identity(old)] = shared
     targets = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} | set(tensors)

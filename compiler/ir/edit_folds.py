@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
+from ..devices.precision import in_float64
 from .edit import erase_dead, rebuild
 from .execute import run_until
 from .graph_copy import copied
@@ -68,12 +69,12 @@ def unfold_tensors(program: Program, folded: Program, norms: Sequence[FoldedNorm
     for item in norms:
         norm = item.norm
         old = program.module.get_parameter(item.weight).detach()
-        new = folded.module.get_parameter(item.weight).detach().double()
-        shift = folded.module.get_parameter(item.bias).detach().double()
-        result[item.weight] = (new / norm.scale.view(-1, *[1] * (old.dim() - 1))).to(old.dtype)
+        new = in_float64(folded.module.get_parameter(item.weight).detach())
+        shift = in_float64(folded.module.get_parameter(item.bias).detach())
+        result[item.weight] = (new / norm.scale.view(-1, *[1] * (old.dim() - 1))).to(old)
         assert norm.bias is not None  # _foldable
         own = _conv_bias(program, item.weight)
-        result[norm.bias] = (shift + norm.scale * (norm.mean - own)).to(old.dtype)
+        result[norm.bias] = (shift + norm.scale * (norm.mean - own)).to(old)
     return result
 
 
@@ -85,7 +86,9 @@ def _conv_bias(program: Program, weight: str) -> torch.Tensor:
     )
     bias = node.args[2] if len(node.args) > 2 else None
     return (
-        program.constant(bias).detach().double() if isinstance(bias, fx.Node) else torch.zeros((), dtype=torch.float64)
+        in_float64(program.constant(bias).detach())
+        if isinstance(bias, fx.Node)
+        else torch.zeros((), dtype=torch.float64)
     )
 
 
@@ -119,12 +122,12 @@ def _write_folded(program: Program, module: fx.GraphModule, norm: BatchNorm, wei
     scale = norm.scale.view(-1, *[1] * (old.dim() - 1))
     path, _, leaf = weight.rpartition(".")
     owner = module.get_submodule(path)
-    owner._parameters[leaf] = nn.Parameter((old.double() * scale).to(old.dtype))
+    owner._parameters[leaf] = nn.Parameter((in_float64(old) * scale).to(old))
     holder, _, name = bias.rpartition(".")
     if holder and holder != path and not hasattr(module, holder):
         module.add_submodule(holder, nn.Module())
     module.get_submodule(holder).register_parameter(
-        name, nn.Parameter((norm.offset + norm.scale * (own - norm.mean)).to(old.dtype))
+        name, nn.Parameter((norm.offset + norm.scale * (own - norm.mean)).to(old))
     )
 
 

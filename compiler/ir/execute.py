@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..support import tally
 from ..support.errors import CompilerError
 from .cost import value_macs
-from .program import Batch, Program, is_constant, is_size
+from .program import Batch, Program, is_constant, is_size, is_tensor
 
 #: Node name -> value.
 Values = MutableMapping[str, Any]
@@ -19,10 +20,31 @@ Values = MutableMapping[str, Any]
 Tensors = Mapping[str, torch.Tensor]
 
 
+def device_of(program: Program) -> torch.device:
+    """Where a program computes: the device of the tensors that it reads, without any that of its inputs."""
+    return program.derived(_device)
+
+
+def _device(program: Program) -> torch.device:
+    nodes = list(program.graph.nodes)
+    read = [program.constant(n) for n in nodes if n.op == "get_attr"]
+    traced = [n.meta["val"] for n in nodes if n.op == "placeholder" and is_tensor(n)]
+    return next((t.device for t in (*read, *traced) if isinstance(t, torch.Tensor)), torch.device("cpu"))
+
+
+def placed(program: Program, batch: Batch) -> Batch:
+    """A batch on the device that a program computes on; the batch itself where it is there."""
+    device = device_of(program)
+    if all(leaf.device == device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)):
+        return batch
+    moved: Batch = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)
+    return moved
+
+
 def bind(program: Program, batch: Batch) -> dict[str, Any]:
-    """The placeholders' values for one batch."""
+    """The placeholders' values for one batch, on the program's device."""
     placeholders = [n.name for n in program.graph.nodes if n.op == "placeholder"]
-    return dict(zip(placeholders, program.flatten(batch), strict=True))
+    return dict(zip(placeholders, program.flatten(placed(program, batch)), strict=True))
 
 
 def evaluate(program: Program, node: fx.Node, values: Mapping[str, Any], tensors: Tensors | None = None) -> Any:
@@ -97,13 +119,17 @@ def required(program: Program, wanted: Iterable[str], known: Mapping[str, Any] |
 
 class ConcreteValues:
     """The values of operands that depend on no input (an index made of constants), at batch 1; sizes as numbers. None
-    for what depends on an input."""
+    for what depends on an input. Tensors are on the CPU, where graphs are reasoned about."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._known: dict[str, Any] = {}
 
     def __call__(self, value: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, self._value(value))
+
+    def _value(self, value: Any) -> Any:
+        """On the program's device."""
         if not isinstance(value, fx.Node):
             return value
         if is_constant(value):
@@ -112,7 +138,7 @@ class ConcreteValues:
             return self.program.scalar(value)
         if value.name not in self._known:
             self._known[value.name] = None
-            operands = {n.name: self(n) for n in value.all_input_nodes}
+            operands = {n.name: self._value(n) for n in value.all_input_nodes}
             if value.op == "call_function" and all(v is not None for v in operands.values()):
                 self._known[value.name] = evaluate(self.program, value, operands)
         return self._known[value.name]

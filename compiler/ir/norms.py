@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..devices.precision import in_float64
 from .program import Program, getitem_source, is_call, is_constant
 
 aten = torch.ops.aten
@@ -42,11 +43,11 @@ def batch_norm_of(program: Program, node: fx.Node) -> BatchNorm | None:
     if not isinstance(mean, fx.Node) or not isinstance(var, fx.Node) or not is_constant(mean) or not is_constant(var):
         return None
     eps = float(source.args[6 if legit else 7])  # type: ignore[arg-type]
-    deviation = (program.constant(var).detach().double() + eps).sqrt()
+    deviation = (in_float64(program.constant(var).detach()) + eps).sqrt()
     scale = deviation.reciprocal()
     if isinstance(weight, fx.Node):
-        scale = scale * program.constant(weight).detach().double()
-    offset = program.constant(bias).detach().double() if isinstance(bias, fx.Node) else torch.zeros_like(scale)
+        scale = scale * in_float64(program.constant(weight).detach())
+    offset = in_float64(program.constant(bias).detach()) if isinstance(bias, fx.Node) else torch.zeros_like(scale)
     output = (
         source
         if is_call(source, aten.batch_norm)
@@ -58,7 +59,7 @@ def batch_norm_of(program: Program, node: fx.Node) -> BatchNorm | None:
         weight=str(weight.target) if isinstance(weight, fx.Node) else None,
         bias=str(bias.target) if isinstance(bias, fx.Node) else None,
         scale=scale,
-        mean=program.constant(mean).detach().double(),
+        mean=in_float64(program.constant(mean).detach()),
         deviation=deviation,
         offset=offset,
     )

@@ -78,7 +78,7 @@ class Program:
     copied_parameters: int = 0
 
     def __call__(self, batch: Batch) -> Any:
-        """Run on one batch, without gradients.
+        """Run on one batch, without gradients, on the device of the program's tensors.
 
         Arguments:
             batch: A tensor, a tuple of positional or a dict of keyword arguments.
@@ -87,8 +87,9 @@ class Program:
             The output structure of the captured model.
         """
         from .cost import call_macs  # what costs are read off imports this module
+        from .execute import placed
 
-        args, kwargs = as_arguments(batch)
+        args, kwargs = as_arguments(placed(self, batch))
         tally.count(tally.FORWARD, call_macs(self, pytree.tree_leaves((args, kwargs))))
         with torch.no_grad():
             return self.module(*args, **kwargs)

@@ -108,9 +108,10 @@ class Top1:
         def scores(network: Program) -> Any:
             right = []
             for start, batch in zip(range(0, len(test), _BATCH), test.batches(_BATCH), strict=True):
-                found = flatten_outputs(network(batch))[0].argmax(1).cpu()
-                right.append(found == labels[start : start + _BATCH])
-            return 100 * torch.cat(right).double()
+                found = flatten_outputs(network(batch))[0].argmax(1)
+                wanted = labels[start : start + _BATCH].to(found.device, non_blocking=True)
+                right.append(found == wanted)
+            return 100 * torch.cat(right).cpu().double()
 
         return scores
 

@@ -169,10 +169,12 @@ def _typed(text: str) -> onnx.ModelProto:
 
 
 def run_node(inputs: Sequence[torch.Tensor], node: str) -> list[torch.Tensor]:
-    """The outputs of the node behind the text, from ONNX Runtime. Raises CaptureError when it does not run."""
+    """The outputs of the node behind the text, from ONNX Runtime on the CPU, where the inputs are. Raises CaptureError
+    when it does not run."""
+    device = inputs[0].device if inputs else torch.device("cpu")
     arrays = [t.detach().cpu().contiguous().numpy() for t in inputs]
     # copies, of the canonical type of their size: ONNX Runtime gives a ulonglong, which torch does not know
-    return [torch.from_numpy(value.astype(np.dtype(value.dtype.str))) for value in _run(arrays, node)]
+    return [torch.from_numpy(value.astype(np.dtype(value.dtype.str))).to(device) for value in _run(arrays, node)]
 
 
 def _run(arrays: Sequence[np.ndarray[Any, Any]], node: str) -> list[np.ndarray[Any, Any]]:

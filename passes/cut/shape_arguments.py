@@ -203,7 +203,7 @@ def _reindexed(cut: Cut, dim: int, index: Any, build: Callable[[torch.Tensor], C
     if not is_constant(index) or cut.program.constant(index).dim() != 1:
         raise cut.fail("it indexes the channels by a computed value")
     size = cut.program.shape(cut.node.args[0])[dim]  # type: ignore[arg-type]
-    old = cut.program.constant(index)
+    old = cut.program.constant(index).cpu()
     old = old.nonzero().reshape(-1) if old.dtype == torch.bool else old % size
     rank = torch.full((size,), -1)
     rank[kept] = torch.arange(len(kept))

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from ...compiler.analysis.regions import Region
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.edit import expose, set_tensors, signature
+from ...compiler.ir.execute import device_of, placed
 from ...compiler.ir.program import Program, as_arguments
 from ...compiler.support.setting_checks import Allowed, check_number, check_whole, settled
 from ..solve.features import head_features
@@ -84,19 +85,21 @@ def train_adaptors(
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, steps)
     generator = torch.Generator().manual_seed(seed)
     inner = {layer.weight for layer in before}
+    finite = torch.ones((), dtype=torch.bool, device=device_of(student))
     for _ in range(settings.iterations):
         chosen = torch.randint(0, len(calibration), (min(settings.batch_size, len(calibration)),), generator=generator)
-        args, kwargs = as_arguments(calibration.batch(chosen))
+        args, kwargs = as_arguments(placed(student, calibration.batch(chosen)))
         with torch.no_grad():
             theirs = wanted(*args, **kwargs)
         ours = functional_call(module, _merged(student, factors, inner), args, kwargs)
         loss = torch.stack([torch.nn.functional.mse_loss(a, b) for a, b in zip(ours, theirs, strict=True)]).sum()
-        if not bool(loss.isfinite()):
-            return student
+        finite = finite & loss.detach().isfinite()  # read once, in the end
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         schedule.step()
+    if not bool(finite):
+        return student
     merged = {name: tensor.detach() for name, tensor in _merged(student, factors, inner).items()}
     return set_tensors(student, merged, note=f"merge {len(merged)} adaptors")
 
@@ -125,7 +128,8 @@ def adapted_layers(student: Program, entry: str) -> tuple[list[Layer], list[Laye
 
 def _identity(student: Program, layer: Layer, side: str) -> torch.Tensor:
     weight = student.module.get_parameter(layer.weight)
-    return torch.eye(weight.shape[0 if side == "out" else 1], dtype=weight.dtype).requires_grad_()
+    size = weight.shape[0 if side == "out" else 1]
+    return torch.eye(size, dtype=weight.dtype, device=weight.device).requires_grad_()
 
 
 def _merged(student: Program, factors: dict[str, torch.Tensor], inner: set[str]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,8 @@ choice is joint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,8 @@ import torch
 from ...compiler.analysis.regions import Region
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
+from ...compiler.data.output_error import relative_to
+from ...compiler.devices.precision import WideSums, wide_sum
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program
@@ -35,7 +38,7 @@ from ..solve.closed_form import solve
 from ..solve.features import compared_outputs, head_features
 from ..solve.layer_moments import MEMORY_BYTES
 from ..solve.layers import add_delta, find_layers
-from ..solve.moments import Moments, gram_bytes
+from ..solve.moments import Moments, MomentSum, gram_bytes
 from ..solve.resolve_network import QUICK_RESOLVE, ResolveSettings, batch_moments, batch_size_for, resolve_network
 from ..solve.targets import Target, counterparts, trace_target
 from .adaptors import AdaptorSettings, Around, train_adaptors
@@ -227,11 +230,12 @@ class Recoverability:
             for trial in trials:
                 if trial.target is not None:
                     part = batch_moments(student, trial.target, left, right, batches, thin)
-                    trial.moments = part if trial.moments is None else trial.moments + part
+                    trial.sums = trial.sums or MomentSum()
+                    trial.sums.add(part)
         for trial in trials:
-            if trial.target is not None and trial.moments is not None:
-                trial.tensors = self._weights(student, trial.target, trial.moments)
-                trial.moments = None
+            if trial.target is not None and trial.sums is not None:
+                trial.tensors = self._weights(student, trial.target, trial.sums.moments())
+                trial.sums = None
 
     def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
         correction = solve(moments, ridge=self.settings.resolve.ridge_for(len(self.fit)), bias=False)
@@ -241,17 +245,18 @@ class Recoverability:
     def _judge(self, student: Program, trials: Sequence[_Trial]) -> list[float]:
         """Feature errors on the judging samples. What a trial does not change is run once for all of them."""
         shared = {name for t in trials for name in t.boundary()}
-        error, energy = [0.0] * len(trials), 0.0
+        sums = WideSums()
         for batch in self.judge.batches(self.batch_size):
             with torch.no_grad():
                 wanted = run_until(self.teacher, self.features, bind(self.teacher, batch))
                 start = bind(student, batch)
                 known = {**start, **run_until(student, shared, start)}
-                energy += sum(float(v.square().sum(dtype=torch.float64)) for v in wanted.values())
+                sums.add("energy", _added(wide_sum(v.square()) for v in wanted.values()))
                 for index, trial in enumerate(trials):
                     values = trial.run(known)
-                    error[index] += _squared_distance(wanted, self.features, values, trial.features)
-        return [e / energy if energy > 0 else e for e in error]
+                    sums.add(f"error {index}", _squared_distance(wanted, self.features, values, trial.features))
+        found = sums.floats()
+        return [relative_to(found, f"error {index}", "energy") for index in range(len(trials))]
 
 
 def judged_values(program: Program, regions: Sequence[Region]) -> tuple[str, ...]:
@@ -277,7 +282,7 @@ class _Trial:
     changed: set[str]
     bypass: tuple[str, str] | None = None
     target: Target | None = None
-    moments: Moments | None = None
+    sums: MomentSum | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def boundary(self) -> set[str]:
@@ -303,6 +308,11 @@ class _Trial:
 
 def _squared_distance(
     theirs: Mapping[str, Any], names: Sequence[str], ours: Mapping[str, Any], own_names: Sequence[str]
-) -> float:
+) -> torch.Tensor:
     pairs = zip(names, own_names, strict=True)
-    return sum(float((ours[b] - theirs[a]).square().sum(dtype=torch.float64)) for a, b in pairs)
+    return _added(wide_sum((ours[b] - theirs[a]).square()) for a, b in pairs)
+
+
+def _added(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one tensor, where they are."""
+    return functools.reduce(torch.add, terms)

@@ -98,7 +98,10 @@ class Drop(RecoverabilitySettings, Rewrite):
         )
         solves = SOLVES_OF_MIX if ctx.goal.mixes else SOLVES_OF_BLOCKS
         timed = Work(passes=SAVING_PASSES * len(regions.regions)) if ctx.goal.measured else Work()
-        return {"measure savings": timed, "choose": Work(passes=solves * len(regions.blocks) * each + self.finalists * more)}
+        return {
+            "measure savings": timed,
+            "choose": Work(passes=solves * len(regions.blocks) * each + self.finalists * more),
+        }
 
     def offer(self, ctx: Context, budget: Budget) -> Offer:
         """The regions whose drops reach the aim of `budget`, one after the other, each with the error that it adds."""

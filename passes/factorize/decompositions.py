@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...compiler.devices.precision import in_float64
 from ...compiler.ir.program import Program
 from ...compiler.support import tally
 from ..solve.closed_form import EIGH_CUBES
@@ -107,11 +108,11 @@ class Metric:
             gram = gram - sums.unsqueeze(2) * mean.unsqueeze(1)
         return cls(gram=gram + _scaled_identity(max(ridge, 1e-9) * level, gram.shape[1]), mean=mean)
 
-    def full(self, size: Geometry) -> torch.Tensor:
-        """The Gram matrix, also where it is the identity."""
+    def full(self, weight: torch.Tensor) -> torch.Tensor:
+        """The Gram matrix for a weight (groups, outputs, columns), also where it is the identity."""
         if self.gram is not None:
             return self.gram
-        return _scaled_identity(torch.ones(size.groups, dtype=torch.float64), size.columns)
+        return _scaled_identity(weight.new_ones(len(weight)), weight.shape[2])
 
 
 #: No data: the error of the weight itself.
@@ -130,9 +131,9 @@ class Decomposition(ABC):
         most: Ranks | None = None,
     ) -> None:
         self.geometry = geometry
-        self.weight = weight.detach().double().reshape(geometry.groups, geometry.outputs, geometry.columns)
+        self.weight = in_float64(weight.detach()).reshape(geometry.groups, geometry.outputs, geometry.columns)
         self.metric = metric
-        gain = torch.ones(geometry.groups, geometry.outputs, dtype=torch.float64) if gain is None else gain.double()
+        gain = self.weight.new_ones(geometry.groups, geometry.outputs) if gain is None else in_float64(gain)
         self.gain = gain.clamp(min=max(LEAST_GAIN * float(gain.max()), 1e-30))
         weighed = self.gain.unsqueeze(2) * self.weight
         self.image = self.weight if metric.gram is None else self.weight @ metric.gram  # W G
@@ -202,7 +203,7 @@ class SpatialDecomposition(Decomposition):
     def _prepare(self, most: Ranks | None) -> None:
         geometry, metric = self.geometry, self.metric
         groups, tall, wide = geometry.groups, geometry.inputs * geometry.kernel[0], geometry.kernel[1]
-        gram = metric.full(geometry).view(groups, tall, wide, tall, wide)
+        gram = metric.full(self.weight).view(groups, tall, wide, tall, wide)
         matrix = (self.gain.unsqueeze(2) * self.weight).view(groups, geometry.outputs, tall, wide)
         matrix = matrix.permute(0, 2, 1, 3).reshape(groups, tall, -1)
         self.basis = _whitened_basis(matrix, torch.einsum("gaxbx->gab", gram), most[0] if most else None)
@@ -229,7 +230,7 @@ class TuckerDecomposition(Decomposition):
     def _prepare(self, most: Ranks | None) -> None:
         geometry, metric = self.geometry, self.metric
         groups, inputs, taps = geometry.groups, geometry.inputs, math.prod(geometry.kernel)
-        gram = metric.full(geometry).view(groups, inputs, taps, inputs, taps)
+        gram = metric.full(self.weight).view(groups, inputs, taps, inputs, taps)
         matrix = (self.gain.unsqueeze(2) * self.weight).view(groups, geometry.outputs, inputs, taps)
         matrix = matrix.permute(0, 2, 1, 3).reshape(groups, inputs, -1)
         self.basis = _whitened_basis(matrix, torch.einsum("gaxbx->gab", gram), most[0] if most else None)

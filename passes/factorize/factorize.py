@@ -213,14 +213,14 @@ def _links(program: Program, layer: Layer, matrices: Matrices) -> list[Link]:
     names = NAMES[len(matrices)]
     if layer.window is None:
         return [
-            Link(name=name, target=aten.linear.default, weight=matrix[0, :, :, 0, 0].to(weight.dtype))
+            Link(name=name, target=aten.linear.default, weight=matrix[0, :, :, 0, 0].to(weight.detach()))
             for name, matrix in zip(names, matrices, strict=True)
         ]
     dims = weight.dim() - 2
     operator = aten.conv2d.default if dims == 2 else aten.conv1d.default
     links = []
     for name, matrix, window in zip(names, matrices, _windows(layer, matrices), strict=True):
-        stored = matrix.flatten(0, 1).to(weight.dtype)
+        stored = matrix.flatten(0, 1).to(weight.detach())
         settings = tuple(list(pair[-dims:]) for pair in window)
         links.append(
             Link(
@@ -256,9 +256,9 @@ def _check(before: Program, after: Program, layer: Layer, dense: torch.Tensor) -
     generator = torch.Generator().manual_seed(0)
     node = before.nodes[layer.node]
     shape = before.shape(before.nodes[layer.input], batch=2)
-    sample = torch.randn(shape, generator=generator).to(weight.dtype)
+    sample = torch.randn(shape, generator=generator).to(weight.detach())
     with torch.no_grad():
-        stands_for = dense.reshape(weight.shape).to(weight.dtype)
+        stands_for = dense.reshape(weight.shape).to(weight.detach())
         wanted = evaluate(before, node, {layer.input: sample}, {layer.weight: stands_for})
         if layer.bias is not None:  # the shift is in it: left out of the comparison
             bias = after.module.get_parameter(layer.bias) - before.module.get_parameter(layer.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,7 +10,8 @@ from typing import Protocol
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
-from ...compiler.data.output_error import bounded
+from ...compiler.data.output_error import bounded, relative_to
+from ...compiler.devices.precision import WideSums
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.execute import Tensors, bind, descendants, run_until
 from ...compiler.ir.program import is_tensor, output_nodes
@@ -63,7 +65,7 @@ class RankTrials:
         calls = [name for name, node in program.nodes.items() if node.op == "call_function"]
         held = calls if exchanged else self._outputs
         behind = {name: descendants(program, [name]) | {name} for name in exchanged}
-        total, energy, found = 0.0, 0.0, dict.fromkeys(exchanged, 0.0)
+        sums = WideSums()
         size = self._batch_that_fits()
         done, whole = 0, len(exchanged) * -(-len(self.samples) // size)
         with torch.no_grad():
@@ -71,15 +73,16 @@ class RankTrials:
                 given = bind(program, batch)
                 wanted = run_until(program, self._outputs, given)
                 values = run_until(program, held, given, _merged(base), free=not exchanged)
-                energy += sum(squared_distance(value, value)[1] for value in wanted.values())
-                total += _distance(wanted, values)
+                sums.add("energy", functools.reduce(torch.add, (squared_distance(v, v)[1] for v in wanted.values())))
+                sums.add("error", _distance(wanted, values))
                 for name, tensors in exchanged.items():
                     kept = {key: value for key, value in (given | values).items() if key not in behind[name]}
                     changed = run_until(program, self._outputs, kept, _merged({**base, name: tensors}))
-                    found[name] += _distance(wanted, changed)
+                    sums.add(f"error {name}", _distance(wanted, changed))
                     done += 1
                     self._progress("weigh layers", done, whole)
-        return _relative(total, energy), {name: _relative(error, energy) for name, error in found.items()}
+        sizes = sums.floats()
+        return _relative(sizes, "error"), {name: _relative(sizes, f"error {name}") for name in exchanged}
 
     def _weights(self, choice: Mapping[str, Option]) -> dict[str, Tensors]:
         """The parameters that stand for each layer's factors; those of the last choice are kept."""
@@ -87,7 +90,7 @@ class RankTrials:
         for item in self.analysis.factors(missing):
             program, candidate = self.analysis.program, self.analysis.candidates[item.layer]
             weight = program.module.get_parameter(candidate.layer.weight)
-            tensors = {candidate.layer.weight: item.dense.reshape(weight.shape).to(weight.dtype)}
+            tensors = {candidate.layer.weight: item.dense.reshape(weight.shape).to(weight.detach())}
             if item.shift is not None:
                 tensors |= shift_tensors(program, candidate.target, item.shift)
             self._tensors[item.layer, missing[item.layer]] = tensors
@@ -106,9 +109,9 @@ def _merged(tensors: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return {name: value for layer in tensors.values() for name, value in layer.items()}
 
 
-def _distance(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> float:
-    return sum(squared_distance(value, found[name])[0] for name, value in wanted.items())
+def _distance(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(torch.add, (squared_distance(value, found[name])[0] for name, value in wanted.items()))
 
 
-def _relative(error: float, energy: float) -> float:
-    return bounded(error / energy if energy > 0 else error)
+def _relative(sums: Mapping[str, float], error: str) -> float:
+    return bounded(relative_to(sums, error, "energy"))

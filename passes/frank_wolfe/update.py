@@ -70,7 +70,7 @@ def move(jobs: Sequence[Job]) -> Moved:
     found = unit.unit_vertices(m, bases)
     w = working(weights)
     ones = [1] * (w.dim() - 1)
-    radii = torch.tensor([job.constraint.radius for job in jobs], dtype=torch.float64, device=w.device)
+    radii = _numbers([job.constraint.radius for job in jobs], w.device)
     vertices = (found.points * radii.view(-1, *ones).to(found.points.dtype)).to(w.dtype)
     etas = _rates(jobs, m, vertices - w, radii * unit.half_width(first.weight.shape))
     reached = torch.lerp(w, vertices, etas.to(w.dtype).view(-1, *ones))
@@ -83,9 +83,14 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
+def _numbers(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """In float64 on a device, without waiting for it."""
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+
+
 def _rates(jobs: Sequence[Job], m: torch.Tensor, way: torch.Tensor, half_widths: torch.Tensor) -> torch.Tensor:
     """eta of each job, float64; 0 where the weight is at its vertex already."""
-    lrs = torch.tensor([job.lr for job in jobs], dtype=torch.float64, device=m.device)
+    lrs = _numbers([job.lr for job in jobs], m.device)
     rescale = jobs[0].rescale
     if rescale is None:
         return lrs

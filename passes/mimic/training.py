@@ -13,14 +13,17 @@ from torch.utils import _pytree as pytree
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
+from ...compiler.data.output_error import relative_to
+from ...compiler.devices.precision import WideSums
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.cost import call_macs
 from ...compiler.ir.edit import expose
+from ...compiler.ir.execute import device_of, placed
 from ...compiler.ir.program import Batch, Program, as_arguments
 from ...compiler.support import tally
 from ...compiler.support.errors import MimicError, first_line
 from ...compiler.support.memory import at_most, samples_at_once
-from ..solve.targets import Kept, select_kept
+from ..solve.targets import Kept, kept_on, select_kept
 from .crops import Crop, Read, find_crop
 from .pairs import batch_first, compared_pairs, read_parameters, same_as_teacher
 from .settings import MimicSettings
@@ -57,11 +60,12 @@ class Training:
         self.pairs, self.judges = compared_pairs(
             teacher, trainee, outputs_weight=settings.outputs, hints_weight=settings.hints
         )
-        self.kept = [lesson.kept.get(p.student, ()) for p in self.pairs]
+        self.device = device_of(trainee)
+        self.kept = [kept_on(lesson.kept.get(p.student, ()), self.device) for p in self.pairs]
         self.teacher = expose(teacher, [p.teacher for p in self.pairs])
         self.student = expose(trainee, [p.student for p in self.pairs], copy_tensors=True)
         self._programs = {False: teacher, True: trainee}
-        self.bfloat16 = _bfloat16_pays() if settings.bfloat16 is None else settings.bfloat16
+        self.bfloat16 = _bfloat16_pays(self.device) if settings.bfloat16 is None else settings.bfloat16
         #: Samples that go through a network together: those of an iteration, unless memory is limited.
         self._at_once = settings.batch_size
         if all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs):
@@ -69,6 +73,7 @@ class Training:
             self._at_once = samples_at_once(taken, settings.batch_size)
         self._generator = torch.Generator().manual_seed(lesson.seed)
         self._order = torch.empty(0, dtype=torch.long)
+        self._sound = torch.ones((), dtype=torch.bool, device=self.device)
         frozen = same_as_teacher(teacher, trainee)
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
@@ -128,7 +133,7 @@ class Training:
         for index, parameter in enumerate(self.parameters):
             found[f"{index} weight"] = parameter.detach()
             found |= {f"{index} {name}": value for name, value in self._optimiser.state[parameter].items()}
-        return {name: value.contiguous() for name, value in found.items()}
+        return {name: value.contiguous().cpu() for name, value in found.items()}
 
     def go_on(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
         """Be as after `done` iterations, from what `state` gave then."""
@@ -149,7 +154,8 @@ class Training:
         self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def step(self) -> bool:
-        """One iteration; False when loss or gradients are not finite (the weights are then left as they are)."""
+        """One iteration; False when loss or gradients are not finite (the weights are then left as they are). On a
+        device other than the CPU nothing waits for that: `sound` says it of all iterations so far."""
         self.done += 1
         indices = self._next()
         batch = self.calibration.batch(indices)
@@ -160,12 +166,18 @@ class Training:
         if not self._gradients(batch, indices):
             return False  # nothing that is trained bears on the features
         norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
-        if not bool(norm.isfinite()):
+        if self.device.type != "cpu":
+            self._sound = self._sound & norm.isfinite()
+        elif not bool(norm.isfinite()):
             return False
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._pace(self.done - 1) / self.slower
         self._optimiser.step()
         return True
+
+    def sound(self) -> bool:
+        """Whether loss and gradients were finite in all iterations."""
+        return bool(self._sound)
 
     def _gradients(self, batch: Batch, indices: torch.Tensor) -> bool:
         """Leave the loss's gradients with the parameters; whether there are any. Where not all samples go through at
@@ -189,17 +201,19 @@ class Training:
     def error(self) -> tuple[float, float]:
         """Held-out relative squared error in full precision: (mean over features and outputs, mean over outputs
         alone)."""
-        error, energy = [0.0] * self.judges, [0.0] * self.judges
+        sums = WideSums()
         with torch.no_grad():
             for batch in self.held_out.batches(self._at_once):
+                batch = placed(self._programs[True], batch)
                 args, kwargs = as_arguments(batch)
                 tally.count(tally.FORWARD, sum(call_macs(p, p.flatten(batch)) for p in self._programs.values()))
                 ours, theirs = self.student(*args, **kwargs), self._shared(self.teacher(*args, **kwargs))
                 for index in range(self.judges):
                     part, norm = squared_distance(theirs[index], ours[index])
-                    error[index] += part
-                    energy[index] += norm
-        relative = [e / w if w > 0 else e for e, w in zip(error, energy, strict=True)]
+                    sums.add(f"error {index}", part)
+                    sums.add(f"energy {index}", norm)
+        found = sums.floats()
+        relative = [relative_to(found, f"error {index}", f"energy {index}") for index in range(self.judges)]
         outputs = [r for pair, r in zip(self.pairs, relative, strict=False) if pair.output]
         return sum(relative) / max(1, len(relative)), sum(outputs) / max(1, len(outputs))
 
@@ -216,7 +230,7 @@ class Training:
     def _loss(
         self, ours: list[torch.Tensor], theirs: list[torch.Tensor], energies: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for pair, s, t, energy in zip(self.pairs, ours, theirs, energies, strict=True):
             if pair.weight == 0:
                 continue
@@ -232,15 +246,16 @@ class Training:
         return indices
 
     def _values(self, module: fx.GraphModule, batch: Batch) -> list[torch.Tensor]:
-        args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
         trains = module is self.student
         program = self._programs[trains]
+        batch = placed(program, batch)
+        args, kwargs = as_arguments(pytree.tree_map(_channels_last, batch))
         macs = call_macs(program, program.flatten(batch))
         tally.count(tally.FORWARD, macs)
         tally.count(tally.GRADIENT, 2 * macs * trains)  # with respect to inputs and to weights
         with (
             torch.set_grad_enabled(trains),
-            torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16),
         ):
             values = list(module(*args, **kwargs))
         return values if trains else self._shared(values)
@@ -295,7 +310,12 @@ def _rms(tensor: torch.Tensor) -> float:
     return float(tensor.detach().square().mean().sqrt())
 
 
-def _bfloat16_pays() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX), where mixed precision about halves the time."""
+def _bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware, where mixed precision about halves the time: a CPU
+    with AMX, an NVIDIA GPU since Ampere."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(supported and supported())

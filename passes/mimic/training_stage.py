@@ -83,9 +83,12 @@ def mimic(
             finite = run.step()
         progress("mimic", run.done, timetable.iterations)
         if finite and timetable.due(run.done):
-            course.judge()
+            finite = run.sound()
+            if finite:
+                course.judge()
         if finite:
             checkpoint.keep(course.standing)
+    finite = finite and run.sound()
     said = run.said
     if finite and course.misses < settings.patience and timetable.ran_out(run.done):
         said += (

@@ -282,7 +282,7 @@ def _energies(provenance: Provenance, role: str, power: int, wanted: Callable[[S
     energies = torch.zeros(provenance.size, dtype=torch.float64)
     for slot in provenance.slots:
         if slot.role == role and wanted(slot):
-            weight = provenance.program.tensor(slot.parameter).detach().double()
+            weight = provenance.program.tensor(slot.parameter).detach().cpu().double()
             energy = weight.movedim(slot.dim, 0).flatten(1).abs().pow(power).sum(1) if weight.dim() > 1 else weight * 0
             energies.scatter_add_(0, slot.labels, energy)
     return energies

@@ -40,6 +40,8 @@ from ..solve.closed_form import EIGH_CUBES, ridge_level
 from ..solve.moments import Moments
 from .factors import EXPLAINED, Elimination, definite_cholesky, growing_squares
 
+#: Where units are chosen: thousands of small decisions in turn, for each of which a device would be waited for.
+HERE = torch.device("cpu")
 #: So many candidates are looked at in each step, or one in so many of all, until another may gain more.
 LOOKED_AT, LOOKED_AT_SHARE = 512, 8
 #: Gains that differ by less, relative to the target's energy, are the same.
@@ -80,8 +82,10 @@ class Objective:
 
         T = R + A W^T, so C = A^T R + G W^T. With `bias` the column of ones is always kept. `gain` (groups, out) weighs
         the outputs' errors: what each is multiplied by behind the layer. `ridge` is that of the solve, relative to the
-        mean diagonal of the Gram matrix.
+        mean diagonal of the Gram matrix. What is chosen from is on the CPU, wherever the moments are.
         """
+        moments, weight = moments.to(HERE), weight.to(HERE)
+        gain = None if gain is None else gain.to(HERE)
         groups, size, _ = moments.gram.shape
         full = torch.zeros(groups, size, weight.shape[1], dtype=torch.float64)
         full[:, :-1] = weight.double().transpose(1, 2)

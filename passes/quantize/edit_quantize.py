@@ -153,10 +153,11 @@ def _read(module: fx.GraphModule, layer: fx.Node, name: str, stored: tuple[Any, 
     source, suffix, values, scales, bounds = stored
     path, _, leaf = str(source.target).rpartition(".")
     owner = module.get_submodule(path)
+    device = getattr(owner, leaf).device
     leaf = free_name(owner, f"{leaf}_{suffix}")
-    owner.register_parameter(leaf, nn.Parameter(values.contiguous(), requires_grad=False))
-    owner.register_buffer(f"{leaf}_scales", scales.float())
-    owner.register_buffer(f"{leaf}_zeros", torch.zeros(len(scales), dtype=torch.int64))
+    owner.register_parameter(leaf, nn.Parameter(values.contiguous().to(device), requires_grad=False))
+    owner.register_buffer(f"{leaf}_scales", scales.float().to(device))
+    owner.register_buffer(f"{leaf}_zeros", torch.zeros(len(scales), dtype=torch.int64, device=device))
     path = f"{path}." if path else ""
     with module.graph.inserting_before(layer):
         operands = [module.graph.get_attr(f"{path}{leaf}{end}") for end in ("", "_scales", "_zeros")]

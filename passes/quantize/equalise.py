@@ -20,7 +20,8 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
-from ...compiler.ir.execute import bind, evaluate, run_until
+from ...compiler.devices.precision import WideSums, widest
+from ...compiler.ir.execute import bind, device_of, evaluate, run_until
 from ...compiler.ir.program import Program, is_size
 from ...compiler.support.memory import samples_at_once
 from ..solve.layers import Layer
@@ -133,7 +134,7 @@ def _exponents(program: Program, group: ScalingGroup, largest: torch.Tensor, str
     that nothing reads, stays as it is."""
     columns = torch.zeros_like(largest)
     for reader in group.readers:
-        weight = program.module.get_parameter(reader.weight).detach().double().abs()
+        weight = program.module.get_parameter(reader.weight).detach().cpu().double().abs()
         most = weight.flatten(2).amax(2) if weight.dim() > 2 else weight
         columns = torch.maximum(columns, reader.matrix(most).amax(1).reshape(-1))
     live = (largest > 0) & (columns > 0)
@@ -160,13 +161,13 @@ class _Comparison:
 
     def largest(self) -> dict[str, torch.Tensor]:
         """The largest absolute value of each channel, over the values that layers read."""
-        found = {name: torch.zeros(group.channels, dtype=torch.float64) for name, group in self.groups.items()}
+        found: dict[str, torch.Tensor] = {}
         for values in self._values(self.program, writers=False):
             for name, group in self.groups.items():
                 for value in {reader.input for reader in group.readers}:
                     channels = values[value].abs().movedim(group.axes[value], 0).flatten(1).amax(1)
-                    found[name] = torch.maximum(found[name], channels.double())
-        return found
+                    found[name] = torch.maximum(found[name], channels) if name in found else channels
+        return {name: largest.cpu().double() for name, largest in found.items()}
 
     def lost(self, exponents: Exponents) -> dict[str, float]:
         """For each group, the sum of squares of what rounding changes of its readers' outputs, as they are without
@@ -178,7 +179,7 @@ class _Comparison:
         # groups are compared by what they lose at their readers, not by the outputs
         ranges = "each" if self.precision.ranges == "best" else self.precision.ranges
         grids = choose_grids(program, self.layers, self.few, self.precision.kind, ranges, values)
-        found = dict.fromkeys(self.groups, 0.0)
+        sums = WideSums()
         gains = self._gains(exponents)
         weights = {
             reader.node: self._weights(program, reader, grids[reader.input])
@@ -194,23 +195,25 @@ class _Comparison:
                         weight, near = weights[reader.node]
                         wanted = product(program, reader, exact[reader.input], weight)
                         change = product(program, reader, now[reader.input], near) - wanted
-                        found[name] += float((change * gains.get(reader.node, 1.0)).double().square().sum())
-        return found
+                        change = change * gains.get(reader.node, 1.0)
+                        sums.add(name, change.to(widest(change.device)).square().sum())
+        found = sums.floats()
+        return {name: found.get(name, 0.0) for name in self.groups}
 
     def _weights(self, program: Program, reader: Layer, grid: ValueGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight of a layer, and what is read back of it once it is rounded."""
         weight = program.module.get_parameter(reader.weight).detach()
         near = rounded_plainly(program, reader, grid, self.precision.limit).weight
-        return weight, near.reshape(weight.shape).to(weight.dtype)
+        return weight, near.reshape(weight.shape).to(weight)
 
     def _gains(self, exponents: Exponents) -> dict[str, torch.Tensor]:
         """What the outputs of layers have to be multiplied by to be as they are without scales."""
-        gains = {}
+        gains, device = {}, device_of(self.program)
         for name, scale in _scales(exponents).items():
             for writer in self.groups[name].writers:
                 node = self.program.nodes[writer.node]
                 behind = node.meta["val"].dim() - 1 - self.groups[name].axes[writer.node]
-                gains[writer.node] = scale.float().reshape(-1, *[1] * behind)
+                gains[writer.node] = scale.float().to(device).reshape(-1, *[1] * behind)
         return gains
 
     def _values(self, program: Program, *, writers: bool) -> Iterator[dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import bounded, output_error
+from ...compiler.devices.precision import WideSums, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.memory import samples_at_once
@@ -96,7 +98,7 @@ def _each(
     offered = {
         name: list(dict.fromkeys(way(histogram, kind) for way in RANGES.values())) for name, histogram in found.items()
     }
-    lost = {name: [0.0] * len(grids) for name, grids in offered.items()}
+    sums = WideSums()
     there = quantizable(program)
     readers: dict[str, dict[str, list[Layer]]] = {name: {} for name in found}
     for layer in (there[name] for name in layers):
@@ -107,23 +109,28 @@ def _each(
             values = run_until(program, list(holders), bind(program, batch))
             for name, grids in offered.items():
                 for place, grid in enumerate(grids):
-                    passed = sum(
+                    lost = _energy(grid.rounded(values[name]) - values[name])
+                    passed = [
                         _passed_on(program, behind, grid.rounded(values[value]) - values[value])
                         for value, behind in readers[name].items()
-                    )
-                    lost[name][place] += passed or _energy(grid.rounded(values[name]) - values[name])
-    return {name: grids[lost[name].index(min(lost[name]))] for name, grids in offered.items()}
+                    ]
+                    if passed:
+                        total = functools.reduce(torch.add, passed)
+                        lost = torch.where(total == 0, lost, total)
+                    sums.add(f"{name} {place}", lost)
+    found_sums = sums.floats()
+    losses = {name: [found_sums[f"{name} {place}"] for place in range(len(grids))] for name, grids in offered.items()}
+    return {name: grids[losses[name].index(min(losses[name]))] for name, grids in offered.items()}
 
 
-def _passed_on(program: Program, readers: Sequence[Layer], change: torch.Tensor) -> float:
+def _passed_on(program: Program, readers: Sequence[Layer], change: torch.Tensor) -> torch.Tensor:
     """Sum of squares of what a change of a value does to the outputs of the layers that read it."""
-    return sum(
-        _energy(product(program, layer, change, program.module.get_parameter(layer.weight))) for layer in readers
-    )
+    made = (product(program, layer, change, program.module.get_parameter(layer.weight)) for layer in readers)
+    return functools.reduce(torch.add, map(_energy, made))
 
 
-def _energy(change: torch.Tensor) -> float:
-    return float(change.double().square().sum())
+def _energy(change: torch.Tensor) -> torch.Tensor:
+    return change.to(widest(change.device)).square().sum()
 
 
 def product(program: Program, layer: Layer, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

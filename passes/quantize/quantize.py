@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.devices.precision import WideSum, in_float64
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import run_until
 from ...compiler.ir.program import Program
@@ -82,16 +83,14 @@ def _input_gram(
     lockstep: Lockstep, step: Step, layer: Layer, tensors: dict[str, torch.Tensor], rows_per_column: int | None
 ) -> torch.Tensor:
     """The Gram matrix of a layer's inputs as the student's layers before it deliver them."""
-    student, total = lockstep.student, None
+    student, total = lockstep.student, WideSum()
     for view in lockstep.views(step):
         with torch.no_grad():
             value = run_until(student, [layer.input], view.student, tensors)[layer.input]
         columns, count = layer.extent(student, value)
         rows = layer.rows(student, value, thinning(count * len(lockstep), columns, rows_per_column))
-        part = Moments.of(rows, rows.new_zeros(len(rows), 0, rows.shape[2])).gram
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+        total.add(Moments.of(rows, rows.new_zeros(len(rows), 0, rows.shape[2])).gram)
+    return total.value()
 
 
 def plain_integers(
@@ -110,7 +109,7 @@ def plain_integers(
 def rounded_plainly(program: Program, layer: Layer, grid: ValueGrid, limit: int) -> Rounded:
     """The weight of a layer rounded value by value over the whole range of each output, for inputs on a grid."""
     bias = _bias(program, layer)
-    weight = _matrix(layer, program.module.get_parameter(layer.weight).detach(), bias).double()
+    weight = in_float64(_matrix(layer, program.module.get_parameter(layer.weight).detach(), bias))
     scales = torch.maximum(weight.abs().amax(2, keepdim=True) / limit, _least_scales(weight, bias, grid))
     scales = scales.float().double()
     values = (weight / scales).round().clamp(-limit, limit).to(torch.int8)
@@ -138,7 +137,7 @@ def _round(
     bias = None if layer.bias is None else current_parameter(student, layer.bias, tensors)
     matrix = _matrix(layer, weight, bias)
     found = rounded(matrix, _gram(layer, gram), how.limit, _least_scales(matrix, bias, grid))
-    tensors[layer.weight] = found.weight.reshape(weight.shape).to(weight.dtype)
+    tensors[layer.weight] = found.weight.reshape(weight.shape).to(weight)
     if layer.bias is not None and bias is not None:
         tensors[layer.bias] = add_delta(bias, found.shift)
     return found
@@ -150,7 +149,8 @@ def _bias(program: Program, layer: Layer) -> torch.Tensor | None:
 
 def _matrix(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The weight as a matrix. Raises RewriteError where it or the bias is not finite: no grid has a place for that."""
-    if not bool(weight.isfinite().all()) or not (bias is None or bool(bias.isfinite().all())):
+    finite = weight.isfinite().all() if bias is None else weight.isfinite().all() & bias.isfinite().all()
+    if not bool(finite):
         raise RewriteError(
             "its weights are not finite", node=layer.node, hint=f"repair the network: {layer.weight} holds inf or NaN"
         )
@@ -165,9 +165,9 @@ def _least_scales(weight: torch.Tensor, bias: torch.Tensor | None, grid: ValueGr
     """Scales of a weight as a matrix that are large enough for its bias, in steps of the input's scale times these, to
     fit into int32: an output of zeros may have any bias (a batch norm whose factor is zero is folded into one). Biases
     in floating point too: runtimes may round them themselves."""
-    steps = torch.full_like(weight[:, :, :1], LEAST_SCALE, dtype=torch.float64)
+    steps = torch.full_like(in_float64(weight[:, :, :1]), LEAST_SCALE)
     if bias is not None:
-        steps = torch.maximum(steps, bias.double().abs().reshape(steps.shape) / MOST_STEPS)
+        steps = torch.maximum(steps, in_float64(bias).abs().reshape(steps.shape) / MOST_STEPS)
     return (steps / grid.scale).clamp(min=LEAST_SCALE)
 
 
@@ -186,7 +186,7 @@ def _integers(
     )
     stored, bias_scales = bias, None
     if bias is not None and how.bias == "int32":
-        stored = (bias.double() / steps.double()).round()
+        stored = (in_float64(bias) / steps.double()).round()
         reach, bias_scales = reach + stored.abs(), steps
         stored = stored.clamp(-(2**31), 2**31 - 1).to(torch.int32)
     if float(reach.max()) >= 2**31:

@@ -13,6 +13,7 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.kept import kept_for
 from ...compiler.data.live_bytes import live_bytes, value_bytes
+from ...compiler.devices.precision import WideSum, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.errors import CalibrationError, RewriteError
@@ -65,27 +66,40 @@ def _found(program: Program, names: Sequence[str], samples: CalibrationSet, batc
     """Histograms that are not known yet."""
     if not names:
         return {}
-    low, high = dict.fromkeys(names, torch.inf), dict.fromkeys(names, -torch.inf)
-    for values in _batches(program, names, samples, batch_size):
-        for name, value in values.items():
-            least, most = (float(v) for v in torch.aminmax(value))
-            low[name], high[name] = min(low[name], least), max(high[name], most)
-            if not (math.isfinite(least) and math.isfinite(most)):  # NaN gets lost in min and max
-                raise CalibrationError(
-                    "activations are not finite",
-                    node=name,
-                    excerpt=program.excerpt(program.nodes[name]),
-                    hint="the network overflows on the calibration set: check its normalisation",
-                )
-    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in names}
+    low, high = _ends(program, names, samples, batch_size)
+    counts = {name: WideSum() for name in names}
     for values in _batches(program, names, samples, batch_size):
         for name, value in values.items():
             if high[name] > low[name]:
-                found = torch.histc(value.float(), BINS, low[name], high[name])
-                counts[name] += found.double()
+                counts[name].add(torch.histc(value.float(), BINS, low[name], high[name]))
             else:
-                counts[name][0] += value.numel()
-    return {name: Histogram(low=low[name], high=high[name], counts=counts[name]) for name in names}
+                first = torch.arange(BINS, device=value.device) == 0
+                counts[name].add(first * float(value.numel()))
+    found = {name: total.value().cpu() for name, total in counts.items()}
+    return {name: Histogram(low=low[name], high=high[name], counts=found[name]) for name in names}
+
+
+def _ends(
+    program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The least and the largest of each value, read once all batches have run."""
+    ends: dict[str, torch.Tensor] = {}
+    for values in _batches(program, names, samples, batch_size):
+        for name, value in values.items():
+            least, most = torch.aminmax(value)
+            both = torch.stack([-least, most]).to(widest(value.device))
+            ends[name] = torch.maximum(ends[name], both) if name in ends else both  # NaN stays NaN
+    low, high = {}, {}
+    for name, (least, most) in zip(ends, torch.stack(list(ends.values())).tolist(), strict=True):
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise CalibrationError(
+                "activations are not finite",
+                node=name,
+                excerpt=program.excerpt(program.nodes[name]),
+                hint="the network overflows on the calibration set: check its normalisation",
+            )
+        low[name], high[name] = -least, most
+    return low, high
 
 
 def _batches(

@@ -64,13 +64,13 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int, least: torch.T
     Never worse than rounding each value to the nearest: where an output would be, it is rounded so.
     """
     groups, outputs, columns = weight.shape
-    weight = weight.double()
+    weight = weight.to(gram.device).double()
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
     scales = weight_scales(weight, diagonal[:, :-1], limit, least)
     nearest = _nearest(weight, scales, limit)
     level = diagonal[:, :-1].mean(1).clamp(min=torch.finfo(torch.float64).tiny)
     order = diagonal[:, :-1].mean(0).argsort(descending=True)
-    order = torch.cat([order, order.new_tensor([columns])])
+    order = torch.cat([order, order.new_full((1,), columns)])
     damped = gram[:, order][:, :, order] + DAMPING * torch.diag_embed(level.unsqueeze(1).expand(groups, columns + 1))
     size = columns + 1
     tally.count(tally.ALGEBRA, groups * (2 / 3 * size**3 + size**2 * outputs / 2 + 2 * size**2 * outputs))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from ...compiler.devices.precision import in_float64
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.program import Program, argument, is_size, is_tensor
 from ...compiler.support.errors import RewriteError, plural
@@ -95,7 +96,8 @@ def rescaled(program: Program, scales: Mapping[str, torch.Tensor]) -> Program:
     tensors: dict[str, torch.Tensor] = {}
 
     def multiply(name: str, factors: torch.Tensor) -> None:
-        tensors[name] = tensors.get(name, program.module.get_parameter(name).detach().double()) * factors
+        known = tensors[name] if name in tensors else in_float64(program.module.get_parameter(name).detach())
+        tensors[name] = known * factors.to(known.device)
 
     for name, scale in scales.items():
         channels = groups[name].channels if name in groups else 0

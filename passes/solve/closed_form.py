@@ -60,11 +60,12 @@ def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | N
     better = (after < moments.energy) & after.isfinite()
     delta = torch.where(better.unsqueeze(1), delta, torch.zeros_like(delta))
     after = torch.where(better, after.clamp(min=0), moments.energy)
+    before_sum, after_sum = torch.stack([moments.energy.sum(), after.sum()]).tolist()
     return Correction(
         weight=delta[:, :-1].transpose(1, 2),
         bias=delta[:, -1].reshape(-1) if bias else None,
-        before=float(moments.energy.sum()),
-        after=float(after.sum()),
+        before=before_sum,
+        after=after_sum,
     )
 
 
@@ -107,8 +108,8 @@ def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool, margin: 
 def _nothing(moments: Moments, bias: bool) -> Correction:
     """The correction that changes no weight."""
     columns, before = moments.gram.shape[1] - 1, moments.error()
-    weight = torch.zeros(*moments.energy.shape, columns, dtype=torch.float64)
-    shift = torch.zeros(moments.energy.numel(), dtype=torch.float64) if bias else None
+    weight = moments.energy.new_zeros(*moments.energy.shape, columns)
+    shift = moments.energy.new_zeros(moments.energy.numel()) if bias else None
     return Correction(weight=weight, bias=shift, before=before, after=before)
 
 
@@ -125,7 +126,7 @@ def solve_without(
     columns = moments.gram.shape[1]
     lost = torch.cat([gone, gone.new_zeros(columns - len(gone))])
     stay, out = (~lost).nonzero().reshape(-1), lost.nonzero().reshape(-1)
-    old = weight.double().transpose(1, 2)[:, out]
+    old = weight.to(moments.gram.device).double().transpose(1, 2)[:, out]
     gram, cross = moments.gram, moments.cross
     energy = moments.energy + 2 * (old * cross[:, out]).sum(1) + (old * (gram[:, out][:, :, out] @ old)).sum(1)
     rest = Moments(
@@ -135,7 +136,7 @@ def solve_without(
         rows=moments.rows,
     )
     found = solve(rest, ridge=ridge, bias=bias, level=ridge_level(moments))
-    change = torch.zeros(weight.shape, dtype=torch.float64)
+    change = torch.zeros_like(weight, dtype=torch.float64, device=moments.gram.device)
     change[:, :, stay[:-1]] = found.weight
     change[:, :, out] = -old.transpose(1, 2)
     return Correction(weight=change, bias=found.bias, before=found.before, after=found.after)

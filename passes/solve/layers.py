@@ -74,7 +74,7 @@ class Layer:
         flat = value.flatten(2)
         n, o, positions = flat.shape
         if every > 1:
-            picks = torch.arange(0, n * positions, every)
+            picks = torch.arange(0, n * positions, every, device=value.device)
             return flat[picks // positions, :, picks % positions].T.reshape(self.groups, o // self.groups, -1)
         return (
             flat.view(n, self.groups, o // self.groups, positions)
@@ -85,7 +85,7 @@ class Layer:
     def picked(self, value: torch.Tensor, every: int) -> torch.Tensor:
         """Each `every`-th position of an image of the layer's output shape, as samples of one position each."""
         flat = value.flatten(2)
-        picks = torch.arange(0, flat.shape[0] * flat.shape[2], every)
+        picks = torch.arange(0, flat.shape[0] * flat.shape[2], every, device=value.device)
         return flat[picks // flat.shape[2], :, picks % flat.shape[2]][..., None, None]
 
     def _positions(self, kernel: tuple[int, int], image: torch.Tensor) -> tuple[int, int]:
@@ -102,10 +102,11 @@ class Layer:
         assert self.window is not None
         (down, right), (top, left), (below, beside) = self.window
         height, width = self._positions(kernel, image)
-        picks = torch.arange(0, image.shape[0] * height * width, every).reshape(-1, 1, 1)
+        device = image.device
+        picks = torch.arange(0, image.shape[0] * height * width, every, device=device).reshape(-1, 1, 1)
         sample, place = picks // (height * width), picks % (height * width)
-        y = place // width * down + (torch.arange(kernel[0]) * below).reshape(-1, 1)
-        x = place % width * right + torch.arange(kernel[1]) * beside
+        y = place // width * down + (torch.arange(kernel[0], device=device) * below).reshape(-1, 1)
+        x = place % width * right + torch.arange(kernel[1], device=device) * beside
         patches = F.pad(image, (left, left, top, top))[sample, :, y, x]  # (rows, kernel height, kernel width, channels)
         return patches.permute(3, 1, 2, 0).reshape(self.groups, -1, len(picks))
 
@@ -203,5 +204,6 @@ def current_parameter(program: Program, name: str, tensors: Mapping[str, torch.T
 
 
 def add_delta(tensor: torch.Tensor, change: torch.Tensor, length: float = 1.0) -> torch.Tensor:
-    """tensor + length * change, added in float64, in the tensor's shape and dtype."""
-    return (tensor.double() + length * change.reshape(tensor.shape)).to(tensor.dtype)
+    """tensor + length * change, added in float64 where the change is, in the tensor's shape and dtype on its device."""
+    added = tensor.to(change.device).double() + length * change.reshape(tensor.shape)
+    return added.to(tensor.dtype).to(tensor.device)

@@ -4,7 +4,7 @@ A sequential re-solve needs, layer after layer, the student's input to the layer
 solved) and the teacher's value to reach. Running both networks from the start for each layer would cost the square of
 the depth. Here each batch keeps just the values that are still needed (its frontier), and each node of either network
 runs once for the whole sweep; only the nodes of the branch being solved run again, from the frontier in front of it.
-Frontiers live in memory up to a budget and in temporary files beyond it.
+Frontiers live in their device's memory up to a budget and in temporary files beyond it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
-from ...compiler.ir.execute import Tensors, bind, required, run_nodes
+from ...compiler.devices.room import free_bytes
+from ...compiler.ir.execute import Tensors, bind, device_of, required, run_nodes
 from ...compiler.ir.program import Program
-from ...compiler.support.memory import available_bytes
 from .spilled import Spilled
 from .targets import Target
 
@@ -154,14 +154,15 @@ class Lockstep:
         batch_size: int,
         ram_bytes: int | None = None,
     ) -> None:
-        """`ram_bytes` is how much the frontiers may take in memory; None: a share of what there is."""
+        """`ram_bytes` is how much the frontiers may take in memory, that of their device; None: a share of what there
+        is."""
         self.teacher = teacher
         self.student = student
         self._batch_size = batch_size
         self._frontiers: list[Frontier | Spilled] = [
             (bind(teacher, batch), bind(student, batch)) for batch in calibration.batches(batch_size)
         ]
-        self._ram_bytes = int(FREE_SHARE * available_bytes()) if ram_bytes is None else ram_bytes
+        self._ram_bytes = int(FREE_SHARE * free_bytes(device_of(student))) if ram_bytes is None else ram_bytes
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Lockstep:

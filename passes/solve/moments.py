@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.devices.precision import WideSum, exact_products, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support import tally
@@ -18,18 +19,27 @@ from .layers import Layer
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Second moments of one layer, in float64.
+    """Second moments of one layer, in float64, on the device of its inputs.
 
     With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct,
     per group: `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups);
     `energy` = sum of R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add
     up: ``a + b``.
+
+    On a device that has no float64 the moments of a batch are in float32, and `MomentSum` gives those of all batches in
+    float64 on the CPU.
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
     energy: torch.Tensor
     rows: int
+
+    def to(self, device: torch.device) -> Moments:
+        """These moments on another device."""
+        return Moments(
+            gram=self.gram.to(device), cross=self.cross.to(device), energy=self.energy.to(device), rows=self.rows
+        )
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -65,13 +75,19 @@ class Moments:
     def of(cls, rows: torch.Tensor, residual: torch.Tensor) -> Moments:
         """Moments of one batch from A as (groups, columns, rows) and R as (groups, out/groups, rows).
 
-        Products in float32 (float64 inputs stay float64), sums in float64.
+        Products in float32 (float64 inputs stay float64; never in TF32), sums in the most exact dtype of the device.
         """
+        with exact_products(rows.device):
+            return cls._of(rows, residual)
+
+    @classmethod
+    def _of(cls, rows: torch.Tensor, residual: torch.Tensor) -> Moments:
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         a, r = rows.to(dtype), residual.to(dtype)
         ones = a.new_ones(1, 1, a.shape[2])
         groups, columns, count = a.shape
-        gram = a.new_zeros(groups, columns + 1, columns + 1, dtype=torch.float64)
+        wide = widest(a.device)
+        gram = a.new_zeros(groups, columns + 1, columns + 1, dtype=wide)
         _self_products(a, gram[:, :columns, :columns])
         sums = torch.bmm(a, ones.expand(groups, 1, count).transpose(1, 2))
         gram[:, :columns, columns:] = sums
@@ -79,7 +95,7 @@ class Moments:
         gram[:, columns, columns] = count
         tally.count(tally.MOMENTS, groups * columns * r.shape[1] * count)
         cross = torch.cat([torch.bmm(a, r.transpose(1, 2)), r.sum(2).unsqueeze(1)], dim=1)
-        return cls(gram=gram, cross=cross.double(), energy=r.square().sum(2).double(), rows=count)
+        return cls(gram=gram, cross=cross.to(wide), energy=r.square().sum(2).to(wide), rows=count)
 
 
 #: A Gram matrix of so many columns at least is made in so many strips, which takes (STRIPS + 1) / (2 STRIPS) of the
@@ -99,6 +115,25 @@ def _self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
         into[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
 
 
+class MomentSum:
+    """The moments of more and more batches, added up where they are: each of their sums is a `WideSum`."""
+
+    def __init__(self) -> None:
+        self._gram, self._cross, self._energy = WideSum(), WideSum(), WideSum()
+        self._rows = 0
+
+    def add(self, part: Moments) -> None:
+        """Those of one more batch."""
+        self._gram.add(part.gram)
+        self._cross.add(part.cross)
+        self._energy.add(part.energy)
+        self._rows += part.rows
+
+    def moments(self) -> Moments:
+        """Those of all batches, in float64."""
+        return Moments(gram=self._gram.value(), cross=self._cross.value(), energy=self._energy.value(), rows=self._rows)
+
+
 #: Of so many batches the last is held out of what predicts errors.
 HOLD_OUT = 4
 
@@ -114,26 +149,32 @@ class SplitMoments:
     @classmethod
     def of(cls, parts: Iterable[Moments]) -> SplitMoments:
         """From the moments of each batch, of which there is at least one."""
-        total: SplitMoments | None = None
+        total = _SplitSum()
         for index, part in enumerate(parts):
-            total = cls.added(total, index, part)
-        assert total is not None
-        return total
-
-    @classmethod
-    def added(cls, total: SplitMoments | None, batch: int, part: Moments) -> SplitMoments:
-        """With the moments of one more batch."""
-        if total is None:
-            return cls(whole=part)
-        held = total.held
-        if batch % HOLD_OUT == HOLD_OUT - 1:
-            held = part if held is None else held + part
-        return cls(whole=total.whole + part, held=held)
+            total.add(index, part)
+        return total.moments()
 
     def without_residual(self) -> SplitMoments:
         """With the layer's own output as the target."""
         held = None if self.held is None else self.held.without_residual()
         return SplitMoments(whole=self.whole.without_residual(), held=held)
+
+
+class _SplitSum:
+    """`MomentSum` of all batches, and of those that are held out."""
+
+    def __init__(self) -> None:
+        self._whole = MomentSum()
+        self._held: MomentSum | None = None
+
+    def add(self, batch: int, part: Moments) -> None:
+        self._whole.add(part)
+        if batch % HOLD_OUT == HOLD_OUT - 1:
+            self._held = self._held or MomentSum()
+            self._held.add(part)
+
+    def moments(self) -> SplitMoments:
+        return SplitMoments(whole=self._whole.moments(), held=None if self._held is None else self._held.moments())
 
 
 def split_batch_size(calibration: CalibrationSet, most: int) -> int:
@@ -159,13 +200,14 @@ def collect_moments(
     describe the layer as it is. `rows_per_column` caps the rows that are read, relative to a layer's columns (None:
     all). Memory: one batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
     """
-    totals: dict[str, Moments] = {}
+    totals: dict[str, MomentSum] = {}
     chosen = {name: layers[name] for name in names or layers}
     for _, name, part in _batch_parts(program, chosen, calibration, batch_size, rows_per_column):
-        totals[name] = totals[name] + part if name in totals else part
-    for name, moments in totals.items():
+        totals.setdefault(name, MomentSum()).add(part)
+    found = {name: total.moments() for name, total in totals.items()}
+    for name, moments in found.items():
         check_finite(moments, program, name)
-    return totals
+    return found
 
 
 def collect_split_moments(
@@ -177,12 +219,13 @@ def collect_split_moments(
     rows_per_column: int | None = None,
 ) -> dict[str, SplitMoments]:
     """`collect_moments`, those of the held-out batches beside those of all."""
-    totals: dict[str, SplitMoments] = {}
+    totals: dict[str, _SplitSum] = {}
     for index, name, part in _batch_parts(program, layers, calibration, batch_size, rows_per_column):
-        totals[name] = SplitMoments.added(totals.get(name), index, part)
-    for name, moments in totals.items():
+        totals.setdefault(name, _SplitSum()).add(index, part)
+    found = {name: total.moments() for name, total in totals.items()}
+    for name, moments in found.items():
         check_finite(moments.whole, program, name)
-    return totals
+    return found
 
 
 def _batch_parts(
@@ -226,7 +269,7 @@ def thinning(rows: int, columns: int, rows_per_column: int | None) -> int:
 
 def check_finite(moments: Moments, program: Program, node: str) -> None:
     """Raise CalibrationError when the activations of a layer overflowed or hold NaN."""
-    if not bool(moments.gram.isfinite().all()) or not bool(moments.cross.isfinite().all()):
+    if not bool(moments.gram.isfinite().all() & moments.cross.isfinite().all()):
         raise CalibrationError(
             "activations are not finite",
             node=node,

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ...compiler.devices.precision import WideSum, WideSums, wide_sum
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
 from ...compiler.support import tally
@@ -77,8 +78,8 @@ def _collect(
     """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64."""
     student, end = lockstep.student, step.targets[-1]
     generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.zeros((), dtype=torch.float64)] * len(inner)
-    sides = list(gradients)
+    gradients = [WideSum() for _ in inner]
+    sides = [WideSum() for _ in inner]
     rows = [0] * len(inner)
     for view in lockstep.views(step, _samples(student, end)):
         weights = {
@@ -91,16 +92,19 @@ def _collect(
         if not result.requires_grad:
             return [], []
         residual = residual_at(end.teacher_value(view.teacher), result.detach(), end.zone)
-        signs = torch.randint(0, 2, result.shape, generator=generator).to(result.dtype) * 2 - 1
+        drawn = torch.randint(0, 2, result.shape, generator=generator)  # the same on any device
+        signs = drawn.to(result, non_blocking=True) * 2 - 1
         outputs = [values[t.layer.node] for t in inner]
         toward = _gradients(result, list(weights.values()), residual)
         probes = _gradients(result, outputs, signs)
         for index, target in enumerate(inner):
             side = target.layer.outputs(probes[index])
-            gradients[index] = gradients[index] + target.layer.matrix(toward[index]).double()
-            sides[index] = sides[index] + torch.bmm(side, side.transpose(1, 2)).double()
+            gradients[index].add(target.layer.matrix(toward[index]))
+            sides[index].add(torch.bmm(side, side.transpose(1, 2)))
             rows[index] += side.shape[2]
-    means = [[total / count for total, count in zip(totals, rows, strict=True)] for totals in (gradients, sides)]
+    means = [
+        [total.value() / count for total, count in zip(totals, rows, strict=True)] for totals in (gradients, sides)
+    ]
     return means[0], means[1]
 
 
@@ -129,16 +133,17 @@ def _line_search(
     ahead = dict(tensors)
     for target, weight, change in zip(inner, weights, changes, strict=True):
         ahead[target.layer.weight] = add_delta(weight, change, small)
-    along = square = 0.0
+    sums = WideSums()
     for view in lockstep.views(step, _samples(student, end)):
         with torch.no_grad():
             here = _forward(student, step, view, tensors)[end.anchor]
             there = _forward(student, step, view, ahead)[end.anchor]
         derivative = (there - here) / small
         residual = residual_at(end.teacher_value(view.teacher), here, end.zone)
-        along += float((residual * derivative).sum(dtype=torch.float64))
-        square += float(derivative.square().sum(dtype=torch.float64))
-    return along / square if square > 0 else 0.0
+        sums.add("along", wide_sum(residual * derivative))
+        sums.add("square", wide_sum(derivative.square()))
+    found = sums.floats()
+    return found["along"] / found["square"] if found["square"] > 0 else 0.0
 
 
 def _forward(student: Program, step: Step, view: View, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

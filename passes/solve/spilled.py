@@ -25,6 +25,7 @@ class _Place:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    device: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Spilled:
                     storage = value.untyped_storage()
                     if storage.data_ptr() not in starts:
                         starts[storage.data_ptr()] = size
-                        content = torch.empty(0, dtype=torch.uint8).set_(storage)
+                        content = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())
                         file.write(content.numpy().data)
                         file.write(bytes(-len(content) % ALIGNMENT))
                         size += len(content) + -len(content) % ALIGNMENT
@@ -60,6 +61,7 @@ class Spilled:
                         offset=int(value.storage_offset()),
                         shape=tuple(value.shape),
                         stride=value.stride(),
+                        device=value.device,
                     )
         except OSError as cause:
             raise CompilerError(
@@ -69,7 +71,8 @@ class Spilled:
         return cls(path=path, size=size, values=kept)
 
     def read(self) -> dict[str, Any]:
-        """The values, laid out as they were. Writing to a tensor of these changes no file."""
+        """The values, laid out as they were, on the devices that they were on. Writing to a tensor of these changes no
+        file."""
         whole = torch.UntypedStorage(0)  # no file can be mapped that has nothing in it
         if self.size:
             whole = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(self.path), False, self.size))
@@ -81,4 +84,4 @@ class Spilled:
 def _placed(whole: torch.UntypedStorage, place: _Place) -> torch.Tensor:
     """The tensor at a place."""
     first = place.start // place.dtype.itemsize + place.offset
-    return torch.empty(0, dtype=place.dtype).set_(whole, first, place.shape, place.stride)
+    return torch.empty(0, dtype=place.dtype).set_(whole, first, place.shape, place.stride).to(place.device)

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...compiler.devices.precision import in_float64, widest
 from ...compiler.ir.edit import signature
+from ...compiler.ir.execute import device_of
 from ...compiler.ir.norms import BatchNorm, batch_norm_of
 from ...compiler.ir.program import Program, argument, is_call, is_constant, is_tensor
 from .layers import Layer
@@ -83,7 +85,8 @@ def output_gain(program: Program, target: Target) -> torch.Tensor:
     comparison, and an output that the norm silences does not count.
     """
     node = program.nodes[target.anchor]
-    back = target.pull_back(torch.ones(program.shape(node, batch=1), dtype=torch.float64))
+    device = device_of(program)
+    back = target.pull_back(torch.ones(program.shape(node, batch=1), dtype=widest(device), device=device))
     ratio = target.layer.outputs(back)[:, :, 0]
     return torch.where(
         ratio == 0, torch.zeros_like(ratio), 1 / torch.where(ratio == 0, torch.ones_like(ratio), ratio)
@@ -94,7 +97,7 @@ def select_kept(value: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The part of a teacher's value that the student still has; the value itself when that is all of it."""
     for dim, indices in enumerate(kept):
         if indices is not None:
-            value = value.index_select(dim, indices)
+            value = value.index_select(dim, indices.to(value.device))
     return value
 
 
@@ -113,7 +116,7 @@ def trace_target(
             break
         if (found := batch_norm_of(program, following)) is not None and following.args[0] is node:
             norm = norm or (found if not steps else None)
-            steps.append(_divide_by(_along_channels(found.scale, node)))
+            steps.append(_divide_by(_along_channels(found.scale, node), device_of(program)))
             node = program.nodes[found.output]
             continue
         step = _affine_step(program, following, node, outputs)
@@ -131,7 +134,7 @@ def trace_target(
         shift=shift,
         shift_scale=scale,
         zone=_flat_zone(node),
-        kept=(kept or {}).get(node.name, ()),
+        kept=kept_on((kept or {}).get(node.name, ()), device_of(program)),
         pointwise=pointwise,
     )
 
@@ -189,15 +192,21 @@ def _is_residual_join(join: fx.Node, branch: fx.Node) -> bool:
     )
 
 
+def kept_on(kept: Kept, device: torch.device) -> Kept:
+    """Indices where they pick values: moved once, not for each batch."""
+    return tuple(None if indices is None else indices.to(device) for indices in kept)
+
+
 def _along_channels(scale: torch.Tensor, node: fx.Node) -> torch.Tensor:
     return scale.view(-1, *[1] * (node.meta["val"].dim() - 2))
 
 
-def _divide_by(scale: torch.Tensor) -> Residual:
-    """1 / scale, and 0 where the scale is zero."""
+def _divide_by(scale: torch.Tensor, device: torch.device) -> Residual:
+    """1 / scale on a device, and 0 where the scale is zero."""
     inverse = torch.where(
         scale == 0, torch.zeros_like(scale), 1 / torch.where(scale == 0, torch.ones_like(scale), scale)
     )
+    inverse = inverse.to(device, widest(device))
 
     def step(residual: torch.Tensor) -> torch.Tensor:
         return residual * inverse.to(residual.dtype)
@@ -246,7 +255,7 @@ def _constant_step(program: Program, following: fx.Node, node: fx.Node, outputs:
     if is_call(following, aten.mul):
         # only one factor per channel: a factor that changes along rows would weight the rows of the fit
         return (
-            _divide_by(constant.double())
+            _divide_by(in_float64(constant), device_of(program))
             if constant.numel() == 1 or (constant.numel() == outputs and max(constant.shape) == outputs)
             else None
         )
@@ -298,4 +307,14 @@ def residual_at(teacher: torch.Tensor, student: torch.Tensor, zone: FlatZone | N
     return residual
 
 
-__all__ = ["FlatZone", "Kept", "Target", "counterparts", "output_gain", "residual_at", "select_kept", "trace_target"]
+__all__ = [
+    "FlatZone",
+    "Kept",
+    "Target",
+    "counterparts",
+    "kept_on",
+    "output_gain",
+    "residual_at",
+    "select_kept",
+    "trace_target",
+]

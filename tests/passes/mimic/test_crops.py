@@ -160,7 +160,7 @@ def test_the_error_is_that_of_whole_images(program: Any, data: tuple[Calibration
         wanted = run_until(lesson.teacher, [feature, output], bind(lesson.teacher, batch))
         found = run_until(result.program, [feature, output], bind(result.program, batch))
     parts = [squared_distance(wanted[name], found[name]) for name in (feature, output)]
-    assert result.after == pytest.approx(sum(e / w for e, w in parts) / 2, rel=1e-3)
+    assert result.after == pytest.approx(sum(float(e / w) for e, w in parts) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("head", REFUSES)

@@ -1,0 +1,171 @@
+"""Sums over many batches that lose nothing that counts, on whatever device the terms lie."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def widest(device: torch.device) -> torch.dtype:
+    """The most exact dtype that a device computes in: float64, or float32 where it has none (Apple's ``mps``).
+
+    Arguments:
+        device: The device. It is asked once.
+
+    Returns:
+        `torch.float64` or `torch.float32`.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import widest
+        >>> widest(torch.device("cpu"))
+        torch.float64
+    """
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return torch.float32
+    return torch.float64
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32 meanwhile: never in TF32, whose ten bits of a number a Gram matrix cannot spare.
+
+    The setting is the process's own and is put back in the end. Elsewhere than on ``cuda`` nothing changes.
+
+    Arguments:
+        device: The device of what is multiplied.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import exact_products
+        >>> with exact_products(torch.device("cuda")):
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'ieee'
+    """
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends  # its annotations leave these out
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, old in zip(settings, before, strict=True):
+            setting.fp32_precision = old
+
+
+def wide_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all values as a tensor on their device, in the most exact dtype that it has.
+
+    Arguments:
+        values: Any tensor of floating-point numbers.
+
+    Returns:
+        A tensor without dimensions. Nothing waits for it.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import wide_sum
+        >>> wide_sum(torch.ones(3))
+        tensor(3., dtype=torch.float64)
+    """
+    return values.sum(dtype=widest(values.device))
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64: where it is, or on the CPU where its device has no float64.
+
+    Arguments:
+        tensor: A tensor that stays, such as a weight: on a device without float64 this waits for it.
+
+    Returns:
+        The same values in float64.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import in_float64
+        >>> in_float64(torch.ones(2)).dtype
+        torch.float64
+    """
+    return tensor.double() if widest(tensor.device) == torch.float64 else tensor.cpu().double()
+
+
+class WideSum:
+    """A running sum that stays on the device of its terms. Nothing waits for the device before the sum is read.
+
+    Terms are added in float64 where the device has it. Where it has none they are added in float32, and what each
+    addition rounds away is added up beside it (compensated sums: Knuth's exact two-sum, Neumaier's way of keeping its
+    errors): the sum of n terms is then off by about one rounding of the whole, as it is in float64, and not by n of
+    them. The terms themselves are float32 there.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import WideSum
+        >>> total = WideSum()
+        >>> for batch in (torch.tensor([0.1, 2.0]), torch.tensor([0.2, 3.0])):
+        ...     total.add(batch)
+        >>> total.value().tolist()[1]
+        5.0
+    """
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+        self._lost: torch.Tensor | None = None
+
+    def add(self, term: torch.Tensor) -> None:
+        """Add a tensor of the shape of the others."""
+        term = term.to(widest(term.device))
+        if self._total is None:
+            self._total = term
+            return
+        total = self._total + term
+        if total.dtype != torch.float64:
+            back = total - self._total
+            lost = (self._total - (total - back)) + (term - back)
+            self._lost = lost if self._lost is None else self._lost + lost
+        self._total = total
+
+    def value(self) -> torch.Tensor:
+        """The sum in float64: where its terms are, on the CPU where their device has no float64.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        if self._total is None:
+            raise ValueError("the sum of nothing has no shape: add a tensor first")
+        if self._total.dtype == torch.float64:
+            return self._total
+        total = self._total.cpu().double()
+        return total if self._lost is None else total + self._lost.cpu().double()
+
+
+class WideSums:
+    """Several sums under names, each a `WideSum`, read together: the CPU waits for the device once.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import WideSums
+        >>> sums = WideSums()
+        >>> for batch in (torch.ones(3), torch.ones(2)):
+        ...     sums.add("error", batch.sum())
+        >>> sums.floats()
+        {'error': 5.0}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, WideSum] = {}
+
+    def add(self, name: str, term: torch.Tensor) -> None:
+        """Add a tensor of one value to the sum called `name`."""
+        self._sums.setdefault(name, WideSum()).add(term)
+
+    def floats(self) -> dict[str, float]:
+        """Every sum as a number."""
+        if not self._sums:
+            return {}
+        values = torch.stack([total.value() for total in self._sums.values()]).tolist()
+        return dict(zip(self._sums, values, strict=True))

@@ -1,0 +1,94 @@
+"""Programs moved to another device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..ir.edit import rebuild
+from ..ir.graph_copy import copied
+from ..ir.program import Program, tensor_identity
+
+
+def moved(program: Program, device: torch.device) -> Program:
+    """A program on another device: its tensors, those that its graph makes, and what it was traced with.
+
+    Tensors that share memory share it there too. The program itself comes back where all its tensors are on the device.
+
+    Arguments:
+        program: The program.
+        device: Where it shall compute.
+
+    Returns:
+        The same function there. Names, history and signature stay.
+
+    Example:
+        >>> from foldcut.compiler.frontend.edit_device import moved
+        >>> program = foldcut.capture(nn.Linear(8, 4).eval(), torch.randn(2, 8))
+        >>> moved(program, torch.device("cpu")) is program
+        True
+    """
+    old = {name: program.tensor(name) for name in _tensor_names(program)}
+    if old and all(value.device == device for value in old.values()):
+        return program
+    module = rebuild(program.module, copied(program.graph))
+    for name, value in _moved_tensors(old, device):
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if isinstance(value, nn.Parameter):
+            owner._parameters[leaf] = value
+        else:
+            owner._buffers[leaf] = value
+    for node in module.graph.nodes:
+        _move_node(node, device)
+    return replace(program, module=rebuild(module, module.graph))
+
+
+def _tensor_names(program: Program) -> list[str]:
+    return sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
+
+
+def _moved_tensors(
+    old: dict[str, torch.Tensor], device: torch.device
+) -> Iterator[tuple[str, torch.Tensor | nn.Parameter]]:
+    """Each tensor there, under its name; one for names of one tensor, parts of one memory for parts of one."""
+    storages = {name: value.untyped_storage().data_ptr() for name, value in old.items()}
+    there: dict[Hashable, torch.Tensor | nn.Parameter] = {}
+    wholes: dict[int, torch.Tensor] = {}
+    for name, value in old.items():
+        key, storage = tensor_identity(value), storages[name]
+        if key not in there:
+            new = value.detach()
+            sharing = [old[n] for n, s in storages.items() if s == storage and value.numel()]
+            if len({tensor_identity(other) for other in sharing}) > 1:
+                if storage not in wholes:
+                    count = new.untyped_storage().nbytes() // new.itemsize
+                    wholes[storage] = new.as_strided((count,), (1,), 0).to(device)
+                new = wholes[storage].as_strided(new.shape, new.stride(), new.storage_offset())
+            new = new.to(device)
+            there[key] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+        yield name, there[key]
+
+
+def _move_node(node: fx.Node, device: torch.device) -> None:
+    """What a node makes, and what it was traced with, on another device."""
+    if node.op == "call_function":
+        node.args = fx.node.map_aggregate(node.args, lambda leaf: _instead(leaf, device))
+        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: _instead(leaf, device))
+        arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        if not node.all_input_nodes and any(argument.name == "device" for argument in arguments):
+            node.kwargs = {**node.kwargs, "device": device}
+    value = node.meta.get("val")
+    mode = getattr(value, "fake_mode", None)
+    if isinstance(value, torch.Tensor) and isinstance(mode, FakeTensorMode):
+        with mode, torch.no_grad():
+            node.meta["val"] = value.to(device)
+
+
+def _instead(leaf: Any, device: torch.device) -> Any:
+    return device if isinstance(leaf, torch.device) else leaf
