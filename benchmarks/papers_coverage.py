@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from foldcut.compiler.support.errors import plural
 from papers_run import grouped, markdown, over_seeds
 from rows import Row
 
@@ -73,7 +74,7 @@ def _by_size(rows: Sequence[Row]) -> str:
         ours = over_seeds((row["mimicked"]["top1"] for row in some), 1)
         theirs = over_seeds((row.get("finetuned", {}).get("top1") for row in some), 1)
         parts.append(f"{images} images: {ours}, its finetune {theirs}")
-    return f"{most} blocks: {'; '.join(parts)}"
+    return f"{plural(most, 'block')}: {'; '.join(parts)}"
 
 
 def _by_source(rows: Sequence[Row]) -> str:
