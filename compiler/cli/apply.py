@@ -65,6 +65,7 @@ def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
         mimic=read_mimic(options),
         views=(horizontal_flip,) if options.flip else (),
         seed=options.seed,
+        device=options.device,
         settings=settings,
         progress=progress,
         cache=read_cache(options.cache, options.fresh),

@@ -41,6 +41,7 @@ def run(options: CompileOptions) -> None:
             backend=options.backend,
             batch=options.batch,
             threads=options.threads,
+            device=options.device,
             mimic=read_mimic(options),
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,

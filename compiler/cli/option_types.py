@@ -96,6 +96,9 @@ MemoryOption = Annotated[
 ]
 BackendOption = Annotated[str, typer.Option(help="Where the latency counts.")]
 BatchOption = Annotated[int, typer.Option(help="Batch size that the latency is measured at.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where layers are solved: cuda, cuda:1, or auto for the accelerator there is.")
+]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads that the latency is measured with.")]
 KeyOption = Annotated[str | None, typer.Option(help="Array to read from an .npz or entry of a .pt file.")]
 MeanOption = Annotated[

@@ -23,6 +23,7 @@ from .option_types import (
     CalibOption,
     DebugOption,
     DequantizeOption,
+    DeviceOption,
     EvaluateOption,
     FlipOption,
     FreshOption,
@@ -103,6 +104,7 @@ class SolveOptions(SampleOptions):
     cache: CacheOption = None
     fresh: FreshOption = False
     memory: MemoryOption = None
+    device: DeviceOption = None
     as_json: JsonOption = False
     quiet: QuietOption = False
     debug: DebugOption = False

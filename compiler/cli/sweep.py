@@ -34,6 +34,7 @@ def run(options: SweepOptions) -> None:
             backend=options.backend,
             batch=options.batch,
             threads=options.threads,
+            device=options.device,
             mimic=read_mimic(options),
             views=(horizontal_flip,) if options.flip else (),
             seed=options.seed,

@@ -10,12 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...passes.mimic.settings import MimicSettings, expected_mimic_s
 from ...runtime.measure.backend import Backend, resolve_backend
 from ...runtime.measure.conditions import Conditions
 from ...runtime.probe.latency_probe import LatencyProbe
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.synthetic import said_of
+from ..devices.precision import exact_products
+from ..export.edit_device import moved
 from ..export.exporter import to_onnx
 from ..frontend.capture import Model, capture, is_onnx, opened
 from ..frontend.model_inputs import needed_inputs
@@ -62,6 +66,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     seed: int | None = None,
     progress: bool | Progress = True,
     threads: int | None = None,
+    device: str | torch.device | None = None,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     evaluate: Evaluate | Top1 | None = None,
@@ -111,6 +116,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         progress: True shows on stderr what is to be done, about how long it takes, and bars. A callable gets (stage,
             done, total).
         threads: Number of CPU threads of the measurement. If None, that of the settings: 1.
+        device: Where networks run and layers are solved, such as ``"cuda"``; ``"auto"`` is the accelerator of the
+            machine, where there is one. If None, that of the settings: where the network is. Latencies are the
+            backend's, and the result is on the CPU.
         settings: How each stage works. Arguments of the call with the name of a setting come before it.
         cache: True keeps the results of analyses in ``$FOLDCUT_CACHE`` or ``~/.cache/foldcut``, a path elsewhere,
             False nowhere.
@@ -144,7 +152,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     check_labelled(evaluate, is_asked_for(calibration))
     check_options(mimic, progress, cache, settings)
     options = settings or PipelineSettings()
-    options = options.with_arguments(batch=batch, threads=threads, seed=seed, views=views)
+    options = options.with_arguments(batch=batch, threads=threads, seed=seed, views=views, device=device)
     options = _with_labels(options, evaluate).with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
@@ -153,21 +161,22 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         with kept_in(cache) as folder, _collected() as messages:
             watched = Watched(clock=clock, show=show, seed=options.seed, folder=folder)
             samples, teacher = _read(model, calibration, evaluate, watched)
-            options = with_reference_read(model, options)
+            options = with_reference_read(model, options).at_home(model)
             _check_fixed_batch(teacher, options.batch)
-            store = AnalysisStore(folder, basis=own_sources(used, goal))
+            store = AnalysisStore(folder, basis=[*own_sources(used, goal), *options.where])
             ctx = options.context(teacher, samples, goal, store, clock, show)
             ctx = replace(ctx, metric=metric_of(evaluate, teacher, samples, ctx.sets.test, clock))
             foresee(ctx, used, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
             deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
-            with closing(_probe(ctx, options, resolved_backend, deployed)) as probe:
+            original = _probe(ctx, options, resolved_backend, deployed)
+            with closing(original) as probe, exact_products(options.computes_on):
                 options.settle_memory(ctx, measured=True)
                 outcome = run_pipeline(ctx, used, probe, options)
             warn_if_above()
         origin = report_origin(outcome, model)
         result = Compiled(
             plan=outcome.plan,
-            make_program=lambda: outcome.program,
+            make_program=lambda: moved(outcome.program, torch.device("cpu")),
             make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
             compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
             outcome=outcome,

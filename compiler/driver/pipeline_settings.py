@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ...passes.drop.recoverability import RecoverabilitySettings
 from ...passes.factorize.select_ranks import RankSettings
@@ -19,9 +22,12 @@ from ..data.data_distance import data_distance, warn_if_far
 from ..data.input_binding import ForwardInputs
 from ..data.sample_kinds import check_samples
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
+from ..devices.chosen import check_device, chosen_device
+from ..export.edit_device import moved
 from ..export.exporter import NEWEST_OPSET
 from ..frontend.capture import Model
 from ..frontend.model_inputs import needed_inputs
+from ..frontend.module_state import device_of_model
 from ..ir.program import Program
 from ..onnx.file import OLDEST_OPSET
 from ..plan.goal import Goal
@@ -45,8 +51,8 @@ MOST_TESTED = 0.5
 class PipelineSettings:
     """Settings of each stage of a compile.
 
-    Arguments of `compile`, `sweep` and `apply` with the name of a setting come before it: batch, threads, seed and
-    views where they are not None, mimic where it is not True.
+    Arguments of `compile`, `sweep` and `apply` with the name of a setting come before it: batch, threads, seed, views
+    and device where they are not None, mimic where it is not True.
 
     Arguments:
         resolve: How layers are re-solved.
@@ -67,6 +73,9 @@ class PipelineSettings:
         threads: Number of CPU threads of the measurement.
         seed: Seed of all random choices.
         opset: ONNX opset of the export. If None, the exporter decides.
+        device: Where networks run and layers are solved, one of torch's devices such as ``"cuda:1"``; ``"auto"`` is the
+            accelerator of the machine, where there is one. If None, where the network is. Sums are in the device's own
+            float64, or compensated; Gram matrices are not multiplied in TF32.
         search_seconds: Time after which the search for better plans ends, in seconds. The result is then not
             repeatable. If None, it ends when no better plan is found.
         memory_bytes: What the process may have in memory at once. Batches, and what is kept for later, shrink to stay
@@ -99,6 +108,7 @@ class PipelineSettings:
     threads: int = 1
     seed: int = 0
     opset: int | None = None
+    device: str | torch.device | None = None
     search_seconds: float | None = None
     memory_bytes: int | None = None
     save_temps: str | Path | None = None
@@ -119,6 +129,7 @@ class PipelineSettings:
         _check_run(self.batch, self.threads, self.seed)
         if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
             refuse("save_temps", self.save_temps, "the path of a folder, or None")
+        check_device(self.device)
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
         check_whole("memory_bytes", self.memory_bytes, Allowed(least=1, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
@@ -133,6 +144,7 @@ class PipelineSettings:
         threads: int | None = None,
         seed: int | None = None,
         views: Sequence[View] | None = None,
+        device: str | torch.device | None = None,
     ) -> PipelineSettings:
         """Set what the arguments of `compile` say otherwise.
 
@@ -141,6 +153,7 @@ class PipelineSettings:
             threads: Number of CPU threads of the measurement.
             seed: Seed of all random choices.
             views: Functions of a batch.
+            device: Where networks run and layers are solved.
 
         Returns:
             The settings.
@@ -151,8 +164,9 @@ class PipelineSettings:
         if views is not None:
             check_functions("views", views, "foldcut.horizontal_flip")
             views = tuple(views)
-        given = {"batch": batch, "threads": threads, "seed": seed, "views": views}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        given = {"batch": batch, "threads": threads, "seed": seed, "views": views, "device": device}
+        said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(self, **said)
 
     def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
         """Set the training as an argument of `compile` asks for it.
@@ -220,6 +234,31 @@ class PipelineSettings:
         )
         settle_memory(least)
 
+    @property
+    def computes_on(self) -> torch.device:
+        """The device that the settings say: the CPU where they say none."""
+        return chosen_device(self.device, torch.device("cpu"))
+
+    @property
+    def where(self) -> list[str]:
+        """What results that are kept depend on besides their inputs: sums round otherwise on another kind of device."""
+        kind = self.computes_on.type
+        return [] if kind == "cpu" else [f"computed on {kind}"]
+
+    def at_home(self, model: Model) -> PipelineSettings:
+        """Say where to compute, if nothing does: where a network is.
+
+        Arguments:
+            model: The network, as it was given.
+
+        Returns:
+            The settings, with a `torch.device`.
+
+        Raises:
+            CompilerError: If the parts of the network are on several devices.
+        """
+        return replace(self, device=chosen_device(self.device, device_of_model(model)))
+
     def context(
         self,
         program: Program,
@@ -245,6 +284,7 @@ class PipelineSettings:
         Raises:
             CalibrationError: If the samples do not fit the inputs of the program.
         """
+        program = moved(program, self.computes_on)
         sets = self.split(samples, program)
         with clock.stage("compare data"):
             reference = None if self.reference is None else self._aligned(self.reference, program)

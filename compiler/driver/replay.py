@@ -13,6 +13,8 @@ import torch
 from ...passes.mimic.settings import MimicSettings, expected_mimic_s
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.sampled_error import sampled_error, warn_if_lost
+from ..devices.precision import exact_products
+from ..export.edit_device import moved
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
@@ -52,6 +54,7 @@ def apply(
     mimic: MimicSettings | bool | None = True,
     views: Sequence[View] | None = None,
     seed: int | None = None,
+    device: str | torch.device | None = None,
     settings: PipelineSettings | None = None,
     progress: bool | Progress = True,
     cache: bool | str | Path = True,
@@ -74,6 +77,7 @@ def apply(
         mimic: As in `compile`. Only used without `weights`.
         views: As in `compile`. Only used without `weights`.
         seed: As in `compile`.
+        device: As in `compile`. Only used without `weights`.
         settings: As in `compile`. Nothing is measured: its batch and threads are not used.
         progress: As in `compile`.
         cache: As in `compile`. A call that was interrupted continues from it.
@@ -101,7 +105,7 @@ def apply(
         (212, ['unsolved', 'rewritten', 're-solved'])
     """
     check_options(mimic, progress, cache, settings)
-    options = (settings or PipelineSettings()).with_arguments(seed=seed, views=views).with_mimic(mimic)
+    options = (settings or PipelineSettings()).with_arguments(seed=seed, views=views, device=device).with_mimic(mimic)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if weights is None and calibration is None and not isinstance(plan, Plan):
         weights = _beside(Path(plan), read)
@@ -126,15 +130,16 @@ def apply(
             program = with_weights(apply_plan(teacher, read, rewrites), capture(weights, inputs))
             return _result(program, read, options.opset)
         assert samples is not None
-        options = with_reference_read(network, options)
+        options = with_reference_read(network, options).at_home(network)
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
         with kept_in(cache) as folder:
-            store = AnalysisStore(folder, basis=own_sources(using, read.goal))
+            store = AnalysisStore(folder, basis=[*own_sources(using, read.goal), *options.where])
             ctx = options.context(teacher, samples, read.goal, store, clock, show)
             foresee_replay(ctx, using, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
             options.settle_memory(ctx, measured=False)
-            return _solved(ctx, read, using, options)
+            with exact_products(options.computes_on):
+                return _solved(ctx, read, using, options)
 
 
 def plan_rewrites(
@@ -252,7 +257,11 @@ def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: Pipe
 
 
 def _result(program: Program, plan: Plan, opset: int | None) -> Compiled:
-    return Compiled(plan=plan, make_program=lambda: program, make_networks=lambda: exported(program, opset))
+    return Compiled(
+        plan=plan,
+        make_program=lambda: moved(program, torch.device("cpu")),
+        make_networks=lambda: exported(program, opset),
+    )
 
 
 __all__ = ["apply", "apply_plan", "decided", "with_weights"]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...passes.mimic.settings import MimicSettings
 from ...runtime.measure.backend import Backend
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
@@ -169,6 +171,7 @@ def sweep(
     seed: int | None = None,
     progress: bool | Progress = True,
     threads: int | None = None,
+    device: str | torch.device | None = None,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     each: Callable[[SweepPoint], None] | None = None,
@@ -190,6 +193,7 @@ def sweep(
         seed: As in `compile`.
         progress: As in `compile`.
         threads: As in `compile`.
+        device: As in `compile`.
         settings: As in `compile`.
         cache: As in `compile`, except that False keeps analyses until the sweep ends.
         each: A function that gets every `SweepPoint` as soon as it is made.
@@ -212,7 +216,8 @@ def sweep(
     _check_goals(goals, evaluate)
     check_labelled(evaluate, is_asked_for(calibration))
     check_options(mimic, progress, cache, settings)
-    settings = (settings or PipelineSettings()).with_arguments(batch=batch, threads=threads, seed=seed, views=views)
+    settings = settings or PipelineSettings()
+    settings = settings.with_arguments(batch=batch, threads=threads, seed=seed, views=views, device=device)
     if rewrites is not None:
         check_rewrites(rewrites)
     if each is not None and not callable(each):

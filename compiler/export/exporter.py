@@ -18,6 +18,7 @@ from ..support.atomic_files import write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
 from .direct import as_it_is, direct_translations, integer_translations
+from .edit_device import moved
 from .registry import filled_once
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ MAX_PROTOBUF_BYTES = 2_000_000_000
 def to_exported(program: Program) -> torch.export.ExportedProgram:
     """The Program as a `torch.export.ExportedProgram` with the same dynamic dimensions.
 
-    Raises ExportError, quoting torch, when the graph does not export again.
+    It is on the CPU, wherever the Program computes. Raises ExportError, quoting torch, when the graph does not export
+    again.
     """
+    program = moved(program, torch.device("cpu"))
     args, kwargs, dynamic = _example(program)
     try:
         with quiet_exporters(), torch.no_grad():  # as at capture: gradients change kernels, and these the strides

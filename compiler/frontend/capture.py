@@ -21,7 +21,7 @@ from ..onnx import opaque_operator  # noqa: F401 - registers the operator of opa
 from ..support.errors import CaptureError, named_first_line, plural
 from ..support.one_at_a_time import alone
 from ..support.quiet_logs import quiet_exporters
-from .module_state import check_weights, eval_mode, name_keywords, restored, unwrapped
+from .module_state import check_weights, eval_mode, name_keywords, on_the_cpu, restored, unwrapped
 
 if TYPE_CHECKING:
     import onnx
@@ -123,7 +123,8 @@ def _from_foreign(exported: torch.export.ExportedProgram) -> Program:
 
 def _capture_module(model: nn.Module, example: Batch) -> Program:
     check_weights(model)
-    args, kwargs = as_arguments(example)
+    model = on_the_cpu(model)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, as_arguments(example))
     with eval_mode(model), restored(model), torch.no_grad():
         name_keywords(model, kwargs)
         try:

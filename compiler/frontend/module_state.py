@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..support.errors import CaptureError
+from ..support.errors import CaptureError, named_first_line
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -35,11 +36,40 @@ def check_weights(model: nn.Module) -> None:
                 f"the network has no weights yet: {name} is uninitialised",
                 hint="run it on a batch, then load its trained weights: a first run here would make up random ones",
             )
-        if tensor.device.type != "cpu":
+        if tensor.device.type == "meta":
             raise CaptureError(
-                f"the network is not on the CPU: {name} is on {tensor.device}",
-                hint="move it with net.cpu(); a network on the meta device has no weights yet: load them first",
+                f"the network has no weights: {name} is on meta",
+                hint="load them first; the meta device holds shapes only",
             )
+
+
+def device_of_model(model: object) -> torch.device:
+    """Where a network is that was given: the CPU for files and exported programs. Raises CaptureError for one that is
+    on several devices."""
+    if not isinstance(model, nn.Module):
+        return torch.device("cpu")
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(found) > 1:
+        raise CaptureError(
+            "the network is on several devices",
+            expected="one",
+            actual=", ".join(sorted(map(str, found))),
+            hint="move it to one of them: net.to(device)",
+        )
+    return next(iter(found), torch.device("cpu"))
+
+
+def on_the_cpu(model: nn.Module) -> nn.Module:
+    """The module, or a copy of it on the CPU where it is elsewhere: graphs are traced there. Raises CaptureError."""
+    if device_of_model(model).type == "cpu":
+        return model
+    try:
+        return copy.deepcopy(model).cpu()
+    except Exception as cause:  # modules may hold what does not copy
+        raise CaptureError(
+            f"the network cannot be copied to the CPU: {named_first_line(cause)}",
+            hint="pass net.cpu(), and device= where it shall run",
+        ) from cause
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def compare(reference: Any, other: Any) -> Difference:
     for a, b in zip(left, right, strict=True):
         if a.numel() == 0:
             continue
-        x, y = in_float64(a.detach()).flatten(), in_float64(b.detach()).flatten()
+        x, y = (in_float64(value.detach()).cpu().flatten() for value in (a, b))
         worst = _worst(x, y)
         absolute = max(absolute, worst)
         relative = max(relative, worst / (_largest(x) or 1.0))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.devices.precision import WideSum, widest
-from foldcut.compiler.frontend.edit_device import _move_node
+from foldcut.compiler.export.edit_device import _move_node
 from foldcut.compiler.ir.compare import squared_distance
 from foldcut.compiler.ir.edit import rebuild
 from foldcut.compiler.ir.execute import bind, device_of, run_until

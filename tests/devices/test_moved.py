@@ -10,7 +10,7 @@ import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.data_distance import channel_statistics, kept_by_norms
 from foldcut.compiler.devices.precision import WideSum, WideSums, exact_products
-from foldcut.compiler.frontend.edit_device import moved
+from foldcut.compiler.export.edit_device import moved
 from foldcut.compiler.ir.compare import compare, relative_error
 from foldcut.compiler.ir.execute import device_of, placed
 from foldcut.compiler.ir.program import Program

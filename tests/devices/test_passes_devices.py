@@ -12,7 +12,7 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import output_error
-from foldcut.compiler.frontend.edit_device import moved
+from foldcut.compiler.export.edit_device import moved
 from foldcut.compiler.ir.edit_folds import fold_batch_norms
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.cut.prune_channels import prune_channels

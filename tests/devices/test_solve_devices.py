@@ -12,7 +12,7 @@ from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.output_error import errors_by_output, output_error
 from foldcut.compiler.data.sampled_error import sampled_error
-from foldcut.compiler.frontend.edit_device import moved
+from foldcut.compiler.export.edit_device import moved
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.solve.layers import find_layers

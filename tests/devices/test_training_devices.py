@@ -10,8 +10,8 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
+from foldcut.compiler.export.edit_device import moved
 from foldcut.compiler.frontend.capture import capture
-from foldcut.compiler.frontend.edit_device import moved
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.frank_wolfe import (

@@ -28,7 +28,7 @@ def moved(program: Program, device: torch.device) -> Program:
         The same function there. Names, history and signature stay.
 
     Example:
-        >>> from foldcut.compiler.frontend.edit_device import moved
+        >>> from foldcut.compiler.export.edit_device import moved
         >>> program = foldcut.capture(nn.Linear(8, 4).eval(), torch.randn(2, 8))
         >>> moved(program, torch.device("cpu")) is program
         True
