@@ -241,6 +241,24 @@ def samples_of(data: Any, device: torch.device) -> CalibrationSet:
     return replace(samples, leaves=tuple(leaf.to(device) for leaf in samples.leaves))
 
 
+def _register() -> list[torch.library.Library]:
+    """Make the device known to torch. That has to be before the first backward pass of the process, which sets up a
+    queue for each device there is: so when the tests are collected, before any of them runs."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda op, *args, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1")
+    factories = torch.library.Library("aten", "IMPL")
+    for name in FACTORIES:
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(aten, packet), overload or "default")
+        factories.impl(name, lambda *args, op=operator, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1")
+    return [library, factories]
+
+
+#: What says how the device computes, for as long as it is held.
+LIBRARIES = _register()
+
+
 @pytest.fixture(autouse=True)
 def nothing_mixed() -> Iterator[None]:
     """Fails a test in whose backward passes devices were mixed."""
@@ -252,16 +270,6 @@ def nothing_mixed() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def elsewhere() -> SimpleNamespace:
     """The device and what is known of it."""
-    if not hasattr(torch, NAME):
-        _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-        library = torch.library.Library("_", "IMPL")
-        library.fallback(lambda op, *args, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1")
-        factories = torch.library.Library("aten", "IMPL")
-        for name in FACTORIES:
-            packet, _, overload = name.partition(".")
-            operator = getattr(getattr(aten, packet), overload or "default")
-            factories.impl(name, lambda *args, op=operator, **kwargs: run_elsewhere(op, args, kwargs), "PrivateUse1")
-        STATE.libraries = [library, factories]  # type: ignore[attr-defined]
     found: Callable[[Any], CalibrationSet] = lambda data: samples_of(data, torch.device(NAME, 0))  # noqa: E731
     return SimpleNamespace(
         device=torch.device(NAME, 0), watched=watched, without_float64=without_float64, samples=found
