@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..devices.precision import in_float64
+from ..devices.precision import added, in_float64
 from ..ir.compare import flatten_outputs, squares
 from ..support.errors import plural
 from .output_error import with_outputs
@@ -101,7 +100,7 @@ def squares_by_sample(
             for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True)
         ]
         for sums, parts in zip((errors, energies), zip(*found, strict=True), strict=True):
-            sums.append(functools.reduce(torch.add, parts))
+            sums.append(added(parts))
     wrong, whole = (in_float64(torch.cat(sums)).cpu().numpy() for sums in (errors, energies))  # read once, in the end
     return wrong, whole
 

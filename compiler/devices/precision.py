@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +77,23 @@ def wide_sum(values: torch.Tensor) -> torch.Tensor:
         tensor(3., dtype=torch.float64)
     """
     return values.sum(dtype=widest(values.device))
+
+
+def added(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one tensor, entry by entry, where they are.
+
+    Arguments:
+        terms: Tensors of one shape.
+
+    Returns:
+        A tensor of that shape. Nothing waits for it.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import added
+        >>> added([torch.ones(2), torch.ones(2)])
+        tensor([2., 2.])
+    """
+    return functools.reduce(torch.add, terms)
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:

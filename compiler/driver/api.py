@@ -19,7 +19,7 @@ from ...runtime.probe.latency_probe import LatencyProbe
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.synthetic import said_of
 from ..devices.precision import exact_products
-from ..export.edit_device import moved
+from ..export.edit_device import on_cpu
 from ..export.exporter import to_onnx
 from ..frontend.capture import Model, capture, is_onnx, opened
 from ..frontend.model_inputs import needed_inputs
@@ -176,7 +176,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         origin = report_origin(outcome, model)
         result = Compiled(
             plan=outcome.plan,
-            make_program=lambda: moved(outcome.program, torch.device("cpu")),
+            make_program=lambda: on_cpu(outcome.program),
             make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
             compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
             outcome=outcome,

@@ -212,7 +212,7 @@ class PipelineSettings:
             found = read.aligned(program)
             found.check(program)
         except CalibrationError as cause:
-            raise _of_reference(cause) from cause
+            raise cause.about("reference") from cause
         return found
 
     def settle_memory(self, ctx: Context, *, measured: bool) -> None:
@@ -315,7 +315,7 @@ def with_reference_read(model: Model, settings: PipelineSettings) -> PipelineSet
     try:
         return replace(settings, reference=CalibrationSet.of(settings.reference, inputs=needed_inputs(model)))
     except CalibrationError as cause:
-        raise _of_reference(cause) from cause
+        raise cause.about("reference") from cause
 
 
 def _check_reference(reference: object) -> None:
@@ -332,13 +332,7 @@ def _check_reference(reference: object) -> None:
     try:
         check_samples(reference)
     except CalibrationError as cause:
-        raise _of_reference(cause) from cause
-
-
-def _of_reference(cause: CalibrationError) -> CalibrationError:
-    return CalibrationError(
-        f"reference: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
-    )
+        raise cause.about("reference") from cause
 
 
 def _check_run(batch: object, threads: object, seed: object) -> None:

@@ -14,7 +14,7 @@ from ...passes.mimic.settings import MimicSettings, expected_mimic_s
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.sampled_error import sampled_error, warn_if_lost
 from ..devices.precision import exact_products
-from ..export.edit_device import moved
+from ..export.edit_device import on_cpu
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
@@ -259,7 +259,7 @@ def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: Pipe
 def _result(program: Program, plan: Plan, opset: int | None) -> Compiled:
     return Compiled(
         plan=plan,
-        make_program=lambda: moved(program, torch.device("cpu")),
+        make_program=lambda: on_cpu(program),
         make_networks=lambda: exported(program, opset),
     )
 

@@ -49,6 +49,11 @@ def moved(program: Program, device: torch.device) -> Program:
     return replace(program, module=rebuild(module, module.graph))
 
 
+def on_cpu(program: Program) -> Program:
+    """A program on the CPU, where files are written and segments are timed: `moved`."""
+    return moved(program, torch.device("cpu"))
+
+
 def _tensor_names(program: Program) -> list[str]:
     return sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
 

@@ -18,7 +18,7 @@ from ..support.atomic_files import write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
 from .direct import as_it_is, direct_translations, integer_translations
-from .edit_device import moved
+from .edit_device import on_cpu
 from .registry import filled_once
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
     It is on the CPU, wherever the Program computes. Raises ExportError, quoting torch, when the graph does not export
     again.
     """
-    program = moved(program, torch.device("cpu"))
+    program = on_cpu(program)
     args, kwargs, dynamic = _example(program)
     try:
         with quiet_exporters(), torch.no_grad():  # as at capture: gradients change kernels, and these the strides

@@ -98,10 +98,8 @@ class Metric:
                 return Reading.of(self._measure(program), sampled=self.on_test)
         except NoNumberError as cause:
             self._tell(str(cause))
-        except (
-            Exception,
-            SystemExit,
-        ) as cause:  # the user's own code raises whatever it raises, scripts end themselves
+        # the user's own code raises whatever it raises, scripts end themselves
+        except (Exception, SystemExit) as cause:
             self._tell(f"failed: {named_first_line(cause)}")
         finally:
             self.seconds += time.monotonic() - began

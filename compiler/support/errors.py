@@ -6,7 +6,9 @@ on the sentence. Messages always end with what to do next.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 
 class CompilerError(Exception):
@@ -50,6 +52,13 @@ class CompilerError(Exception):
         self.actual = actual
         self.excerpt = excerpt
         super().__init__(self._render())
+
+    def about(self, what: str) -> Self:
+        """The same error, told of one of several things that were passed."""
+        told = copy.copy(self)
+        told.message = f"{what}: {self.message}"
+        told.args = (told._render(),)
+        return told
 
     def _render(self) -> str:
         lines = [f"{self.stage}: {self.message}"]

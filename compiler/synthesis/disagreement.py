@@ -69,14 +69,8 @@ def rival_of(program: Program, kinds: Sequence[InputKind], against: Model, class
     try:
         other = fold_parameters(capture(opened(against), kwargs or args))
         SyntheticSet.from_leaves(kwargs or args, {}).aligned(other).check(other)
-    except CalibrationError as cause:
-        raise CalibrationError(
-            f"against: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
-        ) from cause
-    except CaptureError as cause:
-        raise CaptureError(
-            f"against: {cause.message}", expected=cause.expected, actual=cause.actual, hint=cause.hint
-        ) from cause
+    except (CalibrationError, CaptureError) as cause:
+        raise cause.about("against") from cause
     ours, theirs = _numbers(program), _numbers(other)
     shapes = [[side.shape(node, 2) for node in nodes] for side, nodes in ((program, ours), (other, theirs))]
     if shapes[0] != shapes[1] or not ours:

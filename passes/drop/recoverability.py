@@ -17,8 +17,7 @@ choice is joint.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -28,7 +27,7 @@ from ...compiler.analysis.regions import Region
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import relative_to
-from ...compiler.devices.precision import WideSums, wide_sum
+from ...compiler.devices.precision import WideSums, added, wide_sum
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program
@@ -101,10 +100,10 @@ class Recoverability:
         size = batch_size_for(teacher, find_layers(teacher)[0].values())
         # of either network the values in front of and behind each region stand while all are compared
         self.batch_size = samples_at_once(2 * live_bytes(teacher).whole, size)
-        #: The samples that are read for every region, and those for finalists: none where there are no more.
+        #: The samples that are read for every region, and those for finalists, where they are more.
         self.samples = few
         more = self.settings.final_samples if self.settings.mode == "calibrated" and self.settings.finalists else 0
-        self.final_samples = calibration.take(slice(0, more if more > len(few) else 0))
+        self.final_samples = calibration.take(slice(0, more))
         #: Of each region the share of its local error that is left when the layers behind it are re-solved too.
         self.recovery: dict[str, float] = {}
         self._state: tuple[tuple[str, ...], Program] = ((), teacher)
@@ -251,7 +250,7 @@ class Recoverability:
                 wanted = run_until(self.teacher, self.features, bind(self.teacher, batch))
                 start = bind(student, batch)
                 known = {**start, **run_until(student, shared, start)}
-                sums.add("energy", _added(wide_sum(v.square()) for v in wanted.values()))
+                sums.add("energy", added(wide_sum(v.square()) for v in wanted.values()))
                 for index, trial in enumerate(trials):
                     values = trial.run(known)
                     sums.add(f"error {index}", _squared_distance(wanted, self.features, values, trial.features))
@@ -310,9 +309,4 @@ def _squared_distance(
     theirs: Mapping[str, Any], names: Sequence[str], ours: Mapping[str, Any], own_names: Sequence[str]
 ) -> torch.Tensor:
     pairs = zip(names, own_names, strict=True)
-    return _added(wide_sum((ours[b] - theirs[a]).square()) for a, b in pairs)
-
-
-def _added(terms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of at least one tensor, where they are."""
-    return functools.reduce(torch.add, terms)
+    return added(wide_sum((ours[b] - theirs[a]).square()) for a, b in pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Protocol
@@ -11,7 +10,7 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.output_error import bounded, relative_to
-from ...compiler.devices.precision import WideSums
+from ...compiler.devices.precision import WideSums, added
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.execute import Tensors, bind, descendants, run_until
 from ...compiler.ir.program import is_tensor, output_nodes
@@ -73,7 +72,7 @@ class RankTrials:
                 given = bind(program, batch)
                 wanted = run_until(program, self._outputs, given)
                 values = run_until(program, held, given, _merged(base), free=not exchanged)
-                sums.add("energy", functools.reduce(torch.add, (squared_distance(v, v)[1] for v in wanted.values())))
+                sums.add("energy", added(squared_distance(v, v)[1] for v in wanted.values()))
                 sums.add("error", _distance(wanted, values))
                 for name, tensors in exchanged.items():
                     kept = {key: value for key, value in (given | values).items() if key not in behind[name]}
@@ -110,7 +109,7 @@ def _merged(tensors: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
 
 
 def _distance(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return functools.reduce(torch.add, (squared_distance(value, found[name])[0] for name, value in wanted.items()))
+    return added(squared_distance(value, found[name])[0] for name, value in wanted.items())
 
 
 def _relative(sums: Mapping[str, float], error: str) -> float:

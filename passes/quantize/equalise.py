@@ -20,14 +20,14 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
-from ...compiler.devices.precision import WideSums, widest
+from ...compiler.devices.precision import WideSums
 from ...compiler.ir.execute import bind, device_of, evaluate, run_until
 from ...compiler.ir.program import Program, is_size
 from ...compiler.support.memory import samples_at_once
 from ..solve.layers import Layer
 from .decision import MOST_EXPONENT, QuantizeLayer
 from .edit_quantize import ValueGrid
-from .grids import choose_grids, few_of, product
+from .grids import choose_grids, energy, few_of, product
 from .quantize import rounded_plainly
 from .ranges import GridKind
 from .scaling_groups import ScalingGroup, rescaled, scaling_groups
@@ -195,8 +195,7 @@ class _Comparison:
                         weight, near = weights[reader.node]
                         wanted = product(program, reader, exact[reader.input], weight)
                         change = product(program, reader, now[reader.input], near) - wanted
-                        change = change * gains.get(reader.node, 1.0)
-                        sums.add(name, change.to(widest(change.device)).square().sum())
+                        sums.add(name, energy(change * gains.get(reader.node, 1.0)))
         found = sums.floats()
         return {name: found.get(name, 0.0) for name in self.groups}
 

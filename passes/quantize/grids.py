@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -11,7 +10,7 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import bounded, output_error
-from ...compiler.devices.precision import WideSums, widest
+from ...compiler.devices.precision import WideSums, added, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.support.memory import samples_at_once
@@ -109,13 +108,13 @@ def _each(
             values = run_until(program, list(holders), bind(program, batch))
             for name, grids in offered.items():
                 for place, grid in enumerate(grids):
-                    lost = _energy(grid.rounded(values[name]) - values[name])
+                    lost = energy(grid.rounded(values[name]) - values[name])
                     passed = [
                         _passed_on(program, behind, grid.rounded(values[value]) - values[value])
                         for value, behind in readers[name].items()
                     ]
                     if passed:
-                        total = functools.reduce(torch.add, passed)
+                        total = added(passed)
                         lost = torch.where(total == 0, lost, total)
                     sums.add(f"{name} {place}", lost)
     found_sums = sums.floats()
@@ -126,10 +125,11 @@ def _each(
 def _passed_on(program: Program, readers: Sequence[Layer], change: torch.Tensor) -> torch.Tensor:
     """Sum of squares of what a change of a value does to the outputs of the layers that read it."""
     made = (product(program, layer, change, program.module.get_parameter(layer.weight)) for layer in readers)
-    return functools.reduce(torch.add, map(_energy, made))
+    return added(map(energy, made))
 
 
-def _energy(change: torch.Tensor) -> torch.Tensor:
+def energy(change: torch.Tensor) -> torch.Tensor:
+    """Its sum of squares, in the most exact dtype of its device."""
     return change.to(widest(change.device)).square().sum()
 
 

@@ -198,13 +198,9 @@ def _solve_group(
         if not target.counterparts:
             continue
         errors[target.layer.node] = _apply(lockstep.student, target, moments, tensors, settings)
-    end = next(t.layer.node for t in step.targets if t.anchor == step.targets[-1].anchor)
     for turn in range(settings.refine):
         proposed = propose_step(lockstep, step, tensors, seen, seed=turn)
-        before = errors[end].after if proposed else 0.0
         if not proposed or not _refine(lockstep, step, tensors, settings, proposed, errors):
-            break
-        if errors[end].after > (1 - REFINED_AGAIN) * before:
             break
     return list(errors.values())
 
@@ -218,10 +214,12 @@ def _refine(
     errors: dict[str, LayerError],
 ) -> bool:
     """A proposed step of the inner layers, then the end layers again; undone when it did not lower the error at the
-    end."""
+    end. Returns whether it lowered that by enough for another."""
+    ends = [target for target in step.targets if target.anchor == step.targets[-1].anchor]
+    first = errors[ends[0].layer.node].after
     old = {name: current_parameter(lockstep.student, name, tensors) for name in proposed}
     tensors.update(proposed)
-    for index, target in enumerate(t for t in step.targets if t.anchor == step.targets[-1].anchor):
+    for index, target in enumerate(ends):
         moments = split_step_moments(lockstep, step, target, tensors, settings)
         before = errors[target.layer.node]
         if index == 0 and not moments.whole.error() / moments.whole.rows < before.after:
@@ -229,7 +227,7 @@ def _refine(
             return False
         now = _apply(lockstep.student, target, moments, tensors, settings)
         errors[target.layer.node] = replace(before, after=now.after)
-    return True
+    return errors[ends[0].layer.node].after <= (1 - REFINED_AGAIN) * first
 
 
 def split_step_moments(

@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from ...compiler.export.edit_device import moved
+from ...compiler.export.edit_device import on_cpu
 from ...compiler.export.exporter import to_onnx_model
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
@@ -329,8 +328,7 @@ def _segment_models(
     """The segments as ONNX models. They are exported together: most of an export's time is spent whatever its size."""
     import onnx
 
-    here = moved(program, torch.device("cpu"))  # sizes are worked out there
-    together = to_onnx_model(extract_segments(here, segments, batch=batch), opset=opset)
+    together = to_onnx_model(extract_segments(on_cpu(program), segments, batch=batch), opset=opset)
     extractor = onnx.utils.Extractor(together)
     return [
         extractor.extract_model([f"s{i}_{n}" for n in segment.entries], [f"s{i}_{n}" for n in segment.exits])
