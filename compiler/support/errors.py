@@ -57,7 +57,7 @@ class CompilerError(Exception):
         """The same error, told of one of several things that were passed."""
         told = copy.copy(self)
         told.message = f"{what}: {self.message}"
-        told.args = (told._render(),)
+        Exception.__init__(told, told._render())
         return told
 
     def _render(self) -> str:
