@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .compiler.support.errors import GoalError as GoalError
     from .compiler.support.errors import OutputError as OutputError
     from .compiler.support.errors import PlanError as PlanError
+    from .compiler.support.errors import ProcessError as ProcessError
     from .compiler.support.errors import ProgramError as ProgramError
     from .compiler.support.errors import Reject as Reject
     from .compiler.support.errors import RewriteError as RewriteError
@@ -111,7 +112,8 @@ _HOMES = {
     "compiler.rewrite.context": "Context",
     "compiler.rewrite.rewrite": "Applied Offer Rewrite",
     "compiler.support.errors": "BackendError CalibrationError CaptureError CompilerError "
-    "ExportError GoalError OutputError PlanError ProgramError Reject RewriteError",
+    "ExportError GoalError OutputError PlanError ProcessError ProgramError Reject "
+    "RewriteError",
     "compiler.synthesis.settings": "SynthesisSettings",
     "compiler.synthesis.synthesise": "synthesise",
     "passes.drop.decision": "Blocks DropBlock",
@@ -165,6 +167,7 @@ __all__ = [
     "PipelineSettings",
     "Plan",
     "PlanError",
+    "ProcessError",
     "Program",
     "ProgramError",
     "Proposal",

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..devices.precision import WideSum, widest
+from ..devices.precision import WideSum, WideSums, widest
 from ..ir.cost import node_macs
 from ..ir.execute import bind, run_until
 from ..ir.norms import batch_norm_of
 from ..ir.program import Program, is_call, is_constant, is_tensor
+from ..processes.sharing import in_batches, own
 from ..support.memory import samples_at_once
 from .calibration_set import CalibrationSet
 from .live_bytes import live_bytes
@@ -151,9 +152,9 @@ def channel_statistics(program: Program, names: Sequence[str], samples: Calibrat
     norm reads or a convolution computes, the last dimension those of other values. Sums in float64."""
     few = samples.take(torch.arange(min(SAMPLES, len(samples))) * len(samples) // min(SAMPLES, len(samples)))
     totals, squares = {name: WideSum() for name in names}, {name: WideSum() for name in names}
-    counts = dict.fromkeys(names, 0)
+    counts = WideSums()
     dims = {name: _channel_dim(program, program.nodes[name]) for name in names}
-    for batch in few.batches(samples_at_once(live_bytes(program).most, 32)):
+    for _, batch in own(few.batches(samples_at_once(live_bytes(program).most, in_batches(len(few), 32)))):
         with torch.no_grad():
             values = run_until(program, names, bind(program, batch))
         for name in names:
@@ -161,9 +162,9 @@ def channel_statistics(program: Program, names: Sequence[str], samples: Calibrat
             rows = rows.to(widest(rows.device))
             totals[name].add(rows.sum(1))
             squares[name].add(rows.square().sum(1))
-            counts[name] += rows.shape[1]
+            counts.add(name, torch.tensor(float(rows.shape[1]), dtype=torch.float64, device="cpu"))
     found = {}
-    for name, count in counts.items():
+    for name, count in counts.floats().items():
         mean = totals[name].value() / count
         found[name] = Channels(mean=mean, deviation=(squares[name].value() / count - mean.square()).clamp(min=0).sqrt())
     return found

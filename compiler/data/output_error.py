@@ -10,6 +10,8 @@ import torch
 from ..devices.precision import WideSums
 from ..ir.compare import flatten_outputs, squared_distance
 from ..ir.program import Batch, Program
+from ..processes.sharing import in_batches, own
+from ..processes.team import team
 from ..support.memory import at_most, samples_at_once
 from .calibration_set import CalibrationSet
 from .kept import kept_for
@@ -44,16 +46,17 @@ def with_outputs(
 ) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
     """Each batch of the samples with the outputs of a network that is compared with: many students are, and the teacher
     runs on the samples once, where its outputs are small. Batches are of `batch_size` samples, of fewer where memory is
-    limited."""
-    batch_size = samples_at_once(2 * live_bytes(teacher).most, batch_size)
+    limited; of several processes each gets its own."""
+    batch_size = samples_at_once(2 * live_bytes(teacher).most, in_batches(len(samples), batch_size))
     most_kept = at_most(KEPT_BYTES)
-    kept, key = kept_for(teacher, samples), ("outputs", batch_size)
+    batches = (batch for _, batch in own(samples.batches(batch_size)))
+    kept, key = kept_for(teacher, samples), ("outputs", batch_size, team().size)
     if key in kept:
-        yield from zip(samples.batches(batch_size), kept[key], strict=True)
+        yield from zip(batches, kept[key], strict=True)
         return
     found: list[list[torch.Tensor]] = []
     taken = 0
-    for batch in samples.batches(batch_size):
+    for batch in batches:
         outputs = flatten_outputs(teacher(batch))
         taken += sum(output.numel() * output.element_size() for output in outputs)
         found = [*found, outputs] if taken <= most_kept else []

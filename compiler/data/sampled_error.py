@@ -14,6 +14,7 @@ import torch
 
 from ..devices.precision import added, in_float64
 from ..ir.compare import flatten_outputs, squares
+from ..processes.sharing import in_place
 from ..support.errors import plural
 from .output_error import with_outputs
 
@@ -92,17 +93,18 @@ def squares_by_sample(
     """
     batches = {spec.shape[0] for spec in teacher.inputs if spec.shape and isinstance(spec.shape[0], str)}
     by_sample = all(spec.shape and spec.shape[0] in batches for spec in teacher.outputs)
-    errors: list[torch.Tensor] = []
-    energies: list[torch.Tensor] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for batch, theirs in with_outputs(teacher, samples, batch_size if by_sample else 1):
         found = [
             [part.reshape(len(t) if by_sample else 1, -1).sum(1) for part in squares(t, s)]
             for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True)
         ]
-        for sums, parts in zip((errors, energies), zip(*found, strict=True), strict=True):
-            sums.append(added(parts))
-    wrong, whole = (in_float64(torch.cat(sums)).cpu().numpy() for sums in (errors, energies))  # read once, in the end
-    return wrong, whole
+        error, energy = (added(sums) for sums in zip(*found, strict=True))
+        parts.append((error, energy))
+    both = [torch.stack(part) for part in parts]
+    read = in_float64(torch.cat(both, dim=1)).cpu() if both else torch.zeros(2, 0).double()  # once, in the end
+    whole = torch.cat(in_place(read.split([part.shape[1] for part in both], dim=1)), dim=1)
+    return whole[0].numpy(), whole[1].numpy()
 
 
 def _interval(errors: Floats, energies: Floats, error: float, seed: int) -> tuple[float | None, float | None]:

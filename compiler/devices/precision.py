@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from ..processes.team import team
 
 
 @functools.cache
@@ -114,7 +116,8 @@ def in_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class WideSum:
-    """A running sum that stays on the device of its terms. Nothing waits for the device before the sum is read.
+    """A running sum that stays on the device of its terms. Nothing waits for the device before the sum is read. Of
+    several processes each adds its own terms, and all read the sum over all of them.
 
     Terms are added in float64 where the device has it. Where it has none they are added in float32, and what each
     addition rounds away is added up beside it (compensated sums: Knuth's exact two-sum, Neumaier's way of keeping its
@@ -132,6 +135,7 @@ class WideSum:
 
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
+        self._own = False  # a first term is whoever's it was
         self._lost: torch.Tensor | None = None
 
     def add(self, term: torch.Tensor) -> None:
@@ -140,7 +144,10 @@ class WideSum:
         if self._total is None:
             self._total = term
             return
-        total = self._total + term
+        if self._own and term.dtype == torch.float64:
+            self._total += term
+            return
+        total, self._own = self._total + term, True
         if total.dtype != torch.float64:
             back = total - self._total
             lost = (self._total - (total - back)) + (term - back)
@@ -148,17 +155,39 @@ class WideSum:
         self._total = total
 
     def value(self) -> torch.Tensor:
-        """The sum in float64: where its terms are, on the CPU where their device has no float64.
+        """The sum over all processes in float64: where its terms are, on the CPU where their device has no float64.
 
         Raises:
             ValueError: If nothing was added.
         """
-        if self._total is None:
+        (found,) = totals([self])
+        if found is None:
             raise ValueError("the sum of nothing has no shape: add a tensor first")
-        if self._total.dtype == torch.float64:
+        return found
+
+    def own(self) -> torch.Tensor | None:
+        """The sum of what this process has added, in float64; None where that is nothing."""
+        if self._total is None or self._total.dtype == torch.float64:
             return self._total
         total = self._total.cpu().double()
         return total if self._lost is None else total + self._lost.cpu().double()
+
+
+def totals(sums: Sequence[WideSum]) -> list[torch.Tensor | None]:
+    """Several sums over all processes, in one exchange; None for those of nothing.
+
+    Arguments:
+        sums: The sums, the same ones on all processes.
+
+    Returns:
+        Their values in float64.
+
+    Example:
+        >>> from foldcut.compiler.devices.precision import WideSum, totals
+        >>> totals([WideSum()])
+        [None]
+    """
+    return team().sums([total.own() for total in sums])
 
 
 class WideSums:
@@ -181,8 +210,11 @@ class WideSums:
         self._sums.setdefault(name, WideSum()).add(term)
 
     def floats(self) -> dict[str, float]:
-        """Every sum as a number."""
-        if not self._sums:
-            return {}
-        values = torch.stack([total.value() for total in self._sums.values()]).tolist()
-        return dict(zip(self._sums, values, strict=True))
+        """Every sum over all processes as a number."""
+        own = [total for total in map(WideSum.own, self._sums.values()) if total is not None]
+        values = torch.stack(own).tolist() if own else []
+        found: dict[str, float] = {}
+        for part in team().objects(dict(zip(self._sums, values, strict=True))):
+            for name, value in part.items():
+                found[name] = found[name] + value if name in found else value
+        return found

@@ -31,19 +31,21 @@ from ..metric.metric import Evaluate
 from ..metric.top1 import TESTED, Top1
 from ..onnx.file import in_one_piece
 from ..plan.goal import Goal
+from ..processes.joining import agree
+from ..processes.sharing import by_first
+from ..processes.team import team
+from ..processes.working import working
 from ..report.contact_sheet import with_picture
 from ..report.report import Report
 from ..rewrite.context import Context
 from ..rewrite.forecast import foresee
 from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
-from ..store.analysis_store import AnalysisStore
+from ..store.analysis_store import AnalysisStore, versions
 from ..store.cache_folder import kept_in
-from ..support.allocator import memory_at_hand
 from ..support.errors import CompilerError, GoalError
-from ..support.memory import memory_within, peak_bytes, warn_if_above
-from ..support.one_at_a_time import alone
-from ..support.progress import Progress, StageClock, opened_progress
+from ..support.memory import peak_bytes, warn_if_above
+from ..support.progress import Progress, StageClock
 from ..synthesis.synthesise import Watched, captured, is_asked_for, made_samples
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
@@ -156,11 +158,14 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     options = _with_labels(options, evaluate).with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
-    with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "compile") as show:
+    processes = options.processes
+    with working("compile", progress, memory_bytes=options.memory_bytes, processes=processes) as show:
+        agree({**versions(), "goals": goal, "backends": resolved_backend.name, **options.told, "rewrites": used})
         clock = StageClock(show)
         with kept_in(cache) as folder, _collected() as messages:
             watched = Watched(clock=clock, show=show, seed=options.seed, folder=folder)
             samples, teacher = _read(model, calibration, evaluate, watched)
+            agree({"networks": teacher.fingerprint, "samples": samples.fingerprint})
             options = with_reference_read(model, options).at_home(model)
             _check_fixed_batch(teacher, options.batch)
             store = AnalysisStore(folder, basis=[*own_sources(used, goal), *options.where])
@@ -205,13 +210,13 @@ def _read(
             check_output(evaluate, teacher)
             return samples, teacher
         teacher = captured(network, calibration)
-    return made_samples(teacher, calibration, watched), teacher
+    return by_first(lambda: made_samples(teacher, calibration, watched)), teacher
 
 
 def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: bytes | None) -> LatencyProbe:
     """The original on the backend."""
     with ctx.clock.stage("export"):
-        original = to_onnx(ctx.teacher, opset=options.opset)
+        original = by_first(lambda: to_onnx(ctx.teacher, opset=options.opset))
     return LatencyProbe(
         ctx.teacher,
         original,
@@ -241,7 +246,7 @@ def _collected() -> Iterator[list[str]]:
             finally:
                 messages += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     finally:
-        for message in messages:
+        for message in messages if team().first else ():
             warnings.warn(message, stacklevel=4)
 
 

@@ -27,6 +27,7 @@ from ..metric.metric import Metric
 from ..plan.decision import Decision
 from ..plan.goal import Delivered, Goal
 from ..plan.plan import Plan
+from ..processes.sharing import by_first
 from ..rewrite.checked_offer import check_decisions
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
@@ -266,10 +267,9 @@ def _finished(
     done = mimicking(ctx, rewrites, done, settings)
     student = done.program
     with ctx.clock.stage("export"):
-        exported = to_exported(student)
-        onnx, pt2 = to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
+        onnx, pt2 = by_first(lambda: _exported(student, settings))
     with ctx.clock.stage("measure"):
-        difference = onnx_difference(done, onnx, probe, ctx.judge)
+        difference = by_first(lambda: onnx_difference(done, onnx, probe, ctx.judge))
         regimes = probe.final_regimes(onnx)
     with ctx.clock.stage("profile"):
         profiles = probe.profiles(onnx)
@@ -291,6 +291,12 @@ def _finished(
         profiles=profiles,
         regimes={str(regime): found for regime, found in regimes.items()},
     )
+
+
+def _exported(student: Program, settings: PipelineSettings) -> tuple[bytes, bytes]:
+    """The network as ONNX and as ``.pt2``."""
+    exported = to_exported(student)
+    return to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
 
 
 def mimicking(ctx: Context, rewrites: Sequence[Rewrite], done: Applied, settings: PipelineSettings) -> Applied:

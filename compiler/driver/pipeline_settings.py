@@ -32,11 +32,12 @@ from ..ir.program import Program
 from ..onnx.file import OLDEST_OPSET
 from ..plan.goal import Goal
 from ..plan.search_time import SearchTime
+from ..processes.team import team
 from ..rewrite.context import Context
 from ..rewrite.instruments import Instruments
 from ..store.analysis_store import AnalysisStore
 from ..support.errors import CalibrationError, GoalError
-from ..support.memory import settle_memory
+from ..support.memory import agree_on_memory, settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
 from ..synthesis.settings import SynthesisSettings
@@ -76,6 +77,8 @@ class PipelineSettings:
         device: Where networks run and layers are solved, one of torch's devices such as ``"cuda:1"``; ``"auto"`` is the
             accelerator of the machine, where there is one. If None, where the network is. Sums are in the device's own
             float64, or compensated; Gram matrices are not multiplied in TF32.
+        processes: Whether the processes of ``torch.distributed``'s group work together. If None, where there are
+            several; True asks for them, False works with one.
         search_seconds: Time after which the search for better plans ends, in seconds. The result is then not
             repeatable. If None, it ends when no better plan is found.
         memory_bytes: What the process may have in memory at once. Batches, and what is kept for later, shrink to stay
@@ -109,6 +112,7 @@ class PipelineSettings:
     seed: int = 0
     opset: int | None = None
     device: str | torch.device | None = None
+    processes: bool | None = None
     search_seconds: float | None = None
     memory_bytes: int | None = None
     save_temps: str | Path | None = None
@@ -130,6 +134,8 @@ class PipelineSettings:
         if self.save_temps is not None and not isinstance(self.save_temps, (str, Path)):
             refuse("save_temps", self.save_temps, "the path of a folder, or None")
         check_device(self.device)
+        if self.processes not in (None, True, False):
+            refuse("processes", self.processes, "True, False or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
         check_whole("memory_bytes", self.memory_bytes, Allowed(least=1, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
@@ -233,11 +239,17 @@ class PipelineSettings:
             measuring_bytes=eviction_bytes() if measured else 0,
         )
         settle_memory(least)
+        agree_on_memory(lambda working: min(team().objects(working)))
 
     @property
     def computes_on(self) -> torch.device:
         """The device that the settings say: the CPU where they say none."""
         return chosen_device(self.device, torch.device("cpu"))
+
+    @property
+    def told(self) -> dict[str, object]:
+        """What processes that work together have to have in common: not the number of a device, nor a folder."""
+        return {"settings": replace(self, device=None, reference=None, save_temps=None)}
 
     @property
     def where(self) -> list[str]:
@@ -303,7 +315,7 @@ class PipelineSettings:
             resolve=self.resolve,
             solve_samples=self.solve_samples,
             seed=self.seed,
-            instruments=Instruments(folder=None if self.save_temps is None else Path(self.save_temps)),
+            instruments=Instruments(folder=Path(self.save_temps) if self.save_temps and team().first else None),
         )
 
 

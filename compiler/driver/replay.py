@@ -22,17 +22,17 @@ from ..ir.edit import set_tensors
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Batch, Program
 from ..plan.decision import Decision
+from ..processes.joining import agree
+from ..processes.working import working
 from ..rewrite.context import Context
 from ..rewrite.forecast import foresee_replay
 from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
-from ..store.analysis_store import AnalysisStore
+from ..store.analysis_store import AnalysisStore, versions
 from ..store.cache_folder import kept_in
-from ..support.allocator import memory_at_hand
 from ..support.errors import PlanError
-from ..support.memory import memory_within
 from ..support.one_at_a_time import alone
-from ..support.progress import Progress, StageClock, opened_progress
+from ..support.progress import Progress, StageClock
 from ..synthesis.settings import SynthesisSettings
 from ..synthesis.synthesise import synthesise
 from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
@@ -116,7 +116,9 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    with alone(), memory_within(options.memory_bytes), memory_at_hand(), opened_progress(progress, "apply") as show:
+    processes = options.processes
+    with working("apply", progress, memory_bytes=options.memory_bytes, processes=processes) as show:
+        agree({**versions(), "plans": read.to_dict(), **options.told})
         clock = StageClock(show)
         with clock.stage("capture"):
             network = opened(model)

@@ -20,14 +20,14 @@ from ..metric.given import check_labelled, check_labels
 from ..metric.metric import Evaluate
 from ..metric.top1 import Top1
 from ..plan.goal import Goal
+from ..processes.joining import agree
+from ..processes.working import working
 from ..rewrite.rewrite import Rewrite
+from ..store.analysis_store import versions
 from ..store.cache_folder import kept_in
-from ..support.allocator import memory_at_hand
 from ..support.atomic_files import write_folder
 from ..support.errors import GoalError
-from ..support.memory import memory_within
-from ..support.one_at_a_time import alone
-from ..support.progress import Progress, WholeProgress, opened_progress
+from ..support.progress import Progress, WholeProgress
 from ..support.setting_checks import refuse
 from ..support.strict_json import json_file
 from ..synthesis.synthesise import is_asked_for, synthesise
@@ -226,8 +226,9 @@ def sweep(
     points, refused = list[SweepPoint](), list[GoalError]()
     samples = _read(model, calibration, evaluate, seed=settings.seed, progress=progress, cache=cache)
     settings = with_reference_read(model, settings)
-    memory = memory_within(settings.memory_bytes)
-    with alone(), memory, memory_at_hand(), kept_in(cache) as place, opened_progress(progress, "sweep") as show:
+    limit, processes = settings.memory_bytes, settings.processes
+    with working("sweep", progress, memory_bytes=limit, processes=processes) as show, kept_in(cache) as place:
+        agree({**versions(), "goals": goals, **settings.told})
         for_goal = _leaving_alone(chosen, model, samples)
         for number, goal in enumerate(goals, 1):
             if isinstance(show, WholeProgress):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..ir.graph_copy import copied
 from ..ir.program import Program
+from ..processes.sharing import by_first
 from ..support.errors import CompilerError, named_first_line
 from ..support.progress import StageClock
 from .kept_state import state_kept
@@ -49,7 +50,7 @@ class Metric:
         """What the metric says of a network; None where it says nothing."""
         key = program.fingerprint
         if key not in self._readings:
-            self._readings[key] = self._called(program)
+            self._readings[key] = by_first(lambda: self._called(program))
         return self._readings[key]
 
     def loss(self, program: Program) -> Loss | None:

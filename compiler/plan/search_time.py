@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..processes.sharing import by_first
 from ..support.errors import GoalError
 
 
@@ -37,5 +38,7 @@ class SearchTime:
         now = time.monotonic()
         if self._end is None:
             self._end = now + self.seconds
-        self.ran_out = self.ran_out or now >= self._end
-        return now < self._end
+        end = self._end
+        left = math.isinf(end) or by_first(lambda: now < end)
+        self.ran_out = self.ran_out or not left
+        return left

@@ -30,8 +30,10 @@ from safetensors.torch import load, save
 
 from ..data.calibration_set import CalibrationSet
 from ..ir.program import Program
+from ..processes.sharing import by_first
+from ..processes.team import team
 from ..support.memory import told_bytes
-from .checkpoint import UNKEPT, Checkpoint, Timed
+from .checkpoint import UNKEPT, Checkpoint, Handed, Timed
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -95,12 +97,12 @@ class AnalysisStore:
         """Plain data and tensors that follow from `inputs`. The tensors are contiguous copies, whether they were
         computed or read: what is computed from them does not depend on which."""
         path = self._path(name, inputs)
-        found = None if path is None else self._read(path, most_age_s)
+        found = by_first(lambda: None if path is None else self._read(path, most_age_s))
         if found is None:
             data, tensors = compute()
             self.computed += 1
             found = json.loads(json.dumps(data)), {key: _copy(value) for key, value in tensors.items()}
-            if path is not None:
+            if path is not None and team().first:
                 self._write(path, *found)
                 with suppress(OSError):
                     path.with_suffix(UNFINISHED).unlink()
@@ -111,13 +113,15 @@ class AnalysisStore:
     def checkpoint(self, name: str, inputs: Sequence[Any]) -> Checkpoint:
         """Where the computation of a result keeps how far it has got; the result takes the place of what is there."""
         path = self._path(name, inputs)
-        if path is None:
-            return UNKEPT
+        if path is None:  # of several processes the first one keeps the state of all, and hands it round
+            return UNKEPT if team().first and team().size == 1 else Handed()
         part = path.with_suffix(UNFINISHED)
-        return Timed(lambda: self._read(part, math.inf), lambda standing: self._write(part, *standing))
+        return Timed(
+            lambda: by_first(lambda: self._read(part, math.inf)), lambda standing: self._write(part, *standing)
+        )
 
     def _path(self, name: str, inputs: Sequence[Any]) -> Path | None:
-        if self.folder is None:
+        if self.folder is None or not team().first:
             return None
         try:
             text = json.dumps([name, _basis() + self._basis, [_described(value) for value in inputs]])
@@ -246,11 +250,16 @@ def _basis() -> list[str | int]:
     """What computes: other code, another torch, another number of threads or other batches, as a
     memory limit asks for, may round in another way."""
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability())
-    return [_source(), torch.__version__, *cpu, torch.get_num_threads(), *told_bytes()]
+    return [code_version(), torch.__version__, *cpu, torch.get_num_threads(), *told_bytes()]
+
+
+def versions() -> dict[str, str]:
+    """What computes, by its name."""
+    return {"versions of foldcut": code_version(), "versions of torch": str(torch.__version__)}
 
 
 @functools.cache
-def _source() -> str:
+def code_version() -> str:
     """Hash of foldcut's own source: a version number would not tell an edited copy from the release."""
     digest = hashlib.blake2b(digest_size=16)
     package = Path(__file__).parents[2]

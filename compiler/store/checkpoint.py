@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..processes.sharing import by_first
+
 #: Plain data (what JSON holds), and contiguous tensors.
 Standing = tuple[Any, dict[str, torch.Tensor]]
 
@@ -29,7 +31,7 @@ class Checkpoint(Protocol):
 class Unkept:
     """Keeps nothing: the computation begins at its beginning."""
 
-    def read(self) -> None:
+    def read(self) -> Standing | None:
         return None
 
     def keep(self, standing: Callable[[], Standing]) -> None:
@@ -37,6 +39,13 @@ class Unkept:
 
 
 UNKEPT = Unkept()
+
+
+class Handed(Unkept):
+    """Keeps nothing, and reads what the first of several processes has kept."""
+
+    def read(self) -> Standing | None:
+        return by_first(lambda: None)
 
 
 class Timed:

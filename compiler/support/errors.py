@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 
 class CompilerError(Exception):
@@ -60,6 +60,9 @@ class CompilerError(Exception):
         Exception.__init__(told, told._render())
         return told
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args, self.__dict__)
+
     def _render(self) -> str:
         lines = [f"{self.stage}: {self.message}"]
         if self.node is not None:
@@ -74,6 +77,13 @@ class CompilerError(Exception):
         if self.hint:
             lines.append(f"  what to do: {self.hint}")
         return "\n".join(lines)
+
+
+def _remade(kind: type[CompilerError], args: tuple[object, ...], fields: dict[str, object]) -> CompilerError:
+    """An error that another process has sent: `__init__` would put its text together a second time."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class CaptureError(CompilerError):
@@ -177,6 +187,16 @@ class OutputError(CompilerError):
     """
 
     stage = "output"
+
+
+class ProcessError(CompilerError):
+    """The processes of a compile do not work together.
+
+    Raised when one of them failed or ended, when they were started with unequal arguments or versions, and when there
+    is no process group where one was asked for.
+    """
+
+    stage = "processes"
 
 
 @dataclass(frozen=True, kw_only=True)

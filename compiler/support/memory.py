@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -112,6 +112,14 @@ def settle_memory(least_bytes: int) -> None:
     whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
     left = [total - used for total, used in _bounds().values()]
     _within[-1].working_bytes = min((_round(count) for count in (*whole, *left)), default=None)
+
+
+def agree_on_memory(agreed: Callable[[int], int]) -> None:
+    """Take for what there is to work with what `agreed` makes of it: of several processes the least that one has, since
+    batches follow from it."""
+    working = _within[-1].working_bytes
+    found = agreed(sys.maxsize if working is None else working)
+    _within[-1].working_bytes = None if found == sys.maxsize else found
 
 
 def import_late() -> None:

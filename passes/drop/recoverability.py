@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,9 +32,12 @@ from ...compiler.devices.precision import WideSums, added, wide_sum
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import in_batches, own, spread
+from ...compiler.store.analysis_store import Tensors
+from ...compiler.store.changed_tensors import changed, with_changes
 from ...compiler.support.memory import at_most, samples_at_once
 from ...compiler.support.setting_checks import Allowed, check_kind, check_whole, check_word, settled
-from ..solve.closed_form import solve
+from ..solve.closed_form import solve, solving_macs
 from ..solve.features import compared_outputs, head_features
 from ..solve.layer_moments import MEMORY_BYTES
 from ..solve.layers import add_delta, find_layers
@@ -97,7 +101,7 @@ class Recoverability:
             few.take(slice(0, half)),
             few.take(slice(half, None)) if len(few) > half else few,
         )
-        size = batch_size_for(teacher, find_layers(teacher)[0].values())
+        size = in_batches(len(self.fit), batch_size_for(teacher, find_layers(teacher)[0].values()))
         # of either network the values in front of and behind each region stand while all are compared
         self.batch_size = samples_at_once(2 * live_bytes(teacher).whole, size)
         #: The samples that are read for every region, and those for finalists, where they are more.
@@ -121,7 +125,10 @@ class Recoverability:
 
     def _errors(self, chosen: Sequence[Region], candidates: Sequence[Region], mode: Mode) -> dict[str, float]:
         student = self._student(chosen)
-        trials = [self._trial(student, chosen, region, mode) for region in candidates]
+        if mode in {"exact", "adaptors"}:
+            trials = self._rewritten(student, chosen, candidates, mode)
+        else:
+            trials = [self._trial(student, chosen, region, mode) for region in candidates]
         if mode == "local":
             self._solve_local(student, trials)
         errors = self._judge(student, trials)
@@ -172,25 +179,43 @@ class Recoverability:
         """Local and plain trials run on the student's own graph with the exit's value replaced: nothing is rewritten
         to look."""
         entry = standing_for(region.entry, chosen)
-        if mode in {"exact", "adaptors"}:
-            return self._rewritten(student, [*chosen, region], entry, mode)
         features = tuple(standing_for(name, chosen) for name in self.features)
         target = self._layer_in_front(student, [*chosen, region], entry) if mode == "local" else None
         moved = {target.layer.node, *descendants(student, [target.layer.node])} if target else set()
         changed = moved | descendants(student, [region.exit]) | {region.exit}
         return _Trial(program=student, features=features, changed=changed, bypass=(entry, region.exit), target=target)
 
-    def _rewritten(self, student: Program, regions: Sequence[Region], entry: str, mode: Mode) -> _Trial:
-        program = bypass(student, entry, regions[-1].exit)
-        if mode == "exact":
-            changes, settings = changes_of_drops(regions), self.settings.resolve
-            program = resolve_network(self.teacher, program, self.fit, changes, settings=settings).program
+    def _rewritten(
+        self, student: Program, chosen: Sequence[Region], candidates: Sequence[Region], mode: Mode
+    ) -> list[_Trial]:
+        """Each candidate bypassed, and what lies behind it solved or adaptors trained. Each process takes some of them,
+        the longest way behind the region first."""
+        entries = [standing_for(region.entry, chosen) for region in candidates]
+        if mode == "adaptors":
+            rows = zip(entries, candidates, strict=True)
+            programs = [self._adapted(student, entry, [*chosen, region]) for entry, region in rows]
         else:
-            around = Around(entry=entry, drops=tuple(regions))
-            program = train_adaptors(self.teacher, program, self.fit, around, settings=self.settings.adaptors)
-        features = tuple(standing_for(name, regions) for name in self.features)
-        calls = {n.name for n in program.graph.nodes if n.op == "call_function"}
-        return _Trial(program=program, features=features, changed=calls)
+            bare = [bypass(student, e, region.exit) for e, region in zip(entries, candidates, strict=True)]
+            behind = [float(len(descendants(student, [region.exit]))) for region in candidates]
+            work = [partial(self._solved, p, [*chosen, region]) for p, region in zip(bare, candidates, strict=True)]
+            solved = spread(list(zip(behind, work, strict=True)))
+            programs = [changed(program, *found) for program, found in zip(bare, solved, strict=True)]
+        trials = []
+        for program, region in zip(programs, candidates, strict=True):
+            features = tuple(standing_for(name, [*chosen, region]) for name in self.features)
+            calls = {n.name for n in program.graph.nodes if n.op == "call_function"}
+            trials.append(_Trial(program=program, features=features, changed=calls))
+        return trials
+
+    def _solved(self, program: Program, regions: Sequence[Region]) -> tuple[dict[str, Any], Tensors]:
+        """What solving all that lies behind dropped regions changes."""
+        changes, settings = changes_of_drops(regions), self.settings.resolve
+        found = resolve_network(self.teacher, program, self.fit, changes, settings=settings).program
+        return with_changes({}, program, found)
+
+    def _adapted(self, student: Program, entry: str, regions: Sequence[Region]) -> Program:
+        around, bare = Around(entry=entry, drops=tuple(regions)), bypass(student, entry, regions[-1].exit)
+        return train_adaptors(self.teacher, bare, self.fit, around, settings=self.settings.adaptors)
 
     def _layer_in_front(self, student: Program, regions: Sequence[Region], entry: str) -> Target | None:
         """The last layer whose anchor is the value that would play the dropped region's exit."""
@@ -222,19 +247,21 @@ class Recoverability:
         ours = {name for t in targets for name in (t.layer.input, t.anchor)}
         theirs = {name for t in targets for name in t.counterparts}
         batches, thin = -(-len(self.fit) // self.batch_size), self.settings.resolve.rows_per_column
-        for batch in self.fit.batches(self.batch_size):
+        for _, batch in own(self.fit.batches(self.batch_size)):
             with torch.no_grad():
                 left = run_until(student, ours, bind(student, batch))
                 right = run_until(self.teacher, theirs, bind(self.teacher, batch))
             for trial in trials:
                 if trial.target is not None:
                     part = batch_moments(student, trial.target, left, right, batches, thin)
-                    trial.sums = trial.sums or MomentSum()
                     trial.sums.add(part)
-        for trial in trials:
-            if trial.target is not None and trial.sums is not None:
-                trial.tensors = self._weights(student, trial.target, trial.sums.moments())
-                trial.sums = None
+        solved = [(trial, trial.target) for trial in trials if trial.target is not None]
+        tasks = []
+        for trial, target in solved:
+            moments, trial.sums = trial.sums.moments(), MomentSum()
+            tasks.append((solving_macs(moments), partial(self._weights, student, target, moments)))
+        for (trial, _), tensors in zip(solved, spread(tasks), strict=True):
+            trial.tensors = tensors
 
     def _weights(self, student: Program, target: Target, moments: Moments) -> dict[str, torch.Tensor]:
         correction = solve(moments, ridge=self.settings.resolve.ridge_for(len(self.fit)), bias=False)
@@ -245,7 +272,7 @@ class Recoverability:
         """Feature errors on the judging samples. What a trial does not change is run once for all of them."""
         shared = {name for t in trials for name in t.boundary()}
         sums = WideSums()
-        for batch in self.judge.batches(self.batch_size):
+        for _, batch in own(self.judge.batches(self.batch_size)):
             with torch.no_grad():
                 wanted = run_until(self.teacher, self.features, bind(self.teacher, batch))
                 start = bind(student, batch)
@@ -281,7 +308,7 @@ class _Trial:
     changed: set[str]
     bypass: tuple[str, str] | None = None
     target: Target | None = None
-    sums: MomentSum | None = None
+    sums: MomentSum = field(default_factory=MomentSum)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def boundary(self) -> set[str]:

@@ -14,6 +14,7 @@ from ...compiler.devices.precision import WideSums, added
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.execute import Tensors, bind, descendants, run_until
 from ...compiler.ir.program import is_tensor, output_nodes
+from ...compiler.processes.sharing import in_batches, own
 from ...compiler.support.memory import at_most
 from ...compiler.support.progress import Progress, silent
 from .factorize import shift_tensors
@@ -65,10 +66,10 @@ class RankTrials:
         held = calls if exchanged else self._outputs
         behind = {name: descendants(program, [name]) | {name} for name in exchanged}
         sums = WideSums()
-        size = self._batch_that_fits()
+        size = in_batches(len(self.samples), self._batch_that_fits())
         done, whole = 0, len(exchanged) * -(-len(self.samples) // size)
         with torch.no_grad():
-            for batch in self.samples.batches(size):
+            for _, batch in own(self.samples.batches(size)):
                 given = bind(program, batch)
                 wanted = run_until(program, self._outputs, given)
                 values = run_until(program, held, given, _merged(base), free=not exchanged)

@@ -8,10 +8,10 @@ that are cheaper than the layer and not dominated (cheaper and better at once) b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Literal, TypeVar, get_args
 
@@ -19,6 +19,7 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import spread_along
 from ...compiler.support.errors import GoalError, Reject, RewriteError
 from ...compiler.support.progress import Progress, silent
 from ...compiler.support.setting_checks import (
@@ -194,21 +195,36 @@ class RankAnalysis:
 
     def _every(self, found: Mapping[str, Candidate], progress: Progress) -> dict[str, tuple[Option, ...]]:
         """The options of all candidates, from their moments."""
+        names: list[str] = []
+        tasks = self._tasks(list(found), names, lambda name, moments: self._options(found[name], moments))
         options = {}
-        for index, (name, moments) in enumerate(self._each(list(found))):
-            options[name] = self._options(found[name], moments)
+        for index, made in enumerate(spread_along(tasks)):
+            options[names[index]] = made
             progress("decompose layers", index + 1, len(found))
         return options
+
+    def _tasks(
+        self, names: Sequence[str], met: list[str], make: Callable[[str, Moments | None], T]
+    ) -> Iterator[tuple[float, Callable[[], T]]]:
+        """What to make of each layer's moments, with about what that takes; `met` says the layers in their order."""
+        for name, moments in self._each(names):
+            met.append(name)
+            yield float(self._sizes[name].columns) ** 3, partial(make, name, moments)
 
     def factors(self, choice: Mapping[str, Option], *, progress: Progress = silent) -> list[Factors]:
         """The factors of the chosen options, by node. Raises RewriteError for what is no candidate."""
         candidates = {name: self._known(name) for name in choice}
-        found = {}
-        for index, (name, moments) in enumerate(self._each(list(choice))):
+
+        def made(name: str, moments: Moments | None) -> Factors:
             candidate, option = candidates[name], choice[name]
             metric, gain = self._metric(candidate, moments)
             decomposition = decompose(self.program, candidate.layer, option.scheme, metric, gain, option.ranks)
-            found[name] = Factors.of(name, decomposition, option.ranks)
+            return Factors.of(name, decomposition, option.ranks)
+
+        names: list[str] = []
+        found = {}
+        for index, factors in enumerate(spread_along(self._tasks(list(choice), names, made))):
+            found[names[index]] = factors
             progress("factorise", index + 1, len(choice))
         return [found[name] for name in choice]
 
@@ -242,11 +258,14 @@ class RankAnalysis:
             bound = goal.error if goal.error is not None else 1 - (goal.energy or 0.0)
             kept = {n: [o for o in c.options if o.error <= bound] for n, c in self.candidates.items()}
             return {name: options[0] for name, options in kept.items() if options}
-        found = {}
-        for name, moments in self._each(list(self.candidates)):
-            options = self._at(self.candidates[name], goal, moments)
-            if options:
-                found[name] = min(options, key=lambda option: (option.error, option.macs))
+        names: list[str] = []
+        tasks = self._tasks(list(self.candidates), names, lambda name, m: self._at(self.candidates[name], goal, m))
+        every = list(spread_along(tasks))
+        found = {
+            name: min(options, key=lambda option: (option.error, option.macs))
+            for name, options in zip(names, every, strict=True)
+            if options
+        }
         return {name: found[name] for name in self.candidates if name in found}
 
     def _at(self, candidate: Candidate, goal: Ranks, moments: Moments | None) -> list[Option]:

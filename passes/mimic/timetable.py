@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
+from ...compiler.processes.sharing import by_first
 from .settings import MimicSettings
 
 #: Iterations that say how long the next ones take. The first of all, which makes room in memory, counts only as long as
@@ -54,17 +55,24 @@ class Timetable:
 
     def allows_ahead(self, needed_s: float) -> bool:
         """Whether something may take so long before training begins."""
-        return needed_s <= MOST_AHEAD * self.left_s
+        return self._seconds is None or by_first(lambda: needed_s <= MOST_AHEAD * self.left_s)
 
     def goes_on(self, done: int) -> bool:
         """Whether there is another iteration behind those that are done."""
-        left_s = self.left_s
-        if math.isfinite(left_s) and self._step_s:
+        if self._seconds is None:
+            return done < self.iterations
+        self.iterations, left = by_first(lambda: self._planned(done))
+        return left and done < self.iterations
+
+    def _planned(self, done: int) -> tuple[int, bool]:
+        """How many iterations fit in, and whether any time is left."""
+        left_s, iterations = self.left_s, self.iterations
+        if self._step_s:
             step_s = sum(self._step_s) / len(self._step_s)
             looks = math.ceil(self._checks * (1 - self.checked / max(1, self.iterations)))
             more = affordable(left_s, step_s, self._look_s, max(1, looks))
-            self.iterations = max(done, min(self.most, done + more))
-        return done < self.iterations and left_s > 0
+            iterations = max(done, min(self.most, done + more))
+        return iterations, left_s > 0
 
     def ran_out(self, done: int) -> bool:
         """Whether time has ended the training before its iterations were done."""

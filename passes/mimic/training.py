@@ -14,12 +14,14 @@ from torch.utils import _pytree as pytree
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import relative_to
-from ...compiler.devices.precision import WideSums
+from ...compiler.devices.precision import WideSum, WideSums, totals
 from ...compiler.ir.compare import squared_distance
 from ...compiler.ir.cost import call_macs
 from ...compiler.ir.edit import expose
 from ...compiler.ir.execute import device_of, placed
 from ...compiler.ir.program import Batch, Program, as_arguments
+from ...compiler.processes.sharing import by_first, in_batches, in_place, own
+from ...compiler.processes.team import team
 from ...compiler.support import tally
 from ...compiler.support.errors import MimicError, first_line
 from ...compiler.support.memory import at_most, samples_at_once
@@ -68,7 +70,8 @@ class Training:
         self.bfloat16 = _bfloat16_pays(self.device) if settings.bfloat16 is None else settings.bfloat16
         #: Samples that go through a network together: those of an iteration, unless memory is limited.
         self._at_once = settings.batch_size
-        if all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs):
+        self._by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
+        if self._by_sample:
             taken = live_bytes(teacher).whole + TRAINED * live_bytes(trainee).whole
             self._at_once = samples_at_once(taken, settings.batch_size)
         self._generator = torch.Generator().manual_seed(lesson.seed)
@@ -97,8 +100,7 @@ class Training:
         """Cache the teacher's values; where that, or the memory for it, leaves too much work, go over to crops, then to
         fewer iterations."""
         teacher, student, work = lesson.teacher, lesson.student, self.work
-        by_sample = all(batch_first(teacher, teacher.nodes[p.teacher]) for p in self.pairs)
-        cacheable = self.settings.augment is None and by_sample
+        cacheable = self.settings.augment is None and self._by_sample
         if cacheable and work.affords(cached=True) >= work.iterations:
             self.cache = self._teacher_values()
             cacheable = self.cache is not None
@@ -180,30 +182,56 @@ class Training:
         return bool(self._sound)
 
     def _gradients(self, batch: Batch, indices: torch.Tensor) -> bool:
-        """Leave the loss's gradients with the parameters; whether there are any. Where not all samples go through at
-        once, the gradients of their parts add up: each loss is relative to what all of them have."""
-        bounds = [(at, at + self._at_once) for at in range(0, len(indices), self._at_once)]
+        """Leave the loss's gradients with the parameters; whether there are any. Samples go through in parts, of several
+        processes each has its own, and the gradients add up in float64: each loss is relative to what all of them
+        have."""
+        size = self._part(len(indices))
+        bounds = [(at, at + size) for _, at in own(range(0, len(indices), size))]
         parts = [pytree.tree_map(lambda leaf, a=a, b=b: leaf[a:b], batch) for a, b in bounds]
-        parts = parts if len(bounds) > 1 else [batch]
         if self.cache is None:
             wanted = [self._values(self.teacher, part) for part in parts]
         else:
             wanted = [[value[indices[a:b]] for value in self.cache] for a, b in bounds]
-        energies = [sum(t.float().square().sum() for t in column) for column in zip(*wanted, strict=True)]
-        self._optimiser.zero_grad(set_to_none=True)
+        energies = self._energies(wanted)
+        gradients = [WideSum() for _ in self.parameters]
+        cause: MimicError | None = None
         for part, theirs in zip(parts, wanted, strict=True):
+            self._optimiser.zero_grad(set_to_none=True)
             loss = self._loss(self._values(self.student, part), theirs, energies)
             if not loss.requires_grad:
-                return False
-            _backward(loss)
-        return True
+                break
+            cause = _backward(loss)
+            if cause is not None:
+                break
+            for total, parameter in zip(gradients, self.parameters, strict=True):
+                if parameter.grad is not None:
+                    total.add(parameter.grad)
+        for other in team().objects(cause) if self.done == 1 else ():
+            if other is not None:
+                raise other
+        found = totals(gradients)
+        for parameter, gradient in zip(self.parameters, found, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+        return any(gradient is not None for gradient in found)
+
+    def _part(self, samples: int) -> int:
+        """How many of some samples go through together: what values are cannot be told by sample, or some of them."""
+        return in_batches(samples, self._at_once) if self._by_sample else self._at_once
+
+    def _energies(self, wanted: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Of each value that is compared the sum of squares over all parts."""
+        sums = [WideSum() for _ in self.pairs]
+        for part in wanted:
+            for total, value in zip(sums, part, strict=True):
+                total.add(value.float().square().sum())
+        return [torch.zeros(()) if total is None else total.float().to(self.device) for total in totals(sums)]
 
     def error(self) -> tuple[float, float]:
         """Held-out relative squared error in full precision: (mean over features and outputs, mean over outputs
         alone)."""
         sums = WideSums()
         with torch.no_grad():
-            for batch in self.held_out.batches(self._at_once):
+            for _, batch in own(self.held_out.batches(self._part(len(self.held_out)))):
                 batch = placed(self._programs[True], batch)
                 args, kwargs = as_arguments(batch)
                 tally.count(tally.FORWARD, sum(call_macs(p, p.flatten(batch)) for p in self._programs.values()))
@@ -271,32 +299,36 @@ class Training:
 
     def _teacher_values(self) -> list[torch.Tensor] | None:
         """The teacher's values on all samples, or None when they would not fit into memory or time."""
+        size = self._part(len(self.calibration))
         parts: list[list[torch.Tensor]] = []
-        began = monotonic()
-        for batch in self.calibration.batches(self._at_once):
-            parts.append(self._values(self.teacher, batch))
-            share = min(1.0, len(parts) * self._at_once / len(self.calibration))
-            if not self._time.allows_ahead((monotonic() - began) / share):
-                return None
-            if (
-                sum(v.numel() * v.element_size() for v in parts[0]) * len(self.calibration)
-                > at_most(self.settings.cache_bytes) * self._at_once
-            ):
-                return None
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        batches = own(self.calibration.batches(size))
+
+        def first() -> tuple[float, int]:
+            """What the first batch takes."""
+            began = monotonic()
+            parts.append(self._values(self.teacher, next(batches)[1]))
+            return monotonic() - began, sum(v.numel() * v.element_size() for v in parts[0])
+
+        seconds, held = by_first(first)
+        times = len(self.calibration) / size
+        if held * times > at_most(self.settings.cache_bytes) or not self._time.allows_ahead(seconds * times):
+            return None
+        parts += [self._values(self.teacher, batch) for _, batch in batches]
+        return [torch.cat(column) for column in zip(*in_place(parts), strict=True)]
 
 
-def _backward(loss: torch.Tensor) -> None:
-    """Raise MimicError where an operator has no gradient: that is the network's, and no fault of the training."""
+def _backward(loss: torch.Tensor) -> MimicError | None:
+    """What to raise where an operator has no gradient: that is the network's, and no fault of the training."""
     try:
         loss.backward()
     except RuntimeError as cause:  # torch's own operators raise NotImplementedError, which is one, custom ones this
         if isinstance(cause, NotImplementedError) or "no autograd formula was registered" in str(cause):
-            raise MimicError(
+            return MimicError(
                 f"an operator has no gradient: {first_line(cause)}",
                 hint="leave mimicking out (mimic=False), or register the operator's gradient",
-            ) from cause
+            )
         raise
+    return None
 
 
 def _channels_last(leaf: object) -> object:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -22,9 +23,10 @@ from ...compiler.analysis.unit_groups import UnitGroup
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.execute import descendants
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import in_turn, spread
 from ...compiler.support.memory import at_most
 from ...compiler.support.progress import Progress, silent
-from ..solve.closed_form import solve_without
+from ..solve.closed_form import solve_without, solving_macs
 from ..solve.layers import Layer, find_layers
 from ..solve.lockstep import Lockstep, Step, plan_steps
 from ..solve.moments import SplitMoments, check_finite, collect_split_moments, gram_bytes, split_batch_size
@@ -164,14 +166,16 @@ def select_layerwise(
         moments = collect_split_moments(program, layers, calibration, batch_size=size, rows_per_column=rows_per_column)
         several = {n for n in nodes if sum(n in readers[g.name] for g in batch) > 1}
         parts = _Objectives(program, consumers, moments, several, ridge)
-        for group in batch:
+
+        def chosen(group: UnitGroup, parts: _Objectives = parts) -> Selection:
             objectives = [parts.of(n, group) for n in readers[group.name]]
-            selection = (
-                select_units(objectives, counts[group.name], bound=guaranteed and all(map(_cheap, objectives)))
-                if objectives
-                else select_by_norm(provenance, group, counts[group.name], read=True)
-            )
-            found.append((group, selection))
+            if not objectives:
+                return select_by_norm(provenance, group, counts[group.name], read=True)
+            return select_units(objectives, counts[group.name], bound=guaranteed and all(map(_cheap, objectives)))
+
+        costs = [sum(_choosing_macs(moments[n]) for n in readers[group.name]) for group in batch]
+        tasks = [(cost, partial(chosen, group)) for cost, group in zip(costs, batch, strict=True)]
+        found += list(zip(batch, spread(tasks), strict=True))
         progress("channel moments", index + 1, index + 1)
     return found
 
@@ -205,6 +209,12 @@ def _batches(
         held += cost
     if batch:
         yield batch, nodes
+
+
+def _choosing_macs(moments: SplitMoments) -> float:
+    """About what a greedy choice among all columns of a layer takes: a step for each, which updates all others."""
+    groups, size, outputs = moments.whole.cross.shape
+    return float(groups * size**2 * (size + outputs))
 
 
 def _cheap(objective: Objective) -> bool:
@@ -360,8 +370,10 @@ class _Sweep:
             objective = _objective(self.program, consumer, columns, moments, bias=bias, ridge=ridge)
             # what other groups have lost by now explains nothing any more
             objective = _without_columns(objective, consumer.gone(removed))
-            selections[group.name] = select_units([objective], self.counts[group.name], bound=_cheap(objective))
+            choose = partial(select_units, [objective], self.counts[group.name], bound=_cheap(objective))
+            selections[group.name] = in_turn(_choosing_macs(moments), choose)
             removed[group.without(selections[group.name].order)] = True
         weight = consumer.layer.matrix(self.program.module.get_parameter(consumer.layer.weight).detach())
-        correction = solve_without(moments.whole, weight, consumer.gone(removed), ridge=ridge, bias=bias)
+        solve = partial(solve_without, moments.whole, weight, consumer.gone(removed), ridge=ridge, bias=bias)
+        correction = in_turn(solving_macs(moments.whole), solve)
         return write_correction(self.program, target, correction, moments.whole.rows, self.tensors)

@@ -23,6 +23,7 @@ from ...compiler.data.live_bytes import live_bytes
 from ...compiler.devices.precision import WideSums
 from ...compiler.ir.execute import bind, device_of, evaluate, run_until
 from ...compiler.ir.program import Program, is_size
+from ...compiler.processes.sharing import largest, own
 from ...compiler.support.memory import samples_at_once
 from ..solve.layers import Layer
 from .decision import MOST_EXPONENT, QuantizeLayer
@@ -167,7 +168,7 @@ class _Comparison:
                 for value in {reader.input for reader in group.readers}:
                     channels = values[value].abs().movedim(group.axes[value], 0).flatten(1).amax(1)
                     found[name] = torch.maximum(found[name], channels) if name in found else channels
-        return {name: largest.cpu().double() for name, largest in found.items()}
+        return largest({name: most.cpu().double() for name, most in found.items()}, list(self.groups))
 
     def lost(self, exponents: Exponents) -> dict[str, float]:
         """For each group, the sum of squares of what rounding changes of its readers' outputs, as they are without
@@ -222,7 +223,7 @@ class _Comparison:
             inside = [program.nodes[value] for group in self.groups.values() for value in group.values]
             wanted |= {writer.node for group in self.groups.values() for writer in group.writers}
             wanted |= {operand.name for node in inside for operand in node.all_input_nodes if is_size(operand)}
-        for batch in self.few.batches(samples_at_once(2 * live_bytes(program).whole, 8)):
+        for _, batch in own(self.few.batches(samples_at_once(2 * live_bytes(program).whole, 4))):
             with torch.no_grad():
                 yield run_until(program, sorted(wanted), bind(program, batch))
 

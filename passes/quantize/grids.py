@@ -13,6 +13,7 @@ from ...compiler.data.output_error import bounded, output_error
 from ...compiler.devices.precision import WideSums, added, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import own
 from ...compiler.support.memory import samples_at_once
 from ..solve.layers import Layer
 from ..solve.resolve_network import batch_size_for
@@ -103,7 +104,7 @@ def _each(
     for layer in (there[name] for name in layers):
         if layer.input in holders:
             readers[holders[layer.input]].setdefault(layer.input, []).append(layer)
-    for batch in few.batches(samples_at_once(2 * live_bytes(program).whole, 8)):
+    for _, batch in own(few.batches(samples_at_once(2 * live_bytes(program).whole, 4))):
         with torch.no_grad():
             values = run_until(program, list(holders), bind(program, batch))
             for name, grids in offered.items():

@@ -13,6 +13,7 @@ from ...compiler.devices.precision import WideSum, in_float64
 from ...compiler.ir.edit import set_tensors
 from ...compiler.ir.execute import run_until
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import in_batches, in_turn
 from ...compiler.support.errors import RewriteError, plural
 from ...compiler.support.progress import Progress, silent
 from ..solve.layers import Layer, add_delta, current_parameter, find_layers
@@ -20,7 +21,7 @@ from ..solve.lockstep import Lockstep, Step, plan_steps
 from ..solve.moments import Moments, thinning
 from ..solve.resolve_network import batch_size_for, touched
 from .edit_quantize import LEAST_SCALE, IntegerWeights, ValueGrid, quantize_program
-from .rounding import Rounded, rounded
+from .rounding import Rounded, rounded, rounding_macs
 from .values import quantizable
 
 #: A bias is at most so many steps: half of what int32 holds, so that sums of products fit in beside it.
@@ -62,7 +63,7 @@ def quantize(
     steps = plan_steps(program, student, groups, changed)
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[str, Rounded] = {}
-    batch_size = batch_size_for(student, there.values())
+    batch_size = in_batches(len(samples), batch_size_for(student, there.values()))
     with Lockstep(program, student, samples, batch_size=batch_size) as lockstep:
         for done, step in enumerate(steps, 1):
             lockstep.advance(step, tensors)
@@ -136,7 +137,9 @@ def _round(
     weight = current_parameter(student, layer.weight, tensors)
     bias = None if layer.bias is None else current_parameter(student, layer.bias, tensors)
     matrix = _matrix(layer, weight, bias)
-    found = rounded(matrix, _gram(layer, gram), how.limit, _least_scales(matrix, bias, grid))
+    least = _least_scales(matrix, bias, grid)
+    macs = rounding_macs(matrix)
+    found = in_turn(macs, lambda: rounded(matrix, _gram(layer, gram), how.limit, least))
     tensors[layer.weight] = found.weight.reshape(weight.shape).to(weight)
     if layer.bias is not None and bias is not None:
         tensors[layer.bias] = add_delta(bias, found.shift)

@@ -16,6 +16,7 @@ from ...compiler.data.live_bytes import live_bytes, value_bytes
 from ...compiler.devices.precision import WideSum, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import in_batches, largest, own
 from ...compiler.support.errors import CalibrationError, RewriteError
 from ...compiler.support.memory import samples_at_once
 from .edit_quantize import LEAST_SCALE, ValueGrid
@@ -90,6 +91,7 @@ def _ends(
             both = torch.stack([-least, most]).to(widest(value.device))
             ends[name] = torch.maximum(ends[name], both) if name in ends else both  # NaN stays NaN
     low, high = {}, {}
+    ends = largest(ends, names)
     for name, (least, most) in zip(ends, torch.stack(list(ends.values())).tolist(), strict=True):
         if not (math.isfinite(least) and math.isfinite(most)):
             raise CalibrationError(
@@ -106,7 +108,8 @@ def _batches(
     program: Program, names: Sequence[str], samples: CalibrationSet, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     held = sum(value_bytes(program, program.nodes[name]) for name in names)
-    for batch in samples.batches(samples_at_once(held + live_bytes(program).most, batch_size)):
+    size = in_batches(len(samples), batch_size)
+    for _, batch in own(samples.batches(samples_at_once(held + live_bytes(program).most, size))):
         with torch.no_grad():
             found = run_until(program, list(names), bind(program, batch))
         yield {name: found[name] for name in names}

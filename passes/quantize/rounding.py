@@ -72,8 +72,7 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int, least: torch.T
     order = diagonal[:, :-1].mean(0).argsort(descending=True)
     order = torch.cat([order, order.new_full((1,), columns)])
     damped = gram[:, order][:, :, order] + DAMPING * torch.diag_embed(level.unsqueeze(1).expand(groups, columns + 1))
-    size = columns + 1
-    tally.count(tally.ALGEBRA, groups * (2 / 3 * size**3 + size**2 * outputs / 2 + 2 * size**2 * outputs))
+    tally.count(tally.ALGEBRA, rounding_macs(weight))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)
     open_ = torch.cat([weight, weight.new_zeros(groups, outputs, 1)], 2)[:, :, order]
@@ -84,6 +83,13 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor, limit: int, least: torch.T
     chosen = torch.where(better, fitted, _with_bias(weight, nearest, gram))
     values = torch.round(chosen[:, :, :-1] / scales)
     return Rounded(values=values.to(torch.int8), scales=scales, shift=chosen[:, :, -1])
+
+
+def rounding_macs(weight: torch.Tensor) -> float:
+    """Multiply-accumulates of rounding a weight (groups, outputs, columns): three factors, the columns in turn, and two
+    losses."""
+    groups, outputs, size = weight.shape[0], weight.shape[1], weight.shape[2] + 1
+    return groups * (2 / 3 * size**3 + size**2 * outputs / 2 + 2 * size**2 * outputs)
 
 
 def _in_turn(open_: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, limit: int) -> torch.Tensor:

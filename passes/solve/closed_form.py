@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...compiler.processes.sharing import in_turn
 from ...compiler.support import tally
 from .moments import Moments, SplitMoments
 
@@ -77,10 +78,20 @@ def judged_solve(moments: SplitMoments, *, ridge: float, bias: bool, margin: flo
     Another than the one asked for has to lose a share of `margin` less: what each layer leaves undone adds up over the
     network, what it fits too closely does where samples are few. With no rows held out this is `solve`.
     """
-    if moments.held is None or ridge == 0:
-        return solve(moments.whole, ridge=ridge, bias=bias)
-    best = _best_factor(moments.whole - moments.held, moments.held, ridge, bias, margin)
-    return solve(moments.whole, ridge=best * ridge, bias=bias) if best > 0 else _nothing(moments.whole, bias)
+    held = moments.held
+    if held is None or ridge == 0:
+        return in_turn(solving_macs(moments.whole), lambda: solve(moments.whole, ridge=ridge, bias=bias))
+
+    def judged() -> Correction:
+        best = _best_factor(moments.whole - held, held, ridge, bias, margin)
+        return solve(moments.whole, ridge=best * ridge, bias=bias) if best > 0 else _nothing(moments.whole, bias)
+
+    return in_turn((1 + len(COARSE)) * solving_macs(moments.whole), judged)
+
+
+def solving_macs(moments: Moments) -> float:
+    """Multiply-accumulates of one solve."""
+    return _solve_macs(moments.cross)
 
 
 def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool, margin: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import in_batches
 from ...compiler.support.memory import at_most
 from .layers import Layer
 from .moments import Moments, collect_moments, gram_bytes
@@ -34,7 +35,7 @@ class LayerMoments:
         self._rows_per_column, self._memory_bytes = rows_per_column, at_most(MEMORY_BYTES)
         self._kept: dict[str, Moments] = {}
         # of all layers: sums are then added up alike, whichever of them are collected together
-        self._batch_size = batch_size_for(program, layers.values())
+        self._batch_size = in_batches(len(calibration), batch_size_for(program, layers.values()))
 
     def __call__(self, names: Sequence[str]) -> Iterator[tuple[str, Moments]]:
         """Each of the named layers once, those in memory first. Raises CalibrationError when activations are not

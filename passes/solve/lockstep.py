@@ -22,6 +22,8 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.devices.room import free_bytes
 from ...compiler.ir.execute import Tensors, bind, device_of, required, run_nodes
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import own
+from ...compiler.processes.team import team
 from .spilled import Spilled
 from .targets import Target
 
@@ -58,8 +60,9 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One batch at a group: student values up to the frontier, and the teacher's."""
+    """One batch at a group, by its place among all: student values up to the frontier, and the teacher's."""
 
+    batch: int
     student: dict[str, Any]
     teacher: dict[str, Any]
 
@@ -142,7 +145,7 @@ def _split(student: Program, wanted: set[str], known: set[str], changed: set[str
 
 
 class Lockstep:
-    """Runs the steps of a sweep. Use as a context manager: temporary files are removed on leaving, also after
+    """Runs the steps of a sweep, each process on its own batches. Use as a context manager: temporary files are removed on leaving, also after
     Ctrl-C."""
 
     def __init__(
@@ -159,10 +162,13 @@ class Lockstep:
         self.teacher = teacher
         self.student = student
         self._batch_size = batch_size
-        self._frontiers: list[Frontier | Spilled] = [
-            (bind(teacher, batch), bind(student, batch)) for batch in calibration.batches(batch_size)
-        ]
-        self._ram_bytes = int(FREE_SHARE * free_bytes(device_of(student))) if ram_bytes is None else ram_bytes
+        self._batches = -(-len(calibration) // batch_size)
+        batches = list(own(calibration.batches(batch_size)))
+        #: The places of this process's batches among all, and the frontier of each.
+        self._places = [place for place, _ in batches]
+        self._frontiers: list[Frontier | Spilled] = [(bind(teacher, b), bind(student, b)) for _, b in batches]
+        free = free_bytes(device_of(student)) // team().neighbours
+        self._ram_bytes = int(FREE_SHARE * free) if ram_bytes is None else ram_bytes
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Lockstep:
@@ -175,7 +181,8 @@ class Lockstep:
             self._folder.cleanup()
 
     def __len__(self) -> int:
-        return len(self._frontiers)
+        """The number of batches, those of other processes included."""
+        return self._batches
 
     def advance(self, step: Step, tensors: Tensors) -> None:
         """Move every frontier up to the group's first layer, with the weights as they are by now."""
@@ -187,12 +194,15 @@ class Lockstep:
             self._store(index, (_only(teacher, step.teacher_needs), student))
 
     def views(self, step: Step, most: int | None = None) -> Iterator[View]:
-        """For each batch, the values that the group's nodes start from; where `most` is given, of no more batches than
-        so many samples take."""
+        """For each batch of this process, the values that the group's nodes start from; where `most` is given, of those
+        among the first batches that hold so many samples."""
         count = len(self) if most is None else min(len(self), -(-most // self._batch_size))
-        for index in range(count):
+        for index, place in enumerate(self._places):
+            if place >= count:
+                return
             teacher, student = self._load(index)
-            yield View(student={**student, **{name: teacher[name] for name in step.scratch_shared}}, teacher=teacher)
+            shared = {name: teacher[name] for name in step.scratch_shared}
+            yield View(batch=place, student={**student, **shared}, teacher=teacher)
 
     def finish(self, step: Step) -> None:
         """Forget what no later step reads."""

@@ -3,15 +3,16 @@ the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
-from ...compiler.devices.precision import WideSum, exact_products, widest
+from ...compiler.devices.precision import WideSum, exact_products, totals, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import in_batches, own
 from ...compiler.support import tally
 from ...compiler.support.errors import CalibrationError
 from .layers import Layer
@@ -116,22 +117,37 @@ def _self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
 
 
 class MomentSum:
-    """The moments of more and more batches, added up where they are: each of their sums is a `WideSum`."""
+    """The moments of more and more batches, added up where they are: each of their sums is a `WideSum`. Of several
+    processes each adds its own batches."""
 
     def __init__(self) -> None:
-        self._gram, self._cross, self._energy = WideSum(), WideSum(), WideSum()
-        self._rows = 0
+        self._gram, self._cross, self._energy, self._rows = WideSum(), WideSum(), WideSum(), WideSum()
 
     def add(self, part: Moments) -> None:
         """Those of one more batch."""
         self._gram.add(part.gram)
         self._cross.add(part.cross)
         self._energy.add(part.energy)
-        self._rows += part.rows
+        self._rows.add(torch.tensor(part.rows, dtype=torch.float64, device="cpu"))
 
     def moments(self) -> Moments:
-        """Those of all batches, in float64."""
-        return Moments(gram=self._gram.value(), cross=self._cross.value(), energy=self._energy.value(), rows=self._rows)
+        """Those of all batches of all processes, in float64."""
+        (found,) = self.together([self])
+        if found is None:
+            raise ValueError("there are no moments of no batches")
+        return found
+
+    @staticmethod
+    def together(sums: Sequence[MomentSum]) -> list[Moments | None]:
+        """The moments of several sums, in one exchange of the processes; None where there were no batches."""
+        found = iter(totals([part for s in sums for part in (s._gram, s._cross, s._energy, s._rows)]))
+        moments: list[Moments | None] = []
+        for gram, cross, energy, rows in zip(found, found, found, found, strict=True):
+            if gram is None or cross is None or energy is None or rows is None:
+                moments.append(None)
+            else:
+                moments.append(Moments(gram=gram, cross=cross, energy=energy, rows=int(rows)))
+        return moments
 
 
 #: Of so many batches the last is held out of what predicts errors.
@@ -147,10 +163,10 @@ class SplitMoments:
     held: Moments | None = None
 
     @classmethod
-    def of(cls, parts: Iterable[Moments]) -> SplitMoments:
-        """From the moments of each batch, of which there is at least one."""
+    def of(cls, parts: Iterable[tuple[int, Moments]]) -> SplitMoments:
+        """From the moments of each batch of this process, with its place among those of all; there is one at least."""
         total = _SplitSum()
-        for index, part in enumerate(parts):
+        for index, part in parts:
             total.add(index, part)
         return total.moments()
 
@@ -164,23 +180,24 @@ class _SplitSum:
     """`MomentSum` of all batches, and of those that are held out."""
 
     def __init__(self) -> None:
-        self._whole = MomentSum()
-        self._held: MomentSum | None = None
+        self._whole, self._held = MomentSum(), MomentSum()
 
     def add(self, batch: int, part: Moments) -> None:
         self._whole.add(part)
         if batch % HOLD_OUT == HOLD_OUT - 1:
-            self._held = self._held or MomentSum()
             self._held.add(part)
 
     def moments(self) -> SplitMoments:
-        return SplitMoments(whole=self._whole.moments(), held=None if self._held is None else self._held.moments())
+        whole, held = MomentSum.together([self._whole, self._held])
+        if whole is None:
+            raise ValueError("there are no moments of no batches")
+        return SplitMoments(whole=whole, held=held)
 
 
 def split_batch_size(calibration: CalibrationSet, most: int) -> int:
     """Samples per batch, about so many at most, such that batches are held out wherever there are samples for that and
     the views of a sample share its batch."""
-    size = max(1, min(most, -(-len(calibration) // HOLD_OUT)))
+    size = in_batches(len(calibration), most)
     views = calibration.most_views
     return max(views, size // views * views)
 
@@ -200,11 +217,11 @@ def collect_moments(
     describe the layer as it is. `rows_per_column` caps the rows that are read, relative to a layer's columns (None:
     all). Memory: one batch of activations plus the moments. Raises CalibrationError when a layer's input is not finite.
     """
-    totals: dict[str, MomentSum] = {}
     chosen = {name: layers[name] for name in names or layers}
+    sums = {name: MomentSum() for name in chosen}
     for _, name, part in _batch_parts(program, chosen, calibration, batch_size, rows_per_column):
-        totals.setdefault(name, MomentSum()).add(part)
-    found = {name: total.moments() for name, total in totals.items()}
+        sums[name].add(part)
+    found = {name: total.moments() for name, total in sums.items()}
     for name, moments in found.items():
         check_finite(moments, program, name)
     return found
@@ -219,10 +236,10 @@ def collect_split_moments(
     rows_per_column: int | None = None,
 ) -> dict[str, SplitMoments]:
     """`collect_moments`, those of the held-out batches beside those of all."""
-    totals: dict[str, _SplitSum] = {}
+    sums = {name: _SplitSum() for name in layers}
     for index, name, part in _batch_parts(program, layers, calibration, batch_size, rows_per_column):
-        totals.setdefault(name, _SplitSum()).add(index, part)
-    found = {name: total.moments() for name, total in totals.items()}
+        sums[name].add(index, part)
+    found = {name: total.moments() for name, total in sums.items()}
     for name, moments in found.items():
         check_finite(moments.whole, program, name)
     return found
@@ -235,12 +252,12 @@ def _batch_parts(
     batch_size: int,
     rows_per_column: int | None,
 ) -> Iterator[tuple[int, str, Moments]]:
-    """(batch, layer, moments) for each batch of the calibration set and each layer."""
+    """(batch, layer, moments) for each batch of the calibration set that is this process's, and each layer."""
     if not layers:
         return
     batches = -(-len(calibration) // batch_size)
     inputs = sorted({layer.input for layer in layers.values()}, key=program.order.__getitem__)
-    for index, batch in enumerate(calibration.batches(batch_size)):
+    for index, batch in own(calibration.batches(batch_size)):
         with torch.no_grad():
             values = run_until(program, inputs, bind(program, batch))
             for name, layer in layers.items():

@@ -16,13 +16,16 @@ did not lower the error.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
-from ...compiler.devices.precision import WideSum, WideSums, wide_sum
+from ...compiler.devices.precision import WideSum, WideSums, totals, wide_sum
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import spread
 from ...compiler.support import tally
+from .closed_form import solving_macs
 from .layers import add_delta, current_parameter
 from .lockstep import Lockstep, Step, View
 from .moments import Moments
@@ -55,12 +58,9 @@ def propose_step(
     gradients, sides = _collect(lockstep, step, inner, tensors, seed)
     if not gradients:
         return {}
-    changes = []
-    for target, gradient, side in zip(inner, gradients, sides, strict=True):
-        seen = moments[target.layer.node]
-        gram = seen.gram[:, :-1, :-1] / seen.rows
-        left = torch.linalg.solve(_damped(gram, INPUT_RIDGE), gradient.transpose(1, 2))
-        changes.append(torch.linalg.solve(_damped(side, OUTPUT_RIDGE), left.transpose(1, 2)))
+    seen = [moments[target.layer.node] for target in inner]
+    tasks = [(solving_macs(m), partial(_change, m, g, s)) for m, g, s in zip(seen, gradients, sides, strict=True)]
+    changes = spread(tasks)
     if not all(bool(c.isfinite().all()) and bool(c.any()) for c in changes):
         return {}
     length = _line_search(lockstep, step, inner, changes, tensors)
@@ -72,15 +72,20 @@ def propose_step(
     }
 
 
+def _change(seen: Moments, gradient: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """(G + l I)^-1 D (Q + m I)^-1, transposed."""
+    gram = seen.gram[:, :-1, :-1] / seen.rows
+    left = torch.linalg.solve(_damped(gram, INPUT_RIDGE), gradient.transpose(1, 2))
+    return torch.linalg.solve(_damped(side, OUTPUT_RIDGE), left.transpose(1, 2))
+
+
 def _collect(
     lockstep: Lockstep, step: Step, inner: Sequence[Target], tensors: dict[str, torch.Tensor], seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64."""
     student, end = lockstep.student, step.targets[-1]
-    generator = torch.Generator().manual_seed(seed)
-    gradients = [WideSum() for _ in inner]
-    sides = [WideSum() for _ in inner]
-    rows = [0] * len(inner)
+    # of each layer the gradients, the sides, and the rows that they come from
+    sums = [[WideSum() for _ in inner] for _ in range(3)]
     for view in lockstep.views(step, _samples(student, end)):
         weights = {
             t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
@@ -90,21 +95,25 @@ def _collect(
         tally.count(tally.GRADIENT, GRADIENTS_OF_FORWARD * done[tally.FORWARD])
         result = values[end.anchor]
         if not result.requires_grad:
-            return [], []
+            break
         residual = residual_at(end.teacher_value(view.teacher), result.detach(), end.zone)
-        drawn = torch.randint(0, 2, result.shape, generator=generator)  # the same on any device
+        # the same on any device, and whoever has the batch
+        generator = torch.Generator().manual_seed(seed * len(lockstep) + view.batch)
+        drawn = torch.randint(0, 2, result.shape, generator=generator)
         signs = drawn.to(result, non_blocking=True) * 2 - 1
         outputs = [values[t.layer.node] for t in inner]
         toward = _gradients(result, list(weights.values()), residual)
         probes = _gradients(result, outputs, signs)
         for index, target in enumerate(inner):
             side = target.layer.outputs(probes[index])
-            gradients[index].add(target.layer.matrix(toward[index]))
-            sides[index].add(torch.bmm(side, side.transpose(1, 2)))
-            rows[index] += side.shape[2]
-    means = [
-        [total.value() / count for total, count in zip(totals, rows, strict=True)] for totals in (gradients, sides)
-    ]
+            sums[0][index].add(target.layer.matrix(toward[index]))
+            sums[1][index].add(torch.bmm(side, side.transpose(1, 2)))
+            sums[2][index].add(torch.tensor(side.shape[2], dtype=torch.float64, device="cpu"))
+    found = [total for total in totals([part for parts in sums for part in parts]) if total is not None]
+    if not found:
+        return [], []
+    gradients, sides, rows = (found[at : at + len(inner)] for at in range(0, len(found), len(inner)))
+    means = [[t / count for t, count in zip(total, rows, strict=True)] for total in (gradients, sides)]
     return means[0], means[1]
 
 

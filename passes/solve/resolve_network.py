@@ -240,14 +240,15 @@ def split_step_moments(
 
 def _parts(
     lockstep: Lockstep, step: Step, target: Target, tensors: dict[str, torch.Tensor], settings: ResolveSettings
-) -> Iterator[Moments]:
-    """The moments of each batch."""
+) -> Iterator[tuple[int, Moments]]:
+    """The moments of each batch of this process, with its place among all."""
     student = lockstep.student
     wanted = [target.layer.input, target.anchor]
     for view in lockstep.views(step):
         with torch.no_grad():
             ours = run_until(student, wanted, view.student, tensors)
-        yield batch_moments(student, target, ours, view.teacher, len(lockstep), settings.rows_per_column)
+        rows = settings.rows_per_column
+        yield view.batch, batch_moments(student, target, ours, view.teacher, len(lockstep), rows)
 
 
 def batch_moments(

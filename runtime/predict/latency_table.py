@@ -14,6 +14,7 @@ from ...compiler.export.exporter import to_onnx_model
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
 from ...compiler.ir.segments import Segment, find_segments, is_dequantized, segment_key
+from ...compiler.processes.sharing import measured_by_first
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Array, Backend
 from ..measure.bootstrap import median_interval
@@ -162,13 +163,21 @@ class LatencyTable:
     ) -> tuple[list[str], dict[str, Any], int]:
         """Keys of the segments, what is known under them by now, and how many had to be measured."""
         keys = [self._key(segment_key(program, segment, self.batch)) for segment in segments]
+        known, missing = measured_by_first(
+            lambda: self._known(program, dict(zip(keys, segments, strict=True)), progress)
+        )
+        return keys, known, missing
+
+    def _known(self, program: Program, wanted: Mapping[str, Segment], progress: Progress) -> tuple[dict[str, Any], int]:
+        """What is known of segments once those that are missing are timed, and how many these were."""
+        keys = list(wanted)
         known = self.cache.get(keys)
-        missing = {key: segment for key, segment in zip(keys, segments, strict=True) if key not in known}
+        missing = {key: segment for key, segment in wanted.items() if key not in known}
         if missing and not self._anchors:
-            there = {key: segment for key, segment in zip(keys, segments, strict=True) if key in known}
+            there = {key: segment for key, segment in wanted.items() if key in known}
             if there:
                 self._take_anchors(program, there, known)
-        return keys, known | self._measure(program, missing, progress), len(missing)
+        return known | self._measure(program, missing, progress), len(missing)
 
     def fit(self, measured: Sequence[tuple[Program, float]]) -> float:
         """Set `scale` and `integer_scale` from whole networks, pairs of a program and what `measure_networks` gave for
@@ -204,6 +213,9 @@ class LatencyTable:
     def measure_networks(self, models: Sequence[bytes], inputs: Mapping[str, Array] | None = None) -> list[float]:
         """`measure_network` of several of the same inputs, in turn in the same rounds: what disturbs the machine in one
         minute and not in the next does not come between them."""
+        return measured_by_first(lambda: self._measured(models, inputs))
+
+    def _measured(self, models: Sequence[bytes], inputs: Mapping[str, Array] | None) -> list[float]:
         given = [(model, inputs if inputs is not None else self._drawn(model)) for model in models]
         with loaded(self.backend, [self._reference, *given], threads=self.threads) as (reference, *runners):
             found = measure_savings(reference, runners, self._timing, pairs=self.rounds)

@@ -11,6 +11,7 @@ import numpy as np
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.export.exporter import target_opset, to_onnx
 from ...compiler.ir.program import Program
+from ...compiler.processes.sharing import by_first, measured_by_first
 from ...compiler.store.cache_folder import default_folder
 from ...compiler.support.errors import CompilerError
 from ...compiler.support.progress import Progress, silent
@@ -68,12 +69,18 @@ class LatencyProbe:
         self.conditions = replace(conditions, opset=target_opset(program, conditions.opset))
         self.regime = conditions.regime
         self.inputs = example_inputs(program, samples, conditions.batch)
+        self._opened = False
+        by_first(self._open)
+
+    def _open(self) -> None:
+        """Load what is compared with: of several processes the first one measures."""
         #: What the original is built to: it is loaded again for each comparison, and building may take minutes.
         self._engine = self._built(self.before)
         with ExitStack() as opened_so_far:
             self.original = opened_so_far.enter_context(closing(self._loaded(self._engine)))
-            self.exported = self.original if deployed is None else self.load(model)
+            self.exported = self.original if self.before is self.model else self.load(self.model)
             opened_so_far.pop_all()
+        self._opened = True
 
     def load(self, model: bytes) -> Runner:
         return self._loaded(self._built(model))
@@ -94,11 +101,14 @@ class LatencyProbe:
 
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""
-        return measure_single(self.original, self._timing())
+        return measured_by_first(lambda: measure_single(self.original, self._timing()))
 
     def savings(self, models: Iterable[bytes], *, progress: Progress = silent) -> list[float]:
         """Share of the original's latency that each of some variants of its export saves: they alternate with it in one
         run."""
+        return measured_by_first(lambda: self._savings(models, progress))
+
+    def _savings(self, models: Iterable[bytes], progress: Progress) -> list[float]:
         engines = ((self._built(model), self.inputs) for model in models)
         with opened(self.backend, engines, threads=self.conditions.threads) as variants:
             measured = measure_savings(
@@ -111,7 +121,7 @@ class LatencyProbe:
 
     def against(self, program: Program) -> Measurement:
         """Latency of a rewritten program over that of the original."""
-        return self._against(to_onnx(program, opset=self.conditions.opset))
+        return measured_by_first(lambda: self._against(to_onnx(program, opset=self.conditions.opset)))
 
     def _against(self, model: bytes) -> Measurement:
         return self._compared(model, QUICK, both=False)[self.regime]
@@ -150,31 +160,37 @@ class LatencyProbe:
     ) -> Lattice:
         """The channel lattice of the backend at this batch, of layers in `integers` where they are given; measured once
         for each environment and kept on disk."""
-        return probe_lattice(
-            self.backend,
-            conditions=self.conditions,
-            cache=self._cache(),
-            kinds=kinds,
-            integers=integers,
-            progress=progress,
+        return measured_by_first(
+            lambda: probe_lattice(
+                self.backend,
+                conditions=self.conditions,
+                cache=self._cache(),
+                kinds=kinds,
+                integers=integers,
+                progress=progress,
+            )
         )
 
     def integers(self) -> IntegerKernels:
         """Integers that the backend computes with exactly; tried once for each environment and kept on disk. Raises
         BackendError where there are none."""
-        return probe_integers(self.backend, threads=self.conditions.threads, cache=self._cache())
+        threads, cache = self.conditions.threads, self._cache()
+        return measured_by_first(lambda: probe_integers(self.backend, threads=threads, cache=cache))
 
     def final(self, model: bytes) -> Measurement:
         """The finished model against the original in the probe's regime, with the narrowest interval that is worth its
         time."""
-        return self._compared(model, FULL, both=False)[self.regime]
+        return measured_by_first(lambda: self._compared(model, FULL, both=False))[self.regime]
 
     def final_regimes(self, model: bytes) -> Mapping[Regime, Measurement]:
         """`final`, and the same loads in the other regime where the backend can."""
-        return self._compared(model, FULL, both=True)
+        return measured_by_first(lambda: self._compared(model, FULL, both=True))
 
     def profiles(self, model: bytes) -> Profiles | None:
         """Times of single nodes before and after, for people; None where the backend does not tell them."""
+        return measured_by_first(lambda: self._profiles(model))
+
+    def _profiles(self, model: bytes) -> Profiles | None:
         if not isinstance(self.backend, ProfilingBackend):
             return None
         try:
@@ -187,8 +203,9 @@ class LatencyProbe:
         return Profiles(model=self.model, before=before, after=after)
 
     def close(self) -> None:
-        with closing(self.exported):
-            self.original.close()
+        if self._opened:
+            with closing(self.exported):
+                self.original.close()
 
 
 def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:
