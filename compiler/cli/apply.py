@@ -16,7 +16,7 @@ from ..support.errors import CalibrationError, CaptureError
 from ..support.memory import read_bytes
 from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
-from .console import after_interrupt, guarded, out, show_line
+from .console import FIRST, after_interrupt, guarded, out, show_json, show_line
 from .goals import read_mimic
 from .options import ApplyOptions
 from .samples import read_cache, read_model, read_shape, sample_reader
@@ -29,9 +29,10 @@ def run(options: ApplyOptions) -> None:
         check_writable(options.output)
         with opened_progress(not (options.as_json or options.quiet), "apply") as progress:
             made = _applied(options, progress)
-            made.save(options.output)
+            if FIRST:
+                made.save(options.output)
         if options.as_json:
-            print(json_text(_described(made)))
+            show_json(json_text(_described(made)))
         elif not options.quiet:
             for decision in made.plan.decisions:
                 show_line(str(decision), out)
@@ -41,7 +42,7 @@ def run(options: ApplyOptions) -> None:
                 show_line(f"output error: {made.tested}", out)
             show_line(f"wrote {options.output}/ ({', '.join(made.files)})", out)
 
-    guarded(work, debug=options.debug, interrupted=after_interrupt(options.fresh))
+    guarded(work, debug=options.debug, by="all together", interrupted=after_interrupt(options.fresh))
 
 
 def _applied(options: ApplyOptions, progress: Progress) -> Compiled:

@@ -19,7 +19,7 @@ from ..report.words import kind_words, saving_words, signed
 from ..support.atomic_files import check_writable
 from ..support.errors import GoalError, plural
 from ..support.strict_json import json_text
-from .console import Exit, after_interrupt, guarded, out, say, show_line
+from .console import FIRST, Exit, after_interrupt, guarded, out, say, show_json, show_line
 from .goals import read_goal, read_mimic, read_rewrites, read_settings
 from .options import CompileOptions
 from .samples import read_cache, read_evaluate, read_model, read_or_none, with_reference
@@ -51,9 +51,10 @@ def run(options: CompileOptions) -> None:
             cache=read_cache(options.cache, options.fresh),
             evaluate=evaluate,
         )
-        result.save(options.output)
+        if FIRST:
+            result.save(options.output)
         if options.as_json:
-            print(json_text(result.report.to_dict()))
+            show_json(json_text(result.report.to_dict()))
         elif not options.quiet:
             show_report(result.report, out)
             if options.profile:
@@ -62,7 +63,7 @@ def run(options: CompileOptions) -> None:
         if unmet is not None:
             end_unmet(unmet)
 
-    guarded(work, debug=options.debug, interrupted=after_interrupt(options.fresh))
+    guarded(work, debug=options.debug, by="all together", interrupted=after_interrupt(options.fresh))
 
 
 def say_written(output: Path, result: Compiled) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import IntEnum
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..processes.launching import launched, rank_given
 from ..support.errors import CompilerError
 
-out, err = Console(), Console(stderr=True)
+#: Of several processes of one command the first writes and speaks; of the others only errors are heard.
+RANK = rank_given()
+FIRST = not RANK
+out, err = Console(quiet=not FIRST), Console(stderr=True, quiet=not FIRST)
 
 
 class Exit(IntEnum):
@@ -37,6 +43,12 @@ def show_line(line: str | Text, console: Console) -> None:
     console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
+def show_json(text: str) -> None:
+    """What ``--json`` asks for, on stdout."""
+    if FIRST:
+        print(text)
+
+
 def plain_table(*columns: str) -> Table:
     """A table without lines, whose cells are never shortened."""
     table = Table(box=None, header_style="bold")
@@ -55,13 +67,22 @@ def say(text: str, *, head: str = "", style: str = "bold red") -> None:
     show_line(Text.assemble((head, style), ": " if head else "", text), err)
 
 
-def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothing was written") -> None:
-    """Errors as one line and a hint; warnings as one line each."""
+def guarded(
+    work: Callable[[], None],
+    *,
+    debug: bool,
+    interrupted: str = "nothing was written",
+    by: Literal["first", "each", "all together"] = "first",
+) -> None:
+    """Errors as one line and a hint; warnings as one line each. `by` says which of several processes work."""
+    if by == "first" and not FIRST:
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_args, **_kwargs: say(str(message), head="warning", style="yellow")
         try:
-            work()
+            with launched() if by == "all together" else nullcontext():
+                work()
         except CompilerError as error:
             if debug:
                 raise
@@ -71,6 +92,8 @@ def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothin
         except Exception as error:  # what foldcut did not foresee still ends in one line
             if debug:
                 raise
+            if not FIRST:
+                sys.stderr.write(f"process {RANK}: {type(error).__name__}: {error}\n")
             say(f"{type(error).__name__}: {error}", head="internal error")
             say("  hint: run again with --debug for the trace and report it with the model")
             raise typer.Exit(Exit.ERROR) from None
@@ -80,6 +103,8 @@ def guarded(work: Callable[[], None], *, debug: bool, interrupted: str = "nothin
 
 
 def _fail(error: CompilerError) -> NoReturn:
+    if not FIRST:
+        sys.stderr.write(f"process {RANK}: {error.stage}: {error.message}\n")
     say(error.message, head=error.stage)
     for label, value in (("at", error.node), ("expected", error.expected), ("actual", error.actual)):
         if value is not None:

@@ -74,4 +74,4 @@ def begin(options: Options) -> None:
         if words and not getattr(options, "quiet", False) and not getattr(options, "as_json", False):
             say(words)
 
-    guarded(work, debug=getattr(options, "debug", False))
+    guarded(work, debug=getattr(options, "debug", False), by="each")

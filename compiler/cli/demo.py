@@ -20,7 +20,7 @@ from ..plan.goal import Goal
 from ..support.atomic_files import check_writable
 from ..support.errors import CompilerError, GoalError
 from .compile import end_unmet, say_written
-from .console import guarded, out, show_line
+from .console import FIRST, guarded, out, show_line
 from .goals import read_rewrites
 from .options import DemoOptions
 
@@ -155,10 +155,11 @@ def run(options: DemoOptions) -> None:
         allowed = read_rewrites(options.rewrites, [asked])
         shown = not options.quiet
         result, unmet = run_demo(asked, rewrites=allowed, seed=options.seed, progress=shown, console=console)
-        result.save(options.output)
+        if FIRST:
+            result.save(options.output)
         if shown:
             say_written(options.output, result)
         if unmet is not None:
             end_unmet(unmet)
 
-    guarded(work, debug=options.debug)
+    guarded(work, debug=options.debug, by="all together")

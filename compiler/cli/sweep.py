@@ -11,7 +11,7 @@ from ..data.calibration_set import horizontal_flip
 from ..driver.sweep import Sweep, SweepPoint, sweep
 from ..support.atomic_files import check_writable
 from ..support.strict_json import json_text
-from .console import Exit, after_interrupt, guarded, out, plain_table, say, show_line
+from .console import FIRST, Exit, after_interrupt, guarded, out, plain_table, say, show_json, show_line
 from .goals import read_goals, read_mimic, read_rewrites, read_settings
 from .options import SweepOptions
 from .samples import read_cache, read_evaluate, read_model, read_or_none, with_reference
@@ -46,7 +46,7 @@ def run(options: SweepOptions) -> None:
             each=_Written(options.output),
         )
         if options.as_json:
-            print(json_text(found.to_dict()))
+            show_json(json_text(found.to_dict()))
         elif not options.quiet:
             _show(found)
             show_line(f"wrote {options.output}/", out)
@@ -54,7 +54,7 @@ def run(options: SweepOptions) -> None:
             raise typer.Exit(Exit.NOT_MET)
 
     interrupted = after_interrupt(options.fresh, "finished goals are in the folder")
-    guarded(work, debug=options.debug, interrupted=interrupted)
+    guarded(work, debug=options.debug, by="all together", interrupted=interrupted)
 
 
 class _Written:
@@ -69,6 +69,8 @@ class _Written:
     def __call__(self, point: SweepPoint) -> None:
         self._points.append(point)
         self._waiting.append(point)
+        if not FIRST:
+            return
         if point.compiled is not None:
             point.compiled.save(self._output / point.name)
         if all(p.compiled is None for p in self._points):

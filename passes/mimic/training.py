@@ -20,7 +20,7 @@ from ...compiler.ir.cost import call_macs
 from ...compiler.ir.edit import expose
 from ...compiler.ir.execute import device_of, placed
 from ...compiler.ir.program import Batch, Program, as_arguments
-from ...compiler.processes.sharing import by_first, in_batches, in_place, own
+from ...compiler.processes.sharing import by_first, in_place, own
 from ...compiler.processes.team import team
 from ...compiler.support import tally
 from ...compiler.support.errors import MimicError, first_line
@@ -34,6 +34,9 @@ from .training_macs import TrainingMacs
 
 #: Values of the network that is trained are there so often: themselves, their gradients and the copies of operators.
 TRAINED = 3
+#: The samples of an iteration come in so many parts, whatever the number of processes: gradients then are the same, bit
+#: for bit. Each part takes so many multiply-accumulates of a forward pass at least: smaller ones cost time.
+PARTS, PART_MACS = 4, 4 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +185,9 @@ class Training:
         return bool(self._sound)
 
     def _gradients(self, batch: Batch, indices: torch.Tensor) -> bool:
-        """Leave the loss's gradients with the parameters; whether there are any. Samples go through in parts, of several
-        processes each has its own, and the gradients add up in float64: each loss is relative to what all of them
-        have."""
+        """Leave the loss's gradients with the parameters; whether there are any. Samples go through in parts, of which
+        each of several processes has its own, and the gradients add up in float64: each loss is relative to what all
+        of them have."""
         size = self._part(len(indices))
         bounds = [(at, at + size) for _, at in own(range(0, len(indices), size))]
         parts = [pytree.tree_map(lambda leaf, a=a, b=b: leaf[a:b], batch) for a, b in bounds]
@@ -193,7 +196,7 @@ class Training:
         else:
             wanted = [[value[indices[a:b]] for value in self.cache] for a, b in bounds]
         energies = self._energies(wanted)
-        gradients = [WideSum() for _ in self.parameters]
+        gradient = WideSum()
         cause: MimicError | None = None
         for part, theirs in zip(parts, wanted, strict=True):
             self._optimiser.zero_grad(set_to_none=True)
@@ -203,20 +206,24 @@ class Training:
             cause = _backward(loss)
             if cause is not None:
                 break
-            for total, parameter in zip(gradients, self.parameters, strict=True):
-                if parameter.grad is not None:
-                    total.add(parameter.grad)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            gradient.add(torch.cat([grad.reshape(-1) for grad in grads]))
         for other in team().objects(cause) if self.done == 1 else ():
             if other is not None:
                 raise other
-        found = totals(gradients)
-        for parameter, gradient in zip(self.parameters, found, strict=True):
-            parameter.grad = None if gradient is None else gradient.to(parameter)
-        return any(gradient is not None for gradient in found)
+        (whole,) = totals([gradient])
+        if whole is None:
+            return False
+        each = whole.split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, each, strict=True):
+            parameter.grad = part.reshape(parameter.shape).to(parameter)
+        return True
 
     def _part(self, samples: int) -> int:
-        """How many of some samples go through together: what values are cannot be told by sample, or some of them."""
-        return in_batches(samples, self._at_once) if self._by_sample else self._at_once
+        """How many of some samples go through together: where values can be told by sample, as many parts as several
+        processes find something to do in."""
+        parts = min(PARTS, max(1, samples * self.work.student_macs // PART_MACS)) if self._by_sample else 1
+        return min(self._at_once, -(-samples // parts))
 
     def _energies(self, wanted: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """Of each value that is compared the sum of squares over all parts."""

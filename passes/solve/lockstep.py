@@ -145,8 +145,8 @@ def _split(student: Program, wanted: set[str], known: set[str], changed: set[str
 
 
 class Lockstep:
-    """Runs the steps of a sweep, each process on its own batches. Use as a context manager: temporary files are removed on leaving, also after
-    Ctrl-C."""
+    """Runs the steps of a sweep, each process on its own batches. Use as a context manager: temporary files are removed
+    on leaving, also after Ctrl-C."""
 
     def __init__(
         self,

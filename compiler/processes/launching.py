@@ -1,0 +1,32 @@
+"""Processes that `torchrun` has started. Nothing here imports torch before it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def rank_given() -> int | None:
+    """The number that `torchrun` has given this process; None where it is the only one."""
+    several_given = os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" in os.environ
+    return int(os.environ["RANK"]) if several_given and "RANK" in os.environ else None
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Inside, the processes that `torchrun` has started are a process group; nothing is done where there is one
+    already, or one process. Each takes the GPU of its number on its machine, where there are any."""
+    import torch
+    import torch.distributed as dist
+
+    if rank_given() is None or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
