@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .compiler.data.calibration_set import horizontal_flip as horizontal_flip
     from .compiler.data.calibration_set import random_crop as random_crop
     from .compiler.data.calibration_set import read_calibration as read_calibration
+    from .compiler.data.shards import Sharded as Sharded
     from .compiler.data.synthetic import SyntheticSet as SyntheticSet
     from .compiler.driver.api import compile as compile
     from .compiler.driver.builtin import Plan as Plan
@@ -105,6 +106,7 @@ _HOMES = {
     "compiler.ir.program": "Program TensorSpec",
     "compiler.metric.top1": "Top1",
     "compiler.plan.decision": "Decision",
+    "compiler.data.shards": "Sharded",
     "compiler.plan.goal": "Goal",
     "compiler.plan.proposals": "Claims Item Proposal",
     "compiler.report.report": "Report",
@@ -186,6 +188,7 @@ __all__ = [
     "Rewrite",
     "RewriteError",
     "Saved",
+    "Sharded",
     "Sweep",
     "SweepPoint",
     "SynthesisSettings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...passes.quantize.dequantize import dequantize
 from ..data.calibration_set import CalibrationSet, read_calibration
-from ..data.sample_files import read_arrays
-from ..data.sample_paths import check_optional, says_none
+from ..data.sample_files import read_arrays, read_shards
+from ..data.sample_paths import check_optional, says_none, shard_files
+from ..data.shards import Sharded
 from ..driver.pipeline_settings import PipelineSettings
 from ..frontend.capture import Model
 from ..frontend.model_source import load_evaluate, load_model
 from ..metric.metric import Evaluate, check_evaluate, metric_name
 from ..metric.top1 import Top1
+from ..processes.launching import rank_given
 from ..support.errors import CaptureError, CompilerError
 from ..synthesis.settings import SynthesisSettings
 from .options import ApplyOptions, ImageOptions, InspectOptions, RunOptions, SynthesiseOptions
@@ -74,9 +77,13 @@ def read_samples(
     return samples
 
 
-def read_or_none(options: RunOptions) -> CalibrationSet | SynthesisSettings:
+def read_or_none(options: RunOptions) -> CalibrationSet | SynthesisSettings | Sharded:
     """The calibration set of a compile, or how it is made where there are no data. Raises CalibrationError and
     CompilerError."""
+    files, rank = shard_files(options.calib), rank_given()
+    if files and rank is not None:  # each of several processes reads its own
+        mine = files[rank :: int(os.environ["WORLD_SIZE"])]
+        return Sharded(CalibrationSet.of(read_shards(mine, options.key)) if mine else None, options.limit, once=False)
     if not says_none(options.calib):
         return read_samples(options.calib, options, limit=options.limit, input_shape=options.input_shape)
     return made_settings(options.limit, options.input_shape)

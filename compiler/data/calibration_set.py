@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from ..ir.program import Batch, Program, TensorSpec, dtype_name
 from ..support.errors import CalibrationError, CaptureError, plural
 from .input_binding import ForwardInputs
-from .sample_files import check_limit, check_options, read_arrays, read_images
+from .sample_files import check_limit, check_options, read_arrays, read_images, read_shards
 from .sample_kinds import check_samples
-from .sample_paths import check_readable
+from .sample_paths import check_readable, shard_files
 from .sample_reading import check_counts, content_digests, drawing_keys, read_data
 
 #: What a user may pass: one batch with all samples, a folder, a file, or anything that yields batches.
@@ -323,7 +323,7 @@ def read_calibration(
     limit: int | None = None,
     seed: int = 0,
 ) -> CalibrationSet:
-    """Read calibration samples from a ``.npy``, ``.npz`` or ``.pt`` file, or from a folder of images.
+    """Read calibration samples from a ``.npy``, ``.npz`` or ``.pt`` file, or from a folder of such files or of images.
 
     Images are taken in the order of their paths, converted to RGB, resized, scaled to [0, 1] and normalised:
     ``(pixels - mean) / std``. No pickled objects are loaded.
@@ -356,6 +356,8 @@ def read_calibration(
     path = Path(path)
     check_readable(path)
     check_options(path, key, size, {"mean": mean, "std": std}, limit)
+    if files := shard_files(path):
+        return CalibrationSet.of(read_shards(files, key), limit=limit, seed=seed)
     if path.is_dir():
         shift, scale = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
         return CalibrationSet.of(read_images(path, size, shift, scale, limit, seed))

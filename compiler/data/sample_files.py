@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ def _check_key(path: Path, key: str, names: Sequence[object]) -> None:
             actual=key,
             hint="give one of these as key (--key), or leave it out to take all as inputs by name",
         )
+
+
+def read_shards(files: Sequence[Path], key: str | None) -> Iterator[Any]:
+    """The samples of one file after another. Raises CalibrationError."""
+    return (read_arrays(file, key) for file in files)
 
 
 def read_images(

@@ -18,18 +18,24 @@ def says_none(path: Path) -> bool:
     return str(path).lower() == NONE and not path.exists()
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """The files of samples that lie in a folder, by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix in ARRAY_SUFFIXES) if folder.is_dir() else []
+
+
 def check_readable(path: Path) -> None:
     """Raise CalibrationError for what is neither a folder nor a file of a kind that can be read."""
     if path.is_dir():
         return
     if not path.is_file():
-        hint = "pass a .npy, .npz or .pt file or a folder of images"
+        hint = "pass a .npy, .npz or .pt file, or a folder of such files or of images"
         if says_none(path):
             hint += "; `none` is for --calib of `compile` and `sweep`, and `foldcut synthesise` writes such samples"
         raise CalibrationError(f"no such file or folder: {path}", hint=hint)
     if path.suffix not in ARRAY_SUFFIXES:
         raise CalibrationError(
-            f"cannot read calibration data from {path.name}", expected=".npy, .npz, .pt or a folder of images"
+            f"cannot read calibration data from {path.name}",
+            expected=".npy, .npz, .pt, or a folder of such files or of images",
         )
 
 

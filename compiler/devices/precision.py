@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -191,7 +192,10 @@ def totals(sums: Sequence[WideSum]) -> list[torch.Tensor | None]:
 
 
 class WideSums:
-    """Several sums under names, each a `WideSum`, read together: the CPU waits for the device once.
+    """Several sums of numbers under names, read together: the CPU waits for the device once.
+
+    Terms are kept and added up in the end without rounding (`math.fsum`): in whatever order they came, and from however
+    many processes, a sum is the same, bit for bit.
 
     Example:
         >>> from foldcut.compiler.devices.precision import WideSums
@@ -203,18 +207,27 @@ class WideSums:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, WideSum] = {}
+        self._terms: dict[str, list[torch.Tensor]] = {}
 
     def add(self, name: str, term: torch.Tensor) -> None:
         """Add a tensor of one value to the sum called `name`."""
-        self._sums.setdefault(name, WideSum()).add(term)
+        self._terms.setdefault(name, []).append(term.to(widest(term.device)))
 
     def floats(self) -> dict[str, float]:
         """Every sum over all processes as a number."""
-        own = [total for total in map(WideSum.own, self._sums.values()) if total is not None]
-        values = torch.stack(own).tolist() if own else []
-        found: dict[str, float] = {}
-        for part in team().objects(dict(zip(self._sums, values, strict=True))):
-            for name, value in part.items():
-                found[name] = found[name] + value if name in found else value
-        return found
+        terms = [term for some in self._terms.values() for term in some]
+        values = iter(torch.stack(terms).tolist() if terms else [])
+        own = {name: [next(values) for _ in some] for name, some in self._terms.items()}
+        found: dict[str, list[float]] = {}
+        for part in team().objects(own):
+            for name, some in part.items():
+                found.setdefault(name, []).extend(some)
+        return {name: _exactly(some) for name, some in found.items()}
+
+
+def _exactly(terms: Sequence[float]) -> float:
+    """Their sum, rounded once; as floats add up where one of them is not finite, or the sum is too large for one."""
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):
+        return sum(terms)

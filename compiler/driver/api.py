@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -17,6 +18,7 @@ from ...runtime.measure.backend import Backend, resolve_backend
 from ...runtime.measure.conditions import Conditions
 from ...runtime.probe.latency_probe import LatencyProbe
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..data.shards import read_parts
 from ..data.synthetic import said_of
 from ..devices.precision import exact_products
 from ..export.edit_device import on_cpu
@@ -46,11 +48,12 @@ from ..store.cache_folder import kept_in
 from ..support.errors import CompilerError, GoalError
 from ..support.memory import peak_bytes, warn_if_above
 from ..support.progress import Progress, StageClock
+from ..support.tally import Tally, counted_into
 from ..synthesis.synthesise import Watched, captured, is_asked_for, made_samples
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, with_reference_read
-from .report_parts import report_origin, report_parts, work_by_stage
+from .report_parts import report_origin, report_parts, work_by_process, work_by_stage
 from .result import Compiled as Compiled
 from .sealed import ONNX, PT2
 
@@ -161,8 +164,8 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     processes = options.processes
     with working("compile", progress, memory_bytes=options.memory_bytes, processes=processes) as show:
         agree({**versions(), "goals": goal, "backends": resolved_backend.name, **options.told, "rewrites": used})
-        clock = StageClock(show)
-        with kept_in(cache) as folder, _collected() as messages:
+        clock, began_s = StageClock(show), time.process_time()
+        with kept_in(cache) as folder, _collected() as messages, counted_into(Tally()) as done:
             watched = Watched(clock=clock, show=show, seed=options.seed, folder=folder)
             samples, teacher = _read(model, calibration, evaluate, watched)
             agree({"networks": teacher.fingerprint, "samples": samples.fingerprint})
@@ -178,7 +181,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
                 options.settle_memory(ctx, measured=True)
                 outcome = run_pipeline(ctx, used, probe, options)
             warn_if_above()
-        origin = report_origin(outcome, model)
+        origin = {**report_origin(outcome, model), "processes": work_by_process(done, time.process_time() - began_s)}
         result = Compiled(
             plan=outcome.plan,
             make_program=lambda: on_cpu(outcome.program),
@@ -204,7 +207,7 @@ def _read(
     with watched.clock.stage("capture"):
         network = opened(model)
         if not is_asked_for(calibration):
-            samples = CalibrationSet.of(calibration, inputs=needed_inputs(network))
+            samples = read_parts(calibration, needed_inputs(network))
             check_labels(evaluate, samples)
             teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
             check_output(evaluate, teacher)

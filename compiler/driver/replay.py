@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ...passes.mimic.settings import MimicSettings, expected_mimic_s
-from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..data.calibration_set import CalibrationData, View
 from ..data.sampled_error import sampled_error, warn_if_lost
+from ..data.shards import read_parts
 from ..devices.precision import exact_products
 from ..export.edit_device import on_cpu
 from ..frontend.capture import Model, capture, opened
@@ -124,7 +125,7 @@ def apply(
             network = opened(model)
             if isinstance(calibration, SynthesisSettings):
                 calibration = synthesise(network, calibration, seed=options.seed, progress=show, cache=cache)
-            samples = None if calibration is None else CalibrationSet.of(calibration, inputs=needed_inputs(network))
+            samples = None if calibration is None else read_parts(calibration, needed_inputs(network))
             inputs = example if samples is None else samples.batch(slice(0, 2))
             teacher = fold_parameters(capture(network, inputs))
             read.check(teacher.fingerprint)

@@ -22,11 +22,13 @@ from ..data.calibration_set import CalibrationSet
 from ..data.output_error import output_error
 from ..frontend.capture import Model
 from ..plan.decision import Decision
+from ..processes.team import team
 from ..report.block_latency import block_latency
 from ..report.graph import describe_graph
 from ..rewrite.rewrite import Rewrite
 from ..support.errors import first_line
 from ..support.strict_json import json_text, read_json
+from ..support.tally import Tally
 from ..support.version import __version__
 from .apply_decisions import applied_plain, by_phase, shaped
 from .pipeline import Outcome
@@ -122,18 +124,29 @@ def _regimes(outcome: Outcome) -> Part:
 
 def work_by_stage(outcome: Outcome) -> list[Part]:
     """Each stage with its seconds, the multiply-accumulates that it did, by what they were for, and those that it could
-    not do without: None where that is not a matter of networks and layers (exports, measurements)."""
+    not do without: None where that is not a matter of networks and layers (exports, measurements). Several processes
+    add up, but for the time that passed."""
     clock, least = outcome.ctx.clock, least_macs(outcome)
+    every = team().objects((clock.cpu_s, clock.macs))
     return [
         {
             "stage": name,
-            "wall_s": round(clock.wall_s[name], 3),
-            "cpu_s": round(clock.cpu_s[name], 3),
-            "macs": dict(clock.macs[name]),
+            "wall_s": round(wall_s, 3),
+            "cpu_s": round(sum(cpu_s.get(name, 0.0) for cpu_s, _ in every), 3),
+            "macs": dict(sum((macs.get(name, Tally()) for _, macs in every), Tally())),
             "least_macs": least.get(name),
         }
-        for name in clock.wall_s
+        for name, wall_s in clock.wall_s.items()
     ]
+
+
+def work_by_process(done: Tally, cpu_s: float) -> dict[str, list[float]]:
+    """What each of several processes did; nothing of one."""
+    members = team()
+    if members.size == 1:
+        return {}
+    every = members.objects((sum(done.values()), round(cpu_s, 3), members.sent_bytes))
+    return dict(zip(("macs", "cpu_s", "sent_bytes"), map(list, zip(*every, strict=True)), strict=True))
 
 
 def least_macs(outcome: Outcome) -> dict[str, int]:

@@ -12,6 +12,7 @@ import torch
 from ...passes.mimic.settings import MimicSettings
 from ...runtime.measure.backend import Backend
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
+from ..data.shards import read_parts
 from ..frontend.capture import Model, capture
 from ..frontend.model_inputs import needed_inputs
 from ..goals.latency import Latency
@@ -224,11 +225,11 @@ def sweep(
         refuse("each", each, "a function of a SweepPoint, or None")
     chosen = _chosen(goals, rewrites, settings)
     points, refused = list[SweepPoint](), list[GoalError]()
-    samples = _read(model, calibration, evaluate, seed=settings.seed, progress=progress, cache=cache)
     settings = with_reference_read(model, settings)
     limit, processes = settings.memory_bytes, settings.processes
     with working("sweep", progress, memory_bytes=limit, processes=processes) as show, kept_in(cache) as place:
         agree({**versions(), "goals": goals, **settings.told})
+        samples = _read(model, calibration, evaluate, seed=settings.seed, progress=show, cache=cache)
         for_goal = _leaving_alone(chosen, model, samples)
         for number, goal in enumerate(goals, 1):
             if isinstance(show, WholeProgress):
@@ -268,7 +269,7 @@ def _read(
     that do not fit."""
     if is_asked_for(calibration):
         return synthesise(model, calibration, seed=seed, progress=progress, cache=cache)
-    samples = CalibrationSet.of(calibration, inputs=needed_inputs(model))
+    samples = read_parts(calibration, needed_inputs(model))
     check_labels(evaluate, samples)
     return samples
 

@@ -50,6 +50,7 @@ def joined(processes: bool | None = None) -> Iterator[Team]:
         yield team()
         return
     members = _members()
+    members.sent_bytes = 0
     with working_as(members):
         try:
             yield members

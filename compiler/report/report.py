@@ -74,6 +74,8 @@ class Report(Mapping[str, Any]):
         metric: The metric passed as ``evaluate``: its ``name``, the value ``before`` and ``after``, the ``loss``, the
             ``most`` that is at 95 %, on how many ``samples``, and whether those test (``on_test``); how many ``calls``
             and ``seconds`` it took; the ``finalists`` of the search; and what went wrong (``told``). Empty without one.
+        processes: Where several worked together, what each did: its multiply-accumulates (``macs``), CPU seconds
+            (``cpu_s``) and the bytes that it sent (``sent_bytes``). Empty for one.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:
@@ -135,6 +137,7 @@ class Report(Mapping[str, Any]):
     profile: Sequence[Mapping[str, Any]] = ()
     memory: Mapping[str, int | None] = field(default_factory=dict)
     metric: Mapping[str, Any] = field(default_factory=dict)
+    processes: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Report:

@@ -138,7 +138,7 @@ def test_sweeps(rows_per_column: int | None, case: tuple[Program, torch.Tensor],
         with Lockstep(program, program, samples, batch_size=4, ram_bytes=1 << 40) as lockstep:
             for step in steps:
                 lockstep.advance(step, {})
-                for part in _parts(lockstep, step, step.targets[0], {}, settings):
+                for _, part in _parts(lockstep, step, step.targets[0], {}, settings):
                     assert part.gram.device == part.cross.device == fake.device
                     seen += 1
                 lockstep.finish(step)

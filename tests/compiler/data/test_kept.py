@@ -32,11 +32,11 @@ def test_they_go_with_the_samples(residual: foldcut.Program, nets: SimpleNamespa
 def test_errors_are_the_same_from_kept_outputs(
     residual: foldcut.Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples, ran = CalibrationSet.of(nets.images(5)), []
+    samples, ran = CalibrationSet.of(nets.images(16)), []
     student = foldcut.capture(nets.seeded(lambda: nets.ResNet(1, 8)), nets.images(2))
     call = foldcut.Program.__call__
     monkeypatch.setattr(foldcut.Program, "__call__", lambda self, batch: ran.append(self) or call(self, batch))
     first, second = (output_error(residual, student, samples, batch_size=2) for _ in range(2))
     assert first == second > 0
-    assert ran.count(residual) == 3 and ran.count(student) == 6
+    assert ran.count(residual) == 8 and ran.count(student) == 16
     assert output_error(residual, student, samples, batch_size=5) == pytest.approx(first)
