@@ -50,6 +50,7 @@ from ..support.memory import peak_bytes, warn_if_above
 from ..support.progress import Progress, StageClock
 from ..support.tally import Tally, counted_into
 from ..synthesis.synthesise import Watched, captured, is_asked_for, made_samples
+from ..trial.quick_trial import Executor
 from .builtin import chosen_rewrites
 from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, with_reference_read
@@ -72,6 +73,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     progress: bool | Progress = True,
     threads: int | None = None,
     device: str | torch.device | None = None,
+    executor: Executor | None = None,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     evaluate: Evaluate | Top1 | None = None,
@@ -124,6 +126,9 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         device: Where networks run and layers are solved, such as ``"cuda"``; ``"auto"`` is the accelerator of the
             machine, where there is one. If None, that of the settings: where the network is. Latencies are the
             backend's, and the result is on the CPU.
+        executor: Tries plans that do not depend on each other, in a search among several rewrites: a
+            `concurrent.futures.Executor`, or what has its ``submit``. If None, that of the settings: this process, or
+            those of ``torch.distributed``'s group, which work together wherever there are several.
         settings: How each stage works. Arguments of the call with the name of a setting come before it.
         cache: True keeps the results of analyses in ``$FOLDCUT_CACHE`` or ``~/.cache/foldcut``, a path elsewhere,
             False nowhere.
@@ -158,6 +163,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     check_options(mimic, progress, cache, settings)
     options = settings or PipelineSettings()
     options = options.with_arguments(batch=batch, threads=threads, seed=seed, views=views, device=device)
+    options = options if executor is None else replace(options, executor=executor)
     options = _with_labels(options, evaluate).with_mimic(mimic)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)

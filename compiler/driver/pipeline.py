@@ -33,7 +33,7 @@ from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
 from ..support.errors import BackendError, ExportError, GoalError
 from ..support.setting_checks import Allowed, check_whole
-from .apply_decisions import finished, made, shaped
+from ..trial.apply_decisions import finished, made, shaped
 from .builtin import built_in
 from .ignore_patterns import sorted_ignores
 from .pipeline_settings import PipelineSettings

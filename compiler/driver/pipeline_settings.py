@@ -41,6 +41,7 @@ from ..support.memory import agree_on_memory, settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
 from ..synthesis.settings import SynthesisSettings
+from ..trial.quick_trial import Executor
 
 #: The largest share that judges: as many samples test, and some have to be left to fit with.
 MOST_HELD_OUT = 0.45
@@ -79,6 +80,9 @@ class PipelineSettings:
             float64, or compensated; Gram matrices are not multiplied in TF32.
         processes: Whether the processes of ``torch.distributed``'s group work together. If None, where there are
             several; True asks for them, False works with one.
+        executor: Where plans are tried that do not depend on each other: a `concurrent.futures.Executor`, or what has
+            its ``submit``, as those of Ray and Dask. Its workers get the network, samples and rewrites by pickle. If
+            None, in this process, or in those that work together.
         search_seconds: Time after which the search for better plans ends, in seconds. The result is then not
             repeatable. If None, it ends when no better plan is found.
         memory_bytes: What the process may have in memory at once. Batches, and what is kept for later, shrink to stay
@@ -113,6 +117,7 @@ class PipelineSettings:
     opset: int | None = None
     device: str | torch.device | None = None
     processes: bool | None = None
+    executor: Executor | None = field(default=None, repr=False)
     search_seconds: float | None = None
     memory_bytes: int | None = None
     save_temps: str | Path | None = None
@@ -136,6 +141,8 @@ class PipelineSettings:
         check_device(self.device)
         if self.processes not in (None, True, False):
             refuse("processes", self.processes, "True, False or None")
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            refuse("executor", self.executor, "a concurrent.futures.Executor, or what has its submit, or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
         check_whole("memory_bytes", self.memory_bytes, Allowed(least=1, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
@@ -170,7 +177,7 @@ class PipelineSettings:
         if views is not None:
             check_functions("views", views, "foldcut.horizontal_flip")
             views = tuple(views)
-        given = {"batch": batch, "threads": threads, "seed": seed, "views": views, "device": device}
+        given: dict[str, object] = {"batch": batch, "threads": threads, "seed": seed, "views": views, "device": device}
         said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(self, **said)
 
@@ -249,7 +256,7 @@ class PipelineSettings:
     @property
     def told(self) -> dict[str, object]:
         """What processes that work together have to have in common: not the number of a device, nor a folder."""
-        return {"settings": replace(self, device=None, reference=None, save_temps=None)}
+        return {"settings": replace(self, device=None, reference=None, save_temps=None, executor=None)}
 
     @property
     def where(self) -> list[str]:
@@ -315,6 +322,7 @@ class PipelineSettings:
             resolve=self.resolve,
             solve_samples=self.solve_samples,
             seed=self.seed,
+            executor=self.executor,
             instruments=Instruments(folder=Path(self.save_temps) if self.save_temps and team().first else None),
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ...passes.solve.resolve_network import TRIAL_RESOLVE
 from ...passes.solve.weighing import TRIAL_SAMPLES, solve_macs
-from ..data.output_error import BROKEN, bounded, output_error
+from ..data.output_error import bounded
 from ..data.sampled_error import sampled_error
 from ..ir.program import Program
 from ..metric.metric import loss_entries
@@ -20,12 +20,14 @@ from ..plan.joint_search import MixSearch
 from ..plan.means import MOST_TRIALS, Means
 from ..plan.proposals import Mix
 from ..plan.tried import NEGLIGIBLE, Found
+from ..processes.team import team
 from ..rewrite.budget import PlanBudget, keyed
 from ..rewrite.checked_offer import checked_offer
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Offer, Rewrite
 from ..support.errors import CompilerError, GoalError, Reject
-from .apply_decisions import applied, finished, made, shaped, solved, solved_at_the_end
+from ..trial.apply_decisions import made, shaped, solved_at_the_end
+from ..trial.quick_trial import Lost, lost, quick_error, tried_together
 
 #: A search ends with a plan that reaches the goal and loses at most so much.
 ENOUGH = 1e-4
@@ -92,6 +94,7 @@ class Search:
             Means(
                 measure=self._measure,
                 trial=self._trial,
+                together=self._tried_together if self.ctx.executor is not None or team().size > 1 else None,
                 adjust=self.budget.adjuster(target),
                 most_trials=self.most_trials,
                 enough=ENOUGH,
@@ -195,7 +198,7 @@ class Search:
                 try:
                     self._ratios[key] = self.budget.ratio(mix)
                 except CompilerError as cause:
-                    _left_out(mix, cause)
+                    _left_out(mix, cause.message)
                     self._ratios[key] = 1.0
         return self._ratios[key]
 
@@ -208,21 +211,43 @@ class Search:
 
     def _tried(self, mix: Mix) -> float:
         """The output error of a plan after a quick re-solve on few samples; `BROKEN` where there is none."""
-        done = next(self.trials)
-        self.ctx.progress("try plans", done, max(done, self.most_trials))
-        quick = self._quick
-
-        def tried() -> float:
-            return quick_error(quick, self.rewrites, self._decided(mix))
-
+        self._count(1)
         with self.ctx.clock.stage("try plans"):
-            try:
-                inputs = [quick.teacher, quick.solve, quick.judge, list(self.rewrites), keyed(mix), quick.seed]
-                error = self.ctx.store.value("mix trial", inputs, tried)
-            except CompilerError as cause:
-                _left_out(mix, cause)
-                return BROKEN
-        return bounded(error)
+            return self._taken(mix, lost(lambda: self._stored(mix)))
+
+    def _tried_together(self, mixes: Sequence[Mix]) -> None:
+        """Find out what several plans lose, that do not depend on each other."""
+        new = {key: mix for mix in mixes if (key := repr(keyed(mix))) not in self._errors}
+        if len(new) < 2:
+            return
+        self._count(len(new))
+        plans, executor = list(new.values()), self.ctx.executor
+        decided = [self._decided(mix) for mix in plans]
+        with self.ctx.clock.stage("try plans"):
+            found = tried_together(
+                self._quick, self.rewrites, decided, lambda number: self._stored(plans[number]), executor
+            )
+        for (key, mix), said in zip(new.items(), found, strict=True):
+            self._errors[key] = self._taken(mix, said)
+
+    def _count(self, more: int) -> None:
+        done = max(itertools.islice(self.trials, more))
+        self.ctx.progress("try plans", done, max(done, self.most_trials))
+
+    def _stored(self, mix: Mix) -> float:
+        """What a trial says, read where it was made before."""
+        quick = self._quick
+        inputs = [quick.teacher, quick.solve, quick.judge, list(self.rewrites), keyed(mix), quick.seed]
+        found: float = self.ctx.store.value(
+            "mix trial", inputs, lambda: quick_error(quick, self.rewrites, self._decided(mix))
+        )
+        return found
+
+    def _taken(self, mix: Mix, found: Lost) -> float:
+        """The error of a plan, with a warning where it could not be put into effect."""
+        if found.refused is not None:
+            _left_out(mix, found.refused)
+        return bounded(found.error)
 
     @functools.cached_property
     def _quick(self) -> Context:
@@ -230,19 +255,12 @@ class Search:
         return self.ctx.for_trials(TRIAL_SAMPLES)
 
 
-def quick_error(quick: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision]) -> float:
-    """The output error of a plan after a quick re-solve, in the context of a trial."""
-    network = solved(quick, rewrites, applied(quick, rewrites, decisions))
-    network = finished(quick, rewrites, network, decisions)
-    return output_error(quick.teacher, network.program, quick.judge)
-
-
 def trial_macs(program: Program, samples: int) -> int:
     """About what it takes to put a plan into effect and to re-solve it."""
     return solve_macs(program, samples, TRIAL_RESOLVE.rows_per_column)
 
 
-def _left_out(mix: Mix, cause: CompilerError) -> None:
+def _left_out(mix: Mix, cause: str) -> None:
     """One plan that cannot be put into effect is no reason to give up the others."""
     names = ", ".join(item.name for item in mix)
-    warnings.warn(f"a plan is left out, it cannot be put into effect: {cause.message} ({names})", stacklevel=3)
+    warnings.warn(f"a plan is left out, it cannot be put into effect: {cause} ({names})", stacklevel=3)

@@ -36,7 +36,7 @@ from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock
 from ..synthesis.settings import SynthesisSettings
 from ..synthesis.synthesise import synthesise
-from .apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
+from ..trial.apply_decisions import applied_plain, by_phase, each_applied, made, of_rewrites, solved_at_the_end
 from .builtin import Plan, built_in, check_rewrites
 from .pipeline import mimicking
 from .pipeline_settings import PipelineSettings, check_options, with_reference_read

@@ -30,9 +30,9 @@ from ..support.errors import first_line
 from ..support.strict_json import json_text, read_json
 from ..support.tally import Tally
 from ..support.version import __version__
-from .apply_decisions import applied_plain, by_phase, shaped
+from ..trial.apply_decisions import applied_plain, by_phase, shaped
+from ..trial.quick_trial import quick_error
 from .pipeline import Outcome
-from .plan_search import quick_error
 
 Part = dict[str, Any]
 

@@ -32,6 +32,7 @@ from ..support.progress import Progress, WholeProgress
 from ..support.setting_checks import refuse
 from ..support.strict_json import json_file
 from ..synthesis.synthesise import is_asked_for, synthesise
+from ..trial.quick_trial import Executor
 from .api import Compiled, check_goal
 from .api import compile as compile_model
 from .builtin import check_rewrites, chosen_rewrites, named
@@ -173,6 +174,7 @@ def sweep(
     progress: bool | Progress = True,
     threads: int | None = None,
     device: str | torch.device | None = None,
+    executor: Executor | None = None,
     settings: PipelineSettings | None = None,
     cache: bool | str | Path = True,
     each: Callable[[SweepPoint], None] | None = None,
@@ -195,6 +197,7 @@ def sweep(
         progress: As in `compile`.
         threads: As in `compile`.
         device: As in `compile`.
+        executor: As in `compile`.
         settings: As in `compile`.
         cache: As in `compile`, except that False keeps analyses until the sweep ends.
         each: A function that gets every `SweepPoint` as soon as it is made.
@@ -219,6 +222,7 @@ def sweep(
     check_options(mimic, progress, cache, settings)
     settings = settings or PipelineSettings()
     settings = settings.with_arguments(batch=batch, threads=threads, seed=seed, views=views, device=device)
+    settings = settings if executor is None else replace(settings, executor=executor)
     if rewrites is not None:
         check_rewrites(rewrites)
     if each is not None and not callable(each):

@@ -73,14 +73,13 @@ class MixSearch:
         self.kinds = tuple(dict.fromkeys(item.kind for item in items))
         self.scales = dict.fromkeys(self.kinds, Scale())
         self.tried: list[Tried] = []
-        self._measure, self._trial = means.measure, means.trial
+        self._measure, self._trial, self._together = means.measure, means.trial, means.together
         self._time, self._enough = means.time, means.enough
         self._errors: dict[Key, float] = {}
         self._ratios: dict[Key, float] = {}
         self._plans: dict[Key, Mix] = {}
         self._adjust = means.adjust
-        own = {(item.kind, item.name): item for item in self.items}
-        keys = map(_key, starts)
+        own, keys = {(item.kind, item.name): item for item in self.items}, map(_key, starts)
         self._starts = [{own[kind, name]: own[kind, name].proposals[i] for kind, name, i in key} for key in keys]
 
     def run(self) -> Found:
@@ -222,10 +221,12 @@ class MixSearch:
         it."""
         taken = [pair for plan in self.tried for pair in plan.mix.items()]
         by_saving = sorted(taken, key=lambda pair: -self.scales[pair[0].kind].saving * pair[1].saving)
-        for item, proposal in by_saving[:MOST_ALONE]:
+        alone = [{item: proposal} for item, proposal in by_saving[:MOST_ALONE]]
+        self._foresee(alone)
+        for mix in alone:
             if not self._time.left():
                 return
-            self._error({item: proposal})
+            self._error(mix)
 
     def _refine(self) -> None:
         """Plans around the one that leads, from what single items turned out to lose and to save there.
@@ -292,9 +293,17 @@ class MixSearch:
     def _leave_out(self, plan: Tried) -> None:
         """Try a plan without each of the items that are predicted to lose the most in it."""
         by_error = sorted(plan.mix, key=lambda item: -self.scales[item.kind].error * plan.mix[item].error)
-        for left in by_error[:MOST_LEFT_OUT]:
+        fewer = [{i: p for i, p in plan.mix.items() if i is not left} for left in by_error[:MOST_LEFT_OUT]]
+        self._foresee(fewer[: max(0, self.most_trials - len(self._errors))])
+        for mix in fewer:
             if self._may_try():
-                self._error({item: proposal for item, proposal in plan.mix.items() if item is not left})
+                self._error(mix)
+
+    def _foresee(self, mixes: Sequence[Mix]) -> None:
+        """Have plans tried that will be asked for one after the other, where they can be tried at once."""
+        new = [mix for mix in mixes if mix and _key(mix) not in self._errors]
+        if self._together is not None and self._time.left():
+            self._together(new)
 
     def _promising(self, lead: Tried, more: float) -> tuple[Mix, float]:
         """The best plan that may lose less than `lead` and saves so much `more` than the goal asks for, and what it is

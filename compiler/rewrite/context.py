@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings
 from ...runtime.probe.stored_latency import StoredLatency
@@ -45,6 +46,7 @@ class Context:
         instruments: Called after every pass.
         distance: How far the samples are from the data of the network. None where nothing says.
         metric: Reads the metric passed as ``evaluate``. None where there is none.
+        executor: Tries plans elsewhere. None where they are tried in this process.
 
     Example:
         >>> class Sizes(foldcut.Drop):
@@ -77,6 +79,7 @@ class Context:
     instruments: Instruments = field(default_factory=Instruments)
     distance: DataDistance | None = None
     metric: Metric | None = None
+    executor: Any = None
 
     @property
     def fit(self) -> CalibrationSet:

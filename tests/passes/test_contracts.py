@@ -8,11 +8,11 @@ from typing import Any
 import foldcut
 import pytest
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.apply_decisions import applied, finished
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.plan.decision import Decision
 from foldcut.compiler.rewrite.context import Context
 from foldcut.compiler.rewrite.rewrite import Rewrite
+from foldcut.compiler.trial.apply_decisions import applied, finished
 
 
 def drop(program: Program) -> tuple[Rewrite, Decision]:

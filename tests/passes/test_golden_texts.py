@@ -14,7 +14,6 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
-from foldcut.compiler.driver.apply_decisions import applied, finished
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import Call, bypass, replace_calls, set_tensors
 from foldcut.compiler.ir.edit_chain import Link, replace_layers
@@ -22,6 +21,7 @@ from foldcut.compiler.ir.edit_folds import fold_batch_norms, fold_parameters
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.ir.segments import find_segments
 from foldcut.compiler.plan.decision import Decision
+from foldcut.compiler.trial.apply_decisions import applied, finished
 from foldcut.runtime.predict.edit_extract import extract_segments
 from torch import nn
 from torch.nn import functional as F

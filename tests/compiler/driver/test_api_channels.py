@@ -10,8 +10,8 @@ import foldcut
 import onnx
 import pytest
 import torch
-from foldcut.compiler.driver import apply_decisions
 from foldcut.compiler.ir.cost import program_cost
+from foldcut.compiler.trial import apply_decisions
 from foldcut.runtime.measure.measurement import Measurement
 from torch import nn
 

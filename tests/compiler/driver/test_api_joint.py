@@ -17,13 +17,14 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import apply_decisions, plan_search
-from foldcut.compiler.driver.apply_decisions import applied as in_effect
-from foldcut.compiler.driver.apply_decisions import shaped, solved
+from foldcut.compiler.driver import plan_search
 from foldcut.compiler.ir.compare import relative_error
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.plan.decision import Decision
 from foldcut.compiler.support.errors import RewriteError
+from foldcut.compiler.trial import apply_decisions
+from foldcut.compiler.trial.apply_decisions import applied as in_effect
+from foldcut.compiler.trial.apply_decisions import shaped, solved
 from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.factorize.select_ranks import RankAnalysis, RankSettings
 from foldcut.passes.prune.channel_budget import ChannelLimits

@@ -16,12 +16,12 @@ import torch
 from foldcut import Applied, Claims, Decision, Item, Program, Proposal
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver.apply_decisions import applied
 from foldcut.compiler.driver.plan_search import Search
 from foldcut.compiler.plan.decision import read_decision
 from foldcut.compiler.rewrite.checked_offer import check_decisions
 from foldcut.compiler.rewrite.own_source import own_sources
 from foldcut.compiler.support.strict_json import json_text
+from foldcut.compiler.trial.apply_decisions import applied
 from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from torch import nn
 

@@ -12,12 +12,13 @@ import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.data.kept import kept_for
 from foldcut.compiler.data.output_error import BROKEN
-from foldcut.compiler.driver import apply_decisions, plan_search
-from foldcut.compiler.driver.apply_decisions import applied
+from foldcut.compiler.driver import plan_search
 from foldcut.compiler.driver.plan_search import MOST_ROUGHLY, NEGLIGIBLE, Search, quick_error
 from foldcut.compiler.rewrite.budget import Budget
 from foldcut.compiler.rewrite.context import Context
 from foldcut.compiler.rewrite.rewrite import Offer
+from foldcut.compiler.trial import apply_decisions
+from foldcut.compiler.trial.apply_decisions import applied
 from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.prune import rewrite
 from foldcut.passes.prune.decision import PruneChannels, UnitCount

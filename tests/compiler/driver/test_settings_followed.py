@@ -11,11 +11,11 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import apply_decisions
-from foldcut.compiler.driver.apply_decisions import applied, made, solved, solved_at_the_end
 from foldcut.compiler.driver.pipeline_settings import PipelineSettings
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
+from foldcut.compiler.trial import apply_decisions
+from foldcut.compiler.trial.apply_decisions import applied, made, solved, solved_at_the_end
 from foldcut.passes.factorize.decision import FactorizeLayer
 from foldcut.passes.factorize.select_ranks import RankAnalysis
 from foldcut.passes.prune import error_curves as curves_module

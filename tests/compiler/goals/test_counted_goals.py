@@ -12,9 +12,9 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
-from foldcut.compiler.driver.apply_decisions import shaped
 from foldcut.compiler.driver.pipeline import in_effect
 from foldcut.compiler.plan.goal import Delivered
+from foldcut.compiler.trial.apply_decisions import shaped
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("quick_measurement")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +80,46 @@ def test_each_process_reads_its_part(processes: SimpleNamespace, tmp_path: Path)
                 assert torch.allclose(weights[name], weight, rtol=0, atol=1e-6), name
         assert "no process has any samples" in found["nothing"]
         assert "differ in their inputs" in found["others"]
+
+
+@pytest.mark.slow
+def test_plans_are_tried_by_an_executor(processes: SimpleNamespace, tmp_path: Path) -> None:
+    (found,) = processes.results(1, "executed", tmp_path)
+    assert found["count"] > 2, "several plans were handed out"
+    assert found["there"]["tried"] == found["here"]["tried"] and found["there"]["error"] == found["here"]["error"]
+    for name, weight in found["here"]["weights"].items():
+        assert torch.equal(found["there"]["weights"][name], weight), name
+    assert "the executor failed: OSError: the cluster is away" in found["lost"]
+
+
+def test_what_is_no_executor() -> None:
+    with pytest.raises(foldcut.CompilerError, match="submit"):
+        foldcut.PipelineSettings(executor=3)  # type: ignore[arg-type]
+
+
+def test_torchrun_writes_once(tmp_path: Path) -> None:
+    """On the command line: the first process writes and speaks; shards are read by one process each."""
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    torch.onnx.export(net, (torch.randn(2, 8),), tmp_path / "net.onnx", dynamic_shapes=({0: "batch"},), verbose=False)
+    samples = torch.randn(40, 8)
+    (tmp_path / "parts").mkdir()
+    for number, part in enumerate(samples.split(15)):
+        torch.save(part, tmp_path / "parts" / f"{number}.pt")
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "foldcut", "compile"]
+    model, goal = str(tmp_path / "net.onnx"), ["--channels", "0.5", "--no-mimic", "--fresh"]
+    for folder, start in (("two", run), ("one", run[:1] + run[5:])):
+        command = [*start, model, "--calib", str(tmp_path / "parts"), *goal, "-o", str(tmp_path / folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("wrote ") == 1, done.stdout
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("one", "two")]
+    assert [report["calibration"]["samples"] for report in reports] == [40, 40]
+    assert reports[0]["output_error"] == pytest.approx(reports[1]["output_error"], rel=1e-6)
+    assert reports[0]["decisions"] == reports[1]["decisions"]
+    assert len(reports[1]["processes"]["macs"]) == 2 and not reports[0]["processes"]
+    bad = [*run, model, "--calib", str(tmp_path / "nothing.npy"), *goal, "-o", str(tmp_path / "bad")]
+    done = subprocess.run(bad, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode != 0 and "no such file or folder" in done.stderr and not (tmp_path / "bad").exists()
 
 
 def test_processes_are_asked_for_where_there_are_none() -> None:

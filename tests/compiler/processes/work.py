@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
+import multiprocessing
 import os
 import signal
 import sys
@@ -109,9 +111,9 @@ def network(name: str) -> tuple[nn.Module, torch.Tensor]:
     return shared.seeded(lambda: shared.Transformer(2, 16)), shared.tokens(60)
 
 
-def compiled(name: str, goal: str, cache: bool | str = False) -> dict[str, Any]:
+def compiled(name: str, goal: str, cache: bool | str = False, **more: Any) -> dict[str, Any]:
     net, samples = network(name)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = more
     if goal == "loss":
         options["evaluate"] = lambda module: float(module(samples[:8]).mean())
     if goal in ("error", "loss"):  # all of them take far longer
@@ -155,7 +157,7 @@ def killed(folder: Path, cache: str) -> str:
 
     def counted(self: Lockstep, *arguments: Any) -> None:
         count[0] += 1
-        if count[0] == 40 and RANK == SIZE - 1:
+        if count[0] == 12 and RANK == SIZE - 1:
             (folder / "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         advance(self, *arguments)
@@ -217,6 +219,48 @@ def parts(folder: Path) -> dict[str, Any]:
         "nothing": said(lambda: foldcut.compile(net, foldcut.Sharded(None), **options)),
         "others": said(lambda: foldcut.compile(net, last, **options)) if SIZE > 1 else "",
     }
+
+
+class Counted(concurrent.futures.Executor):
+    """Hands on what it gets, and counts it."""
+
+    def __init__(self, inner: concurrent.futures.Executor) -> None:
+        self.inner, self.count = inner, 0
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        self.count += 1
+        return self.inner.submit(function, *arguments, **named)
+
+
+class Broken(Counted):
+    """Loses what it gets."""
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        raise OSError("the cluster is away")
+
+
+def searched(executor: Any) -> dict[str, Any]:
+    """A search that tries plans which do not depend on each other."""
+    net, samples = shared.seeded(lambda: shared.ResNet(3, 16)), shared.images(60)
+    options: dict[str, Any] = {"rewrites": ["drop_blocks", "prune_channels", "factorize"], "mimic": False}
+    options |= {"backend": shared.CountingBackend(), "progress": False, "cache": False, "executor": executor}
+    out = foldcut.compile(net, samples, goal=foldcut.Macs(0.4), **options)
+    return {"tried": out.report.tried, "weights": dict(out.module.state_dict()), "error": out.report.output_error}
+
+
+def executed(folder: Path) -> dict[str, Any]:
+    """The same search with plans tried here, by other processes, and by what loses them."""
+    del folder
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as inner:
+        executor = Counted(inner)
+        there = searched(executor)
+        return {
+            "here": searched(None),
+            "there": there,
+            "count": executor.count,
+            "lost": said(lambda: searched(Broken(inner))),
+        }
 
 
 if __name__ == "__main__":
