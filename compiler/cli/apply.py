@@ -13,11 +13,10 @@ from ..driver.result import Compiled
 from ..frontend.capture import Model
 from ..support.atomic_files import check_writable
 from ..support.errors import CalibrationError, CaptureError
-from ..support.memory import read_bytes
 from ..support.progress import Progress, opened_progress
 from ..support.strict_json import json_text
 from .console import FIRST, after_interrupt, guarded, out, show_json, show_line
-from .goals import read_mimic
+from .goals import read_mimic, read_size
 from .options import ApplyOptions
 from .samples import read_cache, read_model, read_shape, sample_reader
 
@@ -46,7 +45,8 @@ def run(options: ApplyOptions) -> None:
 
 
 def _applied(options: ApplyOptions, progress: Progress) -> Compiled:
-    settings = PipelineSettings(memory_bytes=None if options.memory is None else read_bytes(options.memory))
+    memory, on_device = read_size(options.memory), read_size(options.device_memory)
+    settings = PipelineSettings(memory_bytes=memory, device_memory_bytes=on_device)
     read = sample_reader(options.calib, options, input_shape=options.input_shape)
     samples = None if read is None else read(options.limit)
     if options.mimic_seconds is not None and (options.calib is None or options.solved is not None):

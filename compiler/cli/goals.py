@@ -98,9 +98,15 @@ def read_settings(options: RunOptions) -> PipelineSettings:
         channels=ChannelSettings(limits=limits, on_lattice=lattice),
         ranks=RankSettings(**steps, ignore=names, on_lattice=lattice),
         search_seconds=options.search_seconds,
-        memory_bytes=None if options.memory is None else read_bytes(options.memory),
+        memory_bytes=read_size(options.memory),
+        device_memory_bytes=read_size(options.device_memory),
         save_temps=options.save_temps,
     )
+
+
+def read_size(text: str | None) -> int | None:
+    """An amount of memory, where one is given. Raises CompilerError."""
+    return None if text is None else read_bytes(text)
 
 
 def read_mimic(options: SolveOptions) -> MimicSettings | bool:

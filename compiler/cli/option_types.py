@@ -94,6 +94,14 @@ MemoryOption = Annotated[
         show_default="what there is",
     ),
 ]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What values may take on the device of --device, beside the weights: 20G.",
+        show_default="what is free",
+    ),
+]
 BackendOption = Annotated[str, typer.Option(help="Where the latency counts.")]
 BatchOption = Annotated[int, typer.Option(help="Batch size that the latency is measured at.")]
 DeviceOption = Annotated[

@@ -23,6 +23,7 @@ from .option_types import (
     CalibOption,
     DebugOption,
     DequantizeOption,
+    DeviceMemoryOption,
     DeviceOption,
     EvaluateOption,
     FlipOption,
@@ -104,6 +105,7 @@ class SolveOptions(SampleOptions):
     cache: CacheOption = None
     fresh: FreshOption = False
     memory: MemoryOption = None
+    device_memory: DeviceMemoryOption = None
     device: DeviceOption = None
     as_json: JsonOption = False
     quiet: QuietOption = False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..ir.execute import widened_inputs
 from ..ir.program import Batch, Program, TensorSpec, dtype_name
 from ..support.errors import CalibrationError, CaptureError, plural
 from .input_binding import ForwardInputs
@@ -145,7 +146,8 @@ class CalibrationSet:
         return digest.hexdigest()
 
     def aligned(self, program: Program) -> CalibrationSet:
-        """The samples with the inputs in the order and structure of `program`; keywords may come in any order.
+        """The samples with the inputs in the order and structure of `program`; keywords may come in any order. Those in
+        half precision become float32 where it takes that: networks in half precision are worked on in float32.
 
         Raises:
             CalibrationError: If the samples do not have its inputs.
@@ -159,7 +161,7 @@ class CalibrationSet:
                 actual=f"{len(self.leaves)} inputs",
                 hint="pass a tuple (or a dict by input name) with one entry for each input",
             ) from cause
-        args, kwargs = program.structure(leaves)
+        args, kwargs = program.structure(widened_inputs(program, leaves))
         leaves, spec = pytree.tree_flatten(kwargs if kwargs else args if len(args) != 1 else args[0])
         return replace(self, leaves=tuple(leaves), spec=spec)
 
@@ -208,7 +210,7 @@ class CalibrationSet:
         """Check number, shape and dtype of the inputs against `program`.
 
         Raises:
-            CalibrationError: If they do not fit, or if the network fixes its batch size or takes bfloat16.
+            CalibrationError: If they do not fit, or if the network fixes its batch size.
         """
         if len(self.leaves) != len(program.inputs):
             raise CalibrationError(
@@ -365,11 +367,6 @@ def read_calibration(
 
 
 def _check_supported(spec: TensorSpec) -> None:
-    if spec.dtype == torch.bfloat16:
-        raise CalibrationError(
-            f"input {spec.name!r} is bfloat16, which the backends do not take",
-            hint="capture the network with float32 inputs, for example after net.float()",
-        )
     if not spec.shape or not isinstance(spec.shape[0], str):
         raise CalibrationError(
             f"the network fixes the batch size of input {spec.name!r}",

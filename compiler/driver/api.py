@@ -22,6 +22,7 @@ from ..data.shards import read_parts
 from ..data.synthetic import said_of
 from ..devices.precision import exact_products
 from ..export.edit_device import on_cpu
+from ..export.edit_types import as_measured, widened
 from ..export.exporter import to_onnx
 from ..frontend.capture import Model, capture, is_onnx, opened
 from ..frontend.model_inputs import needed_inputs
@@ -215,7 +216,7 @@ def _read(
         if not is_asked_for(calibration):
             samples = read_parts(calibration, needed_inputs(network))
             check_labels(evaluate, samples)
-            teacher = fold_parameters(capture(network, samples.batch(slice(0, 2))))
+            teacher = widened(fold_parameters(capture(network, samples.batch(slice(0, 2)))))
             check_output(evaluate, teacher)
             return samples, teacher
         teacher = captured(network, calibration)
@@ -225,9 +226,10 @@ def _read(
 def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: bytes | None) -> LatencyProbe:
     """The original on the backend."""
     with ctx.clock.stage("export"):
-        original = by_first(lambda: to_onnx(ctx.teacher, opset=options.opset))
+        measured = as_measured(ctx.teacher)
+        original = by_first(lambda: to_onnx(measured, opset=options.opset))
     return LatencyProbe(
-        ctx.teacher,
+        measured,
         original,
         backend,
         ctx.judge,

@@ -18,10 +18,11 @@ from ...runtime.probe.stored_latency import StoredLatency
 from ..data.calibration_set import CalibrationSet
 from ..data.output_error import errors_by_output
 from ..data.sampled_error import SampledError, sampled_error, warn_if_lost
+from ..export.edit_types import as_measured, as_stored, warn_of_types
 from ..export.exporter import to_exported, to_onnx, to_pt2
 from ..ir.compare import ROUNDED_TOLERANCE, compare, relative_error
 from ..ir.cost import program_cost
-from ..ir.program import Program
+from ..ir.program import HALVES, Program
 from ..ir.segments import is_dequantized
 from ..metric.metric import Metric
 from ..plan.decision import Decision
@@ -97,6 +98,7 @@ class Outcome:
 def run_pipeline(ctx: Context, rewrites: Sequence[Rewrite], probe: LatencyProbe, settings: PipelineSettings) -> Outcome:
     """Everything after capture. Raises GoalError when nothing can be done; an unmet goal comes back as `met` False."""
     ctx.instruments.after("capture", ctx.teacher)
+    warn_of_types(ctx.teacher, ctx.judge.batch(slice(0, 2)))
     latency = StoredLatency(ctx.store, probe)
     ctx = replace(ctx, latency=latency)
     if ctx.metric is not None:
@@ -265,14 +267,14 @@ def _finished(
 ) -> Outcome:
     """Mimicking, export and the final measurement."""
     done = mimicking(ctx, rewrites, done, settings)
-    student = done.program
+    student, measurable = as_stored(done.program), as_measured(done.program)
     with ctx.clock.stage("export"):
-        onnx, pt2 = by_first(lambda: _exported(student, settings))
+        onnx, measured, pt2 = by_first(lambda: _exported(student, measurable, settings))
     with ctx.clock.stage("measure"):
-        difference = by_first(lambda: onnx_difference(done, onnx, probe, ctx.judge))
-        regimes = probe.final_regimes(onnx)
+        difference = by_first(lambda: onnx_difference(done, measured, probe, ctx.judge))
+        regimes = probe.final_regimes(measured)
     with ctx.clock.stage("profile"):
-        profiles = probe.profiles(onnx)
+        profiles = probe.profiles(measured)
     return Outcome(
         ctx=ctx,
         program=student,
@@ -286,17 +288,19 @@ def _finished(
         onnx=onnx,
         pt2=pt2,
         onnx_difference=difference,
-        file_bytes={"before": len(probe.before), "after": len(onnx)},
+        file_bytes={"before": len(probe.before), "after": len(measured)},
         settings=settings,
         profiles=profiles,
         regimes={str(regime): found for regime, found in regimes.items()},
     )
 
 
-def _exported(student: Program, settings: PipelineSettings) -> tuple[bytes, bytes]:
-    """The network as ONNX and as ``.pt2``."""
+def _exported(student: Program, measurable: Program, settings: PipelineSettings) -> tuple[bytes, bytes, bytes]:
+    """The network as ONNX, as it is measured, and as ``.pt2``."""
     exported = to_exported(student)
-    return to_onnx(student, opset=settings.opset, exported=exported), to_pt2(exported)
+    onnx = to_onnx(student, opset=settings.opset, exported=exported)
+    measured = onnx if measurable is student else to_onnx(measurable, opset=settings.opset)
+    return onnx, measured, to_pt2(exported)
 
 
 def mimicking(ctx: Context, rewrites: Sequence[Rewrite], done: Applied, settings: PipelineSettings) -> Applied:
@@ -328,7 +332,7 @@ def make_plan(ctx: Context, done: Applied) -> Plan:
     return Plan(
         decisions=done.decisions,
         goal=ctx.goal,
-        fingerprint=ctx.teacher.fingerprint,
+        fingerprint=as_stored(ctx.teacher).fingerprint,
         predicted={**saved, **done.errors},
     )
 
@@ -336,21 +340,24 @@ def make_plan(ctx: Context, done: Applied) -> Plan:
 def onnx_difference(done: Applied, onnx: bytes, probe: LatencyProbe, samples: CalibrationSet) -> float:
     """Largest difference between the backend's outputs and torch's on a few batches, relative to the largest output.
 
-    Raises ExportError above 1e-3. Where values are rounded, sums that lie between two integers may fall on either side,
-    and what reads them follows: where rewrites that come last have rounded them, it is raised where what the backend
-    computes otherwise has more than twice the energy of what those rewrites changed, and above 2e-2 where they came so.
+    Raises ExportError above 1e-3, above 2e-2 where the outputs are in half precision. Where values are rounded, sums
+    that lie between two integers may fall on either side, and what reads them follows: where rewrites that come last
+    have rounded them, it is raised where what the backend computes otherwise has more than twice the energy of what
+    those rewrites changed, and above 2e-2 where they came so.
     """
-    floating = done.before_last.program if done.before_last is not None else None
-    came_rounded = floating is None and any(is_dequantized(node) for node in done.program.graph.nodes)
-    tolerance = ROUNDED_TOLERANCE if came_rounded else ONNX_TOLERANCE
+    program = as_measured(done.program)
+    floating = as_measured(done.before_last.program) if done.before_last is not None else None
+    came_rounded = floating is None and any(is_dequantized(node) for node in program.graph.nodes)
+    half = any(spec.dtype in HALVES for spec in program.outputs)
+    tolerance = ROUNDED_TOLERANCE if came_rounded or half else ONNX_TOLERANCE
     size = probe.conditions.batch
     count = min(CHECKED_BATCHES, math.ceil(len(samples) / size))
     taken = [samples.take((torch.arange(size) + i * size) % len(samples)) for i in range(count)]
-    inputs = [example_inputs(done.program, part, size) for part in taken]
+    inputs = [example_inputs(program, part, size) for part in taken]
     worst, off, rounded, near = 0.0, 0.0, 0.0, True
     for part, values in zip(taken, probe.outputs(onnx, inputs), strict=True):
         batch = part.batch(slice(None))
-        ours, theirs = done.program(batch), [torch.from_numpy(value) for value in values]
+        ours, theirs = program(batch), [torch.from_numpy(value) for value in values]
         found = compare(ours, theirs)
         worst, near = max(worst, found.relative), near and found.relative <= tolerance
         if found.same_structure and floating is not None:

@@ -20,6 +20,7 @@ from ...runtime.measure.cache_eviction import eviction_bytes
 from ..data.calibration_set import CalibrationData, CalibrationSet, View
 from ..data.data_distance import data_distance, warn_if_far
 from ..data.input_binding import ForwardInputs
+from ..data.live_bytes import live_bytes
 from ..data.sample_kinds import check_samples
 from ..data.sample_sets import SampleSets, divided, warn_of_shared
 from ..devices.chosen import check_device, chosen_device
@@ -36,8 +37,8 @@ from ..processes.team import team
 from ..rewrite.context import Context
 from ..rewrite.instruments import Instruments
 from ..store.analysis_store import AnalysisStore
-from ..support.errors import CalibrationError, GoalError
-from ..support.memory import agree_on_memory, settle_memory
+from ..support.errors import CalibrationError, CompilerError, GoalError
+from ..support.memory import agree_on_memory, bytes_in_words, settle_memory
 from ..support.progress import Progress, StageClock
 from ..support.setting_checks import Allowed, check_functions, check_kind, check_number, check_whole, refuse, settled
 from ..synthesis.settings import SynthesisSettings
@@ -88,6 +89,9 @@ class PipelineSettings:
         memory_bytes: What the process may have in memory at once. Batches, and what is kept for later, shrink to stay
             under it; the last bits of a result may follow from it. If None, the machine, its container and the limits
             of the process say.
+        device_memory_bytes: What values on their way through the networks may take on a device other than the CPU,
+            beside the weights: batches shrink to it, and what is kept for later goes to host memory, then to disk. Not
+            used on the CPU. If None, what the device has free.
         save_temps: Folder for the program after every pass, as text and as ``.pt2``; in a sweep, one below it per goal.
 
     Raises:
@@ -120,6 +124,7 @@ class PipelineSettings:
     executor: Executor | None = field(default=None, repr=False)
     search_seconds: float | None = None
     memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
     save_temps: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -144,7 +149,8 @@ class PipelineSettings:
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             refuse("executor", self.executor, "a concurrent.futures.Executor, or what has its submit, or None")
         check_whole("opset", self.opset, Allowed(least=OLDEST_OPSET, most=NEWEST_OPSET, none=True))
-        check_whole("memory_bytes", self.memory_bytes, Allowed(least=1, none=True))
+        for name in ("memory_bytes", "device_memory_bytes"):
+            check_whole(name, getattr(self, name), Allowed(least=1, none=True))
         seconds = self.search_seconds  # the range is `SearchTime`'s
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
             refuse("search_seconds", seconds, "a number of seconds from 0 on, or None", error=GoalError)
@@ -245,7 +251,15 @@ class PipelineSettings:
             trained=self.mimic is not None,
             measuring_bytes=eviction_bytes() if measured else 0,
         )
-        settle_memory(least)
+        budget = None if self.computes_on.type == "cpu" else self.device_memory_bytes
+        needed = 2 * live_bytes(ctx.teacher).most * ctx.fit.most_views
+        if budget is not None and budget < needed:
+            raise CompilerError(
+                f"a device memory limit of {bytes_in_words(budget)} is too little: one sample takes about "
+                f"{bytes_in_words(needed)} on its way through both networks",
+                hint="allow more, or compile with smaller samples",
+            )
+        settle_memory(least, budget)
         agree_on_memory(lambda working: min(team().objects(working)))
 
     @property

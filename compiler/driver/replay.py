@@ -16,6 +16,7 @@ from ..data.sampled_error import sampled_error, warn_if_lost
 from ..data.shards import read_parts
 from ..devices.precision import exact_products
 from ..export.edit_device import on_cpu
+from ..export.edit_types import as_stored, widened
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.cost import program_cost
@@ -133,6 +134,7 @@ def apply(
             program = with_weights(apply_plan(teacher, read, rewrites), capture(weights, inputs))
             return _result(program, read, options.opset)
         assert samples is not None
+        teacher = widened(teacher)
         options = with_reference_read(network, options).at_home(network)
         using = plan_rewrites(read, rewrites, options)
         _check_decisions(teacher, read.decisions, using)
@@ -254,9 +256,10 @@ def _solved(ctx: Context, plan: Plan, rewrites: Sequence[Rewrite], options: Pipe
         done = made(ctx, rewrites, plan.decisions, exactly=True)
     done = mimicking(ctx, rewrites, done, options)
     with ctx.clock.stage("test"):
-        tested = sampled_error(ctx.teacher, done.program, ctx.sets.test, seed=ctx.seed)
+        program = as_stored(done.program)
+        tested = sampled_error(ctx.teacher, program, ctx.sets.test, seed=ctx.seed)
     warn_if_lost(tested)
-    return replace(_result(done.program, plan, options.opset), output_errors=done.errors, tested=tested)
+    return replace(_result(program, plan, options.opset), output_errors=done.errors, tested=tested)
 
 
 def _result(program: Program, plan: Plan, opset: int | None) -> Compiled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,13 +37,8 @@ def moved(program: Program, device: torch.device) -> Program:
     if old and all(value.device == device for value in old.values()):
         return program
     module = rebuild(program.module, copied(program.graph))
-    for name, value in _moved_tensors(old, device):
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if isinstance(value, nn.Parameter):
-            owner._parameters[leaf] = value
-        else:
-            owner._buffers[leaf] = value
+    for name, value in converted_tensors(old, lambda tensor: tensor.to(device)):
+        put_tensor(module, name, value)
     for node in module.graph.nodes:
         _move_node(node, device)
     return replace(program, module=rebuild(module, module.graph))
@@ -58,10 +53,21 @@ def _tensor_names(program: Program) -> list[str]:
     return sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
 
 
-def _moved_tensors(
-    old: dict[str, torch.Tensor], device: torch.device
+def put_tensor(module: fx.GraphModule, name: str, value: torch.Tensor | nn.Parameter) -> None:
+    """Put a tensor under a name of a module that was rebuilt."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner._buffers[leaf] = value
+
+
+def converted_tensors(
+    old: dict[str, torch.Tensor], convert: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor | nn.Parameter]]:
-    """Each tensor there, under its name; one for names of one tensor, parts of one memory for parts of one."""
+    """Each tensor as `convert` makes it, on another device or in another type, under its name; one for names of one
+    tensor, parts of one memory for parts of one."""
     storages = {name: value.untyped_storage().data_ptr() for name, value in old.items()}
     there: dict[Hashable, torch.Tensor | nn.Parameter] = {}
     wholes: dict[int, torch.Tensor] = {}
@@ -73,9 +79,9 @@ def _moved_tensors(
             if len({tensor_identity(other) for other in sharing}) > 1:
                 if storage not in wholes:
                     count = new.untyped_storage().nbytes() // new.itemsize
-                    wholes[storage] = new.as_strided((count,), (1,), 0).to(device)
+                    wholes[storage] = convert(new.as_strided((count,), (1,), 0))
                 new = wholes[storage].as_strided(new.shape, new.stride(), new.storage_offset())
-            new = new.to(device)
+            new = convert(new)
             there[key] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
         yield name, there[key]
 

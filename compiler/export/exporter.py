@@ -170,6 +170,7 @@ def _translated(exported: torch.export.ExportedProgram, opset: int | None, table
     assert result is not None  # None only with a file path
     _clear_names(result.model.graph)
     result.optimize()
+    _of_one_type(result.model.graph)
     return result
 
 
@@ -189,6 +190,21 @@ def _externalise(model: onnx.ModelProto, location: str) -> bytes:
         for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
             tensor.external_data.add(key=key, value=str(value))
     return bytes(content)
+
+
+def _of_one_type(graph: Any) -> None:
+    """Weights of a convolution that reads bfloat16 are in bfloat16: the exporter's optimiser merges batch norms into
+    them in float32 and leaves them so, which is no model."""
+    import onnx_ir as ir
+
+    for node in graph:
+        if node.op_type not in {"Conv", "ConvTranspose"} or node.outputs[0].dtype != ir.DataType.BFLOAT16:
+            continue
+        for value in node.inputs[1:]:
+            if value is not None and value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+                array = value.const_value.numpy().astype(ir.DataType.BFLOAT16.numpy())
+                value.const_value = ir.tensor(array, dtype=ir.DataType.BFLOAT16, name=value.name)
+                value.type = ir.TensorType(ir.DataType.BFLOAT16)
 
 
 def _clear_names(graph: Any) -> None:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..support import tally
 from ..support.errors import CompilerError
 from .cost import value_macs
-from .program import Batch, Program, is_constant, is_size, is_tensor
+from .program import HALVES, Batch, Program, is_constant, is_size, is_tensor
 
 #: Node name -> value.
 Values = MutableMapping[str, Any]
@@ -33,12 +33,42 @@ def _device(program: Program) -> torch.device:
 
 
 def placed(program: Program, batch: Batch) -> Batch:
-    """A batch on the device that a program computes on; the batch itself where it is there."""
+    """A batch on the device that a program computes on, rounded to half precision where it takes that; the batch itself
+    where it is so."""
     device = device_of(program)
+    batch = _rounded(program, batch)
     if all(leaf.device == device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)):
         return batch
     moved: Batch = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)
     return moved
+
+
+def _rounded(program: Program, batch: Batch) -> Batch:
+    """Samples are in float32 where a network was widened to be worked on; as it is stored, it takes half precision."""
+    if not any(spec.dtype in HALVES for spec in program.inputs):
+        return batch
+    leaves, nodes = program.flatten(batch), [n for n in program.graph.nodes if n.op == "placeholder"]
+    if all(_fits(leaf, node) for leaf, node in zip(leaves, nodes, strict=True)):
+        return batch
+    rounded = [
+        leaf if _fits(leaf, node) else leaf.to(node.meta["val"].dtype) for leaf, node in zip(leaves, nodes, strict=True)
+    ]
+    args, kwargs = program.structure(rounded)
+    return kwargs or args
+
+
+def widened_inputs(program: Program, leaves: Sequence[Any]) -> list[Any]:
+    """The placeholders' values, those in half precision in float32 where the program takes that."""
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    taken = [node.meta["val"].dtype if is_tensor(node) else None for node in nodes]
+    half = [isinstance(leaf, torch.Tensor) and leaf.dtype in HALVES for leaf in leaves]
+    pairs = zip(leaves, half, taken, strict=True)
+    return [leaf.float() if narrow and dtype == torch.float32 else leaf for leaf, narrow, dtype in pairs]
+
+
+def _fits(leaf: Any, node: fx.Node) -> bool:
+    """Whether an input is not one of float32 where half precision is taken."""
+    return not (isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32 and node.meta["val"].dtype in HALVES)
 
 
 def bind(program: Program, batch: Batch) -> dict[str, Any]:

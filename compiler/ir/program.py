@@ -23,6 +23,8 @@ T = TypeVar("T")
 Dim = int | str
 #: One batch in the form that the model takes it: a tensor, a tuple of arguments or a dict of keyword arguments.
 Batch = torch.Tensor | tuple[Any, ...] | dict[str, Any]
+#: Types of half precision.
+HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ class Program:
     copied_parameters: int = 0
 
     def __call__(self, batch: Batch) -> Any:
-        """Run on one batch, without gradients, on the device of the program's tensors.
+        """Run on one batch, without gradients, on the device of the program's tensors, in half precision where the
+        program takes that.
 
         Arguments:
             batch: A tensor, a tuple of positional or a dict of keyword arguments.

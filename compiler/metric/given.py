@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..data.calibration_set import CalibrationSet
 from ..data.synthetic import said_of
+from ..export.edit_types import as_stored
 from ..ir.program import Program
 from ..plan.goal import Goal
 from ..support.errors import CalibrationError, GoalError
@@ -60,4 +61,4 @@ def metric_of(
     if isinstance(evaluate, Top1):
         return Metric(evaluate.name, evaluate.bound(program, samples, test), program, clock, on_test=True)
     user = evaluate
-    return Metric(metric_name(user), lambda network: user(module_of(network)), program, clock)
+    return Metric(metric_name(user), lambda network: user(module_of(as_stored(network))), program, clock)

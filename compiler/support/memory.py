@@ -54,11 +54,12 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 @dataclass(kw_only=True)
 class _Within:
     """What a compile was told to stay under, the peak of the process before it, and what it has to work with, once that
-    is known."""
+    is known; `device_bytes` on the device where it computes, where that is not the CPU and a bound was set."""
 
     limit_bytes: int | None
     before_bytes: int | None
     working_bytes: int | None = None
+    device_bytes: int | None = None
 
 
 _within: list[_Within] = []
@@ -94,13 +95,16 @@ def memory_within(limit_bytes: int | None) -> Iterator[None]:
         _within.pop()
 
 
-def settle_memory(least_bytes: int) -> None:
+def settle_memory(least_bytes: int, device_bytes: int | None = None) -> None:
     """Find out what there is to work with, now that the network and the samples are in memory: for the rest of the
     innermost `memory_within`. Raises CompilerError where a limit leaves less than `least_bytes`, or where reading the
     network took more than it allows.
 
+    `device_bytes` bounds what values may take on another device than the CPU.
+
     The number is a round one, so that it is the same when the compile is made again: what depends on it, depends on
     the limit, and not on how a few pages happened to lie."""
+    _within[-1].device_bytes = device_bytes
     if _bounds():
         import_late()
     _refuse_less_than(least_bytes)
@@ -131,15 +135,16 @@ def import_late() -> None:
 
 def at_most(most_bytes: int) -> int:
     """What a place that takes `most_bytes` where there is plenty may take."""
-    working = _within[-1].working_bytes if _within else None
-    return most_bytes if working is None else most_bytes * min(working, PLENTY_BYTES) // PLENTY_BYTES
+    within = _within[-1] if _within else None
+    known = [count for count in (within.working_bytes, within.device_bytes) if count is not None] if within else []
+    return most_bytes * min([*known, PLENTY_BYTES]) // PLENTY_BYTES
 
 
 def samples_at_once(sample_bytes: int, most: int) -> int:
     """How many samples may go through a network together when each takes `sample_bytes`: at most so many, and as many
     unless memory is short or a limit was set, since sums over other batches round in another way."""
     working = told_bytes()
-    return max(1, min(most, int(_BATCH_SHARE * working[0]) // max(1, sample_bytes))) if working else most
+    return max(1, min(most, int(_BATCH_SHARE * min(working)) // max(1, sample_bytes))) if working else most
 
 
 def limited() -> bool:
@@ -153,10 +158,17 @@ def limit_in_effect() -> int | None:
 
 
 def told_bytes() -> list[int]:
-    """What there is to work with where a limit was set or it is less than plenty, else nothing: batches, and with them
-    the last bits of sums, follow from it."""
-    working = _within[-1].working_bytes if _within else None
-    return [] if working is None or (working >= PLENTY_BYTES and not _bounds()) else [working]
+    """What there is to work with where a limit was set or it is less than plenty, and on the device where that has one,
+    else nothing: batches, and with them the last bits of sums, follow from it."""
+    working, device = (_within[-1].working_bytes, device_budget()) if _within else (None, None)
+    told = [] if working is None or (working >= PLENTY_BYTES and not _bounds()) else [working]
+    return told if device is None else [*told, device]
+
+
+def device_budget() -> int | None:
+    """What values may take on the device where the innermost `memory_within` computes; None without a bound, and on the
+    CPU."""
+    return _within[-1].device_bytes if _within else None
 
 
 def peak_bytes() -> int | None:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.nn import functional
 
 from ..data.synthetic import SyntheticSet
+from ..export.edit_types import in_stored_types, widened
 from ..frontend.capture import Model, capture, opened
 from ..ir.edit_folds import fold_parameters
 from ..ir.program import Program, is_call, is_tensor, output_nodes
@@ -65,9 +66,10 @@ def outputs_apart(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) 
 def rival_of(program: Program, kinds: Sequence[InputKind], against: Model, classes: bool) -> Rival:
     """Another network beside a program, in any form that `compile` takes. Raises CaptureError where it cannot be
     captured, CalibrationError where it takes or gives something else."""
-    args, kwargs = program.structure([kind.drawn(2, torch.Generator().manual_seed(0)) for kind in kinds])
+    drawn = [kind.drawn(2, torch.Generator().manual_seed(0)) for kind in kinds]
+    args, kwargs = program.structure(in_stored_types(program, drawn))
     try:
-        other = fold_parameters(capture(opened(against), kwargs or args))
+        other = widened(fold_parameters(capture(opened(against), kwargs or args)))
         SyntheticSet.from_leaves(kwargs or args, {}).aligned(other).check(other)
     except (CalibrationError, CaptureError) as cause:
         raise cause.about("against") from cause

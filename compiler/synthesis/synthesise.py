@@ -14,6 +14,7 @@ from torch import nn
 
 from ..data.live_bytes import live_bytes
 from ..data.synthetic import SyntheticSet
+from ..export.edit_types import in_stored_types, widened
 from ..frontend.capture import Model, capture, opened
 from ..frontend.model_inputs import needed_inputs
 from ..ir.edit_folds import fold_parameters
@@ -117,7 +118,7 @@ def captured(network: Model, settings: SynthesisSettings | None) -> Program:
     """The network as a program, its inputs as they are said to be, or as it says itself. Raises CaptureError, and
     CalibrationError where nothing says it."""
     settings = settings or SynthesisSettings()
-    program = fold_parameters(capture(network, _example(network, settings)))
+    program = widened(fold_parameters(capture(network, _example(network, settings))))
     first = next((node for node in program.graph.nodes if node.op == "placeholder"), None)
     if settings.input_shape is not None and first is not None and program.shape(first)[1:] != settings.input_shape:
         raise CalibrationError(
@@ -197,14 +198,14 @@ def made_samples(
 
     with watched.clock.stage(STAGE):
         made, tensors = store.result(STAGE, inputs, compute)
-    args, kwargs = program.structure([tensors[f"input {i}"] for i in range(len(kinds))])
+    args, kwargs = program.structure(in_stored_types(program, [tensors[f"input {i}"] for i in range(len(kinds))]))
     for words in _warnings(made):
         warnings.warn(words, stacklevel=2)
     return SyntheticSet.from_leaves(kwargs or args, made)
 
 
 def _check_inputs(program: Program, kinds: Sequence[InputKind]) -> None:
-    """Raise CalibrationError for a network that no calibration set fits: a fixed batch, bfloat16."""
+    """Raise CalibrationError for a network that no calibration set fits: a fixed batch."""
     two = [kind.drawn(2, torch.Generator().manual_seed(0)) for kind in kinds]
     args, kwargs = program.structure(two)
     SyntheticSet.from_leaves(kwargs or args, {}).check(program)

@@ -4,7 +4,7 @@ A sequential re-solve needs, layer after layer, the student's input to the layer
 solved) and the teacher's value to reach. Running both networks from the start for each layer would cost the square of
 the depth. Here each batch keeps just the values that are still needed (its frontier), and each node of either network
 runs once for the whole sweep; only the nodes of the branch being solved run again, from the frontier in front of it.
-Frontiers live in their device's memory up to a budget and in temporary files beyond it.
+Frontiers live in their device's memory up to a budget, beyond it in host memory, and in temporary files beyond that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...compiler.ir.execute import Tensors, bind, device_of, required, run_nodes
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import own
 from ...compiler.processes.team import team
-from .spilled import Spilled
+from .spilled import Hosted, Spilled
 from .targets import Target
 
 #: The share of the memory there is that frontiers may take.
@@ -157,8 +157,8 @@ class Lockstep:
         batch_size: int,
         ram_bytes: int | None = None,
     ) -> None:
-        """`ram_bytes` is how much the frontiers may take in memory, that of their device; None: a share of what there
-        is."""
+        """`ram_bytes` is how much the frontiers may take in memory, that of their device, and as much again in that of
+        the host where this is another; None: a share of what there is."""
         self.teacher = teacher
         self.student = student
         self._batch_size = batch_size
@@ -166,9 +166,13 @@ class Lockstep:
         batches = list(own(calibration.batches(batch_size)))
         #: The places of this process's batches among all, and the frontier of each.
         self._places = [place for place, _ in batches]
-        self._frontiers: list[Frontier | Spilled] = [(bind(teacher, b), bind(student, b)) for _, b in batches]
-        free = free_bytes(device_of(student)) // team().neighbours
-        self._ram_bytes = int(FREE_SHARE * free) if ram_bytes is None else ram_bytes
+        self._frontiers: list[Frontier | Hosted | Spilled] = [(bind(teacher, b), bind(student, b)) for _, b in batches]
+        self._device = device_of(student)
+        places = (self._device, torch.device("cpu"))
+        self._ram_bytes, self._host_bytes = (
+            int(FREE_SHARE * free_bytes(place)) // team().neighbours if ram_bytes is None else ram_bytes
+            for place in places
+        )
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Lockstep:
@@ -212,7 +216,7 @@ class Lockstep:
 
     def _load(self, index: int) -> Frontier:
         frontier = self._frontiers[index]
-        if not isinstance(frontier, Spilled):
+        if not isinstance(frontier, (Hosted, Spilled)):
             return frontier
         values = frontier.read()
         sides: Frontier = ({}, {})
@@ -221,15 +225,19 @@ class Lockstep:
         return sides
 
     def _store(self, index: int, frontier: Frontier) -> None:
-        if _bytes(frontier) * len(self._frontiers) <= self._ram_bytes:
+        taken = _bytes(frontier) * len(self._frontiers)
+        if taken <= self._ram_bytes:
             self._frontiers[index] = frontier
+            return
+        sides = zip((TEACHER, STUDENT), frontier, strict=True)
+        values = {f"{side}{name}": value for side, values in sides for name, value in values.items()}
+        if self._device.type != "cpu" and taken <= self._host_bytes:
+            self._frontiers[index] = Hosted.moved(values, self._device)
             return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="foldcut-")
         # a mapped file is never overwritten in place: the new one takes its name
         path = Path(self._folder.name) / f"{index}.values"
-        sides = zip((TEACHER, STUDENT), frontier, strict=True)
-        values = {f"{side}{name}": value for side, values in sides for name, value in values.items()}
         fresh = Spilled.written(values, path.with_suffix(".new"))
         fresh.path.replace(path)
         self._frontiers[index] = replace(fresh, path=path)

@@ -81,6 +81,29 @@ class Spilled:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hosted:
+    """Values by name whose tensors are in host memory, and the device that they came from."""
+
+    values: Mapping[str, Any]
+    device: torch.device
+
+    @classmethod
+    def moved(cls, values: Mapping[str, Any], device: torch.device) -> Hosted:
+        """Values of a device in host memory. What stands under two names is there once."""
+        return cls(values=_all_on(values, torch.device("cpu")), device=device)
+
+    def read(self) -> dict[str, Any]:
+        """The values on their device."""
+        return _all_on(self.values, self.device)
+
+
+def _all_on(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    tensors = {id(value): value for value in values.values() if isinstance(value, torch.Tensor)}
+    there = {key: value.to(device) for key, value in tensors.items()}
+    return {name: there.get(id(value), value) for name, value in values.items()}
+
+
 def _placed(whole: torch.UntypedStorage, place: _Place) -> torch.Tensor:
     """The tensor at a place."""
     first = place.start // place.dtype.itemsize + place.offset

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...compiler.export.edit_device import on_cpu
+from ...compiler.export.edit_types import as_measured
 from ...compiler.export.exporter import to_onnx_model
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
@@ -129,6 +130,7 @@ class LatencyTable:
 
         Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
         """
+        program = as_measured(program)
         segments = find_segments(program)
         keys, known, measured = self._looked_up(program, segments, progress)
         times = _times(program, segments, keys, known)
@@ -155,6 +157,9 @@ class LatencyTable:
 
         Raises ExportError when a segment has no ONNX form, BackendError when the backend does not take it.
         """
+        measured = as_measured(program)
+        if measured.nodes.keys() == program.nodes.keys():  # no casts that lie in none of the segments
+            program = measured
         keys, known, _ = self._looked_up(program, segments, progress)
         return _times(program, segments, keys, known)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.export.edit_types import as_measured
 from ...compiler.export.exporter import target_opset, to_onnx
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import by_first, measured_by_first
@@ -121,7 +122,7 @@ class LatencyProbe:
 
     def against(self, program: Program) -> Measurement:
         """Latency of a rewritten program over that of the original."""
-        return measured_by_first(lambda: self._against(to_onnx(program, opset=self.conditions.opset)))
+        return measured_by_first(lambda: self._against(to_onnx(as_measured(program), opset=self.conditions.opset)))
 
     def _against(self, model: bytes) -> Measurement:
         return self._compared(model, QUICK, both=False)[self.regime]
@@ -213,6 +214,6 @@ def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Map
     count = len(samples)
     rows = np.arange(batch) % count
     return {
-        spec.name: np.ascontiguousarray(leaf.numpy()[rows])
+        spec.name: np.ascontiguousarray((leaf.to(spec.dtype) if leaf.is_floating_point() else leaf).numpy()[rows])
         for spec, leaf in zip(program.inputs, samples.leaves, strict=True)
     }

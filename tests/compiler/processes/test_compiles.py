@@ -106,7 +106,7 @@ def test_torchrun_writes_once(tmp_path: Path) -> None:
     for number, part in enumerate(samples.split(15)):
         torch.save(part, tmp_path / "parts" / f"{number}.pt")
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "foldcut", "compile"]
-    model, goal = str(tmp_path / "net.onnx"), ["--channels", "0.5", "--no-mimic", "--fresh"]
+    model, goal = str(tmp_path / "net.onnx"), ["--macs", "0.6", "--no-mimic", "--fresh"]
     for folder, start in (("two", run), ("one", run[:1] + run[5:])):
         command = [*start, model, "--calib", str(tmp_path / "parts"), *goal, "-o", str(tmp_path / folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
