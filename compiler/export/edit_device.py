@@ -34,7 +34,8 @@ def moved(program: Program, device: torch.device) -> Program:
         >>> moved(program, torch.device("cpu")) is program
         True
     """
-    old = {name: program.tensor(name) for name in _tensor_names(program)}
+    named = {name: program.tensor(name) for name in _tensor_names(program)}
+    old = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}  # else a graph within it
     if old and all(value.device == device for value in old.values()):
         return program
     module = rebuild(program.module, copied(program.graph))

@@ -49,10 +49,10 @@ _SETTINGS: tuple[_Setting, ...] = (
 
 
 @contextmanager
-def state_kept() -> Iterator[None]:
+def state_kept(device: torch.device | None = None) -> Iterator[None]:
     """No gradients inside; afterwards the settings of the process are what they were, and nothing has been drawn.
 
-    That is: random numbers of torch, numpy and Python; torch's default type and device, threads, gradient, inference,
+    That is: random numbers of torch (of the CPU, and of a device that is given), numpy and Python; torch's default type and device, threads, gradient, inference,
     deterministic, autocast and anomaly modes, precision of float32 products and oneDNN; filters of warnings, numpy's
     errors, the working directory. Not what nothing tells: `torch.set_flush_denormal`, hooks on all modules.
     """
@@ -60,6 +60,9 @@ def state_kept() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))  # a guard of its own: what is left open inside ends with it
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        if device is not None and device.type != "cpu":
+            generators = torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+            stack.enter_context(generators)
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - what others draw from
         stack.callback(random.setstate, random.getstate())
         stack.enter_context(np.errstate())
