@@ -22,6 +22,7 @@ from foldcut.passes.frank_wolfe import (
 )
 from foldcut.passes.frank_wolfe.constraints import Constraint
 from foldcut.passes.mimic.crops import Crop
+from foldcut.passes.solve.moments import Moments
 from torch import nn
 
 QUIET: dict[str, Any] = {"progress": False, "cache": False, "mimic": None}
@@ -140,3 +141,43 @@ def test_what_is_asked_of_a_set_without_float64(constraint: Constraint, elsewher
         assert constraint.oracle_gap(there[1], vertex) == constraint.oracle_gap(m, vertex.cpu())
         assert constraint.initial_radius(there[0]) == constraint.initial_radius(w)
         assert torch.equal(constraint.pull_in(there[0]).cpu(), constraint.pull_in(w))
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("MPS backend out of memory")],
+    ids=["cuda", "mps"],
+)
+def test_too_little_memory_there_is_one_clear_error(
+    cause: Exception, nets: SimpleNamespace, counting_backend: Any, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_args: Any, **_options: Any) -> Any:
+        raise cause
+
+    monkeypatch.setattr(Moments, "_of", out_of_memory)
+    options: dict[str, Any] = {"goal": foldcut.Blocks(1), "backend": counting_backend, **QUIET}
+    net = nets.seeded(nets.ResNet)
+    with pytest.raises(foldcut.CompilerError, match="the device has too little memory: .* out of memory") as refused:
+        foldcut.compile(net, nets.images(60), device=elsewhere.device, **options)
+    assert 'device="cpu"' in str(refused.value) and refused.value.__cause__ is cause
+    monkeypatch.undo()
+    assert foldcut.compile(net, nets.images(60), device="cpu", **options).report.met is not None
+
+
+def test_other_errors_there_are_as_they_are(
+    nets: SimpleNamespace, counting_backend: Any, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: Any, **_options: Any) -> Any:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(Moments, "_of", broken)
+    with pytest.raises(RuntimeError, match="device-side assert") as raised:
+        foldcut.compile(
+            nets.seeded(nets.ResNet),
+            nets.images(60),
+            goal=foldcut.Blocks(1),
+            backend=counting_backend,
+            device=elsewhere.device,
+            **QUIET,
+        )
+    assert not isinstance(raised.value, foldcut.CompilerError)
