@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +67,10 @@ class _Lifted:
     def __init__(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._program, self._example = program, (args, kwargs)
         self._module = program.module
-        self._specs = getattr(self._module, "_in_spec", None), getattr(self._module, "_out_spec", None)
+        self._specs: tuple[Any, Any] = (
+            getattr(self._module, "_in_spec", None),
+            getattr(self._module, "_out_spec", None),
+        )
         _require(None not in self._specs)
         self._values = _FreshValues(program)
         self._graph = fx.Graph()
@@ -165,7 +167,7 @@ class _Lifted:
     def _add_output(self) -> list[OutputSpec]:
         result = next(n for n in self._program.graph.nodes if n.op == "output").args[0]
         leaves = pytree.tree_leaves(result, is_leaf=lambda leaf: leaf is None)
-        _require(len(leaves) == self._specs[1].num_leaves)  # type: ignore[union-attr]
+        _require(len(leaves) == self._specs[1].num_leaves)
         specs = []
         for leaf in leaves:
             _require(leaf is None or (isinstance(leaf, fx.Node) and is_tensor(leaf)))
@@ -194,7 +196,7 @@ class _FreshValues:
         self._old: ShapeEnv | None = inputs[0].fake_mode.shape_env
         self._environment = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._environment, allow_non_fake_inputs=True, export=True)
-        self._sizes: dict[Any, torch.SymInt] = {}
+        self._sizes: dict[Any, int | torch.SymInt] = {}
         self._symbols: dict[Any, int] = {}
         if self._old is not None:
             _require(all(guard.expr.is_Equality and _symbols_only(guard.expr.args) for guard in self._old.guards))

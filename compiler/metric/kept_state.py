@@ -52,9 +52,10 @@ _SETTINGS: tuple[_Setting, ...] = (
 def state_kept(device: torch.device | None = None) -> Iterator[None]:
     """No gradients inside; afterwards the settings of the process are what they were, and nothing has been drawn.
 
-    That is: random numbers of torch (of the CPU, and of a device that is given), numpy and Python; torch's default type and device, threads, gradient, inference,
-    deterministic, autocast and anomaly modes, precision of float32 products and oneDNN; filters of warnings, numpy's
-    errors, the working directory. Not what nothing tells: `torch.set_flush_denormal`, hooks on all modules.
+    That is: random numbers of torch (of the CPU, and of a device that is given), numpy and Python; torch's default type
+    and device, threads, gradient, inference, deterministic, autocast and anomaly modes, precision of float32 products
+    and oneDNN; filters of warnings, numpy's errors, the working directory. Not what nothing tells:
+    `torch.set_flush_denormal`, hooks on all modules.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # a guard of its own: what is left open inside ends with it

@@ -145,7 +145,10 @@ def test_what_is_asked_of_a_set_without_float64(constraint: Constraint, elsewher
 
 @pytest.mark.parametrize(
     "cause",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("MPS backend out of memory")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory"),
+    ],
     ids=["cuda", "mps"],
 )
 def test_too_little_memory_there_is_one_clear_error(
@@ -157,7 +160,7 @@ def test_too_little_memory_there_is_one_clear_error(
     monkeypatch.setattr(Moments, "_of", out_of_memory)
     options: dict[str, Any] = {"goal": foldcut.Blocks(1), "backend": counting_backend, **QUIET}
     net = nets.seeded(nets.ResNet)
-    with pytest.raises(foldcut.CompilerError, match="the device has too little memory: .* out of memory") as refused:
+    with pytest.raises(foldcut.CompilerError, match=r"the device has too little memory: .* out of memory") as refused:
         foldcut.compile(net, nets.images(60), device=elsewhere.device, **options)
     assert 'device="cpu"' in str(refused.value) and refused.value.__cause__ is cause
     monkeypatch.undo()

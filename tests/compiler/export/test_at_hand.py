@@ -277,7 +277,9 @@ class Branched(nn.Module):
 
 
 def bounded() -> torch.export.ExportedProgram:
-    return torch.export.export(nn.Linear(4, 3).eval(), (torch.randn(2, 4),), dynamic_shapes=({0: torch.export.Dim("n", max=32)},))
+    return torch.export.export(
+        nn.Linear(4, 3).eval(), (torch.randn(2, 4),), dynamic_shapes=({0: torch.export.Dim("n", max=32)},)
+    )
 
 
 def even() -> torch.export.ExportedProgram:

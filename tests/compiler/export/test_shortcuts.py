@@ -67,7 +67,11 @@ def test_the_same_bytes_as_without(nets: SimpleNamespace, monkeypatch: pytest.Mo
 def test_it_is_less_work(residual: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """No node is run for its type, no rule looks at a node that it cannot match, no table is made anew."""
     tables, tried, run = [], [], []
-    table, rewrite, node = _decomp.create_onnx_friendly_decomposition_table, RewriteRule.try_rewrite, torch.fx.Interpreter
+    table, rewrite, node = (
+        _decomp.create_onnx_friendly_decomposition_table,
+        RewriteRule.try_rewrite,
+        torch.fx.Interpreter,
+    )
     monkeypatch.setattr(
         _decomp, "create_onnx_friendly_decomposition_table", lambda operators: tables.append(1) or table(operators)
     )
