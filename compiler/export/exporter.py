@@ -17,8 +17,8 @@ from ..onnx.file import opset as written_opset
 from ..support.atomic_files import write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
-from .at_hand import exported_at_hand
 from .direct import as_it_is, direct_translations, integer_translations
+from .edit_at_hand import exported_at_hand
 from .edit_device import on_cpu
 from .registry import filled_once
 from .shortcuts import nothing_twice

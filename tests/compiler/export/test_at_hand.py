@@ -18,7 +18,7 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.export import exporter
-from foldcut.compiler.export.at_hand import exported_at_hand
+from foldcut.compiler.export.edit_at_hand import exported_at_hand
 from foldcut.compiler.export.exporter import to_exported, to_onnx, to_pt2
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import bypass
