@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from ..ir.execute import device_of
 from ..ir.graph_copy import copied
 from ..ir.program import Program
 from ..support.errors import CompilerError, named_first_line
@@ -95,7 +94,7 @@ class Metric:
         self.calls += 1
         began = time.monotonic()
         try:
-            with self._clock.stage("evaluate"), state_kept(device_of(program)):
+            with self._clock.stage("evaluate"), state_kept():
                 return Reading.of(self._measure(program), sampled=self.on_test)
         except NoNumberError as cause:
             self._tell(str(cause))

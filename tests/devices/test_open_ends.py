@@ -84,12 +84,15 @@ def test_a_metric_draws_nothing_from_the_devices_generator(
     module = torch.get_device_module(elsewhere.device)
     monkeypatch.setattr(module, "get_rng_state", lambda device=0: state["there"].clone(), raising=False)
     monkeypatch.setattr(module, "set_rng_state", lambda new, device=0: state.update(there=new), raising=False)
-    with state_kept(elsewhere.device):
-        state["there"] = torch.tensor([9, 9, 9], dtype=torch.uint8)
-    assert state["there"].tolist() == [1, 2, 3]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: elsewhere.device)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with state_kept():
         state["there"] = torch.tensor([9, 9, 9], dtype=torch.uint8)
-    assert state["there"].tolist() == [9, 9, 9], "without a device nothing of one is touched"
+    assert state["there"].tolist() == [1, 2, 3]
+    monkeypatch.setattr(module, "is_initialized", lambda: False)
+    with state_kept():
+        state["there"] = torch.tensor([9, 9, 9], dtype=torch.uint8)
+    assert state["there"].tolist() == [9, 9, 9], "a device that nothing has used is not begun"
 
 
 def test_crops_are_cut_there(elsewhere: SimpleNamespace) -> None:
