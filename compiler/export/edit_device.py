@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from ..ir.edit import rebuild
 from ..ir.graph_copy import copied
@@ -33,7 +34,8 @@ def moved(program: Program, device: torch.device) -> Program:
         >>> moved(program, torch.device("cpu")) is program
         True
     """
-    old = {name: program.tensor(name) for name in _tensor_names(program)}
+    named = {name: program.tensor(name) for name in _tensor_names(program)}
+    old = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}  # else a graph within it
     if old and all(value.device == device for value in old.values()):
         return program
     module = rebuild(program.module, copied(program.graph))
@@ -94,11 +96,13 @@ def _move_node(node: fx.Node, device: torch.device) -> None:
         arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
         if not node.all_input_nodes and any(argument.name == "device" for argument in arguments):
             node.kwargs = {**node.kwargs, "device": device}
-    value = node.meta.get("val")
-    mode = getattr(value, "fake_mode", None)
-    if isinstance(value, torch.Tensor) and isinstance(mode, FakeTensorMode):
-        with mode, torch.no_grad():
-            node.meta["val"] = value.to(device)
+    if "val" in node.meta:
+        node.meta["val"] = pytree.tree_map_only(FakeTensor, lambda value: _stated(value, device), node.meta["val"])
+
+
+def _stated(value: FakeTensor, device: torch.device) -> torch.Tensor:
+    with value.fake_mode, torch.no_grad():
+        return value.to(device)
 
 
 def _instead(leaf: Any, device: torch.device) -> Any:

@@ -18,8 +18,10 @@ from ..support.atomic_files import write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
 from .direct import as_it_is, direct_translations, integer_translations
+from .edit_at_hand import exported_at_hand
 from .edit_device import on_cpu
 from .registry import filled_once
+from .shortcuts import nothing_twice
 
 if TYPE_CHECKING:
     import onnx
@@ -38,6 +40,12 @@ def to_exported(program: Program) -> torch.export.ExportedProgram:
     """
     program = on_cpu(program)
     args, kwargs, dynamic = _example(program)
+    made = exported_at_hand(program, args, kwargs)
+    return _traced(program, args, kwargs, dynamic) if made is None else made
+
+
+def _traced(program: Program, args: Any, kwargs: Any, dynamic: Any) -> torch.export.ExportedProgram:
+    """By torch.export, where the graph at hand is not certain to be what that gives."""
     try:
         with quiet_exporters(), torch.no_grad():  # as at capture: gradients change kernels, and these the strides
             exported = torch.export.export(program.module, args, kwargs, dynamic_shapes=dynamic)
@@ -125,7 +133,7 @@ def to_onnx_model(
     version = None if target is None else max(target, EXPORTER_OPSET)
     table = translations() | integer_translations()
     try:
-        with quiet_exporters(), torch.no_grad(), filled_once():
+        with quiet_exporters(), torch.no_grad(), filled_once(), nothing_twice():
             try:
                 result = _translated(as_it_is(exported), version, table | direct_translations())
             except Exception:  # an operator that has an ONNX form only once it is decomposed

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..archives.archive_check import check_exported_file
+from ..export.edit_device import on_cpu
 from ..ir.compare import compare
 from ..ir.exported_program import WAY_OUT, from_exported
 from ..ir.graph_copy import copied
@@ -21,7 +22,7 @@ from ..onnx import opaque_operator  # noqa: F401 - registers the operator of opa
 from ..support.errors import CaptureError, named_first_line, plural
 from ..support.one_at_a_time import alone
 from ..support.quiet_logs import quiet_exporters
-from .module_state import check_weights, eval_mode, name_keywords, on_the_cpu, restored, unwrapped
+from .module_state import check_weights, device_of_model, eval_mode, name_keywords, on_the_cpu, restored, unwrapped
 
 if TYPE_CHECKING:
     import onnx
@@ -109,9 +110,10 @@ def is_onnx(model: object) -> bool:
 
 
 def _from_foreign(exported: torch.export.ExportedProgram) -> Program:
-    """`from_exported` for what others have made, or changed since."""
+    """`from_exported` for what others have made, or changed since; on the CPU, wherever its weights are."""
+    device_of_model(exported)
     try:
-        return from_exported(exported)
+        return on_cpu(from_exported(exported))
     except CaptureError:
         raise
     except Exception as cause:  # a graph that does not fit together fails wherever torch first notices

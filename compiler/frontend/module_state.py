@@ -44,17 +44,20 @@ def check_weights(model: nn.Module) -> None:
 
 
 def device_of_model(model: object) -> torch.device:
-    """Where a network is that was given: the CPU for files and exported programs. Raises CaptureError for one that is
-    on several devices."""
-    if not isinstance(model, nn.Module):
-        return torch.device("cpu")
-    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    """Where a network is that was given: the CPU for files. Raises CaptureError for one that is on several devices."""
+    tensors: list[object] = []
+    if isinstance(model, nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+    elif isinstance(model, torch.export.ExportedProgram):
+        tensors = [*model.state_dict.values(), *model.constants.values()]
+    found = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
     if len(found) > 1:
         raise CaptureError(
             "the network is on several devices",
             expected="one",
             actual=", ".join(sorted(map(str, found))),
-            hint="move it to one of them: net.to(device)",
+            hint="move it to one of them: net.to(device), or for an exported program "
+            "torch.export.passes.move_to_device_pass(exported, device)",
         )
     return next(iter(found), torch.device("cpu"))
 

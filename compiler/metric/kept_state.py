@@ -52,14 +52,19 @@ _SETTINGS: tuple[_Setting, ...] = (
 def state_kept() -> Iterator[None]:
     """No gradients inside; afterwards the settings of the process are what they were, and nothing has been drawn.
 
-    That is: random numbers of torch, numpy and Python; torch's default type and device, threads, gradient, inference,
-    deterministic, autocast and anomaly modes, precision of float32 products and oneDNN; filters of warnings, numpy's
-    errors, the working directory. Not what nothing tells: `torch.set_flush_denormal`, hooks on all modules.
+    That is: random numbers of torch (an accelerator's in use too), numpy and Python; torch's default type
+    and device, threads, gradient, inference, deterministic, autocast and anomaly modes, precision of float32 products
+    and oneDNN; filters of warnings, numpy's errors, the working directory. Not what nothing tells:
+    `torch.set_flush_denormal`, hooks on all modules.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # a guard of its own: what is left open inside ends with it
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        used = _accelerator_in_use()
+        if used is not None:
+            numbers = list(range(torch.accelerator.device_count()))
+            stack.enter_context(torch.random.fork_rng(devices=numbers, device_type=used.type))
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - what others draw from
         stack.callback(random.setstate, random.getstate())
         stack.enter_context(np.errstate())
@@ -68,6 +73,15 @@ def state_kept() -> Iterator[None]:
             with suppress(RuntimeError, OSError):  # one of torch's two ways to say a precision; a folder that is gone
                 stack.callback(_set_back, read, write, read())
         yield
+
+
+def _accelerator_in_use() -> torch.device | None:
+    """The machine's accelerator, where this process has begun to use it: to ask it for its state would begin it."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return None
+    begun = getattr(torch.get_device_module(found), "is_initialized", None)
+    return found if begun is None or begun() else None
 
 
 def _set_back(read: Callable[[], Any], write: Callable[[Any], Any], before: Any) -> None:

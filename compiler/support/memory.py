@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from .errors import CompilerError
+from .errors import CompilerError, first_line
 
 try:
     import resource
@@ -77,8 +77,8 @@ def available_bytes() -> int:
 @contextmanager
 def memory_within(limit_bytes: int | None) -> Iterator[None]:
     """Inside, the process stays under `limit_bytes` of resident memory; None leaves that to the machine, its container
-    and the limits of the process. Raises CompilerError where the process has more already, and where memory runs out
-    under a limit."""
+    and the limits of the process. Raises CompilerError where the process has more already, where memory runs out
+    under a limit, and where a device has too little."""
     outer = _within[-1].limit_bytes if _within else None
     known = [count for count in (limit_bytes, outer) if count is not None]
     _within.append(_Within(limit_bytes=min(known, default=None), before_bytes=peak_bytes()))
@@ -86,6 +86,11 @@ def memory_within(limit_bytes: int | None) -> Iterator[None]:
         _refuse_less_than(0)
         yield
     except (MemoryError, RuntimeError, ImportError) as cause:
+        if _ran_out_on_a_device(cause):
+            raise CompilerError(
+                f"the device has too little memory: {first_line(cause)}",
+                hint='end what else runs there, or compute on the CPU: device="cpu"',
+            ) from cause
         if not _bounds() or not (isinstance(cause, MemoryError) or any(words in str(cause) for words in _NO_MEMORY)):
             raise
         raise CompilerError(
@@ -93,6 +98,13 @@ def memory_within(limit_bytes: int | None) -> Iterator[None]:
         ) from cause
     finally:
         _within.pop()
+
+
+def _ran_out_on_a_device(cause: BaseException) -> bool:
+    """Whether torch says so: by a class of its own, or in words (``mps``)."""
+    torch = sys.modules.get("torch")
+    known = torch is not None and isinstance(cause, torch.OutOfMemoryError)
+    return known or (isinstance(cause, RuntimeError) and "backend out of memory" in str(cause))
 
 
 def settle_memory(least_bytes: int, device_bytes: int | None = None) -> None:

@@ -22,7 +22,9 @@ from typing import Self
 
 import torch
 
+from ...compiler.devices.precision import in_float64
 from .errors import FrankWolfeError
+from .ordering import where_exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +64,18 @@ class Constraint(ABC):
         self.check(m)
         if not bool(torch.isfinite(m).all()):
             raise FrankWolfeError("the oracle was given values that are not finite", hint="check the gradient first")
-        return (self.unit_vertices(m.detach().unsqueeze(0)).points[0] * self.radius).to(m.dtype)
+        exact = where_exact(m.detach())
+        return (self.unit_vertices(exact.unsqueeze(0)).points[0] * self.radius).to(m.device, m.dtype)
 
     def norm(self, w: torch.Tensor) -> float:
         """The gauge of the unit set, computed in float64: `w` is in the set where it is at most `radius`."""
         self.check(w)
-        return float(self.gauges(w.detach().unsqueeze(0)))
+        return float(self.gauges(where_exact(w.detach()).unsqueeze(0)))
 
     def dual_norm(self, m: torch.Tensor) -> float:
         """max <m, u> over the unit set, in float64."""
         self.check(m)
-        return float(self.dual_norms(m.detach().unsqueeze(0)))
+        return float(self.dual_norms(where_exact(m.detach()).unsqueeze(0)))
 
     def contains(self, w: torch.Tensor, *, tolerance: float | None = None) -> bool:
         """Whether norm(w) <= radius * (1 + tolerance); by default 8 units of the dtype's rounding."""
@@ -86,8 +89,8 @@ class Constraint(ABC):
         """
         if self.norm(w) <= self.radius:
             return w
-        stack = w.detach().unsqueeze(0).double() / self.radius
-        return (self.unit_projections(stack)[0] * self.radius).to(w.dtype)
+        stack = in_float64(w.detach()).unsqueeze(0) / self.radius
+        return (self.unit_projections(stack)[0] * self.radius).to(w.device, w.dtype)
 
     def pull_in(self, w: torch.Tensor) -> torch.Tensor:
         """`w` scaled down to the boundary, up to rounding; `w` itself when it is in the set."""
@@ -96,12 +99,12 @@ class Constraint(ABC):
 
     def duality_gap(self, w: torch.Tensor, m: torch.Tensor) -> float:
         """<m, w - lmo(m)>, in float64: bounds f(w) - min f over the set when m is the gradient of a convex f at w."""
-        return float((m.detach().double() * w.detach().double()).sum()) + self.radius * self.dual_norm(m)
+        return float((in_float64(m.detach()) * in_float64(w.detach())).sum()) + self.radius * self.dual_norm(m)
 
     def oracle_gap(self, m: torch.Tensor, v: torch.Tensor) -> float:
         """How far <m, v> stays behind the optimum: 1 - <m, v> / <m, lmo(m)>; 0 is exact. 0 where m is zero."""
         best = self.radius * self.dual_norm(m)
-        return 1 + float((m.detach().double() * v.detach().double()).sum()) / best if best else 0.0
+        return 1 + float((in_float64(m.detach()) * in_float64(v.detach())).sum()) / best if best else 0.0
 
     def diameter(self, w: torch.Tensor) -> float:
         """The largest L2 distance of two points of the set, for tensors of the shape of `w`."""
@@ -114,7 +117,7 @@ class Constraint(ABC):
         `norm` is E||W_init||_F where it is known; else the weight is taken as a draw of its initialisation.
         """
         self.check(weight)
-        scale = float(torch.linalg.vector_norm(weight.detach().double())) if norm is None else norm
+        scale = float(torch.linalg.vector_norm(in_float64(weight.detach()))) if norm is None else norm
         if not (math.isfinite(factor) and factor > 0 and math.isfinite(scale) and scale > 0):
             raise FrankWolfeError(
                 "no radius follows from this initialisation",

@@ -11,6 +11,7 @@ import torch
 from .constraints import Constraint
 from .errors import FrankWolfeError
 from .feasibility import NormBounds, pull_inside
+from .ordering import where_exact
 from .update import RESCALES, Job, Moved, Rescale, move, stacked
 
 Group = dict[str, Any]
@@ -123,7 +124,8 @@ class FrankWolfe(torch.optim.Optimizer):
                 direction = self.state[weight].get("momentum_buffer", weight.grad)
                 job = self._job(group, weight, direction)
                 bases = None if job.basis is None else job.basis.unsqueeze(0)
-                points = job.constraint.unit_vertices(direction.unsqueeze(0), bases).points
+                bases = None if bases is None else where_exact(bases)
+                points = job.constraint.unit_vertices(where_exact(direction).unsqueeze(0), bases).points
                 gaps[name] = job.constraint.with_radius(1.0).oracle_gap(direction, points[0])
         return gaps
 

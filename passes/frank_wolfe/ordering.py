@@ -7,6 +7,14 @@ from __future__ import annotations
 
 import torch
 
+from ...compiler.devices.precision import widest
+
+
+def where_exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy on the CPU where its device has no float64: norms that bound where a weight is, and
+    eigenvectors of a matrix times its transpose, are nothing in float32."""
+    return tensor if widest(tensor.device) == torch.float64 else tensor.cpu()
+
 
 def working(stack: torch.Tensor) -> torch.Tensor:
     """The stack in the precision that oracles compute in: float32 for half precisions, else as it is."""

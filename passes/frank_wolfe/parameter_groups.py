@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compiler.devices.precision import in_float64
 from .constraints import Constraint
 
 #: Makes a set for a weight, whose radius `parameter_groups` then sets: `lambda weight: KSupport(k=weight.shape[0])`.
@@ -88,7 +89,7 @@ def current_norm(module: nn.Module, name: str) -> float:
 
 
 def _norm(module: nn.Module, name: str) -> float:
-    return float(torch.linalg.vector_norm(getattr(module, name).detach().double()))
+    return float(torch.linalg.vector_norm(in_float64(getattr(module, name).detach())))
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:

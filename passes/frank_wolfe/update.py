@@ -10,11 +10,12 @@ with f = ||m|| / ||w - v|| (`gradient`: the step is as long as that of SGD), ||m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 
+from ...compiler.devices.precision import widest
 from .constraints import Constraint
 from .ordering import working
 
@@ -62,7 +63,9 @@ def stacked(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 
 def move(jobs: Sequence[Job]) -> Moved:
-    """Take the step for jobs of one key, writing to the weights."""
+    """Take the step for jobs of one key, writing to the weights. Where their device has no float64 the CPU takes it."""
+    if widest(jobs[0].weight.device) != torch.float64:
+        return _moved_on_the_cpu(jobs)
     first = jobs[0]
     unit = first.constraint.with_radius(1.0)
     m, weights = _stack([job.direction for job in jobs]), _stack([job.weight for job in jobs])
@@ -76,6 +79,22 @@ def move(jobs: Sequence[Job]) -> Moved:
     reached = torch.lerp(w, vertices, etas.to(w.dtype).view(-1, *ones))
     torch._foreach_copy_([job.weight for job in jobs], list(reached.unbind()))
     return Moved(etas=etas, bases=found.bases)
+
+
+def _moved_on_the_cpu(jobs: Sequence[Job]) -> Moved:
+    copies = [
+        replace(
+            job,
+            weight=job.weight.detach().cpu(),
+            direction=job.direction.cpu(),
+            basis=None if job.basis is None else job.basis.cpu(),
+        )
+        for job in jobs
+    ]
+    moved = move(copies)
+    for job, copy in zip(jobs, copies, strict=True):
+        job.weight.copy_(copy.weight)
+    return moved
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -138,7 +138,9 @@ def _line_search(
     """argmin over t of ||e - t dz||^2 with dz the end's derivative along the step, by a finite difference."""
     student, end = lockstep.student, step.targets[-1]
     weights = [current_parameter(student, t.layer.weight, tensors) for t in inner]
-    small = min(PROBE * float(w.norm() / c.norm().clamp(min=1e-30)) for w, c in zip(weights, changes, strict=True))
+    small = min(
+        PROBE * float(w.norm().to(c.device) / c.norm().clamp(min=1e-30)) for w, c in zip(weights, changes, strict=True)
+    )
     ahead = dict(tensors)
     for target, weight, change in zip(inner, weights, changes, strict=True):
         ahead[target.layer.weight] = add_delta(weight, change, small)

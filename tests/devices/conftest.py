@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,12 @@ import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.devices.precision import widest
+from foldcut.compiler.export.edit_device import _move_node
+from foldcut.compiler.ir.edit import rebuild
+from foldcut.compiler.ir.graph_copy import copied
+from foldcut.compiler.ir.program import Program
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -235,8 +241,6 @@ def without_float64() -> Iterator[None]:
 
 def samples_of(data: Any, device: torch.device) -> CalibrationSet:
     """Samples that lie on the device already."""
-    from dataclasses import replace
-
     samples = CalibrationSet.of(data)
     return replace(samples, leaves=tuple(leaf.to(device) for leaf in samples.leaves))
 
@@ -274,3 +278,45 @@ def elsewhere() -> SimpleNamespace:
     return SimpleNamespace(
         device=torch.device(NAME, 0), watched=watched, without_float64=without_float64, samples=found
     )
+
+
+class Fake:
+    """A mode for fake tensors, and the device that they say they are on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.mode = device, FakeTensorMode(allow_non_fake_inputs=False)
+
+    def program(self, program: Program) -> Program:
+        """The program with fake tensors of the device."""
+        module = rebuild(program.module, copied(program.graph))
+        for node in module.graph.nodes:
+            _move_node(node, self.device)
+            if node.op == "get_attr":
+                path, _, leaf = str(node.target).rpartition(".")
+                owner, old = module.get_submodule(path), program.constant(node)
+                new = self.mode.from_tensor(old.detach(), static_shapes=True)
+                with self.mode:
+                    new = new.to(self.device)
+                    if isinstance(old, nn.Parameter):
+                        owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+                    else:
+                        owner._buffers[leaf] = new
+        return replace(program, module=rebuild(module, module.graph))
+
+    def samples(self, data: torch.Tensor) -> CalibrationSet:
+        """Fake samples on the CPU."""
+        samples = CalibrationSet.of(data)
+        return replace(
+            samples, leaves=tuple(self.mode.from_tensor(leaf, static_shapes=True) for leaf in samples.leaves)
+        )
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        with self.mode:
+            return torch.empty(shape, device=self.device, dtype=dtype)
+
+
+@pytest.fixture
+def fake(elsewhere: SimpleNamespace) -> Iterator[Fake]:
+    built: bool = torch.backends.cuda.is_built()
+    yield Fake(torch.device("cuda", 0) if built else elsewhere.device)
+    widest.cache_clear()

@@ -27,7 +27,7 @@ MIMIC = foldcut.MimicSettings(iterations=8, checks=2, batch_size=8)
 
 def network(nets: SimpleNamespace) -> nn.Module:
     torch.manual_seed(0)
-    net: nn.Module = nets.ResNet(2, 8).eval()
+    net: nn.Module = nets.ResNet(2, 16).eval()  # with 8 channels there would be none to cut
     return net
 
 
@@ -47,6 +47,7 @@ def test_a_compile_on_another_device_is_that_of_the_cpu(
         )
         for device in (None, elsewhere.device)
     )
+    assert here.plan.decisions
     assert [str(d) for d in there.plan.decisions] == [str(d) for d in here.plan.decisions]
     assert device_of(there.program) == torch.device("cpu"), "the result is where files are written"
     batch = nets.images(7)
@@ -59,6 +60,7 @@ def test_without_float64_there(nets: SimpleNamespace, counting_backend: Any, els
     here = foldcut.compile(network(nets), nets.images(60), **options)
     with elsewhere.without_float64():
         there = foldcut.compile(network(nets), nets.images(60), device=elsewhere.device, **options)
+    assert there.plan.decisions
     batch = nets.images(7)
     assert torch.allclose(there.module(batch), here.module(batch), rtol=1e-3, atol=1e-4)
 
@@ -69,6 +71,7 @@ def test_the_network_and_the_samples_may_be_there(nets: SimpleNamespace, countin
     here = foldcut.compile(net, samples, **options)
     net = net.to(elsewhere.device)
     there = foldcut.compile(net, samples.to(elsewhere.device), **options)
+    assert there.plan.decisions
     assert device_of_model(net) == elsewhere.device, "the caller's network is left where it is"
     batch = nets.images(7)
     assert torch.allclose(there.module(batch), here.module(batch), rtol=1e-4, atol=1e-4)
@@ -77,6 +80,7 @@ def test_the_network_and_the_samples_may_be_there(nets: SimpleNamespace, countin
 def test_a_plan_is_applied_there(nets: SimpleNamespace, counting_backend: Any, elsewhere: Any, tmp_path: Path) -> None:
     net, samples = network(nets), nets.images(60)
     made = foldcut.compile(net, samples, goal=foldcut.Channels(0.5), backend=counting_backend, mimic=None, **QUIET)
+    assert made.plan.decisions
     made.save(tmp_path)
     here, there = (
         foldcut.apply(net, tmp_path / "plan.json", calibration=samples, mimic=False, device=device, **QUIET)

@@ -8,19 +8,14 @@ and whether an error fell: `test_solve_devices.py` has those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.devices.precision import WideSum, widest
-from foldcut.compiler.export.edit_device import _move_node
+from foldcut.compiler.devices.precision import WideSum
 from foldcut.compiler.ir.compare import squared_distance
-from foldcut.compiler.ir.edit import rebuild
 from foldcut.compiler.ir.execute import bind, device_of, run_until
-from foldcut.compiler.ir.graph_copy import copied
 from foldcut.compiler.ir.program import Program
 from foldcut.passes.frank_wolfe import GroupKSupport, KSparse, KSupport, LpBall, NuclearBall, SpectralKSparse
 from foldcut.passes.frank_wolfe.constraints import Constraint
@@ -32,52 +27,9 @@ from foldcut.passes.solve.moments import MomentSum, _batch_parts
 from foldcut.passes.solve.refine import _collect
 from foldcut.passes.solve.resolve_network import ResolveSettings, _parts
 from foldcut.passes.solve.targets import trace_target
-from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-
-
-class Fake:
-    """A mode for fake tensors, and the device that they say they are on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.mode = device, FakeTensorMode(allow_non_fake_inputs=False)
-
-    def program(self, program: Program) -> Program:
-        """The program with fake tensors of the device."""
-        module = rebuild(program.module, copied(program.graph))
-        for node in module.graph.nodes:
-            _move_node(node, self.device)
-            if node.op == "get_attr":
-                path, _, leaf = str(node.target).rpartition(".")
-                owner, old = module.get_submodule(path), program.constant(node)
-                new = self.mode.from_tensor(old.detach(), static_shapes=True)
-                with self.mode:
-                    new = new.to(self.device)
-                    if isinstance(old, nn.Parameter):
-                        owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
-                    else:
-                        owner._buffers[leaf] = new
-        return replace(program, module=rebuild(module, module.graph))
-
-    def samples(self, data: torch.Tensor) -> CalibrationSet:
-        """Fake samples on the CPU."""
-        samples = CalibrationSet.of(data)
-        return replace(
-            samples, leaves=tuple(self.mode.from_tensor(leaf, static_shapes=True) for leaf in samples.leaves)
-        )
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        with self.mode:
-            return torch.empty(shape, device=self.device, dtype=dtype)
-
-
-@pytest.fixture
-def fake(elsewhere: SimpleNamespace) -> Iterator[Fake]:
-    built: bool = torch.backends.cuda.is_built()
-    yield Fake(torch.device("cuda", 0) if built else elsewhere.device)
-    widest.cache_clear()
 
 
 @pytest.fixture(params=["residual", "transformer", "inverted"])
@@ -86,7 +38,7 @@ def case(request: pytest.FixtureRequest, nets: SimpleNamespace) -> tuple[Program
     return program, nets.tokens(12) if request.param == "transformer" else nets.images(12)
 
 
-def test_what_is_read_or_mixed_raises(fake: Fake) -> None:
+def test_what_is_read_or_mixed_raises(fake: Any) -> None:
     """Else the tests below could not fail."""
     there = fake.empty(3)
     with fake.mode:
@@ -96,7 +48,7 @@ def test_what_is_read_or_mixed_raises(fake: Fake) -> None:
             _ = there + torch.ones(3)
 
 
-def test_networks_run(case: tuple[Program, torch.Tensor], fake: Fake) -> None:
+def test_networks_run(case: tuple[Program, torch.Tensor], fake: Any) -> None:
     program, samples = fake.program(case[0]), fake.samples(case[1])
     assert device_of(program) == fake.device
     total = WideSum()
@@ -110,7 +62,7 @@ def test_networks_run(case: tuple[Program, torch.Tensor], fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("rows_per_column", [None, 1])
-def test_moments(rows_per_column: int | None, case: tuple[Program, torch.Tensor], fake: Fake) -> None:
+def test_moments(rows_per_column: int | None, case: tuple[Program, torch.Tensor], fake: Any) -> None:
     layers = find_layers(case[0])[0]
     sums = {name: MomentSum() for name in layers}
     program, samples = fake.program(case[0]), fake.samples(case[1])
@@ -126,7 +78,7 @@ def test_moments(rows_per_column: int | None, case: tuple[Program, torch.Tensor]
 
 
 @pytest.mark.parametrize("rows_per_column", [None, 1])
-def test_sweeps(rows_per_column: int | None, case: tuple[Program, torch.Tensor], fake: Fake) -> None:
+def test_sweeps(rows_per_column: int | None, case: tuple[Program, torch.Tensor], fake: Any) -> None:
     """Both networks side by side, up to the moments of each layer and back along its branch."""
     layers = find_layers(case[0])[0]
     program, samples = fake.program(case[0]), fake.samples(case[1])
@@ -145,7 +97,7 @@ def test_sweeps(rows_per_column: int | None, case: tuple[Program, torch.Tensor],
     assert seen == 3 * len(layers) > 6
 
 
-def test_gradients_along_a_branch(residual: Program, nets: SimpleNamespace, fake: Fake) -> None:
+def test_gradients_along_a_branch(residual: Program, nets: SimpleNamespace, fake: Any) -> None:
     layers = list(find_layers(residual)[0].values())
     program, samples = fake.program(residual), fake.samples(nets.images(12))
     with fake.mode:
@@ -158,7 +110,7 @@ def test_gradients_along_a_branch(residual: Program, nets: SimpleNamespace, fake
     assert gradients[0].shape == (1, 8, 72) and sides[0].shape == (1, 8, 8)
 
 
-def test_rows_of_convolutions(fake: Fake) -> None:
+def test_rows_of_convolutions(fake: Any) -> None:
     """Strides, dilation, groups; all rows and every third."""
     value, image = fake.empty(5, 4, 9, 9), fake.empty(5, 8, 7, 7)
     weight = fake.empty(8, 2, 3, 3)
@@ -173,7 +125,7 @@ def test_rows_of_convolutions(fake: Fake) -> None:
             assert layer.picked(image, 3).device == layer.outputs(image, 3).device == fake.device
 
 
-def test_rounding_to_integers(fake: Fake) -> None:
+def test_rounding_to_integers(fake: Any) -> None:
     weight, gram = fake.empty(2, 6, 70), fake.empty(2, 71, 71, dtype=torch.float64)
     least = fake.empty(2, 6, 1, dtype=torch.float64)
     with fake.mode:
@@ -187,7 +139,7 @@ def test_rounding_to_integers(fake: Fake) -> None:
     [LpBall(p=2.0), KSparse(k=3), KSupport(k=3), GroupKSupport(k=2), NuclearBall(), SpectralKSparse(k=2)],
     ids=str,
 )
-def test_steps_of_frank_wolfe(constraint: Constraint, fake: Fake) -> None:
+def test_steps_of_frank_wolfe(constraint: Constraint, fake: Any) -> None:
     """The step itself: norms are read once behind it."""
     pairs = [(fake.empty(8, 10), fake.empty(8, 10)) for _ in range(2)]
     jobs = [Job(weight=w, direction=m, constraint=constraint, lr=0.1, rescale="gradient") for w, m in pairs]
