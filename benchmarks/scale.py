@@ -82,7 +82,12 @@ def run(arguments: argparse.Namespace, goal: str) -> None:
     assert out is not None
     weights = hashlib.blake2b(b"".join(v.numpy().tobytes() for v in out.module.state_dict().values()), digest_size=8)
     report = out.report
-    alone = {"macs": [sum(done.values())], "cpu_s": [round(time.process_time(), 3)], "sent_bytes": [0]}
+    alone = {
+        "macs": [sum(done.values())],
+        "cpu_s": [round(time.process_time(), 3)],
+        "sent_bytes": [0],
+        "exchanges": [0],
+    }
     stages = {row["stage"]: row["wall_s"] for row in report.profile}
     found = {"wall_s": round(wall_s, 2), **(report.processes or alone), "weights": weights.hexdigest()}
     print(json.dumps({**found, "error": report.output_error, "stages": stages}))

@@ -145,8 +145,9 @@ def work_by_process(done: Tally, cpu_s: float) -> dict[str, list[float]]:
     members = team()
     if members.size == 1:
         return {}
-    every = members.objects((sum(done.values()), round(cpu_s, 3), members.sent_bytes))
-    return dict(zip(("macs", "cpu_s", "sent_bytes"), map(list, zip(*every, strict=True)), strict=True))
+    every = members.objects((sum(done.values()), round(cpu_s, 3), members.sent_bytes, members.said))
+    names = ("macs", "cpu_s", "sent_bytes", "exchanges")
+    return dict(zip(names, map(list, zip(*every, strict=True)), strict=True))
 
 
 def least_macs(outcome: Outcome) -> dict[str, int]:

@@ -49,12 +49,8 @@ class _Raised:
     cause: BaseException
 
     def packed(self) -> bytes:
-        """Itself where it can be sent; of an exception of whoever's making what it says."""
-        with suppress(Exception):
-            content = _pickled(self)
-            _unpickled(_tensor(content))
-            return content
-        return _pickled(_Raised(ProcessError(named_first_line(self.cause))))
+        """Itself as bytes."""
+        return _pickled(_Raised(sendable(self.cause)))
 
 
 class Joined(Team):
@@ -75,6 +71,7 @@ class Joined(Team):
     def __init__(self, rank: int, size: int, neighbours: int, group: ProcessGroup) -> None:
         super().__init__(rank, size, neighbours)
         self._group = group
+        self._number = 0
 
     def sums(self, terms: Sequence[Term]) -> list[Term]:
         return self._reduced(SUMS, terms)
@@ -153,9 +150,10 @@ class Joined(Team):
         self, kind: int, *, content: int = 0, complete: bool = True, failure: BaseException | None = None
     ) -> list[_Words]:
         """The words of all. Raises what a process failed with, and LostError where they want different things."""
-        self.exchanges += 1
+        self._number += 1
+        self.said += 1
         packed = b"" if failure is None else _Raised(failure).packed()
-        words = _Words(kind, self.exchanges, int(failure is not None), len(packed) or content, int(complete))
+        words = _Words(kind, self._number, int(failure is not None), len(packed) or content, int(complete))
         said = [_Words(*row) for row in self._gathered(torch.tensor(astuple(words))).tolist()]
         failed = next((rank for rank, other in enumerate(said) if other.failed), None)
         if failed is not None:
@@ -208,6 +206,14 @@ class Joined(Team):
                 "like, and they go on from there",
             ) from cause
         return sent
+
+
+def sendable(cause: BaseException) -> BaseException:
+    """An exception that reaches another process: itself, or what it says where it does not."""
+    with suppress(Exception):
+        pickle.loads(pickle.dumps(cause))
+        return cause
+    return ProcessError(named_first_line(cause))
 
 
 def _flat(term: Term, shape: tuple[int, ...] | None, nothing: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from ..support.cpus import free_cpus, usable_cpus
 from ..support.errors import ProcessError, first_line
 from .exchange import Joined
 from .team import Team, team, working_as
@@ -50,8 +51,8 @@ def joined(processes: bool | None = None) -> Iterator[Team]:
         yield team()
         return
     members = _members()
-    members.sent_bytes = 0
-    with working_as(members):
+    members.sent_bytes = members.said = 0
+    with working_as(members), _own_threads(members):
         try:
             yield members
             members.end()
@@ -59,6 +60,20 @@ def joined(processes: bool | None = None) -> Iterator[Team]:
             members.fail(cause)
             _formed.clear()
             raise
+
+
+@contextmanager
+def _own_threads(members: Team) -> Iterator[None]:
+    """Torch computes with this process's part of the CPUs: threads of several processes that share them would wait for
+    each other."""
+    import torch
+
+    threads, most = torch.get_num_threads(), max(1, free_cpus() // members.beside)
+    torch.set_num_threads(min(threads, most))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def agree(what: Mapping[str, object]) -> None:
@@ -110,8 +125,10 @@ def _members() -> Joined:
             "(PipelineSettings) where one works alone",
         ) from cause
     assert isinstance(group, dist.ProcessGroup)
-    hosts = Joined(dist.get_rank(), size, 1, group).objects(socket.gethostname())
-    members = Joined(dist.get_rank(), size, hosts.count(socket.gethostname()), group)
-    members.exchanges = 1
+    members = Joined(dist.get_rank(), size, 1, group)
+    here = (socket.gethostname(), usable_cpus())
+    places = members.objects(here)
+    members.neighbours = sum(host == here[0] for host, _ in places)
+    members.beside = sum(host == here[0] and not here[1].isdisjoint(cpus) for host, cpus in places)
     _formed[:] = [(world, members)]
     return members

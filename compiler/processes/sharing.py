@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .exchange import sendable
 from .team import Team, team, working_as
 
 T = TypeVar("T")
@@ -125,7 +126,7 @@ def by_itself(make: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class _Failed:
-    cause: Exception
+    cause: BaseException
 
 
 def spread(tasks: Sequence[tuple[float, Callable[[], T]]]) -> list[T]:
@@ -159,7 +160,7 @@ def spread(tasks: Sequence[tuple[float, Callable[[], T]]]) -> list[T]:
             try:
                 mine[place] = by_itself(make)
             except Exception as cause:
-                mine[place] = _Failed(cause)
+                mine[place] = _Failed(sendable(cause))
     made = {place: result for part in members.objects(mine) for place, result in part.items()}
     for place in range(len(tasks)):
         if isinstance(made[place], _Failed):

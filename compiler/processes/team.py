@@ -34,10 +34,12 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1, neighbours: int = 1) -> None:
         self.rank, self.size, self.neighbours = rank, size, neighbours
+        #: How many of those on this machine may run on the CPUs of this one, itself included.
+        self.beside = 1
         #: Multiply-accumulates that each process was given by `in_turn`: the next go to who has least.
         self.given = [0.0] * size
-        #: Bytes that this process has sent, and exchanges that it took part in.
-        self.sent_bytes = self.exchanges = 0
+        #: Bytes that this process has sent in the call under way, and exchanges that it took part in.
+        self.sent_bytes = self.said = 0
 
     @property
     def first(self) -> bool:

@@ -75,7 +75,7 @@ class Report(Mapping[str, Any]):
             ``most`` that is at 95 %, on how many ``samples``, and whether those test (``on_test``); how many ``calls``
             and ``seconds`` it took; the ``finalists`` of the search; and what went wrong (``told``). Empty without one.
         processes: Where several worked together, what each did: its multiply-accumulates (``macs``), CPU seconds
-            (``cpu_s``) and the bytes that it sent (``sent_bytes``). Empty for one.
+            (``cpu_s``), the bytes that it sent (``sent_bytes``) and its ``exchanges``. Empty for one.
         figures: Further figures that rewrites name, in words: ``label``, ``before``, ``after`` and ``note``.
 
     Example:

@@ -14,9 +14,16 @@ _OLD_QUOTA = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/
 def free_cpus() -> int:
     """CPUs that may run this process at once: those of its affinity mask, or what the quota of its container comes to,
     if that is less; a part of one counts as one."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(usable_cpus())
     quota = _quota()
     return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def usable_cpus() -> frozenset[int]:
+    """The CPUs of the process's affinity mask, by their numbers."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
 
 
 def _quota() -> float | None:

@@ -83,6 +83,24 @@ def test_each_process_reads_its_part(processes: SimpleNamespace, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_sweeps_plans_half_precision_and_made_samples(processes: SimpleNamespace, tmp_path: Path) -> None:
+    (wanted,) = processes.results(1, "others", tmp_path / "one")
+    assert len(wanted) == 5
+    for found in processes.results(2, "others", tmp_path / "two"):
+        for place, weights in wanted.items():
+            for name, weight in weights.items():
+                assert torch.allclose(found[place][name], weight, rtol=0, atol=1e-6), (place, name)
+
+
+def test_frank_wolfe_under_ddp(processes: SimpleNamespace, tmp_path: Path) -> None:
+    (wanted,) = processes.results(1, "frank_wolfe", tmp_path / "one")
+    first, last = processes.results(2, "frank_wolfe", tmp_path / "two")
+    for name, weight in wanted.items():
+        assert torch.equal(first[name], last[name]), name
+        assert torch.allclose(first[name], weight, rtol=0, atol=1e-5), name
+
+
+@pytest.mark.slow
 def test_plans_are_tried_by_an_executor(processes: SimpleNamespace, tmp_path: Path) -> None:
     (found,) = processes.results(1, "executed", tmp_path)
     assert found["count"] > 2, "several plans were handed out"

@@ -221,6 +221,40 @@ def parts(folder: Path) -> dict[str, Any]:
     }
 
 
+def frank_wolfe(folder: Path) -> dict[str, Any]:
+    """A few steps of Frank-Wolfe under DDP, each process with its share of every batch."""
+    from foldcut.passes.frank_wolfe import FrankWolfe, SpectralKSupport, parameter_groups
+
+    del folder
+    net = shared.seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)))
+    optimiser = FrankWolfe(parameter_groups(net, lambda weight: SpectralKSupport(k=2)), lr=0.1)
+    inputs, wanted = torch.randn(5, 12, 8), torch.randn(5, 12, 4)
+    model = nn.parallel.DistributedDataParallel(net) if SIZE > 1 else net
+    for x, y in zip(inputs, wanted, strict=True):
+        optimiser.zero_grad()
+        nn.functional.mse_loss(model(x[RANK::SIZE]), y[RANK::SIZE]).backward()
+        optimiser.step()
+    return dict(net.state_dict())
+
+
+def others(folder: Path) -> dict[str, Any]:
+    """`sweep`, and `apply` of one of its plans; half precision; samples made from the network alone."""
+    del folder
+    net, samples = network("cnn")
+    options: dict[str, Any] = {"progress": False, "cache": False, "mimic": False}
+    goals = [foldcut.Channels(0.5), foldcut.Blocks(1)]
+    swept = foldcut.sweep(net, samples, goals=goals, backend=shared.CountingBackend(), **options)
+    first = swept.points[0].compiled
+    assert first is not None
+    applied = foldcut.apply(net, first.plan, calibration=samples, **options)
+    half = shared.seeded(lambda: shared.ResNet(2, 16)).to(torch.bfloat16)
+    low = foldcut.compile(half, samples.bfloat16(), goal=goals[0], backend=shared.CountingBackend(), **options)
+    made = foldcut.SynthesisSettings(count=12, input_shape=(3, 8, 8), iterations=4)
+    alone = foldcut.compile(net, made, goal=goals[0], backend=shared.CountingBackend(), **options)
+    networks = [*(point.compiled for point in swept.points), applied, low, alone]
+    return {str(place): dict(found.module.state_dict()) for place, found in enumerate(networks) if found is not None}
+
+
 class Counted(concurrent.futures.Executor):
     """Hands on what it gets, and counts it."""
 
@@ -265,6 +299,7 @@ def executed(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     if SIZE > 1:
         dist.init_process_group("gloo")
     place = Path(sys.argv[2])
