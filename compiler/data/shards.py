@@ -32,6 +32,9 @@ class Sharded:
         limit: So many of the samples of all processes are kept, chosen at random by their contents. All if None.
         once: Whether samples that several processes have count once.
 
+    Raises:
+        CalibrationError: If the data hold no samples, or `limit` is no number of them.
+
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
         >>> options = {"progress": False, "cache": False, "mimic": False}

@@ -59,6 +59,9 @@ from .report_parts import report_origin, report_parts, work_by_process, work_by_
 from .result import Compiled as Compiled
 from .sealed import ONNX, PT2
 
+#: What to do where a goal is not met.
+UNMET = "the best result is in the error's .best; ask for less, or allow other rewrites"
+
 
 def compile(  # noqa: A001 - the public name, used as foldcut.compile
     model: Model,
@@ -162,14 +165,12 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
     check_goal(goal, evaluate)
     check_labelled(evaluate, is_asked_for(calibration))
     check_options(mimic, progress, cache, settings)
-    options = settings or PipelineSettings()
+    options = (settings or PipelineSettings()).with_executor(executor).with_mimic(mimic)
     options = options.with_arguments(batch=batch, threads=threads, seed=seed, views=views, device=device)
-    options = options if executor is None else replace(options, executor=executor)
-    options = _with_labels(options, evaluate).with_mimic(mimic)
+    options = _with_labels(options, evaluate)
     used = chosen_rewrites(goal, rewrites, options)
     resolved_backend = resolve_backend(backend)
-    processes = options.processes
-    with working("compile", progress, memory_bytes=options.memory_bytes, processes=processes) as show:
+    with working("compile", progress, options.memory_bytes, options.processes) as show:
         agree({**versions(), "goals": goal, "backends": resolved_backend.name, **options.told, "rewrites": used})
         clock, began_s = StageClock(show), time.process_time()
         with kept_in(cache) as folder, _collected() as messages, counted_into(Tally()) as done:
@@ -199,11 +200,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             tested=outcome.tested,
         )
     if not outcome.met:
-        raise GoalError(
-            goal.unmet(result),
-            best=result,
-            hint="the best result is in the error's .best; ask for less, or allow other rewrites",
-        )
+        raise GoalError(goal.unmet(result), best=result, hint=UNMET)
     return result
 
 

@@ -183,9 +183,12 @@ class PipelineSettings:
         if views is not None:
             check_functions("views", views, "foldcut.horizontal_flip")
             views = tuple(views)
-        given: dict[str, object] = {"batch": batch, "threads": threads, "seed": seed, "views": views, "device": device}
-        said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return replace(self, **said)
+        given: dict[str, Any] = {"batch": batch, "threads": threads, "seed": seed, "views": views, "device": device}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def with_executor(self, executor: Executor | None) -> PipelineSettings:
+        """Set where plans are tried. None keeps the setting."""
+        return self if executor is None else replace(self, executor=executor)
 
     def with_mimic(self, mimic: MimicSettings | bool | None) -> PipelineSettings:
         """Set the training as an argument of `compile` asks for it.

@@ -118,8 +118,7 @@ def apply(
             "a plan says what to cut, not the weights that are left",
             hint=f"give a calibration set, or the {PT2} that was saved with the plan",
         )
-    processes = options.processes
-    with working("apply", progress, memory_bytes=options.memory_bytes, processes=processes) as show:
+    with working("apply", progress, options.memory_bytes, options.processes) as show:
         agree({**versions(), "plans": read.to_dict(), **options.told})
         clock = StageClock(show)
         with clock.stage("capture"):

@@ -220,9 +220,8 @@ def sweep(
     _check_goals(goals, evaluate)
     check_labelled(evaluate, is_asked_for(calibration))
     check_options(mimic, progress, cache, settings)
-    settings = settings or PipelineSettings()
+    settings = (settings or PipelineSettings()).with_executor(executor)
     settings = settings.with_arguments(batch=batch, threads=threads, seed=seed, views=views, device=device)
-    settings = settings if executor is None else replace(settings, executor=executor)
     if rewrites is not None:
         check_rewrites(rewrites)
     if each is not None and not callable(each):
@@ -230,8 +229,7 @@ def sweep(
     chosen = _chosen(goals, rewrites, settings)
     points, refused = list[SweepPoint](), list[GoalError]()
     settings = with_reference_read(model, settings)
-    limit, processes = settings.memory_bytes, settings.processes
-    with working("sweep", progress, memory_bytes=limit, processes=processes) as show, kept_in(cache) as place:
+    with working("sweep", progress, settings.memory_bytes, settings.processes) as show, kept_in(cache) as place:
         agree({**versions(), "goals": goals, **settings.told})
         samples = _read(model, calibration, evaluate, seed=settings.seed, progress=show, cache=cache)
         for_goal = _leaving_alone(chosen, model, samples)

@@ -14,7 +14,7 @@ from .joining import joined
 
 @contextmanager
 def working(
-    title: str, progress: bool | Progress, *, memory_bytes: int | None = None, processes: bool | None = None
+    title: str, progress: bool | Progress, memory_bytes: int | None = None, processes: bool | None = None
 ) -> Iterator[Progress]:
     """Inside, the process works for foldcut: one call at a time, under its memory limit, together with the other
     processes, of which the first one shows how far it is.

@@ -196,6 +196,7 @@ class Report(Mapping[str, Any]):
             "output_error": self.output_error,
             "test": dict(self.test),
             "output_errors": dict(self.output_errors),
+            "processes": {name: list(each) for name, each in self.processes.items()},
             "metric": dict(self.metric),
             "errors_by_output": dict(self.errors_by_output),
             "decisions": [dict(d) for d in self.decisions],

@@ -71,15 +71,15 @@ class LatencyProbe:
         self.regime = conditions.regime
         self.inputs = example_inputs(program, samples, conditions.batch)
         self._opened = False
-        by_first(self._open)
+        by_first(lambda: self._open(deployed is not None))
 
-    def _open(self) -> None:
+    def _open(self, deployed: bool) -> None:
         """Load what is compared with: of several processes the first one measures."""
         #: What the original is built to: it is loaded again for each comparison, and building may take minutes.
         self._engine = self._built(self.before)
         with ExitStack() as opened_so_far:
             self.original = opened_so_far.enter_context(closing(self._loaded(self._engine)))
-            self.exported = self.original if self.before is self.model else self.load(self.model)
+            self.exported = self.load(self.model) if deployed else self.original
             opened_so_far.pop_all()
         self._opened = True
 

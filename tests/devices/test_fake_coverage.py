@@ -54,7 +54,7 @@ def sweep(there: Any, residual: Program, nets: SimpleNamespace) -> None:
         with Lockstep(program, program, samples, batch_size=4, ram_bytes=1 << 40) as lockstep:
             for step in steps:
                 lockstep.advance(step, {})
-                for part in _parts(lockstep, step, step.targets[0], {}, ResolveSettings()):
+                for _, part in _parts(lockstep, step, step.targets[0], {}, ResolveSettings()):
                     assert part.gram.device == there.device
                 lockstep.finish(step)
 

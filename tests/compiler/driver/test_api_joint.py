@@ -17,12 +17,11 @@ import pytest
 import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.driver import plan_search
 from foldcut.compiler.ir.compare import relative_error
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.plan.decision import Decision
 from foldcut.compiler.support.errors import RewriteError
-from foldcut.compiler.trial import apply_decisions
+from foldcut.compiler.trial import apply_decisions, quick_trial
 from foldcut.compiler.trial.apply_decisions import applied as in_effect
 from foldcut.compiler.trial.apply_decisions import shaped, solved
 from foldcut.passes.factorize.decision import FactorizeLayer
@@ -145,7 +144,7 @@ def test_a_plan_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first plan comes to nothing; the best of the others stands."""
-    real, tried = plan_search.output_error, 0
+    real, tried = quick_trial.output_error, 0
 
     def error(teacher: Program, student: Program, samples: CalibrationSet) -> float:
         nonlocal tried
@@ -156,7 +155,7 @@ def test_a_plan_that_fails_is_left_out(
             raise failure
         return float(failure)
 
-    monkeypatch.setattr(plan_search, "output_error", error)
+    monkeypatch.setattr(quick_trial, "output_error", error)
     net = nets.seeded(lambda: nets.ResNet(3, 8), seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -117,7 +117,7 @@ def test_other_code_and_threads_are_other_results(tmp_path: Path, monkeypatch: p
     store.value("x", [], Counter(1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert store.value("x", [], Counter(2)) == 2
-    monkeypatch.setattr(analysis_store, "_source", lambda: "another version")
+    monkeypatch.setattr(analysis_store, "code_version", lambda: "another version")
     assert store.value("x", [], Counter(3)) == 3
 
 
@@ -327,7 +327,7 @@ def test_without_a_folder_no_state_is_kept() -> None:
 
 def test_results_are_those_of_this_source() -> None:
     """The hash goes over all of foldcut's files, not over none."""
-    assert analysis_store._source() != hashlib.blake2b(digest_size=16).hexdigest()
+    assert analysis_store.code_version() != hashlib.blake2b(digest_size=16).hexdigest()
 
 
 def test_results_follow_from_the_basis(tmp_path: Path) -> None:
