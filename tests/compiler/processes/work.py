@@ -121,7 +121,7 @@ def compiled(name: str, goal: str, cache: bool | str = False, **more: Any) -> di
     if goal == "loss":
         options["evaluate"] = lambda module: float(module(samples[:8]).mean())
     if goal in ("error", "loss"):  # all of them take far longer
-        options["rewrites"] = ["drop_blocks", "prune_channels"]
+        options["rewrites"] = ["drop_blocks"]
     backend = shared.CountingBackend()
     mimic = foldcut.MimicSettings(iterations=12, checks=2, batch_size=16)
     settings = foldcut.PipelineSettings(mimic=mimic)
