@@ -10,7 +10,7 @@ accumulates and bytes are counted, rates are assumptions that are printed with t
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rows import Row, read_lines
@@ -100,7 +100,8 @@ def main() -> None:
             print(f"| {row['goal']} | {row['processes']} | {row['wall_s']:.0f} | {simulated_s(alone, row):.0f} |")
     sizes = [int(size) for size in arguments.processes.split(",")]
     tables = [stages(size, Machine()) for size in sizes]
-    print(f"\n{Machine()}\n\n| stage, s | {' | '.join(map(str, sizes))} |\n|---|{'---|' * len(sizes)}")
+    rates = ", ".join(f"{name} {value:.3g}" for name, value in asdict(Machine()).items())
+    print(f"\nassumed: {rates}\n\n| stage, s | {' | '.join(map(str, sizes))} |\n|---|{'---|' * len(sizes)}")
     for name in tables[0]:
         print(f"| {name} | {' | '.join(f'{table[name]:.1f}' for table in tables)} |")
     print(f"| all | {' | '.join(f'{sum(table.values()):.0f}' for table in tables)} |")
