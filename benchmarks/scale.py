@@ -27,24 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from compile_growth import Residual
 from rows import Row, append_line, best_compiled, read_lines
 from torch import nn
 
 GOALS = ("blocks", "channels", "mimic")
-
-
-class Residual(nn.Module):
-    """relu(x + body(x))."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        parts: list[nn.Module] = []
-        for _ in range(2):
-            parts += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-        self.body = nn.Sequential(*parts[:-1])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x + self.body(x)).relu()
 
 
 def network() -> nn.Module:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rows import Row, read_lines
 
-#: Stages that one process does while the others wait, or that all do alike.
-WHOLE = frozenset({"capture", "export", "measure original", "probe lattice", "measure", "profile", "report"})
+#: Stages that are divided; what is left is done by one process while the others wait, or by all alike.
+DIVIDED = frozenset({"re-solve", "mimic", "choose", "try plans", "test", "offer channels", "compare data"})
 #: Measured here: seconds of an exchange of a few words, and bytes a second of a sum, between processes of one machine.
 EXCHANGE_S, SUM_BYTES_S = 5e-4, 1.1e9
 
@@ -57,8 +57,7 @@ BLOCKS, TOKENS, ROWS_PER_COLUMN, RIDGES = 32, 128 * 2048, 200, 3
 def simulated_s(alone: Row, row: Row) -> float:
     """Seconds of n processes: what is divided takes 1/n as long, and what they say to each other is added."""
     size, stages = row["processes"], alone["stages"]
-    inside = {"re-solve", "mimic", "choose", "try plans", "test", "offer channels", "compare data"}
-    divided = sum(seconds for stage, seconds in stages.items() if stage in inside)
+    divided = sum(seconds for stage, seconds in stages.items() if stage in DIVIDED)
     whole = alone["wall_s"] - divided
     said = row["exchanges"][0] * EXCHANGE_S + row["sent_bytes"][0] / SUM_BYTES_S
     return float(whole + divided / size + said)

@@ -91,6 +91,7 @@ _HOMES = {
     "compiler.analysis.regions": "Region RegionAnalysis find_regions",
     "compiler.analysis.unit_groups": "UnitGroup",
     "compiler.data.calibration_set": "CalibrationSet horizontal_flip random_crop read_calibration",
+    "compiler.data.shards": "Sharded",
     "compiler.data.synthetic": "SyntheticSet",
     "compiler.driver.api": "compile",
     "compiler.driver.result": "Compiled Replayed Saved",
@@ -108,7 +109,6 @@ _HOMES = {
     "compiler.ir.program": "Program TensorSpec",
     "compiler.metric.top1": "Top1",
     "compiler.plan.decision": "Decision",
-    "compiler.data.shards": "Sharded",
     "compiler.plan.goal": "Goal",
     "compiler.plan.proposals": "Claims Item Proposal",
     "compiler.report.report": "Report",
@@ -116,8 +116,7 @@ _HOMES = {
     "compiler.rewrite.context": "Context",
     "compiler.rewrite.rewrite": "Applied Offer Rewrite",
     "compiler.support.errors": "BackendError CalibrationError CaptureError CompilerError "
-    "ExportError GoalError OutputError PlanError ProcessError ProgramError Reject "
-    "RewriteError",
+    "ExportError GoalError OutputError PlanError ProcessError ProgramError Reject RewriteError",
     "compiler.synthesis.settings": "SynthesisSettings",
     "compiler.synthesis.synthesise": "synthesise",
     "passes.drop.decision": "Blocks DropBlock",

@@ -63,13 +63,12 @@ class Joined(Team):
     Arguments:
         rank: The number of this process.
         size: How many there are.
-        neighbours: How many of them are on this machine.
         group: A process group of the backend ``gloo``, of all of them and for nothing else. Tensors of other devices
             go through the host's memory.
     """
 
-    def __init__(self, rank: int, size: int, neighbours: int, group: ProcessGroup) -> None:
-        super().__init__(rank, size, neighbours)
+    def __init__(self, rank: int, size: int, group: ProcessGroup) -> None:
+        super().__init__(rank, size)
         self._group = group
         self._number = 0
 

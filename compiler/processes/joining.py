@@ -125,7 +125,7 @@ def _members() -> Joined:
             "(PipelineSettings) where one works alone",
         ) from cause
     assert isinstance(group, dist.ProcessGroup)
-    members = Joined(dist.get_rank(), size, 1, group)
+    members = Joined(dist.get_rank(), size, group)
     here = (socket.gethostname(), usable_cpus())
     places = members.objects(here)
     members.neighbours = sum(host == here[0] for host, _ in places)

@@ -24,7 +24,6 @@ class Team:
     Arguments:
         rank: The number of this process, from 0 on.
         size: How many there are.
-        neighbours: How many of them are on this machine.
 
     Example:
         >>> from foldcut.compiler.processes.team import Team
@@ -32,10 +31,10 @@ class Team:
         (['mine'], 3)
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, neighbours: int = 1) -> None:
-        self.rank, self.size, self.neighbours = rank, size, neighbours
-        #: How many of those on this machine may run on the CPUs of this one, itself included.
-        self.beside = 1
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        #: How many of them are on this machine, and how many of those may run on the CPUs of this one, itself included.
+        self.neighbours = self.beside = 1
         #: Multiply-accumulates that each process was given by `in_turn`: the next go to who has least.
         self.given = [0.0] * size
         #: Bytes that this process has sent in the call under way, and exchanges that it took part in.

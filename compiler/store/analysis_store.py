@@ -33,7 +33,7 @@ from ..ir.program import Program
 from ..processes.sharing import by_first
 from ..processes.team import team
 from ..support.memory import told_bytes
-from .checkpoint import UNKEPT, Checkpoint, Handed, Timed
+from .checkpoint import UNKEPT, Checkpoint, Timed
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -114,7 +114,7 @@ class AnalysisStore:
         """Where the computation of a result keeps how far it has got; the result takes the place of what is there."""
         path = self._path(name, inputs)
         if path is None:  # of several processes the first one keeps the state of all, and hands it round
-            return UNKEPT if team().first and team().size == 1 else Handed()
+            return UNKEPT
         part = path.with_suffix(UNFINISHED)
         return Timed(
             lambda: by_first(lambda: self._read(part, math.inf)), lambda standing: self._write(part, *standing)

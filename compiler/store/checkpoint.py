@@ -29,23 +29,16 @@ class Checkpoint(Protocol):
 
 
 class Unkept:
-    """Keeps nothing: the computation begins at its beginning."""
+    """Keeps nothing: the computation begins at its beginning, or where the first of several processes has come to."""
 
     def read(self) -> Standing | None:
-        return None
+        return by_first(lambda: None)
 
     def keep(self, standing: Callable[[], Standing]) -> None:
         """Nothing happens."""
 
 
 UNKEPT = Unkept()
-
-
-class Handed(Unkept):
-    """Keeps nothing, and reads what the first of several processes has kept."""
-
-    def read(self) -> Standing | None:
-        return by_first(lambda: None)
 
 
 class Timed:
