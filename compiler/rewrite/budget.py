@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from ...runtime.probe.stored_latency import StoredLatency
 from ..ir.program import Program
+from ..plan.decision import Decision
 from ..plan.means import Adjust
 from ..plan.proposals import Item, Mix, Proposal
 
@@ -81,9 +82,10 @@ class PlanBudget(Budget, Protocol):
 
 def keyed(mix: Mix) -> list[Any]:
     """What becomes of the network by a plan, as plain data."""
-    return sorted(([item.kind, proposal.decision.change] for item, proposal in mix.items()), key=repr)
+    return changes_of([proposal.decision for proposal in mix.values()])
 
 
-def changes_of(decisions: Sequence[Any]) -> list[Any]:
-    """What becomes of the network by decisions, as plain data."""
-    return [[decision.kind, decision.change] for decision in decisions]
+def changes_of(decisions: Iterable[Decision]) -> list[Any]:
+    """What becomes of the network by decisions, as plain data: the same in whatever order they were come to, so that a
+    plan that was measured once is not measured again."""
+    return sorted(([decision.kind, decision.change] for decision in decisions), key=repr)
