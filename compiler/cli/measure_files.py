@@ -18,7 +18,7 @@ from ...runtime.measure.measure import self_check
 from ...runtime.measure.measurement import Measurement
 from ..data.calibration_set import CalibrationSet
 from ..ir.program import as_arguments
-from ..onnx.file import in_one_piece, read_onnx
+from ..onnx.model_file import OnnxModel, as_model
 from ..support.errors import BackendError, plural
 from ..support.progress import Progress, opened_progress, silent
 from ..support.strict_json import json_text
@@ -239,22 +239,12 @@ def _real(specs: Sequence[InputSpec], batch: int, read: Callable[[int], Calibrat
     return {name: np.ascontiguousarray(given[name].numpy()[rows]) for name in names}
 
 
-def _read(path: Path) -> bytes:
-    """The model in one piece, weights beside the file included."""
+def _read(path: Path) -> OnnxModel:
+    """The model, or its path where weights lie beside it."""
     try:
-        content = in_one_piece(path)
+        return as_model(path)
     except OSError as cause:
         raise BackendError(f"cannot read {path}: {cause.strerror}", hint="give the path of an ONNX file") from cause
-    if content is not None:
-        return content
-    model = read_onnx(path)
-    try:
-        return bytes(model.SerializeToString())
-    except Exception as cause:  # protobuf's EncodeError
-        raise BackendError(
-            f"{path} cannot be handed to a backend in one piece: its weights take 2 GB or more",
-            hint="measure a smaller part of the network",
-        ) from cause
 
 
 def run(options: MeasureOptions) -> None:

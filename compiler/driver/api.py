@@ -32,7 +32,7 @@ from ..ir.program import Program
 from ..metric.given import check_labelled, check_labels, check_metric, check_output, metric_of
 from ..metric.metric import Evaluate
 from ..metric.top1 import TESTED, Top1
-from ..onnx.file import in_one_piece
+from ..onnx.model_file import OnnxModel, as_model
 from ..plan.goal import Goal
 from ..processes.joining import agree
 from ..processes.sharing import by_first
@@ -57,7 +57,7 @@ from .pipeline import Outcome, cost_report, run_pipeline
 from .pipeline_settings import PipelineSettings, check_options, with_reference_read
 from .report_parts import report_origin, report_parts, work_by_process, work_by_stage
 from .result import Compiled as Compiled
-from .sealed import ONNX, PT2
+from .sealed import networks_of
 
 #: What to do where a goal is not met.
 UNMET = "the best result is in the error's .best; ask for less, or allow other rewrites"
@@ -183,7 +183,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
             ctx = options.context(teacher, samples, goal, store, clock, show)
             ctx = replace(ctx, metric=metric_of(evaluate, teacher, samples, ctx.sets.test, clock))
             foresee(ctx, used, partial(expected_mimic_s, options.mimic, program_cost(ctx.teacher).macs))
-            deployed = in_one_piece(model) if is_onnx(model) else None  # type: ignore[arg-type]
+            deployed = as_model(model) if is_onnx(model) else None  # type: ignore[arg-type]
             original = _probe(ctx, options, resolved_backend, deployed)
             with closing(original) as probe, exact_products(options.computes_on):
                 options.settle_memory(ctx, measured=True)
@@ -193,7 +193,7 @@ def compile(  # noqa: A001 - the public name, used as foldcut.compile
         result = Compiled(
             plan=outcome.plan,
             make_program=lambda: on_cpu(outcome.program),
-            make_networks=lambda: {ONNX: outcome.onnx, PT2: outcome.pt2},
+            make_networks=lambda: networks_of(outcome.onnx, outcome.pt2),
             compiled_report=_report(outcome, samples, goal, resolved_backend, messages, origin),
             outcome=outcome,
             output_errors=outcome.output_errors,
@@ -220,7 +220,7 @@ def _read(
     return by_first(lambda: made_samples(teacher, calibration, watched)), teacher
 
 
-def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: bytes | None) -> LatencyProbe:
+def _probe(ctx: Context, options: PipelineSettings, backend: Backend, deployed: OnnxModel | None) -> LatencyProbe:
     """The original on the backend."""
     with ctx.clock.stage("export"):
         measured = as_measured(ctx.teacher)

@@ -25,6 +25,7 @@ from ..ir.cost import program_cost
 from ..ir.program import HALVES, Program
 from ..ir.segments import is_dequantized
 from ..metric.metric import Metric
+from ..onnx.model_file import OnnxModel
 from ..plan.decision import Decision
 from ..plan.goal import Delivered, Goal
 from ..plan.plan import Plan
@@ -32,6 +33,7 @@ from ..processes.sharing import by_first
 from ..rewrite.checked_offer import check_decisions
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Applied, Rewrite
+from ..support.atomic_files import Content, size_of
 from ..support.errors import BackendError, ExportError, GoalError
 from ..support.setting_checks import Allowed, check_whole
 from ..trial.apply_decisions import finished, made, shaped
@@ -81,8 +83,8 @@ class Outcome:
     rewrites: tuple[Rewrite, ...]
     measurement: Measurement
     output_errors: Mapping[str, float]
-    onnx: bytes
-    pt2: bytes
+    onnx: OnnxModel
+    pt2: Content
     onnx_difference: float
     file_bytes: Mapping[str, int]
     settings: PipelineSettings
@@ -288,14 +290,16 @@ def _finished(
         onnx=onnx,
         pt2=pt2,
         onnx_difference=difference,
-        file_bytes={"before": len(probe.before), "after": len(measured)},
+        file_bytes={"before": size_of(probe.before), "after": size_of(measured)},
         settings=settings,
         profiles=profiles,
         regimes={str(regime): found for regime, found in regimes.items()},
     )
 
 
-def _exported(student: Program, measurable: Program, settings: PipelineSettings) -> tuple[bytes, bytes, bytes]:
+def _exported(
+    student: Program, measurable: Program, settings: PipelineSettings
+) -> tuple[OnnxModel, OnnxModel, Content]:
     """The network as ONNX, as it is measured, and as ``.pt2``."""
     exported = to_exported(student)
     onnx = to_onnx(student, opset=settings.opset, exported=exported)
@@ -337,7 +341,7 @@ def make_plan(ctx: Context, done: Applied) -> Plan:
     )
 
 
-def onnx_difference(done: Applied, onnx: bytes, probe: LatencyProbe, samples: CalibrationSet) -> float:
+def onnx_difference(done: Applied, onnx: OnnxModel, probe: LatencyProbe, samples: CalibrationSet) -> float:
     """Largest difference between the backend's outputs and torch's on a few batches, relative to the largest output.
 
     Raises ExportError above 1e-3, above 2e-2 where the outputs are in half precision. Where values are rounded, sums

@@ -32,6 +32,7 @@ from ..rewrite.own_source import own_sources
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import AnalysisStore, versions
 from ..store.cache_folder import kept_in
+from ..support.atomic_files import StoredFile, digest
 from ..support.errors import PlanError
 from ..support.one_at_a_time import alone
 from ..support.progress import Progress, StageClock
@@ -42,7 +43,7 @@ from .builtin import Plan, built_in, check_rewrites
 from .pipeline import mimicking
 from .pipeline_settings import PipelineSettings, check_options, with_reference_read
 from .result import Compiled, exported
-from .sealed import PT2, check_file, check_plan, digest
+from .sealed import PT2, check_file, check_plan
 
 
 def apply(
@@ -181,13 +182,13 @@ def _beside(path: Path, plan: Plan) -> Path | None:
     if not found.is_file():
         return None
     check_plan(plan)
-    check_file(plan, PT2, found.read_bytes())
+    check_file(plan, PT2, StoredFile(found))
     return found
 
 
 def _warn_of_others(weights: Path, plan: Plan) -> None:
     """Weights trained further since are fine; those of another network of these shapes are probably a mistake."""
-    if weights.is_file() and plan.files.get(PT2) not in (None, digest(weights.read_bytes())):
+    if weights.is_file() and plan.files.get(PT2) not in (None, digest(StoredFile(weights))):
         warnings.warn(f"{weights} is not the {PT2} that was saved with the plan: its weights are taken", stacklevel=3)
 
 

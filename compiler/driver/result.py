@@ -6,23 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from torch import fx
 
 from ..data.sampled_error import SampledError
 from ..export.exporter import to_exported, to_onnx, to_pt2
 from ..ir.program import Program
+from ..onnx.model_file import WEIGHTS, OnnxModel
 from ..plan.plan import Plan
 from ..report.page import page_or_reason
 from ..report.report import Report
-from ..support.atomic_files import write_folder
+from ..support.atomic_files import Content, write_folder
 from ..support.errors import CompilerError
 from ..support.strict_json import json_file
 from .pipeline import Outcome
-from .sealed import ONNX, PAGE, PT2, REPORT, with_plan
-
-#: The files of a network: model.onnx and model.pt2.
-Networks = Mapping[str, bytes]
+from .sealed import ONNX, PAGE, REPORT, Networks, networks_of, with_plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +31,7 @@ class Compiled:
     Arguments:
         plan: The decisions, in the order of application.
         make_program: Builds `program` when it is first needed.
-        make_networks: Builds the bytes of ``model.onnx`` and ``model.pt2`` when they are first needed.
+        make_networks: Builds the content of ``model.onnx`` and ``model.pt2`` when they are first needed.
         compiled_report: The report of the compile. None for a network made from a plan.
         outcome: Everything the compile measured. None for a network made from a plan or read from a folder.
         output_errors: Relative output error on the judging samples after each stage. Empty without data.
@@ -85,16 +84,17 @@ class Compiled:
 
     @cached_property
     def networks(self) -> Networks:
-        """The bytes of ``model.onnx`` and ``model.pt2``, by file name."""
+        """The content of ``model.onnx`` and ``model.pt2``, by file name: bytes, or a stored file above 2 GB."""
         return self.make_networks()
 
     @property
-    def onnx(self) -> bytes:
-        """The network as the bytes of an ONNX model."""
-        return self.networks[ONNX]
+    def onnx(self) -> OnnxModel:
+        """The network as the bytes of an ONNX model. Above 2 GB it is an `OnnxFile`: ``os.fspath`` gives a path, beside
+        which its weights lie."""
+        return cast(OnnxModel, self.networks[ONNX])
 
     @cached_property
-    def files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, Content]:
         """The files that `save` writes, by name."""
         files = with_plan(self.plan, self.networks)
         if self.compiled_report is None:
@@ -106,7 +106,8 @@ class Compiled:
     def save(self, folder: str | Path) -> Path:
         """Write the network to a folder.
 
-        Writes ``model.onnx``, ``model.pt2`` and ``plan.json``; with a report, ``report.json`` and ``report.html``
+        Writes ``model.onnx``, beside it ``model.onnx.data`` with the weights where they are above 2 GB, ``model.pt2``
+        and ``plan.json``; with a report, ``report.json`` and ``report.html``
         too. Without one, reports already in the folder are deleted. Either all files appear or none.
 
         Arguments:
@@ -130,7 +131,7 @@ class Compiled:
             ...     sorted(file.name for file in out.save(folder).iterdir())
             ['model.onnx', 'model.pt2', 'plan.json']
         """
-        without = () if self.compiled_report is not None else (REPORT, PAGE)
+        without = [name for name in (WEIGHTS, REPORT, PAGE) if name not in self.files]
         write_folder(Path(folder), self.files, without=without)
         return Path(folder)
 
@@ -142,4 +143,4 @@ Replayed = Saved = Compiled
 def exported(program: Program, opset: int | None) -> Networks:
     """The files of a network, from its program."""
     found = to_exported(program)
-    return {ONNX: to_onnx(program, opset=opset, exported=found), PT2: to_pt2(found)}
+    return networks_of(to_onnx(program, opset=opset, exported=found), to_pt2(found))

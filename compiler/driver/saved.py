@@ -8,12 +8,14 @@ from typing import Any
 
 from ..frontend.capture import capture
 from ..ir.program import Program
+from ..onnx.model_file import MAX_PROTOBUF_BYTES, WEIGHTS, OnnxFile, OnnxModel
 from ..report.report import Report
+from ..support.atomic_files import Content, StoredFile
 from ..support.errors import OutputError
 from ..support.strict_json import json_text, read_json
 from .builtin import Plan
 from .result import Compiled
-from .sealed import ONNX, PLAN, PT2, REPORT, check_file, check_plan
+from .sealed import ONNX, PLAN, PT2, REPORT, check_file, check_plan, networks_of
 
 
 def load(folder: str | Path) -> Compiled:
@@ -55,7 +57,8 @@ def load(folder: str | Path) -> Compiled:
     plan = Plan.load(path / PLAN)
     try:
         report = read_json((path / REPORT).read_bytes()) if (path / REPORT).is_file() else {}
-        onnx, pt2 = ((path / name).read_bytes() for name in (ONNX, PT2))
+        onnx: OnnxModel = OnnxFile(path / ONNX) if (path / WEIGHTS).is_file() else (path / ONNX).read_bytes()
+        pt2 = _content(path / PT2)
     except (OSError, ValueError) as cause:
         raise OutputError(f"cannot read {path}: {cause}", hint="compile again, or copy the folder again") from cause
     check_plan(plan)
@@ -65,14 +68,18 @@ def load(folder: str | Path) -> Compiled:
     return Compiled(
         plan=plan,
         make_program=lambda: _program(path, plan),
-        make_networks=lambda: {ONNX: onnx, PT2: pt2},
+        make_networks=lambda: networks_of(onnx, pt2),
         compiled_report=_read_report(path, report) if report else None,
     )
 
 
+def _content(path: Path) -> Content:
+    return StoredFile(path) if path.stat().st_size > MAX_PROTOBUF_BYTES else path.read_bytes()
+
+
 def _program(path: Path, plan: Plan) -> Program:
     try:
-        check_file(plan, PT2, (path / PT2).read_bytes())
+        check_file(plan, PT2, StoredFile(path / PT2))
     except OSError as cause:
         raise OutputError(f"cannot read {path / PT2}: {cause}", hint="copy the folder again") from cause
     return capture(path / PT2)

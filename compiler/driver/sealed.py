@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..onnx.model_file import MODEL, WEIGHTS, OnnxFile, OnnxModel
 from ..plan.plan import Plan
+from ..support.atomic_files import Content, digest
 from ..support.errors import OutputError
 from ..support.strict_json import json_file, json_text, read_json
 
 #: The files of an output folder. The page is for people: it is written, and never read.
-ONNX, PT2, PLAN, REPORT, PAGE = "model.onnx", "model.pt2", "plan.json", "report.json", "report.html"
+ONNX, PT2, PLAN, REPORT, PAGE = MODEL, "model.pt2", "plan.json", "report.json", "report.html"
 
 
-def digest(content: bytes) -> str:
-    """What a file is known again by."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+#: The files of a network: model.onnx, with model.onnx.data where its weights lie there, and model.pt2.
+Networks = Mapping[str, Content]
 
 
-def with_plan(plan: Plan, networks: Mapping[str, bytes]) -> dict[str, bytes]:
+def networks_of(onnx: OnnxModel, pt2: Content) -> Networks:
+    """The files of a network, by name."""
+    return {ONNX: onnx, **(onnx.beside() if isinstance(onnx, OnnxFile) else {}), PT2: pt2}
+
+
+def with_plan(plan: Plan, networks: Networks) -> dict[str, Content]:
     """The files of a network with its plan.json, which holds their digests and its own: so that one of another run, of
     a save that was cut off, or one that was damaged since, is not taken for one of them."""
     read = Plan.from_dict(read_json(json_text(plan.to_dict())))  # as it will be read: numbers have one form
     sealed = replace(
-        plan, files={**{name: digest(content) for name, content in networks.items()}, PLAN: _own_digest(read)}
+        plan,
+        # what the weights beside model.onnx are is part of what that is known again by
+        files={**{n: digest(content) for n, content in networks.items() if n != WEIGHTS}, PLAN: _own_digest(read)},
     )
     return {**networks, PLAN: json_file(sealed.to_dict())}
 
 
-def check_file(plan: Plan, name: str, content: bytes) -> None:
+def check_file(plan: Plan, name: str, content: Content) -> None:
     """Raise OutputError unless the file is the one that was saved with the plan. One that the plan does not know, as
     those of earlier versions do not, passes."""
     if plan.files.get(name, found := digest(content)) != found:

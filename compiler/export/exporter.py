@@ -4,6 +4,7 @@ batch."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from torch.utils import _pytree as pytree
 from ..ir.program import Program, is_tensor
 from ..onnx.file import OLDEST_OPSET
 from ..onnx.file import opset as written_opset
-from ..support.atomic_files import write_folder
+from ..onnx.model_file import MAX_PROTOBUF_BYTES, MODEL, WEIGHTS, OnnxFile, OnnxModel
+from ..support.atomic_files import Content, StoredFile, temporary_folder, write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
 from .direct import as_it_is, direct_translations, integer_translations
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 #: The newest operator set that torch.onnx writes whatever the network: of newer ones it writes some networks only.
 NEWEST_OPSET = 25
-#: Protobuf cannot hold more in one message; larger models need their weights beside the file.
-MAX_PROTOBUF_BYTES = 2_000_000_000
+#: Smaller constants stay in the file: they are shapes and scales that readers look at.
+_INLINE_BYTES = 1024
 
 
 def to_exported(program: Program) -> torch.export.ExportedProgram:
@@ -59,8 +61,16 @@ def _traced(program: Program, args: Any, kwargs: Any, dynamic: Any) -> torch.exp
     return exported
 
 
-def to_pt2(exported: torch.export.ExportedProgram) -> bytes:
-    """The content of a `.pt2` file, loadable with `torch.export.load`."""
+def to_pt2(exported: torch.export.ExportedProgram) -> Content:
+    """The content of a `.pt2` file, loadable with `torch.export.load`: in a temporary file where the weights are above
+    2 GB."""
+    weights = (*exported.state_dict.values(), *exported.constants.values())
+    if _bytes_of(t for t in weights if isinstance(t, torch.Tensor)) > MAX_PROTOBUF_BYTES:
+        folder = temporary_folder()
+        path = Path(folder.name) / "model.pt2"
+        with quiet_exporters():
+            torch.export.save(exported, path)
+        return StoredFile(path, folder)
     buffer = BytesIO()
     with quiet_exporters():
         torch.export.save(exported, buffer)
@@ -69,26 +79,24 @@ def to_pt2(exported: torch.export.ExportedProgram) -> bytes:
 
 def to_onnx(
     program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
-) -> bytes:
+) -> OnnxModel:
     """The Program as an ONNX model (torch.onnx, dynamo), constants folded and batch norm merged into convolutions.
 
     Input and output names and dynamic dims are the Program's. A Program that came from an ONNX file goes out with the
     file's opset, metadata, doc strings, fixed dims and names of dynamic dims; opaque nodes go out as they came in.
     `opset` asks for another one; None takes the file's, or the exporter's default. Values that survive the exporter's
-    optimiser keep their node names. Weights are embedded.
+    optimiser keep their node names. Weights are embedded; above 2 GB the model is an `OnnxFile` in a temporary folder,
+    with its weights beside it.
 
-    Raises ExportError, quoting torch.onnx, when an operator has no ONNX form (in that opset), and for models above
-    2 GB: `save_onnx` writes those.
+    Raises ExportError, quoting torch.onnx, when an operator has no ONNX form (in that opset).
     """
-    model = to_onnx_model(program, opset=opset, exported=exported)
-    if weight_bytes(program) > MAX_PROTOBUF_BYTES:
-        raise ExportError(
-            "the weights do not fit into one ONNX file",
-            expected="at most 2 GB",
-            actual=f"{weight_bytes(program) / 1e9:.2f} GB",
-            hint="write it with foldcut.compiler.export.exporter.save_onnx, which writes external data",
-        )
-    return bytes(model.SerializeToString())
+    if weight_bytes(program) <= MAX_PROTOBUF_BYTES:
+        return bytes(to_onnx_model(program, opset=opset, exported=exported).SerializeToString())
+    folder = temporary_folder()
+    path = Path(folder.name) / MODEL
+    model = to_onnx_model(program, opset=opset, exported=exported, weights=path.with_name(WEIGHTS))
+    path.write_bytes(model.SerializeToString())
+    return OnnxFile(path, folder)
 
 
 def save_onnx(
@@ -100,18 +108,24 @@ def save_onnx(
     paths, the model first. Raises ExportError and OutputError.
     """
     path = Path(path)
-    model = to_onnx_model(program, opset=opset)
-    files: dict[str, bytes] = {}
-    if weight_bytes(program) > inline_bytes:
-        files[f"{path.name}.data"] = _externalise(model, f"{path.name}.data")
-    files[path.name] = bytes(model.SerializeToString())
-    write_folder(path.parent, files)
+    files: dict[str, Content] = {}
+    with temporary_folder() as folder:
+        weights = Path(folder) / f"{path.name}.data" if weight_bytes(program) > inline_bytes else None
+        model = to_onnx_model(program, opset=opset, weights=weights)
+        if weights is not None and weights.is_file():
+            files[weights.name] = StoredFile(weights)
+        files[path.name] = bytes(model.SerializeToString())
+        write_folder(path.parent, files)
     return tuple(path.parent / name for name in reversed(files))
 
 
 def weight_bytes(program: Program) -> int:
     """Bytes of all weights."""
-    return sum(t.numel() * t.element_size() for t in program.module.state_dict().values())
+    return _bytes_of(program.module.state_dict().values())
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def target_opset(program: Program, opset: int | None) -> int | None:
@@ -122,9 +136,16 @@ def target_opset(program: Program, opset: int | None) -> int | None:
 
 
 def to_onnx_model(
-    program: Program, *, opset: int | None = None, exported: torch.export.ExportedProgram | None = None
+    program: Program,
+    *,
+    opset: int | None = None,
+    exported: torch.export.ExportedProgram | None = None,
+    weights: Path | None = None,
 ) -> onnx.ModelProto:
-    """What `to_onnx` gives, as a ModelProto of any size."""
+    """What `to_onnx` gives, as a ModelProto; its weights are written to the file `weights`, where one is given, one
+    after the other, and the model refers to that."""
+    from onnx_ir.external_data import unload_from_model
+
     from ..onnx.opset import EXPORTER_OPSET, lower_opset
     from .verbatim import restore_nodes, translations
 
@@ -144,6 +165,8 @@ def to_onnx_model(
             hint="an operator without an ONNX form has to be replaced in the model, or another opset given",
         ) from cause
     _name_signature(result.model.graph, program)
+    if weights is not None:
+        unload_from_model(result.model, weights.parent, weights.name, size_threshold_bytes=_INLINE_BYTES)
     model = result.model_proto
     _check_opset(model, version)
     if target is not None and target < EXPORTER_OPSET:
@@ -180,24 +203,6 @@ def _translated(exported: torch.export.ExportedProgram, opset: int | None, table
     result.optimize()
     _of_one_type(result.model.graph)
     return result
-
-
-def _externalise(model: onnx.ModelProto, location: str) -> bytes:
-    """Move the large weights out of the model, in place; returns the content of the file that they go to."""
-    import onnx
-
-    content = bytearray()
-    for tensor in model.graph.initializer:
-        if len(tensor.raw_data) < 1024:
-            continue
-        content.extend(bytes(-len(content) % 4096))  # pages: runtimes map the file into memory
-        offset, raw = len(content), tensor.raw_data
-        content.extend(raw)
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
-            tensor.external_data.add(key=key, value=str(value))
-    return bytes(content)
 
 
 def _of_one_type(graph: Any) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .model_file import OnnxModel, changed_like, structure_of
+
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
 
-def onnx_without(model: bytes, regions: Iterable[tuple[str, str]]) -> bytes | None:
+def onnx_without(model: OnnxModel, regions: Iterable[tuple[str, str]]) -> OnnxModel | None:
     """The ONNX model with every (entry, exit) bypassed, or None when the exporter kept no value of such a name."""
-    import onnx
     import onnx_graphsurgeon as gs
 
-    graph = gs.import_onnx(onnx.load_model_from_string(model))
+    graph = gs.import_onnx(structure_of(model))
     graph.ir_version = max(8, graph.ir_version or 0)  # older versions want every initializer among the inputs
     tensors = graph.tensors()
     stands_for: dict[str, str] = {}
@@ -30,7 +31,7 @@ def onnx_without(model: bytes, regions: Iterable[tuple[str, str]]) -> bytes | No
         _redirect(graph, tensors[exit_], tensors[entry])
         stands_for[exit_] = entry
     graph.cleanup().toposort()
-    return bytes(gs.export_onnx(graph, do_type_check=False).SerializeToString())
+    return changed_like(model, gs.export_onnx(graph, do_type_check=False))
 
 
 def _redirect(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:

@@ -59,6 +59,21 @@ def _naming(source: str | Path | bytes | onnx.ModelProto) -> Iterator[None]:
         ) from error
 
 
+def check_onnx(source: str | Path, content: bytes) -> bool:
+    """Whether all of a model is in its file's `content`. Raises CaptureError for what is no model, and for weights that
+    lie elsewhere than in files of its own folder which hold them."""
+    import onnx
+
+    with _naming(source):
+        model, _ = _parse(content)
+        whole = True
+        for tensor in model_tensors(model):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                _check_tensor(tensor, Path(source).parent)
+                whole = False
+    return whole
+
+
 def tensors(graph: onnx.GraphProto, depth: int = 0) -> Iterator[onnx.TensorProto]:
     """Every constant tensor of a graph, those of nested graphs included. Raises CaptureError when graphs nest too
     deep."""
@@ -312,15 +327,3 @@ def input_types(source: str | Path | onnx.ModelProto) -> dict[str, int]:
         model, _ = _parse(source)
     weights = {t.name for t in model.graph.initializer}
     return {v.name: v.type.tensor_type.elem_type for v in model.graph.input if v.name not in weights}
-
-
-def in_one_piece(source: str | Path | onnx.ModelProto) -> bytes | None:
-    """The model's bytes, None when some of its weights lie in other files. Raises CaptureError."""
-    import onnx
-
-    content = None if isinstance(source, onnx.ModelProto) else Path(source).read_bytes()
-    with _naming(source):
-        model, _ = _parse(source if content is None else content)
-        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model_tensors(model)):
-            return None
-    return bytes(model.SerializeToString()) if content is None else content

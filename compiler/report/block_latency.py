@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..ir.program import Program
+from ..onnx.model_file import OnnxModel, structure_of
 from .graph import block_of_calls
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TimedNode(Protocol):
 def block_latency(
     before: Program,
     after: Program,
-    models: tuple[bytes, bytes],
+    models: tuple[OnnxModel, OnnxModel],
     profiles: tuple[Sequence[TimedNode], Sequence[TimedNode]],
     measured_ms: tuple[float, float],
 ) -> dict[str, Any] | None:
@@ -64,12 +65,10 @@ def block_latency(
     return {**found, "placed": round(placed, 4)}
 
 
-def blocks_of_values(model: bytes, program: Program, home: Mapping[str, int]) -> dict[str, int]:
+def blocks_of_values(model: OnnxModel, program: Program, home: Mapping[str, int]) -> dict[str, int]:
     """The block of each node of an ONNX model that was exported from `program`, by the names of the values that it
     makes and by its own. Nodes that may begin a block but read no weight that is known are left out."""
-    import onnx
-
-    graph = onnx.load_model_from_string(model).graph
+    graph = structure_of(model).graph
     weights = _blocks_of_weights(program, home)
     stored = {tensor.name for tensor in graph.initializer}
     at = [_block_read(node, weights) for node in graph.node]

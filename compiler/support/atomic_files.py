@@ -1,15 +1,67 @@
-"""Writing files so that a reader sees the old or the new content, never a part."""
+"""Writing files so that a reader sees the old or the new content, never a part; and content that waits in a file until
+it is written."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from .errors import OutputError
+
+#: A file is read in pieces of so many bytes.
+_PIECE_BYTES = 1 << 22
+
+
+class StoredFile:
+    """Content that is too large to be held in memory twice, in a file. One in a temporary `folder` goes when nobody
+    refers to it any more; a copy in another process only reads it."""
+
+    def __init__(self, path: Path, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.path, self._folder = path, folder
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file, and of those that belong to it."""
+        return self.path.stat().st_size
+
+    def pieces(self) -> Iterator[bytes]:
+        """What the file holds, from its beginning."""
+        with self.path.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_folder": None}
+
+
+Content: TypeAlias = "bytes | StoredFile"
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder for stored files."""
+    return tempfile.TemporaryDirectory(prefix="foldcut-")
+
+
+def size_of(content: Content) -> int:
+    """The number of bytes."""
+    return content.size_bytes if isinstance(content, StoredFile) else len(content)
+
+
+def digest(content: Content) -> str:
+    """What content is known again by."""
+    found = hashlib.blake2b(digest_size=16)
+    for piece in content.pieces() if isinstance(content, StoredFile) else (content,):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def check_writable(folder: Path) -> None:
@@ -31,7 +83,7 @@ def check_writable(folder: Path) -> None:
         ) from cause
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], *, without: Sequence[str] = ()) -> None:
+def write_folder(folder: Path, files: Mapping[str, Content], *, without: Sequence[str] = ()) -> None:
     """Write all files under temporary names in or beside `folder`, then rename them into place; files named in
     `without` go.
 
@@ -64,16 +116,20 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, without: Sequence[
             _remove_empty(created)
 
 
-def _write_files(target: Path, files: Mapping[str, bytes]) -> None:
+def _write_files(target: Path, files: Mapping[str, Content]) -> None:
     target.mkdir()
     for name, content in files.items():
         with (target / name).open("wb") as file:
-            file.write(content)
+            if isinstance(content, StoredFile):
+                with content.path.open("rb") as source:
+                    shutil.copyfileobj(source, file, _PIECE_BYTES)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _exchange(new: Path, old: Path, folder: Path, files: Mapping[str, bytes], without: Sequence[str]) -> None:
+def _exchange(new: Path, old: Path, folder: Path, files: Mapping[str, Content], without: Sequence[str]) -> None:
     """Put the new files in place one by one, and take away the others; on a failure put the old ones back."""
     old.mkdir()
     placed: list[str] = []

@@ -27,6 +27,7 @@ from ..processes.team import team
 from ..rewrite.context import Context
 from ..rewrite.rewrite import Rewrite
 from ..store.analysis_store import NOTHING_KEPT
+from ..support.atomic_files import StoredFile
 from ..support.errors import CompilerError, first_line
 from ..support.one_at_a_time import alone
 from ..support.progress import StageClock, silent
@@ -119,9 +120,15 @@ class _Packed:
 
 def _packed(quick: Context, rewrites: Sequence[Rewrite]) -> bytes:
     teacher = quick.teacher
+    network = to_pt2(to_exported(teacher))
+    if isinstance(network, StoredFile):
+        raise CompilerError(
+            f"an executor is not handed a network of {network.size_bytes / 1e9:.1f} GB",
+            hint="leave executor out, or start several processes with torchrun: each reads the network itself",
+        )
     return pickle.dumps(
         _Packed(
-            network=to_pt2(to_exported(teacher)),
+            network=network,
             fingerprint=teacher.fingerprint,
             origin=teacher.origin,
             copied_parameters=teacher.copied_parameters,

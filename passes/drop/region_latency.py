@@ -9,6 +9,7 @@ from ...compiler.analysis.regions import Region
 from ...compiler.export.exporter import to_onnx
 from ...compiler.ir.program import Program
 from ...compiler.onnx.bypass import onnx_without
+from ...compiler.onnx.model_file import OnnxModel
 from ...compiler.support.progress import Progress, silent
 from ...runtime.probe.latency_probe import LatencyProbe
 from ...runtime.probe.stored_latency import StoredLatency
@@ -37,7 +38,7 @@ def _measured(probe: LatencyProbe, regions: Sequence[Region], progress: Progress
     return {region.name: share[key] for key, members in classes.items() for region in members}
 
 
-def _without(probe: LatencyProbe, regions: Sequence[Region]) -> bytes:
+def _without(probe: LatencyProbe, regions: Sequence[Region]) -> OnnxModel:
     """The exported original with regions bypassed: weights do not change latency, so nothing has to be solved, and the
     file is cut by the names of its values where it has them."""
     model = onnx_without(probe.model, [(r.entry, r.exit) for r in regions])

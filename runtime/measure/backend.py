@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from ...compiler.onnx.model_file import OnnxModel
 from ...compiler.support.errors import BackendError, first_line
 from .regime import Regime as Regime
 
@@ -86,8 +87,8 @@ class Backend(Protocol):
         """Say whether this backend can build and run here. Never raises."""
         ...
 
-    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> object:
-        """Turn ONNX bytes into this backend's engine, to be given to `load`.
+    def build(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> object:
+        """Turn an ONNX model, its bytes or above 2 GB an `OnnxFile`, into this backend's engine, to be given to `load`.
 
         `inputs`, when known, are what it will be loaded with: a backend that builds for shapes (optimisation profiles)
         builds for those, any other may ignore them.
@@ -117,8 +118,8 @@ class NodeTime:
 class ProfilingBackend(Backend, Protocol):
     """A backend that can say where the time goes."""
 
-    def profile(self, model: bytes, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
-        """Time each node of the model given as ONNX bytes, in the order in which they run.
+    def profile(self, model: OnnxModel, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
+        """Time each node of the model in the order in which they run.
 
         Timing single nodes costs time itself: only the shares count. Raises BackendError where it cannot.
         """

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.onnx.file import model_tensors
+from ...compiler.onnx.model_file import OnnxFile, OnnxModel
 from ...compiler.onnx.signature import OnnxSignature, OnnxValue
 from ...compiler.support.errors import BackendError, CompilerError, first_line
 from .backend import Array
@@ -102,17 +103,17 @@ def session_specs(session: Any) -> tuple[InputSpec, ...]:
     )
 
 
-def model_specs(model: bytes) -> tuple[InputSpec, ...]:
-    """Read the inputs that ONNX bytes declare, those that nothing reads included, in the model's order.
+def model_specs(model: OnnxModel) -> tuple[InputSpec, ...]:
+    """Read the inputs that a model declares, those that nothing reads included, in the model's order.
 
-    Raises BackendError: the bytes are no ONNX model, or its weights lie in other files (a backend that gets bytes would
+    Raises BackendError: bytes are no ONNX model, or their weights lie in other files (a backend that gets bytes would
     look for them wherever the model says).
     """
     import onnx
 
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(model)
+        proto.ParseFromString(model.path.read_bytes() if isinstance(model, OnnxFile) else model)
         outside = next((t.name for t in model_tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL), None)
     except CompilerError as cause:
         raise BackendError(cause.message, actual=cause.actual, hint=cause.hint) from cause
@@ -122,10 +123,10 @@ def model_specs(model: bytes) -> tuple[InputSpec, ...]:
         ) from cause
     if not proto.graph.output:
         raise BackendError("not an ONNX model: it has no outputs", hint="the file is damaged or of another format")
-    if outside is not None:
+    if outside is not None and not isinstance(model, OnnxFile):
         raise BackendError(
             f"the weights of '{outside}' lie outside the model",
-            hint="load them first: onnx.load(path).SerializeToString(); this holds up to 2 GB",
+            hint="pass OnnxFile(path) of foldcut.compiler.onnx.model_file, which knows where they are",
         )
     return tuple(map(_value_spec, OnnxSignature.of(proto).inputs))
 
@@ -156,12 +157,15 @@ def draw_inputs(
     return {spec.name: spec.random(generator, known) for spec in specs}
 
 
-def onnx_bytes(model: object, reader: str) -> bytes:
-    """Return `model` as bytes. Raises BackendError, which names the `reader`, if it is something else."""
+def onnx_model(model: object, reader: str) -> OnnxModel:
+    """Return `model` as bytes, or an `OnnxFile` as it is. Raises BackendError, which names the `reader`, if it is
+    something else."""
+    if isinstance(model, OnnxFile):
+        return model
     if not isinstance(model, (bytes, bytearray, memoryview)):
         raise BackendError(
             f"{reader} builds from the bytes of an ONNX file",
-            expected="bytes",
+            expected="bytes, or an OnnxFile whose weights lie beside it",
             actual=type(model).__name__,
             hint="pass Path(file).read_bytes() or model_proto.SerializeToString()",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from ...compiler.onnx.model_file import OnnxModel
 from .backend import Array, Backend, Runner
 
 
@@ -27,7 +28,7 @@ def opened(
 
 @contextmanager
 def loaded(
-    backend: Backend, models: Iterable[tuple[bytes, Mapping[str, Array]]], *, threads: int = 1
+    backend: Backend, models: Iterable[tuple[OnnxModel, Mapping[str, Array]]], *, threads: int = 1
 ) -> Iterator[list[Runner]]:
     """`opened` for ONNX bytes, each built in its turn. Raises BackendError when one cannot be built or run."""
     engines = ((backend.build(model, inputs), inputs) for model, inputs in models)

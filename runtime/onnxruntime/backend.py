@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...compiler.onnx.model_file import OnnxFile, OnnxModel, readable
 from ...compiler.support.errors import BackendError, first_line
 from ..measure.backend import Array, Availability, Clock, NodeTime, Runner, check_threads, closed_runner, run_once
 from ..measure.environment import host_environment
-from ..measure.inputs import check_inputs, draw_inputs, onnx_bytes, session_specs
+from ..measure.inputs import check_inputs, draw_inputs, onnx_model, session_specs
 from .provider import Provider, check_used, cuda_devices, provider_availability, provider_libraries, setup_of
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 #: The name of the file that a traced session writes its optimised model to.
 OPTIMISED = "optimised.onnx"
+_WEIGHTS_OF_OPTIMISED = "session.optimized_model_external_initializers_file_name"
 _FATAL_ONLY = 4  # refusals reach the caller as exceptions, so nothing needs printing
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime on the CPU, or with its CUDA or TensorRT provider. Its engine is the ONNX bytes: ORT optimises them
+    """ONNX Runtime on the CPU, or with its CUDA or TensorRT provider. Its engine is the ONNX model: ORT optimises it
     as it loads. The GPU providers have not been run yet."""
 
     def __init__(self, provider: Provider = "cpu") -> None:
@@ -39,26 +41,25 @@ class OnnxRuntimeBackend:
         """Say whether `onnxruntime` imports here, has the provider, and finds its device."""
         return provider_availability(self._setup)
 
-    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> bytes:  # noqa: ARG002 - shapes do not matter
-        """Return `model` unchanged, for ORT reads it in `load`. Raises BackendError if it is not bytes."""
-        return onnx_bytes(model, "ONNX Runtime")
+    def build(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> OnnxModel:  # noqa: ARG002 - shapes do not matter
+        """Return `model` unchanged, for ORT reads it in `load`. Raises BackendError if it is no model."""
+        return onnx_model(model, "ONNX Runtime")
 
     def load(self, engine: object, inputs: Mapping[str, Array], *, threads: int = 1) -> Runner:
         """Optimise the model, copy and bind `inputs`, and run it once, so that faults show here.
 
         Raises BackendError: ORT refuses the model or falls back to another provider, the inputs' names, dtypes or
-        shapes are not the model's, or the first inference fails. Models with external data or above 2 GB are refused
-        by ORT.
+        shapes are not the model's, or the first inference fails. Bytes with external data are refused by ORT.
         """
         check_threads(threads)
-        session = create_session(onnx_bytes(engine, "ONNX Runtime"), threads=threads, provider=self._provider)
+        session = create_session(onnx_model(engine, "ONNX Runtime"), threads=threads, provider=self._provider)
         check_inputs(session_specs(session), inputs)
         # A GPU is waited for in run(), which takes the calling thread next to no CPU time.
         on_thread = threads == 1 and self._setup.device == "cpu"
         clock: Clock = "thread_cpu" if on_thread else "wall"
         return OnnxRuntimeRunner(session, inputs, clock=clock, device=self._setup.device)
 
-    def profile(self, model: bytes, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
+    def profile(self, model: OnnxModel, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
         """Time each node on the CPU. Raises BackendError for another provider (its nodes only start work), and where
         ORT refuses the model or gives no profile."""
         from .profile import profile_model
@@ -66,7 +67,7 @@ class OnnxRuntimeBackend:
         if self._setup.device != "cpu":
             raise BackendError(f"{self.name} does not time single nodes", hint="profile on the backend onnxruntime")
         check_threads(threads)
-        return profile_model(onnx_bytes(model, "ONNX Runtime"), inputs, threads=threads)
+        return profile_model(onnx_model(model, "ONNX Runtime"), inputs, threads=threads)
 
     def environment(self) -> dict[str, str | int]:
         """Describe the host, ORT's version and provider, and the GPU where it uses one."""
@@ -161,9 +162,9 @@ class OnnxRuntimeRunner:
 
 
 def create_session(
-    model: bytes, *, threads: int = 1, provider: Provider = "cpu", traced: Path | None = None
+    model: OnnxModel, *, threads: int = 1, provider: Provider = "cpu", traced: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """Load ONNX bytes into a silent session, fully optimised. `traced` is a folder that the optimised model goes to,
+    """Load a model into a silent session, fully optimised. `traced` is a folder that the optimised model goes to,
     and a profile when the session ends it.
 
     Raises BackendError if ORT refuses, or does not use the provider.
@@ -182,12 +183,16 @@ def create_session(
         options.optimized_model_filepath = str(traced / OPTIMISED)
         options.profile_file_prefix = str(traced / "profile")
         options.enable_profiling = True
+        if isinstance(model, OnnxFile):  # the optimised one is too large for a message, too
+            options.add_session_config_entry(_WEIGHTS_OF_OPTIMISED, f"{OPTIMISED}.data")
     # Idle threads that spin would take CPU time from whatever is measured next to them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     try:
         with provider_libraries(setup):
-            session = onnxruntime.InferenceSession(model, options, providers=list(setup.providers), enable_fallback=0)
+            session = onnxruntime.InferenceSession(
+                readable(model), options, providers=list(setup.providers), enable_fallback=0
+            )
     except Exception as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} refused the model: {first_line(error)}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ...compiler.onnx.model_file import OnnxModel
 from ...compiler.support.errors import BackendError, first_line
 from ..measure.backend import Array, NodeTime
 from .backend import OPTIMISED, create_session
@@ -21,7 +22,7 @@ _TIMED = "_kernel_time"
 _BLOCKED = "_nchwc"
 
 
-def profile_model(model: bytes, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
+def profile_model(model: OnnxModel, inputs: Mapping[str, Array], *, threads: int = 1) -> tuple[NodeTime, ...]:
     """Run `model` a number of times under ONNX Runtime's profiler on the CPU; the nodes in the order in which they run.
 
     Raises BackendError when ORT refuses the model or gives no profile.

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.onnx.model_file import OnnxModel, readable
 from ...compiler.support.errors import BackendError, first_line
 from ..measure.backend import Array, Availability, Clock, Runner, check_threads, closed_runner, run_once
 from ..measure.environment import host_environment, version_tuple
-from ..measure.inputs import InputSpec, check_inputs, model_specs, onnx_bytes
+from ..measure.inputs import InputSpec, check_inputs, model_specs, onnx_model
 
 _LEAST_VERSION = (2025, 0)
 _INSTALL = "pip install 'foldcut[openvino]'"
@@ -60,14 +61,14 @@ class OpenVinoBackend:
             return Availability(can_build=True, can_run=False, reason=reason)
         return Availability(can_build=True, can_run=True, reason="")
 
-    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> OpenVinoEngine:
-        """Read ONNX bytes, and check `inputs` where given. Raises BackendError if OpenVINO cannot read them."""
-        content = onnx_bytes(model, "OpenVINO")
+    def build(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> OpenVinoEngine:
+        """Read an ONNX model, and check `inputs` where given. Raises BackendError if OpenVINO cannot read them."""
+        content = onnx_model(model, "OpenVINO")
         specs = model_specs(content)
         if inputs is not None:
             check_inputs(specs, inputs)
         try:
-            read = _core().read_model(content)
+            read = _core().read_model(readable(content))
         except Exception as error:
             raise BackendError(
                 f"OpenVINO {_version()} cannot read the model: {_said(error)}",

@@ -15,6 +15,7 @@ from ...compiler.export.exporter import to_onnx_model
 from ...compiler.ir.cost import node_macs
 from ...compiler.ir.program import Program
 from ...compiler.ir.segments import Segment, find_segments, is_dequantized, segment_key
+from ...compiler.onnx.model_file import OnnxModel
 from ...compiler.processes.sharing import measured_by_first
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Array, Backend
@@ -210,17 +211,17 @@ class LatencyTable:
     def _timing(self) -> Timing:
         return Timing(warmup_ms=50.0, seed=self.seed)
 
-    def measure_network(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> float:
+    def measure_network(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> float:
         """Measure a whole network, in units of the reference network's latency. Made-up inputs serve where none are
         given. Raises BackendError."""
         return self.measure_networks([model], inputs)[0]
 
-    def measure_networks(self, models: Sequence[bytes], inputs: Mapping[str, Array] | None = None) -> list[float]:
+    def measure_networks(self, models: Sequence[OnnxModel], inputs: Mapping[str, Array] | None = None) -> list[float]:
         """`measure_network` of several of the same inputs, in turn in the same rounds: what disturbs the machine in one
         minute and not in the next does not come between them."""
         return measured_by_first(lambda: self._measured(models, inputs))
 
-    def _measured(self, models: Sequence[bytes], inputs: Mapping[str, Array] | None) -> list[float]:
+    def _measured(self, models: Sequence[OnnxModel], inputs: Mapping[str, Array] | None) -> list[float]:
         given = [(model, inputs if inputs is not None else self._drawn(model)) for model in models]
         with loaded(self.backend, [self._reference, *given], threads=self.threads) as (reference, *runners):
             found = measure_savings(reference, runners, self._timing, pairs=self.rounds)
@@ -271,7 +272,7 @@ class LatencyTable:
     def _time(self, models: Sequence[onnx.ModelProto], show: Callable[[int, int], None]) -> list[dict[str, float]]:
         """Units and half width of each segment."""
         copies = [2 if _weight_bytes(model) > _HEAVY_BYTES else COPIES for model in models]
-        timed = [self._reference]
+        timed: list[tuple[OnnxModel, Mapping[str, Array]]] = [self._reference]
         for model, count in zip(models, copies, strict=True):
             one, many = (bytes(repeated(model, n).SerializeToString()) for n in (1, count))
             inputs = self._drawn(one)
@@ -290,7 +291,7 @@ class LatencyTable:
         model = reference_network()
         return model, self._drawn(model)
 
-    def _drawn(self, model: bytes) -> dict[str, Array]:
+    def _drawn(self, model: OnnxModel) -> dict[str, Array]:
         """Made-up inputs at the table's batch; what a model fixes stays."""
         return draw_inputs(model_specs(model), self.batch, self.seed)
 

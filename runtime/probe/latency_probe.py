@@ -12,6 +12,7 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.export.edit_types import as_measured
 from ...compiler.export.exporter import target_opset, to_onnx
 from ...compiler.ir.program import Program
+from ...compiler.onnx.model_file import OnnxModel
 from ...compiler.processes.sharing import by_first, measured_by_first
 from ...compiler.store.cache_folder import default_folder
 from ...compiler.support.errors import CompilerError
@@ -36,7 +37,7 @@ _TABLE_ROUNDS, _TABLE_BLOCK_MS = 12, 4.0
 class Profiles:
     """Where the time goes, node by node, in foldcut's export of the original (`model`) and in the finished model."""
 
-    model: bytes = field(repr=False)
+    model: OnnxModel = field(repr=False)
     before: tuple[NodeTime, ...]
     after: tuple[NodeTime, ...]
 
@@ -54,12 +55,12 @@ class LatencyProbe:
     def __init__(
         self,
         program: Program,
-        model: bytes,
+        model: OnnxModel,
         backend: Backend,
         samples: CalibrationSet,
         conditions: Conditions,
         *,
-        deployed: bytes | None = None,
+        deployed: OnnxModel | None = None,
     ) -> None:
         self.program = program
         self.model = model
@@ -83,16 +84,16 @@ class LatencyProbe:
             opened_so_far.pop_all()
         self._opened = True
 
-    def load(self, model: bytes) -> Runner:
+    def load(self, model: OnnxModel) -> Runner:
         return self._loaded(self._built(model))
 
-    def _built(self, model: bytes) -> object:
+    def _built(self, model: OnnxModel) -> object:
         return self.backend.build(model, self.inputs)
 
     def _loaded(self, engine: object) -> Runner:
         return self.backend.load(engine, self.inputs, threads=self.conditions.threads)
 
-    def outputs(self, model: bytes, inputs: Sequence[Mapping[str, Array]]) -> Iterator[list[Array]]:
+    def outputs(self, model: OnnxModel, inputs: Sequence[Mapping[str, Array]]) -> Iterator[list[Array]]:
         """What the backend computes from each of some inputs."""
         engine = self._built(model)
         for given in inputs:
@@ -104,12 +105,12 @@ class LatencyProbe:
         """The original's latency in milliseconds, by itself."""
         return measured_by_first(lambda: measure_single(self.original, self._timing()))
 
-    def savings(self, models: Iterable[bytes], *, progress: Progress = silent) -> list[float]:
+    def savings(self, models: Iterable[OnnxModel], *, progress: Progress = silent) -> list[float]:
         """Share of the original's latency that each of some variants of its export saves: they alternate with it in one
         run."""
         return measured_by_first(lambda: self._savings(models, progress))
 
-    def _savings(self, models: Iterable[bytes], progress: Progress) -> list[float]:
+    def _savings(self, models: Iterable[OnnxModel], progress: Progress) -> list[float]:
         engines = ((self._built(model), self.inputs) for model in models)
         with opened(self.backend, engines, threads=self.conditions.threads) as variants:
             measured = measure_savings(
@@ -124,10 +125,10 @@ class LatencyProbe:
         """Latency of a rewritten program over that of the original."""
         return measured_by_first(lambda: self._against(to_onnx(as_measured(program), opset=self.conditions.opset)))
 
-    def _against(self, model: bytes) -> Measurement:
+    def _against(self, model: OnnxModel) -> Measurement:
         return self._compared(model, QUICK, both=False)[self.regime]
 
-    def _compared(self, model: bytes, effort: Effort, *, both: bool) -> Mapping[Regime, Measurement]:
+    def _compared(self, model: OnnxModel, effort: Effort, *, both: bool) -> Mapping[Regime, Measurement]:
         engine = self._built(model)
         return measure_loads(
             lambda: self._loaded(self._engine),
@@ -178,20 +179,20 @@ class LatencyProbe:
         threads, cache = self.conditions.threads, self._cache()
         return measured_by_first(lambda: probe_integers(self.backend, threads=threads, cache=cache))
 
-    def final(self, model: bytes) -> Measurement:
+    def final(self, model: OnnxModel) -> Measurement:
         """The finished model against the original in the probe's regime, with the narrowest interval that is worth its
         time."""
         return measured_by_first(lambda: self._compared(model, FULL, both=False))[self.regime]
 
-    def final_regimes(self, model: bytes) -> Mapping[Regime, Measurement]:
+    def final_regimes(self, model: OnnxModel) -> Mapping[Regime, Measurement]:
         """`final`, and the same loads in the other regime where the backend can."""
         return measured_by_first(lambda: self._compared(model, FULL, both=True))
 
-    def profiles(self, model: bytes) -> Profiles | None:
+    def profiles(self, model: OnnxModel) -> Profiles | None:
         """Times of single nodes before and after, for people; None where the backend does not tell them."""
         return measured_by_first(lambda: self._profiles(model))
 
-    def _profiles(self, model: bytes) -> Profiles | None:
+    def _profiles(self, model: OnnxModel) -> Profiles | None:
         if not isinstance(self.backend, ProfilingBackend):
             return None
         try:

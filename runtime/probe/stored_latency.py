@@ -3,12 +3,12 @@ then plans by the same figures."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...compiler.ir.program import Program
 from ...compiler.store.analysis_store import AnalysisStore
+from ...compiler.support.atomic_files import digest
 from ..measure.conditions import Conditions
 from ..measure.environment import lasting
 from .latency_probe import LatencyProbe
@@ -23,7 +23,8 @@ class StoredLatency:
 
     def __init__(self, store: AnalysisStore, probe: LatencyProbe) -> None:
         self.probe, self._store = probe, store
-        models = [hashlib.blake2b(model, digest_size=16).hexdigest() for model in (probe.before, probe.model)]
+        before = digest(probe.before)
+        models = [before, before if probe.model is probe.before else digest(probe.model)]
         inputs = [[name, str(value.dtype), list(value.shape)] for name, value in probe.inputs.items()]
         settings = [lasting(probe.backend.environment()), *_of(probe.conditions)]
         self._inputs = [probe.program, models, inputs, *settings]

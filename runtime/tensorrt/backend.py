@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from ...compiler.onnx.model_file import OnnxFile, OnnxModel
 from ...compiler.support.errors import BackendError
 from ..measure.backend import Array, Availability, Runner, check_threads
 from ..measure.environment import host_environment
-from ..measure.inputs import onnx_bytes
+from ..measure.inputs import onnx_model
 from .build import BuildSettings, build_plan, check_targets
 from .device import open_device, visible_gpu, why_no_device
 from .engine import EngineInfo, TensorRTEngine, load_engine, sha256
@@ -90,14 +91,14 @@ class TensorRTBackend:
         can_build = visible_gpu() is not None
         return Availability(can_build=can_build, can_run=not no_run, reason=no_run)
 
-    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> TensorRTEngine:
-        """Build an engine from ONNX bytes. Without a GPU where the library is TensorRT-RTX.
+    def build(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> TensorRTEngine:
+        """Build an engine from an ONNX model. Without a GPU where the library is TensorRT-RTX.
 
         A dynamic input gets the sizes of `inputs` unless `profiles` has others; a model of fixed sizes needs neither.
         Raises BackendError: TensorRT is missing or too old, a dynamic input has no sizes, half precision does not hold
-        the tolerance or has no samples, TensorRT cannot parse (with the node) or build the model, or it is above 2 GB.
+        the tolerance or has no samples, TensorRT cannot parse (with the node) or build the model.
         """
-        content = onnx_bytes(model, "TensorRT")
+        content = onnx_model(model, "TensorRT")
         library = find_library()
         if library.flavour == RTX:
             check_targets(library, self._settings.targets)
@@ -165,12 +166,17 @@ class TensorRTBackend:
             "torch": str(torch.__version__),
         }
 
-    def _to_half(self, model: bytes, inputs: Mapping[str, Array] | None) -> HalfPrecision:
+    def _to_half(self, model: OnnxModel, inputs: Mapping[str, Array] | None) -> HalfPrecision:
         samples = self._samples or inputs
         if not samples:
             raise BackendError(
                 "half precision needs sample inputs, to see which values would overflow",
                 hint='pass TensorRTBackend(precision="fp16", samples={...}), one array per input, a few dozen rows',
+            )
+        if isinstance(model, OnnxFile):
+            raise BackendError(
+                "half precision is chosen in a model of one piece, and the weights of this one lie beside it",
+                hint="build it in float32, or give a model whose weights are in half precision",
             )
         return to_half_precision(model, samples, tolerance=self._half_tolerance)
 

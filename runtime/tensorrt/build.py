@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...compiler.onnx.model_file import OnnxFile, OnnxModel
 from ...compiler.support.errors import BackendError, first_line
 from ..measure.backend import Array
 from .device import Gpu, visible_gpu
@@ -44,18 +45,20 @@ class Built:
     network_layers: int
 
 
-def build_plan(library: Library, model: bytes, settings: BuildSettings, inputs: Mapping[str, Array] | None) -> Built:
+def build_plan(
+    library: Library, model: OnnxModel, settings: BuildSettings, inputs: Mapping[str, Array] | None
+) -> Built:
     """Parse and build. Ctrl-C ends a build at its next step.
 
-    Raises BackendError: the model is above 2 GB or does not parse (with the node), a dynamic input has no profile, a
-    target is unknown to the library, full TensorRT has no GPU, or the builder refuses.
+    Raises BackendError: bytes are above 2 GB, the model does not parse (with the node), a dynamic input has no profile,
+    a target is unknown to the library, full TensorRT has no GPU, or the builder refuses.
     """
-    if len(model) > _MAX_PROTOBUF:
+    if not isinstance(model, OnnxFile) and len(model) > _MAX_PROTOBUF:
         raise BackendError(
             f"the ONNX model has {len(model) / 1e9:.1f} GB",
             expected="at most 2 GB, which is what one protobuf message holds",
             actual=f"{len(model):,} bytes",
-            hint="compress the network first, or build it with trtexec, which reads external data",
+            hint="save it with external data, and pass OnnxFile(path) of foldcut.compiler.onnx.model_file",
         )
     gpu = None if library.flavour == RTX else _gpu_for_full(library, settings.targets)
     with deferred_interrupt() as interrupt, collected_messages() as messages:
@@ -110,7 +113,9 @@ class _Build:
         except Exception as cause:  # pybind11 says only that the factory returned nothing
             raise self._refused("cannot start", hint="check the driver with nvidia-smi") from cause
 
-    def run(self, model: bytes, settings: BuildSettings, inputs: Mapping[str, Array] | None, gpu: Gpu | None) -> Built:
+    def run(
+        self, model: OnnxModel, settings: BuildSettings, inputs: Mapping[str, Array] | None, gpu: Gpu | None
+    ) -> Built:
         network = self._parse(model)
         tensors = tuple(self._describe(network.get_input(index)) for index in range(network.num_inputs))
         profiles = choose_profiles(tensors, inputs, settings.profiles)
@@ -130,12 +135,12 @@ class _Build:
             network_layers=network.num_layers,
         )
 
-    def _parse(self, model: bytes) -> Any:
+    def _parse(self, model: OnnxModel) -> Any:
         trt = self._trt
         # TensorRT 11 has no other kind: precision is what the model says
         network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger_of(trt))
-        if parser.parse(model):
+        if parser.parse_from_file(str(model.path)) if isinstance(model, OnnxFile) else parser.parse(model):
             return network
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         if not errors:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...compiler.support.atomic_files import write_folder
+from ...compiler.support.atomic_files import Content, StoredFile, write_folder
 from ...compiler.support.errors import BackendError, named_first_line
 from ..measure.backend import Array
 from ..measure.inputs import InputSpec, check_inputs
@@ -156,9 +156,12 @@ def load_engine(path: str | Path, model: bytes | None = None) -> TensorRTEngine:
     return engine
 
 
-def sha256(content: bytes) -> str:
+def sha256(content: Content) -> str:
     """The hex digest that identifies models and plans."""
-    return hashlib.sha256(content).hexdigest()
+    found = hashlib.sha256()
+    for piece in content.pieces() if isinstance(content, StoredFile) else (content,):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def _metadata_path(plan: Path) -> Path:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...compiler.onnx.model_file import OnnxModel, readable
 from ...compiler.support.errors import BackendError, CompilerError, first_line
 from ..measure.backend import Array, Availability, Clock, Runner, check_threads, closed_runner, run_once
 from ..measure.environment import host_environment
-from ..measure.inputs import InputSpec, check_inputs, model_specs, onnx_bytes
+from ..measure.inputs import InputSpec, check_inputs, model_specs, onnx_model
 
 if TYPE_CHECKING:
     from ...compiler.ir.program import Program, TensorSpec
@@ -47,8 +48,8 @@ class TorchBackend:
             return Availability(can_build=False, can_run=False, reason=reason)
         return Availability(can_build=True, can_run=True, reason="")
 
-    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> TorchEngine:
-        """Import ONNX bytes; the result is compared with ONNX Runtime on `inputs`, or on random ones.
+    def build(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> TorchEngine:
+        """Import an ONNX model; the result is compared with ONNX Runtime on `inputs`, or on random ones.
 
         A network whose other dimensions cannot stay dynamic is built for those of `inputs`. Raises BackendError: the
         model cannot be imported, `inputs` are not the model's, or there are none and a dimension needs a size.
@@ -57,7 +58,7 @@ class TorchBackend:
 
         from ...compiler.onnx_import.importer import import_onnx
 
-        content = onnx_bytes(model, "The torch backend")
+        content = onnx_model(model, "The torch backend")
         specs = model_specs(content)
         example = None
         if inputs is not None:
@@ -66,7 +67,7 @@ class TorchBackend:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # they speak of what compiling would need
-                program = import_onnx(content, example)
+                program = import_onnx(readable(content), example)
         except CompilerError as cause:
             raise BackendError(
                 f"torch cannot run the model: {cause.message}",
