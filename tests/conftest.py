@@ -21,6 +21,7 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir import edit, edit_chain, edit_folds
 from foldcut.compiler.ir.edit import set_tensors
 from foldcut.compiler.ir.program import Program
+from foldcut.compiler.onnx.model_file import OnnxModel, readable, structure_of
 from foldcut.compiler.plan.search_time import SearchTime
 from foldcut.compiler.rewrite.context import Context
 from foldcut.compiler.store.analysis_store import NOTHING_KEPT
@@ -363,13 +364,13 @@ class CountingRunner:
 
     clock = "cuda"
 
-    def __init__(self, model: bytes, inputs: Mapping[str, Array]) -> None:
+    def __init__(self, model: OnnxModel, inputs: Mapping[str, Array]) -> None:
         from onnxruntime import InferenceSession
 
-        graph = onnx.load_model_from_string(model).graph
+        graph = structure_of(model).graph
         layers = sum(node.op_type in {"Conv", "Gemm", "MatMul"} for node in graph.node)
         self.time_ms = 1.0 + 10.0 * layers
-        self.session = InferenceSession(model, providers=["CPUExecutionProvider"])
+        self.session = InferenceSession(readable(model), providers=["CPUExecutionProvider"])
         self.inputs = dict(inputs)
         self.values: tuple[Array, ...] = ()
 
@@ -395,7 +396,7 @@ class CountingBackend:
     def available(self) -> Availability:
         return Availability(can_build=True, can_run=True, reason="")
 
-    def build(self, model: bytes, inputs: Mapping[str, Array] | None = None) -> bytes:
+    def build(self, model: OnnxModel, inputs: Mapping[str, Array] | None = None) -> OnnxModel:
         return model
 
     def load(self, engine: Any, inputs: Mapping[str, Array], *, threads: int = 1) -> CountingRunner:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..frontend.capture import capture
 from ..ir.program import Program
-from ..onnx.model_file import MAX_PROTOBUF_BYTES, WEIGHTS, OnnxFile, OnnxModel
+from ..onnx.model_file import WEIGHTS, OnnxFile, OnnxModel, fits_a_message
 from ..report.report import Report
 from ..support.atomic_files import Content, StoredFile
 from ..support.errors import OutputError
@@ -74,7 +74,7 @@ def load(folder: str | Path) -> Compiled:
 
 
 def _content(path: Path) -> Content:
-    return StoredFile(path) if path.stat().st_size > MAX_PROTOBUF_BYTES else path.read_bytes()
+    return path.read_bytes() if fits_a_message(path.stat().st_size) else StoredFile(path)
 
 
 def _program(path: Path, plan: Plan) -> Program:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..ir.program import Program, is_tensor
 from ..onnx.file import OLDEST_OPSET
 from ..onnx.file import opset as written_opset
-from ..onnx.model_file import MAX_PROTOBUF_BYTES, MODEL, WEIGHTS, OnnxFile, OnnxModel
+from ..onnx.model_file import MAX_PROTOBUF_BYTES, MODEL, WEIGHTS, OnnxFile, OnnxModel, fits_a_message
 from ..support.atomic_files import Content, StoredFile, temporary_folder, write_folder
 from ..support.errors import ExportError, named_first_line
 from ..support.quiet_logs import quiet_exporters
@@ -65,7 +65,7 @@ def to_pt2(exported: torch.export.ExportedProgram) -> Content:
     """The content of a `.pt2` file, loadable with `torch.export.load`: in a temporary file where the weights are above
     2 GB."""
     weights = (*exported.state_dict.values(), *exported.constants.values())
-    if _bytes_of(t for t in weights if isinstance(t, torch.Tensor)) > MAX_PROTOBUF_BYTES:
+    if not fits_a_message(_bytes_of(t for t in weights if isinstance(t, torch.Tensor))):
         folder = temporary_folder()
         path = Path(folder.name) / "model.pt2"
         with quiet_exporters():
@@ -90,7 +90,7 @@ def to_onnx(
 
     Raises ExportError, quoting torch.onnx, when an operator has no ONNX form (in that opset).
     """
-    if weight_bytes(program) <= MAX_PROTOBUF_BYTES:
+    if fits_a_message(weight_bytes(program)):
         return bytes(to_onnx_model(program, opset=opset, exported=exported).SerializeToString())
     folder = temporary_folder()
     path = Path(folder.name) / MODEL

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..support.errors import CaptureError, RewriteError, first_line
+from ..devices.spilled import mapped_copies, stays_in_a_file
+from ..support.errors import CaptureError, CompilerError, RewriteError, first_line
 from .execute import device_of
 from .graph_copy import copied
 from .program import Program, is_tensor, output_nodes, tensor_identity
@@ -28,17 +30,30 @@ def rebuild(root: fx.GraphModule, graph: fx.Graph, *, copy_tensors: bool = False
     """A GraphModule over `graph` that shares (or copies) just those tensors of `root` that the graph still names."""
     module = fx.GraphModule(root, graph)
     if copy_tensors:
-        # one memo for all tensors, so that weights tied in the model stay tied in the copy
-        memo: dict[int, object] = {}
-        for owner in module.modules():
-            for name, parameter in list(owner._parameters.items()):
-                if parameter is not None:
-                    owner._parameters[name] = copy.deepcopy(parameter, memo)
-            for name, buffer in list(owner._buffers.items()):
-                if buffer is not None:
-                    owner._buffers[name] = copy.deepcopy(buffer.detach(), memo)
+        _copy_tensors(module)
     module.eval()
     return module
+
+
+def _copy_tensors(module: fx.GraphModule) -> None:
+    """Give the module tensors of its own, in place: in a file where they are many gigabytes."""
+    tensors = [*module.parameters(), *module.buffers()]
+    # one memo for all tensors, so that weights tied in the model stay tied in the copy
+    memo: dict[int, Any] = {}
+    here = [t for t in tensors if t.device.type == "cpu" and type(t) in {torch.Tensor, nn.Parameter}]
+    if stays_in_a_file(sum(t.numel() * t.element_size() for t in here)):
+        with suppress(CompilerError):  # no room on disk: there may be some in memory
+            for tensor, mapped in zip(here, mapped_copies(here), strict=True):
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(mapped, tensor.requires_grad) if is_parameter else mapped
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                owner._parameters[name] = copy.deepcopy(parameter, memo)
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is not None:
+                known = memo.get(id(buffer))
+                owner._buffers[name] = copy.deepcopy(buffer.detach(), memo) if known is None else known
 
 
 def free_name(owner: nn.Module, wanted: str) -> str:

@@ -66,7 +66,7 @@ def compare_onnx(
     if batch is not None and batch < 1:
         raise CaptureError("batch starts at 1", actual=batch, hint="leave it out for the files' own batch, or 32")
     paths = [Path(p) for p in (before, after)]
-    signatures = [OnnxSignature.of(read_onnx(path)) for path in paths]
+    signatures = [OnnxSignature.of(read_onnx(path, mapped={})) for path in paths]
     sessions = [
         reference_session(str(path), optimise=not signature.quantised)
         for path, signature in zip(paths, signatures, strict=True)
@@ -93,7 +93,7 @@ def compare_onnx(
 def random_samples(path: str | Path, count: int, seed: int) -> CalibrationSet:
     """Made-up samples for a file whose only dynamic dimension is the batch: floats from N(0, 1), integers 0 or 1.
     Raises CaptureError when other dimensions are dynamic."""
-    signature = OnnxSignature.of(read_onnx(path))
+    signature = OnnxSignature.of(read_onnx(path, mapped={}))
     generator = np.random.default_rng(seed)
     arrays = {}
     for value in signature.inputs:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..devices.spilled import stays_in_a_file
 from ..support.errors import CaptureError, first_line
 from .functions import STANDARD, check_functions, inlined
 
@@ -15,16 +18,22 @@ if TYPE_CHECKING:
 
 #: The oldest operator set that the importer knows the meaning of.
 OLDEST_OPSET = 9
+#: Weights below this are read at once.
+_LEAST_MAPPED_BYTES = 1 << 20
 #: Graphs inside graphs (bodies of loops) deeper than this are refused.
 _DEEPEST = 8
 
 
-def read_onnx(source: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
+def read_onnx(
+    source: str | Path | bytes | onnx.ModelProto, *, mapped: dict[str, np.ndarray[Any, Any]] | None = None
+) -> onnx.ModelProto:
     """The model in a file, in bytes or in a proto, checked, with its external weights loaded and its local functions
     inlined. A proto that is passed in is not changed.
 
     External data is read from the model's own folder only, and only when every location stays inside it and every
-    extent inside its file. Nothing is allocated that the file does not hold.
+    extent inside its file. Nothing is allocated that the file does not hold. Where `mapped` is given and the weights
+    beside the file take gigabytes, those of the graph stay there: they are put into `mapped` by name, read from the
+    file where they are used. Writing to one changes no file.
 
     Raises CaptureError: no such file, not an ONNX model, a model that `onnx.checker` refuses, an opset that is too old
     or too new, tensors whose data does not fit their shape, external data outside the folder.
@@ -36,7 +45,7 @@ def read_onnx(source: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
         for tensor in model_tensors(model):
             _check_tensor(tensor, folder)
         if folder is not None:
-            _load_external(model, folder)
+            _load_external(model, folder, mapped)
         _check_model(model)
         return inlined(model)
 
@@ -247,17 +256,39 @@ def _external_extent(tensor: onnx.TensorProto, folder: Path) -> int:
     return length
 
 
-def _load_external(model: onnx.ModelProto, folder: Path) -> None:
+def _load_external(model: onnx.ModelProto, folder: Path, mapped: dict[str, np.ndarray[Any, Any]] | None) -> None:
     import onnx
 
     try:
-        for tensor in model_tensors(model):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        outside = [t for t in model_tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
+        if mapped is not None and stays_in_a_file(sum(map(_bytes_of, outside))):
+            heavy = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL and _large(t)]
+            mapped.update((tensor.name, _mapped(tensor, folder)) for tensor in heavy)
+        for tensor in outside:
+            if mapped is None or tensor.name not in mapped:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
                 tensor.data_location = onnx.TensorProto.DEFAULT
                 del tensor.external_data[:]
     except Exception as cause:  # the helper has checks of its own and raises what it likes
         raise CaptureError(f"cannot read the external weights: {first_line(cause)}") from cause
+
+
+def _large(tensor: onnx.TensorProto) -> bool:
+    """Whether a weight is worth a map of its own, and of a type that numpy reads as it lies."""
+    import onnx
+
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return _bytes_of(tensor) >= _LEAST_MAPPED_BYTES and kind.kind in "fiub" and kind.isbuiltin == 1
+
+
+def _mapped(tensor: onnx.TensorProto, folder: Path) -> np.ndarray[Any, Any]:
+    import onnx
+
+    info = {entry.key: entry.value for entry in tensor.external_data}
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(
+        folder / info["location"], kind, mode="c", offset=int(info.get("offset", 0)), shape=tuple(tensor.dims)
+    )
 
 
 def _check_model(model: onnx.ModelProto) -> None:
@@ -278,7 +309,10 @@ def checkable(model: onnx.ModelProto) -> onnx.ModelProto:
     compared with their shapes before. Inputs and outputs of undeclared rank, which ONNX Runtime takes and the checker
     does not, get any shape.
     """
-    heavy = {t.name for t in model.graph.initializer if len(t.raw_data) > 1024}
+    import onnx
+
+    external = onnx.TensorProto.EXTERNAL
+    heavy = {t.name for t in model.graph.initializer if len(t.raw_data) > 1024 or t.data_location == external}
     if not heavy and not any(map(_shapeless, (*model.graph.input, *model.graph.output))):
         return model
     light = _without_payload(model, heavy)

@@ -20,6 +20,11 @@ MAX_PROTOBUF_BYTES = 2_000_000_000
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 
 
+def fits_a_message(size_bytes: int) -> bool:
+    """Whether so much is held in memory in one piece, and in one file."""
+    return size_bytes <= MAX_PROTOBUF_BYTES
+
+
 class OnnxFile(StoredFile):
     """An ONNX model in a file whose weights lie in files beside it (ONNX's external data).
 

@@ -34,11 +34,12 @@ _NOT_CONSTANT = frozenset(
 )
 
 
-def normalised(model: onnx.ModelProto) -> gs.Graph:
+def normalised(model: onnx.ModelProto, mapped: Mapping[str, np.ndarray[Any, Any]] | None = None) -> gs.Graph:
     """The model as a sorted onnx-graphsurgeon graph without constant subgraphs and dead nodes.
 
     Nothing is folded that needs more than 1 GiB or draws random numbers, nor arithmetic on float initializers, which
-    keep their names and number. Quantised weights stay quantised.
+    keep their names and number. Quantised weights stay quantised. `mapped` are the values of weights that the model
+    does not hold, by name.
     Raises CaptureError for a graph with a cycle and for what onnx-graphsurgeon cannot read.
     """
     import onnx_graphsurgeon as gs
@@ -46,6 +47,9 @@ def normalised(model: onnx.ModelProto) -> gs.Graph:
     _quiet()
     try:
         graph = gs.import_onnx(model)
+        tensors = graph.tensors()
+        for name in tensors.keys() & (mapped or {}).keys():
+            tensors[name].values, tensors[name].data_location = (mapped or {})[name], None
         graph.ir_version = max(8, model.ir_version)  # older versions want every initializer among the inputs
         _type_constants(graph)
         graph.toposort()

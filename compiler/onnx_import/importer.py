@@ -63,9 +63,11 @@ def import_onnx(
     Raises CaptureError: a damaged or hostile file, operators that cannot be imported (all listed, with node names), an
     example that does not fit, or a Program that computes something else than ONNX Runtime.
     """
-    model = read_onnx(source)
+    mapped: dict[str, np.ndarray[Any, Any]] = {}
+    model = read_onnx(source, mapped=mapped)
     signature = OnnxSignature.of(model)
-    graph = normalised(model)
+    graph = normalised(model, mapped)
+    del mapped
     fuse_layer_norms(graph)
     _refuse_unsupported(unsupported(graph, signature.opset))
     tolerance = _tolerance(signature)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import traceback
 
+from ..devices.spilled import mapped_copies
 from ..onnx.call import (
     BORROWED,
     Builder,
@@ -142,7 +143,10 @@ class OnnxModule(nn.Module):
                 continue
             transposed = name in transposed_names
             value = _torch_tensor(name, np.asarray(tensor.values))
-            value = value.t().contiguous() if transposed else value.clone()
+            if not isinstance(tensor.values, np.memmap):
+                value = value.t().contiguous() if transposed else value.clone()
+            elif transposed:  # such a copy is not to be in memory either
+                (value,) = mapped_copies([value.t().contiguous()])
             self._paths[name] = self._enter(name, nn.Parameter(value) if name in trained else value)
             if value.dtype not in BORROWED.values():
                 # the file's own copy of the weights may go now

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import CompilerError, first_line
 
@@ -29,6 +29,8 @@ _CONTAINERS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+#: Which of their groups this process is in.
+_GROUPS = Path("/proc/self/cgroup")
 #: Where it says what this process has: addresses, what of them is in memory, and what of them is its own data.
 _PROCESS = Path("/proc/self/statm")
 #: ... and the most of it that was ever in memory.
@@ -70,7 +72,7 @@ def available_bytes() -> int:
     process (``RLIMIT_AS``, ``RLIMIT_DATA``) or that of the compile leave if that is less. Where none is known,
     `LEAST_BYTES`."""
     left = [max(0, total - used) for total, used in _bounds().values()]
-    found = [_machine("MemAvailable"), *(_left(*files) for files in _CONTAINERS), *left]
+    found = [_machine("MemAvailable"), *(_left(*files) for files in _containers()), *left]
     return min((count for count in found if count is not None), default=LEAST_BYTES)
 
 
@@ -124,7 +126,7 @@ def settle_memory(least_bytes: int, device_bytes: int | None = None) -> None:
     if above is not None:
         limit = f"a memory limit of {bytes_in_words(limit_in_effect() or 0)}"
         raise _too_little(limit, above, "what reading the network and the samples took")
-    machine, boxes = _machine("MemTotal"), (_bytes_in(limit) for limit, _ in _CONTAINERS)
+    machine, boxes = _machine("MemTotal"), (_bytes_in(limit) for limit, _ in _containers())
     whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
     left = [total - used for total, used in _bounds().values()]
     _within[-1].working_bytes = min((_round(count) for count in (*whole, *left)), default=None)
@@ -160,8 +162,10 @@ def samples_at_once(sample_bytes: int, most: int) -> int:
 
 
 def limited() -> bool:
-    """Whether a limit was set that leaves less than plenty: memory is then given back as soon as it is free."""
-    return any(total - used < PLENTY_BYTES for total, used in _bounds().values())
+    """Whether a limit, or that of a control group, leaves less than plenty: memory is then given back as soon as it is
+    free."""
+    groups = [left for left in (_left(*files) for files in _containers()) if left is not None]
+    return any(left < PLENTY_BYTES for left in (*(total - used for total, used in _bounds().values()), *groups))
 
 
 def limit_in_effect() -> int | None:
@@ -283,9 +287,37 @@ def _machine(name: str) -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
+def _containers() -> list[tuple[Path, Path]]:
+    """The limit and the use of each control group around this process, as far as they can be seen: the container's own,
+    and groups that the process was put into (a service, a job of a queue)."""
+    found = list(_CONTAINERS)
+    try:
+        lines = _GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return found
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for limit, used in _CONTAINERS:
+            group = PurePosixPath(name.strip("/"))
+            folders = [limit.parent / part for part in (group, *group.parents) if part.parts]
+            found += [(folder / limit.name, folder / used.name) for folder in folders]
+    return found
+
+
 def _left(limit: Path, used: Path) -> int | None:
     bound, taken = _bytes_in(limit), _bytes_in(used)
-    return None if bound is None or taken is None else max(0, bound - taken)
+    return None if bound is None or taken is None else max(0, bound - taken + _cached(used.with_name("memory.stat")))
+
+
+def _cached(statistics: Path) -> int:
+    """Bytes of files that a control group has in memory, which make room for what is needed."""
+    try:
+        lines = (line.split() for line in statistics.read_text().splitlines())
+        return sum(int(words[1]) for words in lines if words[0] in {"active_file", "inactive_file"})
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _bytes_in(file: Path) -> int | None:

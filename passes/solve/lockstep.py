@@ -20,11 +20,11 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.devices.room import free_bytes
+from ...compiler.devices.spilled import Hosted, Spilled
 from ...compiler.ir.execute import Tensors, bind, device_of, required, run_nodes
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import own
 from ...compiler.processes.team import team
-from .spilled import Hosted, Spilled
 from .targets import Target
 
 #: The share of the memory there is that frontiers may take.

@@ -9,8 +9,8 @@ their mean (`loads_interval`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -43,7 +43,8 @@ class Effort:
     """How much a comparison over fresh loads may take: `loads` at least, `most_loads` where the interval's half width
     is still above `target_halfwidth`, `rounds` in each; and `seconds`, after which it ends, but not before three loads
     of two rounds. On a contended machine `together` so many loads count as one: what disturbs it lasts longer than a
-    load, and the next measurement meets another disturbance."""
+    load, and the next measurement meets another disturbance. With `apart` each network is loaded when no other is, for
+    those of which memory holds one: what the machine does meanwhile is in the interval, which is wider for it."""
 
     loads: int = 5
     most_loads: int = 9
@@ -54,6 +55,7 @@ class Effort:
     together: float = 3.0
     regime: Regime = "hot"
     both: bool = False
+    apart: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,13 +81,15 @@ class _Taken:
     samples: list[tuple[float, float]] = field(default_factory=list)
     contended: bool = False
 
-    def add(self, rounds: Rounds) -> None:
-        first, second, after = (np.asarray(times) for times in rounds.times_ms)
+    def add(self, times_ms: Sequence[Sequence[float]], *, contended: bool) -> None:
+        """Take the times of the original, of the original again, and of the other network."""
+        count = min(map(len, times_ms))
+        first, second, after = (np.asarray(times[:count]) for times in times_ms)
         before = (first + second) / 2
         self.ratios.append(float(np.exp(np.median(np.log(after / before)))))
         self.controls.append(float(np.exp(np.median(np.log(second / first)))))
         self.samples += zip(before.tolist(), after.tolist(), strict=True)
-        self.contended = self.contended or rounds.contended
+        self.contended = self.contended or contended
 
     def measurement(self, regime: Regime, clock: Clock, together: float, environment: Environment) -> Measurement:
         interval = loads_interval(self.ratios, self.controls, together=together if self.contended else 1.0)
@@ -118,11 +122,11 @@ def measure_loads(
     """Measure the latency of `after` as a ratio to `before` over fresh loads, with a 95 % interval: by regime.
 
     Each time the original is loaded twice and the other network once, all anew, in an order that is drawn; their blocks
-    take turns as in `measure_savings`, `rounds` times. A load's ratio is the median of its rounds against both sessions
-    of the original. The interval comes from the scatter of the loads' ratios and from what the two sessions of the
-    original differ by, so a difference that the original shows to itself is none. With `effort.both` the other regime
-    is measured in the same loads, where the backend can. `progress` gets (loads done, loads at most), and ends the
-    measurement by raising. Every runner is closed, however it ends.
+    take turns as in `measure_savings`, `rounds` times, unless they are loaded `apart`. A load's ratio is the median of
+    its rounds against both sessions of the original. The interval comes from the scatter of the loads' ratios and from
+    what the two sessions of the original differ by, so a difference that the original shows to itself is none. With
+    `effort.both` the other regime is measured in the same loads, where the backend can. `progress` gets (loads done,
+    loads at most), and ends the measurement by raising. Every runner is closed, however it ends.
 
     Biased: it goes on where the interval is wide, which favours loads that look calm by chance, and all loads are of
     one process within a minute; what changes from day to day is not in it.
@@ -134,19 +138,9 @@ def measure_loads(
     started, other_work = time.perf_counter(), OtherWork()
     taken: dict[Regime, _Taken] = {}
     done = 0
+    take = _take_apart if effort.apart else _take_together
     while True:
-        with ExitStack() as stack:
-            runners = _loaded(stack, (load_before, load_before, load_after), generator)
-            clock = common_clock(runners)
-            if not taken:
-                taken = {name: _Taken() for name in _regimes(effort.regime, effort.both, runners)}
-            for place, (name, sums) in enumerate(taken.items()):
-                share = replace(
-                    effort,
-                    seconds=effort.seconds / effort.loads / len(taken),
-                    warmup_ms=0.0 if place else effort.warmup_ms,
-                )
-                sums.add(_timed(runners, name, share, int(generator.integers(2**31))))
+        clock = take((load_before, load_before, load_after), effort, taken, generator)
         done += 1
         if progress is not None:
             progress(done, effort.most_loads)
@@ -158,6 +152,51 @@ def measure_loads(
         found = {name: sums.measurement(name, clock, effort.together, known) for name, sums in seen.items()}
         if late or done == effort.most_loads or found[effort.regime].half_width <= effort.target_halfwidth:
             return found
+
+
+def _take_together(
+    loads: tuple[Callable[[], Runner], ...], effort: Effort, taken: dict[Regime, _Taken], generator: np.random.Generator
+) -> Clock:
+    """Load all, and time them in turns."""
+    with ExitStack() as stack:
+        runners = _loaded(stack, loads, generator)
+        clock = common_clock(runners)
+        for name, share in _shares(effort, taken, runners):
+            rounds = _timed(runners, name, share, int(generator.integers(2**31)))
+            taken[name].add(rounds.times_ms, contended=rounds.contended)
+    return clock
+
+
+def _take_apart(
+    loads: tuple[Callable[[], Runner], ...], effort: Effort, taken: dict[Regime, _Taken], generator: np.random.Generator
+) -> Clock:
+    """Load and time one after the other, in an order that is drawn."""
+    times: dict[Regime, dict[int, Sequence[float]]] = {}
+    contended: set[Regime] = set()
+    clocks: set[Clock] = set()
+    for index in generator.permutation(len(loads)).tolist():
+        with closing(loads[index]()) as runner:
+            clocks.add(common_clock((runner,)))
+            for name, share in _shares(effort, taken, (runner,)):
+                rounds = _timed((runner,), name, share, int(generator.integers(2**31)))
+                times.setdefault(name, {})[index] = rounds.times_ms[0]
+                contended |= {name} if rounds.contended else set()
+    for name, by_network in times.items():
+        taken[name].add([by_network[index] for index in range(len(loads))], contended=name in contended)
+    if len(clocks) > 1:
+        raise BackendError(f"the runners measure on different clocks: {', '.join(sorted(clocks))}")
+    return clocks.pop()
+
+
+def _shares(
+    effort: Effort, taken: dict[Regime, _Taken], runners: tuple[Runner, ...]
+) -> Iterator[tuple[Regime, Effort]]:
+    """The regimes, found out with the first load, and what each load may take for each."""
+    if not taken:
+        taken.update((name, _Taken()) for name in _regimes(effort.regime, effort.both, runners))
+    for place, name in enumerate(taken):
+        seconds = effort.seconds / effort.loads / len(taken)
+        yield name, replace(effort, seconds=seconds, warmup_ms=0.0 if place else effort.warmup_ms)
 
 
 def _loaded(

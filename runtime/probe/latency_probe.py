@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.export.edit_types import as_measured
 from ...compiler.export.exporter import target_opset, to_onnx
 from ...compiler.ir.program import Program
-from ...compiler.onnx.model_file import OnnxModel
+from ...compiler.onnx.model_file import OnnxFile, OnnxModel
 from ...compiler.processes.sharing import by_first, measured_by_first
 from ...compiler.store.cache_folder import default_folder
 from ...compiler.support.errors import CompilerError
+from ...compiler.support.memory import available_bytes
 from ...compiler.support.progress import Progress, silent
 from ..measure.backend import Array, Backend, NodeTime, ProfilingBackend, Regime, Runner
 from ..measure.conditions import Conditions
@@ -31,6 +33,10 @@ from ..predict.lattice import KINDS, Lattice, probe_lattice
 
 #: Rounds that a segment is timed in, and the block of each: what a plan saves is measured as a whole before it counts.
 _TABLE_ROUNDS, _TABLE_BLOCK_MS = 12, 4.0
+
+
+#: A comparison loads the original twice and the other network once, and reads their files.
+_SESSIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +77,38 @@ class LatencyProbe:
         self.conditions = replace(conditions, opset=target_opset(program, conditions.opset))
         self.regime = conditions.regime
         self.inputs = example_inputs(program, samples, conditions.batch)
-        self._opened = False
+        self._held: dict[int, Runner] = {}
+        self._close: Callable[[], None] = lambda: None
         by_first(lambda: self._open(deployed is not None))
 
     def _open(self, deployed: bool) -> None:
         """Load what is compared with: of several processes the first one measures."""
         #: What the original is built to: it is loaded again for each comparison, and building may take minutes.
         self._engine = self._built(self.before)
+        self._export = self._built(self.model) if deployed else self._engine
         with ExitStack() as opened_so_far:
-            self.original = opened_so_far.enter_context(closing(self._loaded(self._engine)))
-            self.exported = self.load(self.model) if deployed else self.original
-            opened_so_far.pop_all()
-        self._opened = True
+            self._held = {id(self._engine): opened_so_far.enter_context(closing(self._loaded(self._engine)))}
+            if self.one_at_a_time:
+                self._held = {}  # it was loaded to see that it can be
+                return
+            if deployed:
+                self._held[id(self._export)] = opened_so_far.enter_context(closing(self._loaded(self._export)))
+            self._close = opened_so_far.pop_all().close
 
-    def load(self, model: OnnxModel) -> Runner:
-        return self._loaded(self._built(model))
+    @cached_property
+    def one_at_a_time(self) -> bool:
+        """Whether the original is so large that memory may not hold it three times: then networks are loaded when they
+        are measured, each by itself."""
+        return isinstance(self.before, OnnxFile) and _SESSIONS * self.before.size_bytes > available_bytes()
+
+    @contextmanager
+    def _runner(self, engine: object) -> Iterator[Runner]:
+        """What was loaded of an engine, or is for now."""
+        if id(engine) in self._held:
+            yield self._held[id(engine)]
+            return
+        with closing(self._loaded(engine)) as runner:
+            yield runner
 
     def _built(self, model: OnnxModel) -> object:
         return self.backend.build(model, self.inputs)
@@ -103,7 +126,11 @@ class LatencyProbe:
 
     def original_ms(self) -> float:
         """The original's latency in milliseconds, by itself."""
-        return measured_by_first(lambda: measure_single(self.original, self._timing()))
+        return measured_by_first(self._original_ms)
+
+    def _original_ms(self) -> float:
+        with self._runner(self._engine) as original:
+            return measure_single(original, self._timing())
 
     def savings(self, models: Iterable[OnnxModel], *, progress: Progress = silent) -> list[float]:
         """Share of the original's latency that each of some variants of its export saves: they alternate with it in one
@@ -111,10 +138,15 @@ class LatencyProbe:
         return measured_by_first(lambda: self._savings(models, progress))
 
     def _savings(self, models: Iterable[OnnxModel], progress: Progress) -> list[float]:
+        if self.one_at_a_time:
+            return [1 - self._loads(self._export, self._built(model), QUICK)[self.regime].ratio for model in models]
         engines = ((self._built(model), self.inputs) for model in models)
-        with opened(self.backend, engines, threads=self.conditions.threads) as variants:
+        with (
+            self._runner(self._export) as exported,
+            opened(self.backend, engines, threads=self.conditions.threads) as variants,
+        ):
             measured = measure_savings(
-                self.exported,
+                exported,
                 variants,
                 self._timing(warmup_ms=50.0),
                 progress=lambda done, total: progress("measure savings", done, total),
@@ -129,11 +161,13 @@ class LatencyProbe:
         return self._compared(model, QUICK, both=False)[self.regime]
 
     def _compared(self, model: OnnxModel, effort: Effort, *, both: bool) -> Mapping[Regime, Measurement]:
-        engine = self._built(model)
+        return self._loads(self._engine, self._built(model), replace(effort, both=both))
+
+    def _loads(self, before: object, after: object, effort: Effort) -> Mapping[Regime, Measurement]:
         return measure_loads(
-            lambda: self._loaded(self._engine),
-            lambda: self._loaded(engine),
-            replace(effort, regime=self.regime, both=both, seed=self.conditions.seed),
+            lambda: self._loaded(before),
+            lambda: self._loaded(after),
+            replace(effort, regime=self.regime, apart=self.one_at_a_time, seed=self.conditions.seed),
             environment={
                 **self.backend.environment(),
                 "threads": self.conditions.threads,
@@ -205,9 +239,7 @@ class LatencyProbe:
         return Profiles(model=self.model, before=before, after=after)
 
     def close(self) -> None:
-        if self._opened:
-            with closing(self.exported):
-                self.original.close()
+        self._close()
 
 
 def example_inputs(program: Program, samples: CalibrationSet, batch: int) -> Mapping[str, Array]:

@@ -12,6 +12,7 @@ import torch
 from foldcut.compiler.analysis.regions import find_regions
 from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.devices.room import free_bytes
+from foldcut.compiler.devices.spilled import Hosted, Spilled
 from foldcut.compiler.export.edit_device import moved
 from foldcut.compiler.ir.program import Program
 from foldcut.compiler.support import memory
@@ -19,7 +20,6 @@ from foldcut.passes.drop.drop_blocks import changes_of_drops, drop_blocks
 from foldcut.passes.solve import lockstep
 from foldcut.passes.solve.lockstep import Lockstep
 from foldcut.passes.solve.resolve_network import Resolved, ResolveSettings, resolve_network
-from foldcut.passes.solve.spilled import Hosted, Spilled
 
 SETTINGS = ResolveSettings(batch_size=6, refine=1, guard_samples=24)
 

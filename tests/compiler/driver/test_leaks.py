@@ -103,7 +103,8 @@ def test_an_original_whose_closing_fails(residual: Program, counting_backend: An
     def refuse() -> None:
         raise BackendError("the device is gone")
 
-    probe.original.close = refuse  # type: ignore[method-assign]
+    (original,) = probe._held.values()
+    original.close = refuse  # type: ignore[method-assign]
     with pytest.raises(BackendError, match="the device is gone"):
         probe.close()
     assert backend.open == 1

@@ -1,5 +1,6 @@
 """ONNX and .pt2: the same function, the same names, a dynamic batch."""
 
+import gc
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.edit import bypass
 from foldcut.compiler.ir.graph_copy import copied
 from foldcut.compiler.ir.program import Program
+from foldcut.compiler.onnx import model_file
 from foldcut.compiler.onnx.bypass import onnx_without
 from foldcut.compiler.support.errors import ExportError
 from torch import nn
@@ -120,11 +122,20 @@ def test_a_bypassed_program_exports(residual: Program, nets: SimpleNamespace) ->
     np.testing.assert_allclose(run(to_onnx(shorter), x=x)[0], shorter(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_models_above_protobufs_limit_are_refused(residual: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "MAX_PROTOBUF_BYTES", 1000)
-    with pytest.raises(ExportError, match="do not fit into one ONNX file") as caught:
-        to_onnx(residual)
-    assert "external data" in str(caught.value.hint)
+def test_models_above_protobufs_limit_have_their_weights_beside_them(
+    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = to_onnx(residual)
+    monkeypatch.setattr(model_file, "MAX_PROTOBUF_BYTES", 1000)
+    model = to_onnx(residual)
+    assert isinstance(model, model_file.OnnxFile)
+    folder, x = model.path.parent, nets.images(3).numpy()
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
+    session = onnxruntime.InferenceSession(str(model.path), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], run(whole, x=x)[0])
+    del session, model
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_what_onnx_cannot_express_is_refused_with_the_cause() -> None:

@@ -7,7 +7,8 @@ import onnx
 import pytest
 import torch
 from foldcut.compiler.onnx import functions as onnx_functions
-from foldcut.compiler.onnx.file import in_one_piece, read_onnx
+from foldcut.compiler.onnx.file import read_onnx
+from foldcut.compiler.onnx.model_file import OnnxFile, as_model
 from foldcut.compiler.onnx_import.importer import import_onnx
 from foldcut.compiler.support.errors import BackendError, CaptureError
 from foldcut.runtime.measure.inputs import model_specs
@@ -152,14 +153,15 @@ def test_tensors_of_functions_are_read_beside_the_file_only(
     if place is not in_a_default_of_a_function:  # inlining drops them
         x = torch.randn(3, 4)
         assert torch.equal(import_onnx(path)(x), x + torch.tensor(weight))
-    assert in_one_piece(path) is None
+    assert isinstance(as_model(path), OnnxFile)
     with pytest.raises(CaptureError, match="outside the model"):
         read_onnx(path.read_bytes())
     with pytest.raises(BackendError, match="outside the model"):
         model_specs(path.read_bytes())
     path.write_bytes(place(constant(weight, "../secret.bin")).SerializeToString())  # type: ignore[operator]
-    with pytest.raises(CaptureError, match="outside the model's folder"):
-        read_onnx(path)
+    for reader in (read_onnx, as_model):
+        with pytest.raises(CaptureError, match="outside the model's folder"):
+            reader(path)
 
 
 @pytest.mark.parametrize("place", PLACES)

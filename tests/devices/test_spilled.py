@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from foldcut import CompilerError
-from foldcut.passes.solve.spilled import Spilled
+from foldcut.compiler.devices.spilled import Spilled
 
 VALUES = {
     "image": torch.randn(2, 3, 5, 7),

@@ -3,17 +3,23 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from ...compiler.support.errors import CompilerError
+from ..support.errors import CompilerError
 
 #: Each tensor begins at a multiple of so many bytes, as kernels like it.
 ALIGNMENT = 64
+
+
+#: Weights of more bytes in all are kept in a file: what is in use is then in memory, and the rest where it is needed.
+MAPPED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,28 @@ class Spilled:
         return {
             name: _placed(whole, value) if isinstance(value, _Place) else value for name, value in self.values.items()
         }
+
+
+def stays_in_a_file(size_bytes: int) -> bool:
+    """Whether weights of so many bytes are mapped from a file."""
+    return size_bytes > MAPPED_BYTES
+
+
+def mapped_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies in a file that is mapped into memory, laid out as they are; what shares a storage shares it again. The
+    system takes the pages that nobody uses out of memory, and reads them again: the file lasts as long as the tensors,
+    and has no name.
+
+    Raises CompilerError when there is no room.
+    """
+    descriptor, name = tempfile.mkstemp(prefix="foldcut-weights-")
+    os.close(descriptor)
+    try:
+        named = {str(place): tensor.detach() for place, tensor in enumerate(tensors)}
+        copies = Spilled.written(named, Path(name)).read()
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return [cast(torch.Tensor, copies[str(place)]) for place in range(len(tensors))]
 
 
 @dataclass(frozen=True, kw_only=True)
