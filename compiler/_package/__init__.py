@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .compiler.driver.sweep import sweep as sweep
     from .compiler.frontend.capture import capture as capture
     from .compiler.frontend.shards import load_shards as load_shards
+    from .compiler.frontend.shards import save_shards as save_shards
     from .compiler.goals.counted import Macs as Macs
     from .compiler.goals.counted import Parameters as Parameters
     from .compiler.goals.latency import Latency as Latency
@@ -101,7 +102,7 @@ _HOMES = {
     "compiler.driver.saved": "load",
     "compiler.driver.sweep": "Sweep SweepPoint sweep",
     "compiler.frontend.capture": "capture",
-    "compiler.frontend.shards": "load_shards",
+    "compiler.frontend.shards": "load_shards save_shards",
     "compiler.goals.counted": "Macs Parameters",
     "compiler.goals.latency": "Latency",
     "compiler.goals.max_error": "MaxError",
@@ -209,6 +210,7 @@ __all__ = [
     "load_shards",
     "random_crop",
     "read_calibration",
+    "save_shards",
     "sweep",
     "synthesise",
 ]

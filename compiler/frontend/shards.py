@@ -1,4 +1,4 @@
-"""Weights from safetensors files, one file or shards with an index, read into a module tensor by tensor."""
+"""Weights from safetensors files and into them, one file or shards with an index, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from ..support.atomic_files import Content, StoredFile, temporary_folder, write_folder
 from ..support.errors import CaptureError, first_line
-from ..support.strict_json import read_json
+from ..support.strict_json import json_file, read_json
 
 M = TypeVar("M", bound=nn.Module)
 #: How Hugging Face names the index of shards.
@@ -75,6 +77,75 @@ def load_shards(module: M, folder: str | Path) -> M:
             for name in names:
                 _put(module, wanted[name], _read(opened, path, name))
     return module
+
+
+def save_shards(module: nn.Module, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> list[Path]:
+    """Write the weights of a module to safetensors files, as Hugging Face names and splits them.
+
+    What fits into `shard_bytes` goes to ``model.safetensors``; more to ``model-00001-of-00003.safetensors`` and so on,
+    with ``model.safetensors.index.json``. One shard at a time is written. A weight under two names is written under the
+    first, as `load_shards` reads it. All files appear, or none; shards and an index of an earlier save go.
+
+    Arguments:
+        module: The network, as `Compiled.module` is one.
+        folder: The folder. It is made if it does not exist.
+        shard_bytes: Bytes of weights in one file. A larger tensor has a file of its own.
+
+    Returns:
+        The paths: the shards in order, then the index where there is one.
+
+    Raises:
+        CaptureError: If there is nothing to write, or `shard_bytes` is below 1.
+        OutputError: If the files cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = [path.name for path in foldcut.save_shards(net, folder, shard_bytes=160)]
+        ...     again = foldcut.load_shards(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), folder)
+        >>> files[:2], torch.equal(again[1].weight, net[1].weight)
+        (['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'], True)
+    """
+    if shard_bytes < 1:
+        raise CaptureError(f"shard_bytes={shard_bytes} is no size", hint="give bytes, at least 1")
+    first = {_identity(value): name for name, value in reversed(module.state_dict(keep_vars=True).items())}
+    named = {name: value.detach() for name, value in module.state_dict(keep_vars=True).items()}
+    shards = _split({name: named[name] for name in named if name in set(first.values())}, shard_bytes)
+    if not shards:
+        raise CaptureError("the module has no weights", hint="give the network, as Compiled.module is one")
+    names = [f"model-{place:05}-of-{len(shards):05}{_SUFFIX}" for place in range(1, len(shards) + 1)]
+    files: dict[str, Content] = {}
+    target = Path(folder)
+    with temporary_folder() as staging:
+        for name, shard in zip(names if len(shards) > 1 else [f"model{_SUFFIX}"], shards, strict=True):
+            path = Path(staging) / name
+            save_file({key: value.cpu().contiguous() for key, value in shard.items()}, path, {"format": "pt"})
+            files[name] = StoredFile(path)
+        if len(shards) > 1:
+            held = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            total = sum(_size(value) for shard in shards for value in shard.values())
+            files[INDEX] = json_file({"metadata": {"total_size": total}, "weight_map": held})
+        old = [path.name for path in (*target.glob(f"model*{_SUFFIX}"), target / INDEX) if path.name not in files]
+        write_folder(target, files, without=old)
+    return [target / name for name in files]
+
+
+def _split(named: Mapping[str, torch.Tensor], shard_bytes: int) -> list[dict[str, torch.Tensor]]:
+    """The tensors in their order, so many bytes together."""
+    shards: list[dict[str, torch.Tensor]] = []
+    left = 0
+    for name, value in named.items():
+        if not shards or _size(value) > left:
+            shards.append({})
+            left = shard_bytes
+        shards[-1][name] = value
+        left -= _size(value)
+    return shards
+
+
+def _size(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
 
 
 def _files(source: Path) -> dict[str, Path]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import foldcut
 import pytest
 import torch
+from foldcut.compiler.support.errors import CaptureError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -121,3 +123,51 @@ def test_damaged_and_hostile_files(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:40])
     with pytest.raises(foldcut.CaptureError, match="cannot read"):
         foldcut.load_shards(network(), inside)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 200, 10**9])
+def test_what_is_saved_is_read_again(tmp_path: Path, shard_bytes: int) -> None:
+    net = network()
+    paths = foldcut.save_shards(net, tmp_path, shard_bytes=shard_bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    torch.manual_seed(5)
+    again = foldcut.load_shards(network(), tmp_path)
+    for (name, ours), theirs in zip(net.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_later_save_takes_the_place_of_all_files(tmp_path: Path) -> None:
+    many = foldcut.save_shards(network(), tmp_path, shard_bytes=1)
+    assert len(many) > 3 and many[-1].name == "model.safetensors.index.json"
+    (tmp_path / "config.json").write_text("{}")  # not ours
+    assert [path.name for path in foldcut.save_shards(network(), tmp_path)] == ["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    foldcut.load_shards(network(), tmp_path)
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    foldcut.save_shards(net, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+        assert sorted(opened.keys()) == ["0.bias", "0.weight", "1.bias"]
+    again = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    again[1].weight = again[0].weight
+    assert torch.equal(foldcut.load_shards(again, tmp_path)[1].weight, net[0].weight)
+
+
+def test_a_compiled_network_goes_out_and_in(tmp_path: Path) -> None:
+    samples = torch.randn(40, 6)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    out = foldcut.compile(net, samples, goal=foldcut.Channels(0.5), mimic=None, cache=False, progress=False)
+    foldcut.save_shards(out.module, tmp_path, shard_bytes=100)
+    empty = foldcut.apply_plan(foldcut.capture(net, samples[:2]), out.plan).module
+    assert torch.equal(foldcut.load_shards(empty, tmp_path)(samples), out.module(samples))
+
+
+def test_nothing_to_save_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="no weights"):
+        foldcut.save_shards(nn.ReLU(), tmp_path)
+    with pytest.raises(CaptureError, match="no size"):
+        foldcut.save_shards(nn.Linear(2, 2), tmp_path, shard_bytes=0)
+    assert not list(tmp_path.iterdir())
