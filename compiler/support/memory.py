@@ -128,7 +128,7 @@ def settle_memory(least_bytes: int, device_bytes: int | None = None) -> None:
         raise _too_little(limit, above, "what reading the network and the samples took")
     machine, boxes = _machine("MemTotal"), (_bytes_in(limit) for limit, _ in _containers())
     whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
-    left = [total - used for total, used in _bounds().values()]
+    left = [total - used for total, used in (_bounds() | _group_bounds()).values()]
     _within[-1].working_bytes = min((_round(count) for count in (*whole, *left)), default=None)
 
 
@@ -164,8 +164,7 @@ def samples_at_once(sample_bytes: int, most: int) -> int:
 def limited() -> bool:
     """Whether a limit, or that of a control group, leaves less than plenty: memory is then given back as soon as it is
     free."""
-    groups = [left for left in (_left(*files) for files in _containers()) if left is not None]
-    return any(left < PLENTY_BYTES for left in (*(total - used for total, used in _bounds().values()), *groups))
+    return any(total - used < PLENTY_BYTES for total, used in (_bounds() | _group_bounds()).values())
 
 
 def limit_in_effect() -> int | None:
@@ -236,7 +235,7 @@ def bytes_in_words(count: int) -> str:
 
 def _refuse_less_than(least_bytes: int) -> None:
     """Raise CompilerError where a limit leaves less."""
-    for name, (total, used) in _bounds().items():
+    for name, (total, used) in (_bounds() | _group_bounds()).items():
         if total - used < max(least_bytes, 1):
             words = f"{bytes_in_words(used)} that are taken by now, and {bytes_in_words(least_bytes)} more"
             raise _too_little(name, used + max(least_bytes, 1), words)
@@ -260,6 +259,18 @@ def _bounds() -> dict[str, tuple[int, int]]:
             total, _ = resource.getrlimit(getattr(resource, name))
             if total != resource.RLIM_INFINITY:
                 found[f"{name} of {bytes_in_words(total)}"] = (total, used)
+    return found
+
+
+def _group_bounds() -> dict[str, tuple[int, int]]:
+    """The same of each control group around this process that allows less than the machine has: what goes beyond such a
+    limit is killed, without a word."""
+    found = {}
+    machine = _machine("MemTotal") or sys.maxsize
+    for limit, used in _containers():
+        total, taken = _bytes_in(limit), _bytes_in(used)
+        if total is not None and taken is not None and total < machine:
+            found[f"a control group's limit of {bytes_in_words(total)}"] = (total, taken - _cached(used))
     return found
 
 
@@ -308,13 +319,13 @@ def _containers() -> list[tuple[Path, Path]]:
 
 def _left(limit: Path, used: Path) -> int | None:
     bound, taken = _bytes_in(limit), _bytes_in(used)
-    return None if bound is None or taken is None else max(0, bound - taken + _cached(used.with_name("memory.stat")))
+    return None if bound is None or taken is None else max(0, bound - taken + _cached(used))
 
 
-def _cached(statistics: Path) -> int:
+def _cached(used: Path) -> int:
     """Bytes of files that a control group has in memory, which make room for what is needed."""
     try:
-        lines = (line.split() for line in statistics.read_text().splitlines())
+        lines = (line.split() for line in used.with_name("memory.stat").read_text().splitlines())
         return sum(int(words[1]) for words in lines if words[0] in {"active_file", "inactive_file"})
     except (OSError, ValueError, IndexError):
         return 0

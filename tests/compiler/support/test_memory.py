@@ -166,3 +166,27 @@ def test_cpus_of_a_container(quota: str | None, count: int, tmp_path: Path, monk
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota)
     assert cpus.free_cpus() == count
+
+
+def test_what_a_control_group_leaves(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group around the process counts, and what it holds of files makes room."""
+    (told / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n")
+    (told / "own").write_text("12:cpuset:/elsewhere\n4:memory:/jobs/mine\n0::/jobs/mine\nno group\n"[:-9])
+    monkeypatch.setattr(memory, "_GROUPS", told / "own")
+    for name, limit, used in (("jobs", "9223372036854771712", 5000), ("jobs/mine", "6000000", 5_500_000)):
+        (told / name).mkdir()
+        (told / name / "max").write_text(f"{limit}\n")
+        (told / name / "current").write_text(f"{used}\n")
+    (told / "jobs/mine/memory.stat").write_text("cache 1\ninactive_file 2000000\nactive_file 500000\n")
+    assert memory.available_bytes() == 3_000_000
+    assert memory.limited()
+    with (
+        pytest.raises(CompilerError, match="a control group's limit of 6 MiB is too little"),
+        memory.memory_within(None),
+    ):
+        memory.settle_memory(4_000_000)
+    with memory.memory_within(None):
+        memory.settle_memory(1_000_000)
+        assert memory.told_bytes()[0] <= 3_000_000
+    (told / "jobs/mine/max").write_text("max\n")
+    assert memory.available_bytes() == 60_000_000 << 10 and not memory.limited()
