@@ -11,9 +11,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from ..devices.spilled import mapped_copies, stays_in_a_file
 from ..ir.edit import rebuild
 from ..ir.graph_copy import copied
 from ..ir.program import Program, tensor_identity
+from ..support.errors import CompilerError
 
 
 def moved(program: Program, device: torch.device) -> Program:
@@ -34,8 +36,7 @@ def moved(program: Program, device: torch.device) -> Program:
         >>> moved(program, torch.device("cpu")) is program
         True
     """
-    named = {name: program.tensor(name) for name in _tensor_names(program)}
-    old = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}  # else a graph within it
+    old = _tensors(program)
     if old and all(value.device == device for value in old.values()):
         return program
     module = rebuild(program.module, copied(program.graph))
@@ -49,6 +50,46 @@ def moved(program: Program, device: torch.device) -> Program:
 def on_cpu(program: Program) -> Program:
     """A program on the CPU, where files are written and segments are timed: `moved`."""
     return moved(program, torch.device("cpu"))
+
+
+def kept_in_a_file(program: Program, *beside: Program) -> Program:
+    """A program whose own weights, those that no program `beside` it has, are in files that are mapped into memory,
+    where they take gigabytes. The program itself comes back where they do not, and where there is no room for files.
+
+    Arguments:
+        program: The program.
+        beside: Programs that hold some of its weights.
+
+    Returns:
+        The same function, bit for bit.
+
+    Example:
+        >>> from foldcut.compiler.export.edit_device import kept_in_a_file
+        >>> program = foldcut.capture(nn.Linear(8, 4).eval(), torch.randn(2, 8))
+        >>> kept_in_a_file(program) is program  # it is small
+        True
+    """
+    theirs = {tensor.untyped_storage().data_ptr() for other in beside for tensor in _tensors(other).values()}
+    own = {
+        name: tensor
+        for name, tensor in _tensors(program).items()
+        if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in theirs
+    }
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in own.values()}
+    if not stays_in_a_file(sum(storages.values())):
+        return program
+    module = rebuild(program.module, copied(program.graph))
+    try:
+        for name, value in converted_tensors(own, lambda tensor: mapped_copies([tensor])[0]):
+            put_tensor(module, name, value)
+    except CompilerError:
+        return program
+    return replace(program, module=module)
+
+
+def _tensors(program: Program) -> dict[str, torch.Tensor]:
+    named = {name: program.tensor(name) for name in _tensor_names(program)}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}  # else a graph within it
 
 
 def _tensor_names(program: Program) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings, rows_are_few
 from ..data.output_error import no_worse, output_error
+from ..export.edit_device import kept_in_a_file
 from ..ir.edit import check_interface
 from ..ir.program import Program
 from ..plan.decision import Decision, known_decision
@@ -127,6 +128,7 @@ def _stepped(
         mine = mine if exactly else list(rewrite.still(done.program, mine))
         rewrite.requires(done.program, mine)
         step = rewrite.apply(done.program, mine, ctx)
+        step = replace(step, program=kept_in_a_file(step.program, ctx.teacher, done.program))
         check_interface(done.program, step.program)
         rewrite.ensures(done.program, step.program, step.decisions)
         if exactly:
@@ -174,8 +176,9 @@ def solved(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) -> Applied:
 
 def _solved(ctx: Context, done: Applied, settings: ResolveSettings) -> Applied:
     found = stored_resolve(ctx, done.program, done.changes, settings)
-    ctx.instruments.after("re-solve", found.program, done.program)
-    return replace(done, program=found.program, layers=found.layers, rejects=(*done.rejects, *found.locked))
+    program = kept_in_a_file(found.program, ctx.teacher, done.program)
+    ctx.instruments.after("re-solve", program, done.program)
+    return replace(done, program=program, layers=found.layers, rejects=(*done.rejects, *found.locked))
 
 
 def made(ctx: Context, rewrites: Sequence[Rewrite], decisions: Sequence[Decision], *, exactly: bool = False) -> Applied:

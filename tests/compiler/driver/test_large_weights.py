@@ -15,6 +15,7 @@ import pytest
 import torch
 from foldcut.compiler.cli.measure_files import MeasureWish, measure_files
 from foldcut.compiler.devices import spilled
+from foldcut.compiler.export.edit_device import kept_in_a_file
 from foldcut.compiler.export.exporter import save_onnx
 from foldcut.compiler.onnx import file as onnx_file
 from foldcut.compiler.onnx import model_file
@@ -55,6 +56,15 @@ def compiled(counting_backend: Any) -> Compile:
     """Compiles with a backend that needs no time."""
     options = {"goal": foldcut.Blocks(1), "backend": counting_backend, "mimic": None, "cache": False, "progress": False}
     return lambda net, **more: foldcut.compile(net, samples(), **options | more)
+
+
+def mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split(maxsplit=1)[0].partition("-")
+        if int(first, 16) <= tensor.data_ptr() < int(last, 16):
+            return "foldcut-weights-" in line
+    return False
 
 
 def ran(path: Path, x: torch.Tensor) -> torch.Tensor:
@@ -124,6 +134,15 @@ def test_weights_are_not_the_users_own(large: nn.Module) -> None:
         for parameter in large.parameters():
             parameter.zero_()
     assert torch.equal(program(samples()), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what memory is")
+def test_new_weights_are_in_files_too(large: nn.Module, compiled: Compile) -> None:
+    """Those that a compile made: the same network as where they are in memory, bit for bit."""
+    out = compiled(large, goal=foldcut.Channels(0.5))
+    there = [parameter for parameter in out.module.parameters() if mapped(parameter)]
+    assert sum(t.numel() for t in there) > 0.9 * sum(t.numel() for t in out.module.parameters())
+    assert kept_in_a_file(out.program, out.program) is out.program
 
 
 def test_no_room_on_disk_is_no_fault(large: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
