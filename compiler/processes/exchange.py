@@ -6,8 +6,11 @@ error; processes that have gone different ways find that out, and none waits for
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import pickle
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -16,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..support.errors import ProcessError, first_line, named_first_line
+from . import heartbeat
 from .team import T, Team, Term
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 #: What an exchange is about.
 SUMS, MAXIMA, OBJECTS, ONE, END = range(1, 6)
@@ -71,6 +75,8 @@ class Joined(Team):
         super().__init__(rank, size)
         self._group = group
         self._number = 0
+        #: Whether the others are still there, where that can be asked.
+        self.heartbeat: heartbeat.Heartbeat | None = None
 
     def sums(self, terms: Sequence[Term]) -> list[Term]:
         return self._reduced(SUMS, terms)
@@ -138,11 +144,12 @@ class Joined(Team):
     def _reduce(self, flat: torch.Tensor, kind: int) -> torch.Tensor:
         import torch.distributed as dist
 
+        group = self._group
         if kind == SUMS:
-            return self._spoken(flat, lambda: dist.all_reduce(flat, dist.ReduceOp.SUM, group=self._group))
+            return self._spoken(flat, lambda: dist.all_reduce(flat, dist.ReduceOp.SUM, group=group, async_op=True))
         missing = flat.isnan()  # what a maximum makes of these nobody says
         both = torch.cat([flat.masked_fill(missing, -torch.inf), missing.double()])
-        self._spoken(both, lambda: dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group))
+        self._spoken(both, lambda: dist.all_reduce(both, dist.ReduceOp.MAX, group=group, async_op=True))
         return both[: len(flat)].masked_fill(both[len(flat) :] > 0, torch.nan)
 
     def _meet(
@@ -184,27 +191,49 @@ class Joined(Team):
         import torch.distributed as dist
 
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        self._spoken(row, lambda: dist.all_gather(rows, row, group=self._group))
+        self._spoken(row, lambda: dist.all_gather(rows, row, group=self._group, async_op=True))
         return torch.stack(rows)
 
     def _broadcast(self, content: bytes | None, size: int, owner: int) -> torch.Tensor:
         import torch.distributed as dist
 
         sent = torch.empty(size, dtype=torch.uint8) if content is None else _tensor(content)
-        return self._spoken(sent, lambda: dist.broadcast(sent, group_src=owner, group=self._group))
+        return self._spoken(sent, lambda: dist.broadcast(sent, group_src=owner, group=self._group, async_op=True))
 
-    def _spoken(self, sent: torch.Tensor, exchange: Callable[[], Any]) -> torch.Tensor:
+    def _spoken(self, sent: torch.Tensor, exchange: Callable[[], Work]) -> torch.Tensor:
         """What was sent, once the others have it."""
         self.sent_bytes += sent.numel() * sent.element_size()
         try:
-            exchange()
+            self._wait(exchange())
         except RuntimeError as cause:
+            self._check_silence()  # those who noticed it first may have closed their connections
             raise LostError(
                 f"process {self.rank} of {self.size} has lost another: {first_line(cause)}",
                 hint="one of them ended or cannot be reached; what is done is kept: start them again, as many as you "
                 "like, and they go on from there",
             ) from cause
         return sent
+
+    def _wait(self, work: Work) -> None:
+        """Wait for an exchange, and meanwhile for news of somebody who is silent."""
+        if self.heartbeat is not None:
+            done = threading.Event()
+            work.get_future().add_done_callback(lambda _: done.set())
+            self._check_silence()
+            while not done.wait(heartbeat.BEAT_S / 4):
+                self._check_silence()
+        work.wait()
+
+    def _check_silence(self) -> None:
+        """Raise LostError where a process has given no answer for too long, once the others have heard of that."""
+        silent = None if self.heartbeat is None else self.heartbeat.silent
+        if silent is None:
+            return
+        time.sleep(1.5 * heartbeat.BEAT_S)
+        # its destructor would wait for the exchange under way, which never ends
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+        said = heartbeat.silence(silent, self)
+        raise LostError(said.message, hint=said.hint)
 
 
 def sendable(cause: BaseException) -> BaseException:

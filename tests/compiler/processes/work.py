@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
+import datetime
 import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import foldcut
 import torch
 import torch.distributed as dist
+from foldcut.compiler.processes import heartbeat
 from foldcut.compiler.processes.joining import agree, joined
 from foldcut.compiler.processes.sharing import by_first, in_place, in_turn, largest, own, spread
 from foldcut.compiler.processes.team import team
@@ -86,6 +90,60 @@ def exchanges(folder: Path) -> dict[str, Any]:
     found["other ways"] = said(other_ways)
     found["after all"] = said(sums)
     return found
+
+
+def added() -> float:
+    """The number of processes, as they all add it up."""
+    (found,) = team().sums([torch.ones(())])
+    assert found is not None
+    return float(found)
+
+
+def stopped(folder: Path, silent: str) -> tuple[float, Any]:
+    """One process stops in a call; how long the others take to say so, and what."""
+    del folder
+    heartbeat.BEAT_S = 0.25
+
+    def work() -> list[float]:
+        first = added()
+        if int(silent) == RANK:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return [first, added()]
+
+    began = time.monotonic()
+    words = said(work)
+    took_s = time.monotonic() - began
+    dist.destroy_process_group()  # waits for nobody
+    return took_s, words
+
+
+def busy(folder: Path) -> dict[str, Any]:
+    """Processes that work for as long as it takes to be silent, several times over: the first one waits for something
+    else, the last one lets no other thread of Python run."""
+    del folder
+    heartbeat.BEAT_S = 0.1
+
+    def work() -> float:
+        if RANK == 0:
+            time.sleep(3)
+        if RANK == SIZE - 1:
+            ctypes.PyDLL(None).usleep(4_000_000)
+        return added()
+
+    return {"busy": said(work), "again": said(work)}
+
+
+def unreachable(folder: Path) -> dict[str, Any]:
+    """The last process cannot reach the first one but by the process group."""
+    del folder
+    if RANK:
+        heartbeat.CONNECT_WITHIN = datetime.timedelta(seconds=2)
+    else:
+        heartbeat._address = lambda rank: "no.such.machine.invalid"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        total = said(added)
+    return {"warned": "".join(str(one.message) for one in caught), "sum": total}
 
 
 GOALS: dict[str, Callable[[], foldcut.Goal]] = {
