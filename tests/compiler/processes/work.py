@@ -19,6 +19,8 @@ from typing import Any
 import foldcut
 import torch
 import torch.distributed as dist
+from foldcut.compiler.devices.precision import WideSum
+from foldcut.compiler.devices.triangle import mirrored
 from foldcut.compiler.processes import heartbeat
 from foldcut.compiler.processes.joining import agree, joined
 from foldcut.compiler.processes.sharing import by_first, in_place, in_turn, largest, own, spread
@@ -41,6 +43,16 @@ def said(work: Callable[[], Any]) -> Any:
             return work()
     except Exception as error:
         return f"{type(error).__name__}: {getattr(error, 'message', error)}"
+
+
+def symmetric() -> tuple[int, bool]:
+    """What is sent of a Gram matrix that some processes have, and whether all of it comes back."""
+    matrix = mirrored(torch.randn(2, 41, 41, generator=torch.Generator().manual_seed(1)).double())
+    total, before = WideSum(symmetric=True), team().sent_bytes
+    if RANK:
+        total.add(matrix)
+    whole = total.value()
+    return team().sent_bytes - before, torch.equal(whole, matrix * (SIZE - 1))
 
 
 def exchanges(folder: Path) -> dict[str, Any]:
@@ -74,6 +86,7 @@ def exchanges(folder: Path) -> dict[str, Any]:
         return sums() if RANK == 0 else team().objects(1)
 
     found["sums"] = said(sums)
+    found["symmetric"] = said(symmetric)
     found["maxima"] = said(maxima)
     found["objects"] = said(lambda: team().objects({"rank": RANK}))
     found["own"] = said(lambda: in_place([item for _, item in own("abcdefg")]))
