@@ -13,6 +13,7 @@ from ..support.cpus import free_cpus, usable_cpus
 from ..support.errors import ProcessError, first_line
 from .exchange import Joined
 from .heartbeat import heartbeat
+from .on_device import on_device
 from .team import Team, team, working_as
 
 #: How long a process waits for the others to begin, and for their words once they have.
@@ -134,5 +135,6 @@ def _members() -> Joined:
     members.neighbours = sum(host == here[0] for host, _ in places)
     members.beside = sum(host == here[0] and not here[1].isdisjoint(cpus) for host, cpus in places)
     members.heartbeat = heartbeat(members)
+    members.on_device = on_device(members)
     _formed[:] = [(world, members)]
     return members

@@ -151,7 +151,9 @@ class MomentSum:
                 moments.append(None)
             else:
                 moments.append(Moments(gram=gram, cross=cross, energy=energy, rows=int(rows)))
-        return moments
+        # sums of batches that only other processes have come on the CPU
+        device = next((m.gram.device for m in moments if m is not None and m.gram.device.type != "cpu"), None)
+        return moments if device is None else [None if m is None else m.to(device) for m in moments]
 
 
 #: Of so many batches the last is held out of what predicts errors.

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from foldcut.compiler.devices.precision import WideSum
 from foldcut.compiler.devices.triangle import mirrored
-from foldcut.compiler.processes import heartbeat
+from foldcut.compiler.processes import exchange, heartbeat, joining, on_device
 from foldcut.compiler.processes.joining import agree, joined
 from foldcut.compiler.processes.sharing import by_first, in_place, in_turn, largest, own, spread
 from foldcut.compiler.processes.team import team
@@ -157,6 +157,72 @@ def unreachable(folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         total = said(added)
     return {"warned": "".join(str(one.message) for one in caught), "sum": total}
+
+
+class Unsent:
+    """An exchange that fails."""
+
+    def wait(self) -> None:
+        raise RuntimeError("no devices like these")
+
+
+class OnElsewhere:
+    """Adds up tensors of the second device of tests/devices, as a backend that exchanges them there would."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.count, self.broken = device, 0, False
+        self.through = dist.new_group(backend="gloo") if SIZE > 1 else None
+
+    def allreduce(self, tensors: list[Any], options: Any) -> Any:
+        """The sum of one tensor, which is on the device."""
+        del options
+        (tensor,) = tensors
+        assert tensor.device == self.device and tensor.dtype == torch.float64, tensor
+        if self.broken:
+            return Unsent()
+        self.count += 1
+        return dist.all_reduce(tensor.inner, group=self.through, async_op=True)
+
+
+def devices(folder: Path) -> dict[str, Any]:
+    """Sums on a device with a backend that takes them there: with a device for each process, with one for all, with a
+    backend that fails, and a compile."""
+    del folder
+    path = Path(__file__).parents[2] / "devices" / "conftest.py"
+    loaded = importlib.util.spec_from_file_location("second_device", path)
+    assert loaded is not None and loaded.loader is not None
+    second: Any = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(second)
+    device = torch.device(second.NAME, 0)
+    group, new_group = OnElsewhere(device), dist.new_group
+    dist.get_backend_config = lambda: f"cpu:gloo,{second.NAME}:there"
+    dist.new_group = lambda backend, timeout: (
+        group if backend == "there" else new_group(backend=backend, timeout=timeout)
+    )
+    found: dict[str, Any] = {}
+
+    def total() -> tuple[list[Any], int]:
+        """Sums, those of nothing on one process included, and how many were on the device."""
+        before = group.count
+        terms = [torch.full((3,), 2.0, device=device), torch.ones(()), None] if RANK else [None] * 3
+        sums = team().sums(terms)
+        return [None if s is None else (s.cpu().tolist(), s.device.type) for s in sums], group.count - before
+
+    def afresh(own: bool, broken: bool = False) -> Any:
+        """The same in a team that is formed anew."""
+        joining._formed.clear()
+        group.broken = broken
+        on_device.place = exchange.place = lambda device: RANK + 1 if own else 1
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return said(total), "".join(str(one.message) for one in caught)
+
+    if SIZE > 1:
+        found = {"one": afresh(own=False), "broken": afresh(own=True, broken=True), "own": afresh(own=True)}
+    net, samples = network("cnn")
+    options: dict[str, Any] = {"goal": foldcut.Channels(0.5), "backend": shared.CountingBackend(), "device": device}
+    out = foldcut.compile(net, samples, progress=False, cache=False, mimic=False, **options)
+    return {**found, "weights": {name: w.cpu() for name, w in out.module.state_dict().items()}, "sums": group.count}
 
 
 GOALS: dict[str, Callable[[], foldcut.Goal]] = {
