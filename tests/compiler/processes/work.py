@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import copy
 import ctypes
 import datetime
 import importlib.util
@@ -377,6 +379,85 @@ def frank_wolfe(folder: Path) -> dict[str, Any]:
         nn.functional.mse_loss(model(x[RANK::SIZE]), y[RANK::SIZE]).backward()
         optimiser.step()
     return dict(net.state_dict())
+
+
+def frank_wolfe_divided(folder: Path) -> dict[str, Any]:
+    """The same steps with all momenta in each process, and with a part of them (ZeRO), cut off and taken up again."""
+    from foldcut.passes.frank_wolfe import FrankWolfe, KSupport, SpectralKSupport, parameter_groups
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    del folder
+
+    def start(divided: bool) -> tuple[nn.Module, Any]:
+        net = shared.seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4)))
+        groups = parameter_groups(net, lambda weight: SpectralKSupport(k=2) if weight.shape[0] > 4 else KSupport(k=9))
+        options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+        if divided:
+            return net, ZeroRedundancyOptimizer(groups, optimizer_class=FrankWolfe, **options)
+        return net, FrankWolfe(groups, **options)
+
+    def go_on(net: nn.Module, optimiser: Any, steps: range) -> None:
+        model = nn.parallel.DistributedDataParallel(net)
+        generator = torch.Generator().manual_seed(3)
+        data = [(torch.randn(12, 8, generator=generator), torch.randn(12, 4, generator=generator)) for _ in range(8)]
+        for x, y in (data[step] for step in steps):
+            optimiser.zero_grad()
+            nn.functional.mse_loss(model(x[RANK::SIZE]), y[RANK::SIZE]).backward()
+            optimiser.step()
+
+    whole, all_states = start(divided=False)
+    go_on(whole, all_states, range(8))
+    net, part = start(divided=True)
+    go_on(net, part, range(5))
+    part.consolidate_state_dict(0)
+    kept: list[Any] = [part.state_dict() if RANK == 0 else None]
+    dist.broadcast_object_list(kept, 0)
+    weights = {name: weight.clone() for name, weight in net.state_dict().items()}
+    found = {"whole": dict(whole.state_dict()), "kept": len(part.optim.state), "all": len(all_states.state)}
+    for divided in (True, False):
+        again, optimiser = start(divided)
+        again.load_state_dict(weights)
+        optimiser.load_state_dict(copy.deepcopy(kept[0]))  # torch's changes what it is given
+        go_on(again, optimiser, range(5, 8))
+        found["divided" if divided else "together"] = dict(again.state_dict())
+    return found
+
+
+def mimicked(folder: Path) -> dict[str, Any]:
+    """A training with all of Adam's states in each process, with a part of them, and cut off and taken up again."""
+    from foldcut.compiler.store import checkpoint
+    from foldcut.passes.mimic import divided_adam
+
+    found: dict[str, Any] = {}
+    sizes: list[int] = []
+    step = divided_adam.DividedAdam.step
+
+    def watched(self: Any, rates: Any) -> None:
+        step(self, rates)
+        sizes.append(0 if self._adam is None else sum(v.numel() for s in self._adam.state.values() for v in s.values()))
+
+    divided_adam.DividedAdam.step = watched  # type: ignore[method-assign]
+    for name, share in (("together", 1.0), ("divided", 0.0)):
+        divided_adam.STATE_SHARE = share
+        sizes.clear()
+        weights = compiled("cnn", "blocks")["weights"]
+        found[name] = {"weights": weights, "sizes": set(sizes), "steps": len(sizes)}
+    checkpoint.EVERY_S, checkpoint.SHARE = 0.0, 0.0  # a state after each step
+
+    def cut_off(self: Any, rates: Any) -> None:
+        if len(sizes) == 7:
+            raise KeyboardInterrupt
+        watched(self, rates)
+
+    divided_adam.DividedAdam.step = cut_off  # type: ignore[method-assign]
+    sizes.clear()
+    with contextlib.suppress(KeyboardInterrupt):
+        compiled("cnn", "blocks", str(folder / "cache"))
+    divided_adam.DividedAdam.step = watched  # type: ignore[method-assign]
+    sizes.clear()
+    weights = compiled("cnn", "blocks", str(folder / "cache"))["weights"]
+    found["again"] = {"weights": weights, "steps": len(sizes)}
+    return found
 
 
 def others(folder: Path) -> dict[str, Any]:
