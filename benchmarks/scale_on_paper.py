@@ -29,7 +29,6 @@ class Machine:
     single_macs_s: float = 0.6 * 33e12
     double_macs_s: float = 0.5 * 33e12
     network_bytes_s: float = 20e9
-    host_bytes_s: float = 20e9
     exchange_s: float = 1e-3
 
 
@@ -63,6 +62,13 @@ def simulated_s(alone: Row, row: Row) -> float:
     return float(whole + divided / size + said)
 
 
+def sum_bytes(layer: Linear) -> float:
+    """What each process has of a layer's moments: one triangle of the Gram matrices of all rows and of those held out,
+    and their cross moments."""
+    n, m = layer.columns, layer.outputs
+    return 2 * 8 * (n * (n + 1) / 2 + n * m)
+
+
 def stages(size: int, machine: Machine) -> dict[str, float]:
     """Seconds of each stage of the large compile with so many GPUs."""
     forward = sum(layer.columns * layer.outputs for layer in BLOCK) * BLOCKS * TOKENS
@@ -73,11 +79,11 @@ def stages(size: int, machine: Machine) -> dict[str, float]:
         n, m = layer.columns, layer.outputs
         rows = min(TOKENS, ROWS_PER_COLUMN * n)
         moments += BLOCKS * rows * n * (n / 2 + m)
-        said += BLOCKS * 2 * 8 * (n * n + n * m) * 2 * (size - 1) / size
+        said += BLOCKS * sum_bytes(layer) * 2 * (size - 1) / size
         algebra += BLOCKS * RIDGES * (n**3 / 6 + n * n * m)
         chosen += BLOCKS * n * n * (n + m) / 2
     found["moments"] = moments / machine.single_macs_s / size
-    found["sums between processes"] = said * (1 / machine.network_bytes_s + 1 / machine.host_bytes_s)
+    found["sums between processes"] = said / machine.network_bytes_s
     found["solves, one after the other"] = algebra / machine.double_macs_s
     found["choice of channels, by the CPUs"] = chosen / 2e11 / min(size, BLOCKS)
     found["exchanges"] = BLOCKS * len(solved) * 8 * machine.exchange_s if size > 1 else 0.0
@@ -105,8 +111,8 @@ def main() -> None:
         print(f"| {name} | {' | '.join(f'{table[name]:.1f}' for table in tables)} |")
     print(f"| all | {' | '.join(f'{sum(table.values()):.0f}' for table in tables)} |")
     for layer in (layer for layer in BLOCK if layer.solved):
-        n, m = layer.columns, layer.outputs
-        print(f"\nbytes of a sum: {2 * 8 * (n * n + n * m) / 1e9:.2f} GB for each layer of {n} columns, {BLOCKS} times")
+        size = f"{sum_bytes(layer) / 1e9:.2f} GB for each layer of {layer.columns} columns"
+        print(f"\nbytes of a sum: {size}, {BLOCKS} times")
 
 
 if __name__ == "__main__":

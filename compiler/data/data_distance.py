@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..devices.precision import WideSum, WideSums, widest
+from ..devices.precision import WideSum, totals, widest
 from ..ir.cost import node_macs
 from ..ir.execute import bind, run_until
 from ..ir.norms import batch_norm_of
@@ -151,22 +151,23 @@ def channel_statistics(program: Program, names: Sequence[str], samples: Calibrat
     """Of values by their node, over `SAMPLES` of the samples, taken evenly. Dim 1 holds the channels of what a batch
     norm reads or a convolution computes, the last dimension those of other values. Sums in float64."""
     few = samples.take(torch.arange(min(SAMPLES, len(samples))) * len(samples) // min(SAMPLES, len(samples)))
-    totals, squares = {name: WideSum() for name in names}, {name: WideSum() for name in names}
-    counts = WideSums()
+    sums = {name: (WideSum(), WideSum(), WideSum()) for name in names}
     dims = {name: _channel_dim(program, program.nodes[name]) for name in names}
     for _, batch in own(few.batches(samples_at_once(live_bytes(program).most, in_batches(len(few), 32)))):
         with torch.no_grad():
             values = run_until(program, names, bind(program, batch))
-        for name in names:
+        for name, (total, squares, count) in sums.items():
             rows = values[name].movedim(dims[name], 0).flatten(1)
             rows = rows.to(widest(rows.device))
-            totals[name].add(rows.sum(1))
-            squares[name].add(rows.square().sum(1))
-            counts.add(name, torch.tensor(float(rows.shape[1]), dtype=torch.float64, device="cpu"))
+            total.add(rows.sum(1))
+            squares.add(rows.square().sum(1))
+            count.add(torch.tensor(float(rows.shape[1]), dtype=torch.float64, device="cpu"))
+    whole = iter(totals([part for parts in sums.values() for part in parts]))
     found = {}
-    for name, count in counts.floats().items():
-        mean = totals[name].value() / count
-        found[name] = Channels(mean=mean, deviation=(squares[name].value() / count - mean.square()).clamp(min=0).sqrt())
+    for name, added, square, number in zip(sums, whole, whole, whole, strict=True):
+        assert added is not None and square is not None and number is not None  # there is a sample
+        mean = added / number
+        found[name] = Channels(mean=mean, deviation=(square / number - mean.square()).clamp(min=0).sqrt())
     return found
 
 

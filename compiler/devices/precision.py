@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..processes.team import team
+from ..processes.team import Term, team
+from .triangle import packed, unpacked
 
 
 @functools.cache
@@ -125,6 +126,10 @@ class WideSum:
     errors): the sum of n terms is then off by about one rounding of the whole, as it is in float64, and not by n of
     them. The terms themselves are float32 there.
 
+    Arguments:
+        symmetric: Whether the terms are matrices (..., n, n) that are symmetric bit for bit: of several processes each
+            sends one triangle of its sum.
+
     Example:
         >>> from foldcut.compiler.devices.precision import WideSum
         >>> total = WideSum()
@@ -134,7 +139,8 @@ class WideSum:
         5.0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, symmetric: bool = False) -> None:
+        self.symmetric = symmetric
         self._total: torch.Tensor | None = None
         self._own = False  # a first term is whoever's it was
         self._lost: torch.Tensor | None = None
@@ -188,7 +194,16 @@ def totals(sums: Sequence[WideSum]) -> list[torch.Tensor | None]:
         >>> totals([WideSum()])
         [None]
     """
-    return team().sums([total.own() for total in sums])
+    own = [total.own() for total in sums]
+    if team().size == 1:
+        return own
+    terms = [_if_there(packed, term) if total.symmetric else term for total, term in zip(sums, own, strict=True)]
+    found = team().sums(terms)
+    return [_if_there(unpacked, term) if total.symmetric else term for total, term in zip(sums, found, strict=True)]
+
+
+def _if_there(change: Callable[[torch.Tensor], torch.Tensor], term: Term) -> Term:
+    return None if term is None else change(term)
 
 
 class WideSums:

@@ -7,11 +7,13 @@ import hashlib
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from ..support.cpus import free_cpus, usable_cpus
 from ..support.errors import ProcessError, first_line
 from .exchange import Joined
+from .heartbeat import heartbeat
+from .on_device import on_device
 from .team import Team, team, working_as
 
 #: How long a process waits for the others to begin, and for their words once they have.
@@ -39,7 +41,8 @@ def joined(processes: bool | None = None) -> Iterator[Team]:
 
     Raises:
         ProcessError: If `processes` is True and there is no group, if not all processes of the group call this within
-            `BEGIN_WITHIN`, and, in all of them, if one of them fails or ends.
+            `BEGIN_WITHIN`, and, in all of them, if one of them fails or ends, or is silent for `MISSED` times `BEAT_S`
+            (`heartbeat.py`).
     """
     if processes and not several():
         raise ProcessError(
@@ -52,7 +55,8 @@ def joined(processes: bool | None = None) -> Iterator[Team]:
         return
     members = _members()
     members.sent_bytes = members.said = 0
-    with working_as(members), _own_threads(members):
+    beating = nullcontext() if members.heartbeat is None else members.heartbeat.beating()
+    with working_as(members), _own_threads(members), beating:
         try:
             yield members
             members.end()
@@ -130,5 +134,7 @@ def _members() -> Joined:
     places = members.objects(here)
     members.neighbours = sum(host == here[0] for host, _ in places)
     members.beside = sum(host == here[0] and not here[1].isdisjoint(cpus) for host, cpus in places)
+    members.heartbeat = heartbeat(members)
+    members.on_device = on_device(members)
     _formed[:] = [(world, members)]
     return members

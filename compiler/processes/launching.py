@@ -16,16 +16,19 @@ def rank_given() -> int | None:
 @contextmanager
 def launched() -> Iterator[None]:
     """Inside, the processes that `torchrun` has started are a process group; nothing is done where there is one
-    already, or one process. Each takes the GPU of its number on its machine, where there are any."""
+    already, or one process. Each takes the GPU of its number on its machine, where there are any, and sums stay on
+    them (NCCL)."""
     import torch
     import torch.distributed as dist
 
     if rank_given() is None or dist.is_initialized():
         yield
         return
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else backend
+    dist.init_process_group(backend)
     try:
         yield
     finally:

@@ -24,8 +24,8 @@ class Checkpoint(Protocol):
         """The state that was kept last; None at the beginning."""
 
     def keep(self, standing: Callable[[], Standing]) -> None:
-        """To be called wherever the computation could go on from: takes the state where enough time has passed since
-        the last one. The computation must not depend on whether it does."""
+        """To be called wherever the computation could go on from, by all processes: takes the state where enough time
+        has passed since the last one, which all help to make. The computation must not depend on whether it does."""
 
 
 class Unkept:
@@ -35,7 +35,8 @@ class Unkept:
         return by_first(lambda: None)
 
     def keep(self, standing: Callable[[], Standing]) -> None:
-        """Nothing happens."""
+        if by_first(lambda: False):  # the state of the first one may want a part of every process
+            standing()
 
 
 UNKEPT = Unkept()
@@ -50,7 +51,7 @@ class Timed:
 
     def keep(self, standing: Callable[[], Standing]) -> None:
         began = time.monotonic()
-        if began < self._due:
+        if not by_first(lambda: began >= self._due):
             return
         self._write(standing())
         ended = time.monotonic()

@@ -38,7 +38,9 @@ class FrankWolfe(torch.optim.Optimizer):
     Works with torch's learning-rate schedulers, `GradScaler` and DistributedDataParallel: a step uses neither random
     numbers nor the rank, so equal gradients give equal weights. `state_dict` holds plain data and tensors only (it
     loads with `weights_only=True`); sets appear in it as text, and `load_state_dict` wants the optimizer to have been
-    built with the same ones.
+    built with the same ones. `ZeroRedundancyOptimizer(parameter_groups(...), optimizer_class=FrankWolfe, lr=0.1)` keeps
+    a part of the momenta and bases in each process: weights are moved one by one, so they are those of the whole. Its
+    own `state_dict` holds the sets themselves; this optimizer loads it too.
 
     Raises `FrankWolfeError`, before it writes anything, for settings out of range, weights that do not fit their set
     or lie outside, gradients that are sparse or not finite, and a closure that is none or leaves no gradient.
@@ -139,7 +141,7 @@ class FrankWolfe(torch.optim.Optimizer):
         """Take over momenta, bases and settings; the sets stay this optimizer's and must be those of the state."""
         groups = state_dict["param_groups"]
         own = [_as_text(group["constraint"]) for group in self.param_groups]
-        saved = [group.get("constraint") for group in groups]
+        saved = [_as_text(group.get("constraint")) for group in groups]
         if own != saved:
             raise FrankWolfeError(
                 "the state belongs to other sets",
@@ -247,8 +249,8 @@ def _name(group: Group, index: int, place: int) -> str:
     return name if len(group["params"]) == 1 else f"{name}[{place}]"
 
 
-def _as_text(constraint: Constraint | None) -> str | None:
-    return None if constraint is None else repr(constraint)
+def _as_text(constraint: Constraint | str | None) -> str | None:
+    return repr(constraint) if isinstance(constraint, Constraint) else constraint
 
 
 def _check_group(group: Group) -> None:

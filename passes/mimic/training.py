@@ -27,6 +27,7 @@ from ...compiler.support.errors import MimicError, first_line
 from ...compiler.support.memory import at_most, samples_at_once
 from ..solve.targets import Kept, kept_on, select_kept
 from .crops import Crop, Read, find_crop
+from .divided_adam import DividedAdam, to_be_divided
 from .pairs import batch_first, compared_pairs, read_parameters, same_as_teacher
 from .settings import MimicSettings
 from .timetable import Timetable
@@ -91,7 +92,8 @@ class Training:
         #: What the learning rate is divided by.
         self.slower = 1.0
         self._rates = [settings.learning_rate * max(_rms(p), 1e-3) for p in self.parameters]
-        self._optimiser = self._adam()
+        self._divided = to_be_divided(self.parameters, self.device)
+        self._optimiser = DividedAdam(self.parameters, divided=self._divided)
         #: What iterations see of each sample, where they do not see all, and the teacher's values on all samples.
         self.crop: Crop | None = None
         self.cache: list[torch.Tensor] | None = None
@@ -129,15 +131,16 @@ class Training:
             for name, parameter in self.student.named_parameters():
                 parameter.copy_(weights[name])
         self.slower *= slower
-        self._optimiser = self._adam()
+        self._optimiser = DividedAdam(self.parameters, divided=self._divided)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that the iterations to come depend on, but for the number of those `done`."""
+        """All that the iterations to come depend on, but for the number of those `done`: in the first of several
+        processes, which all call this."""
         slower = torch.tensor(self.slower, dtype=torch.float64)
         found = {"generator": self._generator.get_state(), "order": self._order, "slower": slower}
         for index, parameter in enumerate(self.parameters):
             found[f"{index} weight"] = parameter.detach()
-            found |= {f"{index} {name}": value for name, value in self._optimiser.state[parameter].items()}
+        found |= self._optimiser.state()
         return {name: value.contiguous().cpu() for name, value in found.items()}
 
     def go_on(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
@@ -155,8 +158,7 @@ class Training:
             else:  # moments in the parameter's own memory format, as the optimiser makes them
                 own = value if what == "step" else torch.empty_like(parameter).copy_(value)
                 moments.setdefault(int(index), {})[what] = own
-        groups = self._optimiser.state_dict()["param_groups"]
-        self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        self._optimiser.load(moments)
 
     def step(self) -> bool:
         """One iteration; False when loss or gradients are not finite (the weights are then left as they are). On a
@@ -175,9 +177,8 @@ class Training:
             self._sound = self._sound & norm.isfinite()
         elif not bool(norm.isfinite()):
             return False
-        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self._pace(self.done - 1) / self.slower
-        self._optimiser.step()
+        pace = self._pace(self.done - 1)
+        self._optimiser.step([rate * pace / self.slower for rate in self._rates])
         return True
 
     def sound(self) -> bool:
@@ -199,7 +200,7 @@ class Training:
         gradient = WideSum()
         cause: MimicError | None = None
         for part, theirs in zip(parts, wanted, strict=True):
-            self._optimiser.zero_grad(set_to_none=True)
+            self._optimiser.zero_grad()
             loss = self._loss(self._values(self.student, part), theirs, energies)
             if not loss.requires_grad:
                 break
@@ -251,9 +252,6 @@ class Training:
         relative = [relative_to(found, f"error {index}", f"energy {index}") for index in range(self.judges)]
         outputs = [r for pair, r in zip(self.pairs, relative, strict=False) if pair.output]
         return sum(relative) / max(1, len(relative)), sum(outputs) / max(1, len(outputs))
-
-    def _adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam([{"params": [p]} for p in self.parameters], betas=(0.9, 0.99))
 
     def _pace(self, iteration: int) -> float:
         """What the learning rate is multiplied with: up in a straight line, down by a cosine."""

@@ -13,7 +13,7 @@ import torch
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.kept import kept_for
 from ...compiler.data.live_bytes import live_bytes, value_bytes
-from ...compiler.devices.precision import WideSum, widest
+from ...compiler.devices.precision import WideSum, totals, widest
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import in_batches, largest, own
@@ -76,8 +76,12 @@ def _found(program: Program, names: Sequence[str], samples: CalibrationSet, batc
             else:
                 first = torch.arange(BINS, device=value.device) == 0
                 counts[name].add(first * float(value.numel()))
-    found = {name: total.value().cpu() for name, total in counts.items()}
-    return {name: Histogram(low=low[name], high=high[name], counts=found[name]) for name in names}
+    found = zip(names, totals([counts[name] for name in names]), strict=True)
+    return {
+        name: Histogram(low=low[name], high=high[name], counts=total.cpu())
+        for name, total in found
+        if total is not None
+    }
 
 
 def _ends(

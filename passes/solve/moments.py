@@ -10,6 +10,7 @@ import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.devices.precision import WideSum, exact_products, totals, widest
+from ...compiler.devices.triangle import mirrored
 from ...compiler.ir.execute import bind, run_until
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import in_batches, own
@@ -23,9 +24,9 @@ class Moments:
     """Second moments of one layer, in float64, on the device of its inputs.
 
     With A the layer's inputs (rows of patches, and a last column of ones for the bias) and R the residual to correct,
-    per group: `gram` = A^T A, (groups, columns + 1, columns + 1); `cross` = A^T R, (groups, columns + 1, out/groups);
-    `energy` = sum of R^2 per output, (groups, out/groups); `rows` the number of rows. Moments of disjoint shards add
-    up: ``a + b``.
+    per group: `gram` = A^T A, (groups, columns + 1, columns + 1), symmetric bit for bit; `cross` = A^T R, (groups,
+    columns + 1, out/groups); `energy` = sum of R^2 per output, (groups, out/groups); `rows` the number of rows. Moments
+    of disjoint shards add up: ``a + b``.
 
     On a device that has no float64 the moments of a batch are in float32, and `MomentSum` gives those of all batches in
     float64 on the CPU.
@@ -105,14 +106,16 @@ LEAST_STRIPPED, STRIPS = 128, 6
 
 
 def _self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
-    """A^T A from A as (groups, columns, rows), strip by strip: what lies beyond the diagonal is what lies before it."""
+    """A^T A from A as (groups, columns, rows), strip by strip: what lies beyond the diagonal is what lies before it,
+    bit for bit."""
     columns = rows.shape[1]
     width = -(-columns // STRIPS) if columns >= LEAST_STRIPPED else columns
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         tally.count(tally.MOMENTS, len(rows) * (stop - start) * stop * rows.shape[2])
         strip = torch.bmm(rows[:, start:stop], rows[:, :stop].transpose(1, 2))
-        into[:, start:stop, :stop] = strip
+        into[:, start:stop, :start] = strip[:, :, :start]
+        into[:, start:stop, start:stop] = mirrored(strip[:, :, start:])
         into[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
 
 
@@ -121,7 +124,8 @@ class MomentSum:
     processes each adds its own batches."""
 
     def __init__(self) -> None:
-        self._gram, self._cross, self._energy, self._rows = WideSum(), WideSum(), WideSum(), WideSum()
+        self._gram = WideSum(symmetric=True)
+        self._cross, self._energy, self._rows = WideSum(), WideSum(), WideSum()
 
     def add(self, part: Moments) -> None:
         """Those of one more batch."""
@@ -147,7 +151,9 @@ class MomentSum:
                 moments.append(None)
             else:
                 moments.append(Moments(gram=gram, cross=cross, energy=energy, rows=int(rows)))
-        return moments
+        # sums of batches that only other processes have come on the CPU
+        device = next((m.gram.device for m in moments if m is not None and m.gram.device.type != "cpu"), None)
+        return moments if device is None else [None if m is None else m.to(device) for m in moments]
 
 
 #: Of so many batches the last is held out of what predicts errors.

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from ...compiler.devices.precision import WideSum, WideSums, totals, wide_sum
+from ...compiler.devices.triangle import mirrored
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import spread
@@ -85,7 +86,7 @@ def _collect(
     """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64."""
     student, end = lockstep.student, step.targets[-1]
     # of each layer the gradients, the sides, and the rows that they come from
-    sums = [[WideSum() for _ in inner] for _ in range(3)]
+    sums = [[WideSum(symmetric=kind == 1) for _ in inner] for kind in range(3)]
     for view in lockstep.views(step, _samples(student, end)):
         weights = {
             t.layer.weight: current_parameter(student, t.layer.weight, tensors).clone().requires_grad_() for t in inner
@@ -107,7 +108,7 @@ def _collect(
         for index, target in enumerate(inner):
             side = target.layer.outputs(probes[index])
             sums[0][index].add(target.layer.matrix(toward[index]))
-            sums[1][index].add(torch.bmm(side, side.transpose(1, 2)))
+            sums[1][index].add(mirrored(torch.bmm(side, side.transpose(1, 2))))
             sums[2][index].add(torch.tensor(side.shape[2], dtype=torch.float64, device="cpu"))
     found = [total for total in totals([part for parts in sums for part in parts]) if total is not None]
     if not found:

@@ -33,6 +33,12 @@ def test_sums_are_in_float64_and_nobody_needs_to_have_all(found: list[dict[str, 
     assert str(same(found, "after all")) == str(same(found, "sums")), "after all that went wrong they work together"
 
 
+def test_of_symmetric_matrices_one_triangle_is_sent(found: list[dict[str, Any]]) -> None:
+    sent, equal = found[0]["symmetric"]
+    assert all(each["symmetric"][1] for each in found) and equal
+    assert sent < 8 * 2 * 41 * 41 * 0.75, "half of it, and a few words"
+
+
 def test_the_largest_is_nan_where_one_is(found: list[dict[str, Any]]) -> None:
     largest = same(found, "maxima")
     assert float(largest["a"][0]) == len(found) - 1 and bool(largest["a"][1].isnan())

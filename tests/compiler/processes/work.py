@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import copy
+import ctypes
+import datetime
 import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,9 @@ from typing import Any
 import foldcut
 import torch
 import torch.distributed as dist
+from foldcut.compiler.devices.precision import WideSum
+from foldcut.compiler.devices.triangle import mirrored
+from foldcut.compiler.processes import exchange, heartbeat, joining, on_device
 from foldcut.compiler.processes.joining import agree, joined
 from foldcut.compiler.processes.sharing import by_first, in_place, in_turn, largest, own, spread
 from foldcut.compiler.processes.team import team
@@ -37,6 +45,16 @@ def said(work: Callable[[], Any]) -> Any:
             return work()
     except Exception as error:
         return f"{type(error).__name__}: {getattr(error, 'message', error)}"
+
+
+def symmetric() -> tuple[int, bool]:
+    """What is sent of a Gram matrix that some processes have, and whether all of it comes back."""
+    matrix = mirrored(torch.randn(2, 41, 41, generator=torch.Generator().manual_seed(1)).double())
+    total, before = WideSum(symmetric=True), team().sent_bytes
+    if RANK:
+        total.add(matrix)
+    whole = total.value()
+    return team().sent_bytes - before, torch.equal(whole, matrix * (SIZE - 1))
 
 
 def exchanges(folder: Path) -> dict[str, Any]:
@@ -70,6 +88,7 @@ def exchanges(folder: Path) -> dict[str, Any]:
         return sums() if RANK == 0 else team().objects(1)
 
     found["sums"] = said(sums)
+    found["symmetric"] = said(symmetric)
     found["maxima"] = said(maxima)
     found["objects"] = said(lambda: team().objects({"rank": RANK}))
     found["own"] = said(lambda: in_place([item for _, item in own("abcdefg")]))
@@ -86,6 +105,126 @@ def exchanges(folder: Path) -> dict[str, Any]:
     found["other ways"] = said(other_ways)
     found["after all"] = said(sums)
     return found
+
+
+def added() -> float:
+    """The number of processes, as they all add it up."""
+    (found,) = team().sums([torch.ones(())])
+    assert found is not None
+    return float(found)
+
+
+def stopped(folder: Path, silent: str) -> tuple[float, Any]:
+    """One process stops in a call; how long the others take to say so, and what."""
+    del folder
+    heartbeat.BEAT_S = 0.25
+
+    def work() -> list[float]:
+        first = added()
+        if int(silent) == RANK:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return [first, added()]
+
+    began = time.monotonic()
+    words = said(work)
+    took_s = time.monotonic() - began
+    dist.destroy_process_group()  # waits for nobody
+    return took_s, words
+
+
+def busy(folder: Path) -> dict[str, Any]:
+    """Processes that work for as long as it takes to be silent, several times over: the first one waits for something
+    else, the last one lets no other thread of Python run."""
+    del folder
+    heartbeat.BEAT_S = 0.1
+
+    def work() -> float:
+        if RANK == 0:
+            time.sleep(3)
+        if RANK == SIZE - 1:
+            ctypes.PyDLL(None).usleep(4_000_000)
+        return added()
+
+    return {"busy": said(work), "again": said(work)}
+
+
+def unreachable(folder: Path) -> dict[str, Any]:
+    """The last process cannot reach the first one but by the process group."""
+    del folder
+    if RANK:
+        heartbeat.CONNECT_WITHIN = datetime.timedelta(seconds=2)
+    else:
+        heartbeat._address = lambda rank: "no.such.machine.invalid"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        total = said(added)
+    return {"warned": "".join(str(one.message) for one in caught), "sum": total}
+
+
+class Unsent:
+    """An exchange that fails."""
+
+    def wait(self) -> None:
+        raise RuntimeError("no devices like these")
+
+
+class OnElsewhere:
+    """Adds up tensors of the second device of tests/devices, as a backend that exchanges them there would."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.count, self.broken = device, 0, False
+        self.through = dist.new_group(backend="gloo") if SIZE > 1 else None
+
+    def allreduce(self, tensors: list[Any], options: Any) -> Any:
+        """The sum of one tensor, which is on the device."""
+        del options
+        (tensor,) = tensors
+        assert tensor.device == self.device and tensor.dtype == torch.float64, tensor
+        if self.broken:
+            return Unsent()
+        self.count += 1
+        return dist.all_reduce(tensor.inner, group=self.through, async_op=True)
+
+
+def devices(folder: Path) -> dict[str, Any]:
+    """Sums on a device with a backend that takes them there: with a device for each process, with one for all, with a
+    backend that fails, and a compile."""
+    del folder
+    path = Path(__file__).parents[2] / "devices" / "conftest.py"
+    loaded = importlib.util.spec_from_file_location("second_device", path)
+    assert loaded is not None and loaded.loader is not None
+    second: Any = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(second)
+    device = torch.device(second.NAME, 0)
+    group, new_group = OnElsewhere(device), dist.new_group
+    dist.get_backend_config = lambda: f"cpu:gloo,{second.NAME}:there"
+    dist.new_group = lambda backend, timeout: (
+        group if backend == "there" else new_group(backend=backend, timeout=timeout)
+    )
+    found: dict[str, Any] = {}
+
+    def total() -> tuple[list[Any], int]:
+        """Sums, those of nothing on one process included, and how many were on the device."""
+        before = group.count
+        terms = [torch.full((3,), 2.0, device=device), torch.ones(()), None] if RANK else [None] * 3
+        sums = team().sums(terms)
+        return [None if s is None else (s.cpu().tolist(), s.device.type) for s in sums], group.count - before
+
+    def afresh(own: bool, broken: bool = False) -> Any:
+        """The same in a team that is formed anew."""
+        joining._formed.clear()
+        group.broken = broken
+        on_device.place = exchange.place = lambda device: RANK + 1 if own else 1
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return said(total), "".join(str(one.message) for one in caught)
+
+    if SIZE > 1:
+        found = {"one": afresh(own=False), "broken": afresh(own=True, broken=True), "own": afresh(own=True)}
+    net, samples = network("cnn")
+    options: dict[str, Any] = {"goal": foldcut.Channels(0.5), "backend": shared.CountingBackend(), "device": device}
+    out = foldcut.compile(net, samples, progress=False, cache=False, mimic=False, **options)
+    return {**found, "weights": {name: w.cpu() for name, w in out.module.state_dict().items()}, "sums": group.count}
 
 
 GOALS: dict[str, Callable[[], foldcut.Goal]] = {
@@ -240,6 +379,85 @@ def frank_wolfe(folder: Path) -> dict[str, Any]:
         nn.functional.mse_loss(model(x[RANK::SIZE]), y[RANK::SIZE]).backward()
         optimiser.step()
     return dict(net.state_dict())
+
+
+def frank_wolfe_divided(folder: Path) -> dict[str, Any]:
+    """The same steps with all momenta in each process, and with a part of them (ZeRO), cut off and taken up again."""
+    from foldcut.passes.frank_wolfe import FrankWolfe, KSupport, SpectralKSupport, parameter_groups
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    del folder
+
+    def start(divided: bool) -> tuple[nn.Module, Any]:
+        net = shared.seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4)))
+        groups = parameter_groups(net, lambda weight: SpectralKSupport(k=2) if weight.shape[0] > 4 else KSupport(k=9))
+        options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+        if divided:
+            return net, ZeroRedundancyOptimizer(groups, optimizer_class=FrankWolfe, **options)
+        return net, FrankWolfe(groups, **options)
+
+    def go_on(net: nn.Module, optimiser: Any, steps: range) -> None:
+        model = nn.parallel.DistributedDataParallel(net)
+        generator = torch.Generator().manual_seed(3)
+        data = [(torch.randn(12, 8, generator=generator), torch.randn(12, 4, generator=generator)) for _ in range(8)]
+        for x, y in (data[step] for step in steps):
+            optimiser.zero_grad()
+            nn.functional.mse_loss(model(x[RANK::SIZE]), y[RANK::SIZE]).backward()
+            optimiser.step()
+
+    whole, all_states = start(divided=False)
+    go_on(whole, all_states, range(8))
+    net, part = start(divided=True)
+    go_on(net, part, range(5))
+    part.consolidate_state_dict(0)
+    kept: list[Any] = [part.state_dict() if RANK == 0 else None]
+    dist.broadcast_object_list(kept, 0)
+    weights = {name: weight.clone() for name, weight in net.state_dict().items()}
+    found = {"whole": dict(whole.state_dict()), "kept": len(part.optim.state), "all": len(all_states.state)}
+    for divided in (True, False):
+        again, optimiser = start(divided)
+        again.load_state_dict(weights)
+        optimiser.load_state_dict(copy.deepcopy(kept[0]))  # torch's changes what it is given
+        go_on(again, optimiser, range(5, 8))
+        found["divided" if divided else "together"] = dict(again.state_dict())
+    return found
+
+
+def mimicked(folder: Path) -> dict[str, Any]:
+    """A training with all of Adam's states in each process, with a part of them, and cut off and taken up again."""
+    from foldcut.compiler.store import checkpoint
+    from foldcut.passes.mimic import divided_adam
+
+    found: dict[str, Any] = {}
+    sizes: list[int] = []
+    step = divided_adam.DividedAdam.step
+
+    def watched(self: Any, rates: Any) -> None:
+        step(self, rates)
+        sizes.append(0 if self._adam is None else sum(v.numel() for s in self._adam.state.values() for v in s.values()))
+
+    divided_adam.DividedAdam.step = watched  # type: ignore[method-assign]
+    for name, share in (("together", 1.0), ("divided", 0.0)):
+        divided_adam.STATE_SHARE = share
+        sizes.clear()
+        weights = compiled("cnn", "blocks")["weights"]
+        found[name] = {"weights": weights, "sizes": set(sizes), "steps": len(sizes)}
+    checkpoint.EVERY_S, checkpoint.SHARE = 0.0, 0.0  # a state after each step
+
+    def cut_off(self: Any, rates: Any) -> None:
+        if len(sizes) == 7:
+            raise KeyboardInterrupt
+        watched(self, rates)
+
+    divided_adam.DividedAdam.step = cut_off  # type: ignore[method-assign]
+    sizes.clear()
+    with contextlib.suppress(KeyboardInterrupt):
+        compiled("cnn", "blocks", str(folder / "cache"))
+    divided_adam.DividedAdam.step = watched  # type: ignore[method-assign]
+    sizes.clear()
+    weights = compiled("cnn", "blocks", str(folder / "cache"))["weights"]
+    found["again"] = {"weights": weights, "steps": len(sizes)}
+    return found
 
 
 def others(folder: Path) -> dict[str, Any]:

@@ -213,6 +213,15 @@ def test_the_error_of_a_change_is_that_of_the_rows(seed: int) -> None:
     torch.testing.assert_close(Moments.of(a, r).error_after(delta), wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("columns", [5, 127, 150])
+def test_gram_matrices_are_symmetric_bit_for_bit(columns: int) -> None:
+    """Products of matrices are so only nearly: several processes send one triangle."""
+    rows = torch.randn(2, columns, 1000)
+    gram = Moments.of(rows, rows[:, :3]).gram
+    assert torch.equal(gram, gram.mT)
+    assert torch.allclose(gram[:, :columns, :columns], rows.double() @ rows.double().mT, rtol=1e-4, atol=1e-2)
+
+
 def test_sums_are_in_float64() -> None:
     """Ten million small numbers onto a large one: float32 sums would lose them."""
     big, small = torch.full((1, 1, 1), 4096.0), torch.full((1, 1, 1), 0.25)
