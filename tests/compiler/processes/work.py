@@ -309,7 +309,8 @@ if __name__ == "__main__":
     names, place = sys.argv[1].split(","), Path(sys.argv[2])
     for name in names:
         torch.manual_seed(0)
-        (place / name).mkdir(exist_ok=True)
         with shared.measured_quickly():
             made = globals()[name](place, *sys.argv[3:])
-        torch.save(made, (place / name if len(names) > 1 else place) / f"{RANK}.pt")
+        leaves = place / name if len(names) > 1 else place
+        leaves.mkdir(exist_ok=True)
+        torch.save(made, leaves / f"{RANK}.pt")
