@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -433,8 +434,8 @@ def work_backend() -> WorkBackend:
     return WorkBackend()
 
 
-@pytest.fixture(scope="module")
-def quick_measurement() -> Iterator[None]:
+@contextlib.contextmanager
+def measured_quickly() -> Iterator[None]:
     """No network is warmed up or timed for longer than a moment: for tests that do not look at the figures."""
     import foldcut.runtime.measure.cache_eviction as cache_eviction
     import foldcut.runtime.measure.measure as measure
@@ -443,4 +444,11 @@ def quick_measurement() -> Iterator[None]:
         patch.setattr(measure, "warm_up", lambda runner, _ms: runner.run())
         patch.setattr(measure, "choose_repeats", lambda _runner, _ms: 1)
         patch.setattr(cache_eviction, "last_level_bytes", lambda: 1 << 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_measurement() -> Iterator[None]:
+    """`measured_quickly`, for a whole module."""
+    with measured_quickly():
         yield

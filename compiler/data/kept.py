@@ -15,6 +15,17 @@ def kept_for(program: Program, samples: CalibrationSet) -> dict[Any, Any]:
     return program.derived(_by_samples).setdefault(samples, {})
 
 
+def first_of(samples: CalibrationSet, count: int) -> CalibrationSet:
+    """The first `count` samples, the same object each time: what is kept for them is found again."""
+    firsts = _firsts.setdefault(samples, {})
+    if count not in firsts:
+        firsts[count] = samples.take(slice(0, count))
+    return firsts[count]
+
+
+_firsts: WeakKeyDictionary[CalibrationSet, dict[int, CalibrationSet]] = WeakKeyDictionary()
+
+
 def _by_samples(program: Program) -> WeakKeyDictionary[CalibrationSet, dict[Any, Any]]:
     del program
     return WeakKeyDictionary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -25,7 +26,15 @@ KEPT_BYTES = 64 << 20
 
 
 def output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int = 32) -> float:
-    """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64."""
+    """Relative mean squared error of the outputs over the samples: sum ||S - T||^2 / sum ||T||^2, in float64. Of the
+    same two networks on the same samples it is worked out once."""
+    known = kept_for(student, samples).setdefault(("errors", batch_size, team().size), WeakKeyDictionary())
+    if teacher not in known:
+        known[teacher] = _output_error(teacher, student, samples, batch_size)
+    return float(known[teacher])
+
+
+def _output_error(teacher: Program, student: Program, samples: CalibrationSet, batch_size: int) -> float:
     sums = WideSums()
     for batch, theirs in with_outputs(teacher, samples, batch_size):
         for t, s in zip(theirs, flatten_outputs(student(batch)), strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...passes.solve.resolve_network import TRIAL_RESOLVE, ResolveSettings, rows_are_few
+from ..data.kept import first_of
 from ..data.output_error import no_worse, output_error
 from ..export.edit_device import kept_in_a_file
 from ..ir.edit import check_interface
@@ -222,7 +223,7 @@ def _solved_with_care(ctx: Context, rewrites: Sequence[Rewrite], done: Applied) 
 
 def _seen_error(ctx: Context, program: Program) -> float:
     """The output error on samples that were solved with, as many as judge."""
-    return output_error(ctx.teacher, program, ctx.solve.take(slice(0, len(ctx.judge))))
+    return output_error(ctx.teacher, program, first_of(ctx.solve, len(ctx.judge)))
 
 
 class _Stages:

@@ -248,8 +248,7 @@ class _Objectives:
     def _made(self, node: str, columns: torch.Tensor) -> Objective:
         consumer = self.consumers[node]
         bias = trace_target(self.program, consumer.layer, {}).shift is not None
-        moments = self.moments[node].without_residual()
-        return _objective(self.program, consumer, columns, moments, bias=bias, ridge=self.ridge)
+        return _objective(self.program, consumer, columns, self.moments[node], bias=bias, ridge=self.ridge)
 
 
 def _objective(

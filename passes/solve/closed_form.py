@@ -56,8 +56,13 @@ def solve(moments: Moments, *, ridge: float, bias: bool, level: torch.Tensor | N
     gram, cross = moments.gram[:, :size, :size], moments.cross[:, :size]
     delta = torch.zeros_like(moments.cross)
     level = ridge_level(moments) if level is None else level
-    delta[:, :size] = _ridge_solve(gram, cross, ridge, level, penalised=moments.gram.shape[1] - 1)
-    after = moments.error_after(delta)
+    weights = _ridges(gram, ridge, level, penalised=moments.gram.shape[1] - 1)
+    found, exact = _ridge_solve(gram, cross, ridge, weights)
+    delta[:, :size] = found
+    if exact:  # G D = C - w D: the error is known without another product with G
+        after = moments.energy - (found * cross).sum(1) - (weights.unsqueeze(2) * found.square()).sum(1)
+    else:
+        after = moments.error_after(delta)
     better = (after < moments.energy) & after.isfinite()
     delta = torch.where(better.unsqueeze(1), delta, torch.zeros_like(delta))
     after = torch.where(better, after.clamp(min=0), moments.energy)
@@ -102,7 +107,8 @@ def _best_factor(fit: Moments, held: Moments, ridge: float, bias: bool, margin: 
     def judge(factor: float) -> float:
         delta = torch.zeros_like(fit.cross)
         gram, cross = fit.gram[:, :size, :size], fit.cross[:, :size]
-        delta[:, :size] = _ridge_solve(gram, cross, factor * ridge, level, penalised=fit.gram.shape[1] - 1)
+        weights = _ridges(gram, factor * ridge, level, penalised=fit.gram.shape[1] - 1)
+        delta[:, :size], _ = _ridge_solve(gram, cross, factor * ridge, weights)
         lost[factor] = float(held.error_after(delta).sum())
         return lost[factor]
 
@@ -153,22 +159,28 @@ def solve_without(
     return Correction(weight=change, bias=found.bias, before=found.before, after=found.after)
 
 
-def _ridge_solve(
-    gram: torch.Tensor, cross: torch.Tensor, ridge: float, level: torch.Tensor, *, penalised: int
-) -> torch.Tensor:
-    """(G + ridge * level * I) X = C per group, `level` (groups, 1); the columns from `penalised` on carry no ridge."""
+def _ridges(gram: torch.Tensor, ridge: float, level: torch.Tensor, *, penalised: int) -> torch.Tensor:
+    """What a solve adds to the diagonal of each group's Gram matrix: ridge * level, `level` (groups, 1); nothing to the
+    columns from `penalised` on."""
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
-    weight = torch.zeros_like(diagonal)
-    weight[:, :penalised] = ridge * level
+    weights = torch.zeros_like(diagonal)
+    weights[:, :penalised] = ridge * level
     # a column that is zero on all data has no say: the unit diagonal keeps the system definite and its change at zero
-    weight = torch.where(diagonal == 0, torch.ones_like(weight), weight)
-    system = gram + torch.diag_embed(weight)
+    return torch.where(diagonal == 0, torch.ones_like(weights), weights)
+
+
+def _ridge_solve(
+    gram: torch.Tensor, cross: torch.Tensor, ridge: float, weights: torch.Tensor
+) -> tuple[torch.Tensor, bool]:
+    """(G + diag(weights)) X = C per group, and whether X solves it to the last digits: not so the least-norm solution
+    of a system without a ridge, or of one that is not definite."""
+    system = gram + torch.diag_embed(weights)
     if ridge > 0:
         tally.count(tally.ALGEBRA, _solve_macs(cross))
         factor, info = torch.linalg.cholesky_ex(system)
         if not bool(info.any()):
-            return torch.cholesky_solve(cross, factor)
-    return _least_norm(system, cross)
+            return torch.cholesky_solve(cross, factor), True
+    return _least_norm(system, cross), False
 
 
 def _solve_macs(cross: torch.Tensor) -> float:

@@ -62,7 +62,21 @@ class Moments:
 
     def without_residual(self) -> Moments:
         """With the layer's own output as the target: nothing is left over before a cut."""
-        return replace(self, cross=torch.zeros_like(self.cross), energy=torch.zeros_like(self.energy))
+        return self.of_outputs(self.cross.shape[2])
+
+    def of_outputs(self, count: int) -> Moments:
+        """`without_residual`, of so many outputs in each group."""
+        groups, columns, _ = self.gram.shape
+        zeros = self.gram.new_zeros(groups, columns, count)
+        return replace(self, cross=zeros, energy=zeros[:, 0].clone())
+
+    def toward_own_output(self, weight: torch.Tensor) -> Moments:
+        """With the layer's output without bias as what is to be reached, R = A W^T, `weight` as (groups, out/groups,
+        columns): the Gram matrix has all of it, A^T R = G W^T."""
+        w = weight.to(self.gram.device).to(self.gram.dtype).transpose(1, 2)
+        tally.count(tally.ALGEBRA, w.numel() * self.gram.shape[1])
+        cross = self.gram[:, :, :-1] @ w
+        return replace(self, cross=cross, energy=(w * cross[:, :-1]).sum(1).clamp(min=0))
 
     def error(self) -> float:
         """Sum of squared residuals before any correction."""
@@ -90,7 +104,7 @@ class Moments:
         groups, columns, count = a.shape
         wide = widest(a.device)
         gram = a.new_zeros(groups, columns + 1, columns + 1, dtype=wide)
-        _self_products(a, gram[:, :columns, :columns])
+        self_products(a, gram[:, :columns, :columns])
         sums = torch.bmm(a, ones.expand(groups, 1, count).transpose(1, 2))
         gram[:, :columns, columns:] = sums
         gram[:, columns:, :columns] = sums.transpose(1, 2)
@@ -105,7 +119,7 @@ class Moments:
 LEAST_STRIPPED, STRIPS = 128, 6
 
 
-def _self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
+def self_products(rows: torch.Tensor, into: torch.Tensor) -> None:
     """A^T A from A as (groups, columns, rows), strip by strip: what lies beyond the diagonal is what lies before it,
     bit for bit."""
     columns = rows.shape[1]
@@ -181,6 +195,11 @@ class SplitMoments:
         held = None if self.held is None else self.held.without_residual()
         return SplitMoments(whole=self.whole.without_residual(), held=held)
 
+    def of_outputs(self, count: int) -> SplitMoments:
+        """`without_residual`, of so many outputs in each group."""
+        held = None if self.held is None else self.held.of_outputs(count)
+        return SplitMoments(whole=self.whole.of_outputs(count), held=held)
+
 
 class _SplitSum:
     """`MomentSum` of all batches, and of those that are held out."""
@@ -230,7 +249,7 @@ def collect_moments(
     found = {name: total.moments() for name, total in sums.items()}
     for name, moments in found.items():
         check_finite(moments, program, name)
-    return found
+    return {name: moments.toward_own_output(_matrix(program, layers[name])) for name, moments in found.items()}
 
 
 def collect_split_moments(
@@ -241,14 +260,19 @@ def collect_split_moments(
     batch_size: int,
     rows_per_column: int | None = None,
 ) -> dict[str, SplitMoments]:
-    """`collect_moments`, those of the held-out batches beside those of all."""
+    """`collect_moments` without a residual, those of the held-out batches beside those of all."""
     sums = {name: _SplitSum() for name in layers}
     for index, name, part in _batch_parts(program, layers, calibration, batch_size, rows_per_column):
         sums[name].add(index, part)
     found = {name: total.moments() for name, total in sums.items()}
     for name, moments in found.items():
         check_finite(moments.whole, program, name)
-    return found
+    return {name: moments.of_outputs(_matrix(program, layers[name]).shape[1]) for name, moments in found.items()}
+
+
+def _matrix(program: Program, layer: Layer) -> torch.Tensor:
+    """A layer's weight as (groups, out/groups, columns)."""
+    return layer.matrix(program.module.get_parameter(layer.weight).detach())
 
 
 def _batch_parts(
@@ -258,7 +282,8 @@ def _batch_parts(
     batch_size: int,
     rows_per_column: int | None,
 ) -> Iterator[tuple[int, str, Moments]]:
-    """(batch, layer, moments) for each batch of the calibration set that is this process's, and each layer."""
+    """(batch, layer, moments) for each batch of the calibration set that is this process's, and each layer. Of the
+    inputs alone: their residual has no outputs."""
     if not layers:
         return
     batches = -(-len(calibration) // batch_size)
@@ -270,9 +295,7 @@ def _batch_parts(
                 columns, count = layer.extent(program, values[layer.input])
                 every = thinning(count * batches, columns, rows_per_column)
                 rows = layer.rows(program, values[layer.input], every)
-                weight = layer.matrix(program.module.get_parameter(layer.weight).detach())
-                tally.count(tally.MOMENTS, weight.numel() * rows.shape[2])
-                yield index, name, Moments.of(rows, torch.bmm(weight.to(rows.dtype), rows))
+                yield index, name, Moments.of(rows, rows[:, :0])
 
 
 def gram_bytes(program: Program, layer: Layer) -> int:

@@ -21,15 +21,15 @@ from functools import partial
 import torch
 
 from ...compiler.devices.precision import WideSum, WideSums, totals, wide_sum
-from ...compiler.devices.triangle import mirrored
 from ...compiler.ir.execute import evaluate
 from ...compiler.ir.program import Program
 from ...compiler.processes.sharing import spread
 from ...compiler.support import tally
+from ...compiler.support.memory import at_most
 from .closed_form import solving_macs
 from .layers import add_delta, current_parameter
 from .lockstep import Lockstep, Step, View
-from .moments import Moments
+from .moments import Moments, self_products
 from .targets import Target, residual_at
 
 #: Ridge of the input side and of the output side, relative to the mean diagonals.
@@ -42,6 +42,8 @@ GRADIENTS_OF_FORWARD = 3
 #: A step and its length come from so many samples at least, and from so many rows of the layer at the end where there
 #: are as many: places of one image say much the same. What becomes of the error is then seen on all of them.
 STEP_SAMPLES, STEP_ROWS = 64, 1 << 15
+#: What values at a branch's end may take while its step is worked out.
+ENDS_BYTES = 256 << 20
 
 
 def propose_step(
@@ -56,7 +58,8 @@ def propose_step(
     inner = [t for t in step.targets if t.anchor != end.anchor]
     if not inner:
         return {}
-    gradients, sides = _collect(lockstep, step, inner, tensors, seed)
+    ends = _Ends()
+    gradients, sides = _collect(lockstep, step, inner, tensors, seed, ends)
     if not gradients:
         return {}
     seen = [moments[target.layer.node] for target in inner]
@@ -64,7 +67,7 @@ def propose_step(
     changes = spread(tasks)
     if not all(bool(c.isfinite().all()) and bool(c.any()) for c in changes):
         return {}
-    length = _line_search(lockstep, step, inner, changes, tensors)
+    length = _line_search(lockstep, step, inner, changes, tensors, ends)
     return {
         target.layer.weight: add_delta(
             current_parameter(lockstep.student, target.layer.weight, tensors), change, length
@@ -80,10 +83,29 @@ def _change(seen: Moments, gradient: torch.Tensor, side: torch.Tensor) -> torch.
     return torch.linalg.solve(_damped(side, OUTPUT_RIDGE), left.transpose(1, 2))
 
 
+class _Ends:
+    """Values at a branch's end with the weights as they stand, batch by batch, of as many batches as memory has room
+    for: a step and its length are both worked out from them."""
+
+    def __init__(self) -> None:
+        self._left, self._values = at_most(ENDS_BYTES), dict[int, torch.Tensor]()
+
+    def keep(self, batch: int, value: torch.Tensor) -> None:
+        """Keep a batch's value if there is room."""
+        self._left -= value.numel() * value.element_size()
+        if self._left >= 0:
+            self._values[batch] = value
+
+    def pop(self, batch: int) -> torch.Tensor | None:
+        """A batch's value, if it was kept, for the last time."""
+        return self._values.pop(batch, None)
+
+
 def _collect(
-    lockstep: Lockstep, step: Step, inner: Sequence[Target], tensors: dict[str, torch.Tensor], seed: int
+    lockstep: Lockstep, step: Step, inner: Sequence[Target], tensors: dict[str, torch.Tensor], seed: int, ends: _Ends
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64."""
+    """(D^T as (groups, out, columns), Q as (groups, out, out)) of each inner layer, per row, summed in float64. Keeps
+    the values at the end."""
     student, end = lockstep.student, step.targets[-1]
     # of each layer the gradients, the sides, and the rows that they come from
     sums = [[WideSum(symmetric=kind == 1) for _ in inner] for kind in range(3)]
@@ -97,6 +119,7 @@ def _collect(
         result = values[end.anchor]
         if not result.requires_grad:
             break
+        ends.keep(view.batch, result.detach())
         residual = residual_at(end.teacher_value(view.teacher), result.detach(), end.zone)
         # the same on any device, and whoever has the batch
         generator = torch.Generator().manual_seed(seed * len(lockstep) + view.batch)
@@ -108,7 +131,9 @@ def _collect(
         for index, target in enumerate(inner):
             side = target.layer.outputs(probes[index])
             sums[0][index].add(target.layer.matrix(toward[index]))
-            sums[1][index].add(mirrored(torch.bmm(side, side.transpose(1, 2))))
+            square = side.new_empty(len(side), side.shape[1], side.shape[1])
+            self_products(side, square)
+            sums[1][index].add(square)
             sums[2][index].add(torch.tensor(side.shape[2], dtype=torch.float64, device="cpu"))
     found = [total for total in totals([part for parts in sums for part in parts]) if total is not None]
     if not found:
@@ -135,6 +160,7 @@ def _line_search(
     inner: Sequence[Target],
     changes: Sequence[torch.Tensor],
     tensors: dict[str, torch.Tensor],
+    ends: _Ends,
 ) -> float:
     """argmin over t of ||e - t dz||^2 with dz the end's derivative along the step, by a finite difference."""
     student, end = lockstep.student, step.targets[-1]
@@ -148,7 +174,9 @@ def _line_search(
     sums = WideSums()
     for view in lockstep.views(step, _samples(student, end)):
         with torch.no_grad():
-            here = _forward(student, step, view, tensors)[end.anchor]
+            here = ends.pop(view.batch)
+            if here is None:
+                here = _forward(student, step, view, tensors)[end.anchor]
             there = _forward(student, step, view, ahead)[end.anchor]
         derivative = (there - here) / small
         residual = residual_at(end.teacher_value(view.teacher), here, end.zone)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...compiler.data.calibration_set import CalibrationSet
+from ...compiler.data.kept import first_of
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import output_error
 from ...compiler.ir.edit import set_tensors
@@ -133,7 +134,7 @@ def resolve_network(
             lockstep.finish(step)
             progress("re-solve", index + 1, len(steps))
     program = set_tensors(student, tensors, note=f"re-solve {plural(len(targets), 'layer')}") if tensors else student
-    if tensors and not _improves(teacher, student, program, calibration.take(slice(0, settings.guard_samples))):
+    if tensors and not _improves(teacher, student, program, first_of(calibration, settings.guard_samples)):
         return Resolved(program=student, layers=(), locked=tuple(locked))
     return Resolved(program=program, layers=tuple(errors), locked=tuple(locked))
 

@@ -14,6 +14,8 @@ from foldcut.compiler.frontend.module_state import device_of_model
 from foldcut.compiler.ir.execute import device_of
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 GOALS: dict[str, foldcut.Goal] = {
     "blocks": foldcut.Blocks(1),
     "channels": foldcut.Channels(0.5),

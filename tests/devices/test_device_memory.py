@@ -21,6 +21,8 @@ from foldcut.passes.solve import lockstep
 from foldcut.passes.solve.lockstep import Lockstep
 from foldcut.passes.solve.resolve_network import Resolved, ResolveSettings, resolve_network
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 SETTINGS = ResolveSettings(batch_size=6, refine=1, guard_samples=24)
 
 

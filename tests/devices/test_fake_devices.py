@@ -24,7 +24,7 @@ from foldcut.passes.quantize.rounding import rounded
 from foldcut.passes.solve.layers import Layer, find_layers
 from foldcut.passes.solve.lockstep import Lockstep, plan_steps
 from foldcut.passes.solve.moments import MomentSum, _batch_parts
-from foldcut.passes.solve.refine import _collect
+from foldcut.passes.solve.refine import _collect, _Ends
 from foldcut.passes.solve.resolve_network import ResolveSettings, _parts
 from foldcut.passes.solve.targets import trace_target
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -105,7 +105,7 @@ def test_gradients_along_a_branch(residual: Program, nets: SimpleNamespace, fake
         (step,) = plan_steps(program, program, [[inner, end]], set(list(program.nodes)[1:]))
         with Lockstep(program, program, samples, batch_size=4, ram_bytes=1 << 40) as lockstep:
             lockstep.advance(step, {})
-            gradients, sides = _collect(lockstep, step, [inner], {}, seed=0)
+            gradients, sides = _collect(lockstep, step, [inner], {}, seed=0, ends=_Ends())
     assert gradients[0].device == sides[0].device == fake.device
     assert gradients[0].shape == (1, 8, 72) and sides[0].shape == (1, 8, 8)
 

@@ -25,6 +25,8 @@ from foldcut.passes.mimic.crops import Crop
 from foldcut.passes.solve.moments import Moments
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 QUIET: dict[str, Any] = {"progress": False, "cache": False, "mimic": None}
 SETS = [LpBall(p=2.0), KSparse(k=3), KSupport(k=3), GroupKSupport(k=2), NuclearBall(), SpectralKSparse(k=2)]
 

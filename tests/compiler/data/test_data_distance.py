@@ -15,6 +15,8 @@ from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.report.page import report_page
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 Images = torch.Tensor
 
 

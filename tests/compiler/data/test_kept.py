@@ -10,7 +10,7 @@ import foldcut
 import pytest
 import torch
 from foldcut.compiler.data.calibration_set import CalibrationSet
-from foldcut.compiler.data.kept import kept_for
+from foldcut.compiler.data.kept import first_of, kept_for
 from foldcut.compiler.data.output_error import output_error
 
 
@@ -33,10 +33,21 @@ def test_errors_are_the_same_from_kept_outputs(
     residual: foldcut.Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, ran = CalibrationSet.of(nets.images(16)), []
-    student = foldcut.capture(nets.seeded(lambda: nets.ResNet(1, 8)), nets.images(2))
+    student, equal = (foldcut.capture(nets.seeded(lambda: nets.ResNet(1, 8)), nets.images(2)) for _ in range(2))
     call = foldcut.Program.__call__
     monkeypatch.setattr(foldcut.Program, "__call__", lambda self, batch: ran.append(self) or call(self, batch))
-    first, second = (output_error(residual, student, samples, batch_size=2) for _ in range(2))
-    assert first == second > 0
-    assert ran.count(residual) == 8 and ran.count(student) == 16
+    first, second, third = (output_error(residual, s, samples, batch_size=2) for s in (student, equal, student))
+    assert first == second == third > 0
+    assert ran.count(residual) == ran.count(student) == ran.count(equal) == 8, "the third is kept"
     assert output_error(residual, student, samples, batch_size=5) == pytest.approx(first)
+
+
+def test_the_first_samples_are_the_same_object_each_time(nets: SimpleNamespace) -> None:
+    samples = CalibrationSet.of(nets.images(4))
+    first = first_of(samples, 3)
+    assert first_of(samples, 3) is first and first_of(samples, 2) is not first
+    assert len(first) == 3 and torch.equal(first.leaves[0], samples.leaves[0][:3])
+    gone = weakref.ref(first)
+    del samples, first
+    gc.collect()
+    assert gone() is None

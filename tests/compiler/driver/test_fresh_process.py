@@ -15,6 +15,8 @@ import torch
 from foldcut.compiler.support.strict_json import json_file
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("quick_measurement")
+
 DECISIONS: tuple[foldcut.Decision, ...] = (
     foldcut.PruneChannels(group="0", kept=tuple(range(16)), total=32),
     foldcut.FactorizeLayer(layer="linear_1", scheme="channel", ranks=(3,), full=(16,)),

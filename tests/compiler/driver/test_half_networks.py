@@ -15,7 +15,11 @@ OPTIONS = {"progress": False, "cache": False}
 HALVES = [torch.float16, torch.bfloat16]
 #: bfloat16 is measured in float32, and says so.
 MEASURED = "ignore:the network is in bfloat16:UserWarning"
-pytestmark = [pytest.mark.filterwarnings(MEASURED), pytest.mark.filterwarnings("ignore:.*little is left:UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("quick_measurement"),
+    pytest.mark.filterwarnings(MEASURED),
+    pytest.mark.filterwarnings("ignore:.*little is left:UserWarning"),
+]
 
 
 class Attention(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,7 @@ import torch
 from foldcut.compiler.support.errors import ProcessError
 from torch import nn
 
-
-@pytest.fixture(scope="module")
-def by_one(processes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = processes.results(1, "compiles", tmp_path_factory.mktemp("one"), "all")[0]
-    return found
+FoundBy = Callable[[int, str], list[Any]]
 
 
 def check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -32,10 +29,9 @@ def check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_same_plan_and_weights(
-    size: int, by_one: dict[str, Any], processes: SimpleNamespace, tmp_path: Path
-) -> None:
-    for found in processes.results(size, "compiles", tmp_path, "all" if size == 2 else "some"):
+def test_the_same_plan_and_weights(size: int, found_by: FoundBy) -> None:
+    (by_one,) = found_by(1, "compiles")
+    for found in found_by(size, "compiles"):
         assert len(found) == len(by_one) if size == 2 else len(found) > 3
         for case in found:
             check_same(found[case], by_one[case])
@@ -44,7 +40,7 @@ def test_the_same_plan_and_weights(
 
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_others_go_on(
-    by_one: dict[str, Any], processes: SimpleNamespace, tmp_path: Path
+    found_by: FoundBy, processes: SimpleNamespace, tmp_path: Path
 ) -> None:
     cache = str(tmp_path / "cache")
     codes = processes.wait(processes.start(2, "killed", tmp_path / "first", cache))
@@ -55,13 +51,14 @@ def test_a_killed_process_ends_all_and_others_go_on(
     assert float(took_s) < 60 and "lost another" in words, said
     kept = list(Path(cache).rglob("*.safetensors"))
     assert kept, "what was done by then is kept"
+    (by_one,) = found_by(1, "compiles")
     for found in processes.results(3, "resumed", tmp_path / "second", cache):
         check_same(found, by_one["cnn latency"])
     assert all(path.exists() for path in kept)
 
 
-def test_unequal_arguments(processes: SimpleNamespace, tmp_path: Path) -> None:
-    first, last = processes.results(2, "unequal", tmp_path)
+def test_unequal_arguments(found_by: FoundBy) -> None:
+    first, last = found_by(2, "unequal")
     for name, word in (("seed", "settings"), ("goal", "goals"), ("samples", "samples"), ("network", "networks")):
         assert first[name].startswith("ProcessError") and last[name].startswith("ProcessError"), name
         assert f"different {word}" in first[name], first[name]
@@ -71,9 +68,9 @@ def test_unequal_arguments(processes: SimpleNamespace, tmp_path: Path) -> None:
     assert float(first["by itself"]) > 0
 
 
-def test_each_process_reads_its_part(processes: SimpleNamespace, tmp_path: Path) -> None:
-    (wanted,) = processes.results(1, "parts", tmp_path / "one")
-    for found in (found for size in (2, 3) for found in processes.results(size, "parts", tmp_path / str(size))):
+def test_each_process_reads_its_part(found_by: FoundBy) -> None:
+    (wanted,) = found_by(1, "parts")
+    for found in (found for size in (2, 3) for found in found_by(size, "parts")):
         assert found["samples"] == [59, 59] == wanted["samples"], "what a sampler repeats counts once"
         for weights in found["weights"]:
             for name, weight in wanted["weights"][0].items():
@@ -83,26 +80,26 @@ def test_each_process_reads_its_part(processes: SimpleNamespace, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_sweeps_plans_half_precision_and_made_samples(processes: SimpleNamespace, tmp_path: Path) -> None:
-    (wanted,) = processes.results(1, "others", tmp_path / "one")
+def test_sweeps_plans_half_precision_and_made_samples(found_by: FoundBy) -> None:
+    (wanted,) = found_by(1, "others")
     assert len(wanted) == 5
-    for found in processes.results(2, "others", tmp_path / "two"):
+    for found in found_by(2, "others"):
         for place, weights in wanted.items():
             for name, weight in weights.items():
                 assert torch.allclose(found[place][name], weight, rtol=0, atol=1e-6), (place, name)
 
 
-def test_frank_wolfe_under_ddp(processes: SimpleNamespace, tmp_path: Path) -> None:
-    (wanted,) = processes.results(1, "frank_wolfe", tmp_path / "one")
-    first, last = processes.results(2, "frank_wolfe", tmp_path / "two")
+def test_frank_wolfe_under_ddp(found_by: FoundBy) -> None:
+    (wanted,) = found_by(1, "frank_wolfe")
+    first, last = found_by(2, "frank_wolfe")
     for name, weight in wanted.items():
         assert torch.equal(first[name], last[name]), name
         assert torch.allclose(first[name], weight, rtol=0, atol=1e-5), name
 
 
 @pytest.mark.slow
-def test_plans_are_tried_by_an_executor(processes: SimpleNamespace, tmp_path: Path) -> None:
-    (found,) = processes.results(1, "executed", tmp_path)
+def test_plans_are_tried_by_an_executor(found_by: FoundBy) -> None:
+    (found,) = found_by(1, "executed")
     assert found["count"] > 2, "several plans were handed out"
     assert found["there"]["tried"] == found["here"]["tried"] and found["there"]["error"] == found["here"]["error"]
     for name, weight in found["here"]["weights"].items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +10,8 @@ import torch
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def found(
-    request: pytest.FixtureRequest, processes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("exchanges")
-    made: list[dict[str, Any]] = processes.results(request.param, "exchanges", folder)
-    return made
+def found(request: pytest.FixtureRequest, found_by: Callable[[int, str], list[Any]]) -> list[dict[str, Any]]:
+    return found_by(request.param, "exchanges")
 
 
 def same(found: list[dict[str, Any]], name: str) -> Any:

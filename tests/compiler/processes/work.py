@@ -1,4 +1,4 @@
-"""What the processes of the tests do: ``python work.py NAME FOLDER ...``."""
+"""What the processes of the tests do: ``python work.py NAME,... FOLDER ...``."""
 
 from __future__ import annotations
 
@@ -280,11 +280,11 @@ def compiled(name: str, goal: str, cache: bool | str = False, **more: Any) -> di
     }
 
 
-def compiles(folder: Path, which: str) -> dict[str, Any]:
-    """Every case once, or some."""
+def compiles(folder: Path) -> dict[str, Any]:
+    """Every case once, or of three processes some."""
     del folder
     every = {f"{name} {goal}": (name, goal) for name, goals in CASES.items() for goal in goals}
-    return {case: compiled(*every[case]) for case in (every if which == "all" else SOME)}
+    return {case: compiled(*every[case]) for case in (every if SIZE < 3 else SOME)}
 
 
 def resumed(folder: Path, cache: str) -> dict[str, Any]:
@@ -522,8 +522,13 @@ def executed(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     if SIZE > 1:
         dist.init_process_group("gloo")
-    place = Path(sys.argv[2])
-    torch.save(globals()[sys.argv[1]](place, *sys.argv[3:]), place / f"{RANK}.pt")
+    names, place = sys.argv[1].split(","), Path(sys.argv[2])
+    for name in names:
+        torch.manual_seed(0)
+        with shared.measured_quickly():
+            made = globals()[name](place, *sys.argv[3:])
+        leaves = place / name if len(names) > 1 else place
+        leaves.mkdir(exist_ok=True)
+        torch.save(made, leaves / f"{RANK}.pt")

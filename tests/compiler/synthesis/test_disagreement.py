@@ -24,7 +24,10 @@ from torch import nn
 from torch.nn import functional
 
 SETTINGS = foldcut.SynthesisSettings(count=24, batch=12, input_shape=(3, 12, 12), iterations=16, compete=0.03)
-pytestmark = pytest.mark.filterwarnings("ignore:no data were given", "ignore:samples made without data are weak")
+pytestmark = [
+    pytest.mark.usefixtures("quick_measurement"),
+    pytest.mark.filterwarnings("ignore:no data were given", "ignore:samples made without data are weak"),
+]
 
 
 class Reads(nn.Module):
