@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +29,7 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import relative_to
 from ...compiler.devices.precision import WideSums, added, wide_sum
+from ...compiler.export.exporter import weight_bytes
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program
@@ -44,8 +45,15 @@ from ..solve.layers import add_delta, find_layers
 from ..solve.moments import Moments, MomentSum, gram_bytes
 from ..solve.resolve_network import QUICK_RESOLVE, ResolveSettings, batch_moments, batch_size_for, resolve_network
 from ..solve.targets import Target, counterparts, trace_target
+from ..solve.weighing import solve_macs
 from .adaptors import AdaptorSettings, Around, train_adaptors
 from .drop_blocks import changes_of_drops, drop_blocks, standing_for
+
+#: The weights of networks that are looked at together, in bytes.
+TRIALS_BYTES = 2 << 30
+#: Multiply-accumulates that it may take to solve all that lies behind one region after another, about, and for how many
+#: that is done all the same.
+LOOK_MACS, LEAST_LOOKED = 4_000_000_000_000, 4
 
 Mode = Literal["plain", "local", "calibrated", "exact", "adaptors"]
 
@@ -126,9 +134,15 @@ class Recoverability:
     def _errors(self, chosen: Sequence[Region], candidates: Sequence[Region], mode: Mode) -> dict[str, float]:
         student = self._student(chosen)
         if mode in {"exact", "adaptors"}:
-            trials = self._rewritten(student, chosen, candidates, mode)
-        else:
-            trials = [self._trial(student, chosen, region, mode) for region in candidates]
+            # each has weights of its own
+            count = max(1, at_most(TRIALS_BYTES) // max(1, weight_bytes(student)))
+            found: dict[str, float] = {}
+            for start in range(0, len(candidates), count):
+                few = candidates[start : start + count]
+                errors = self._judge(student, self._rewritten(student, chosen, few, mode))
+                found |= {region.name: error for region, error in zip(few, errors, strict=True)}
+            return found
+        trials = [self._trial(student, chosen, region, mode) for region in candidates]
         if mode == "local":
             self._solve_local(student, trials)
         errors = self._judge(student, trials)
@@ -137,10 +151,11 @@ class Recoverability:
     def calibration_of(self, candidates: Sequence[Region]) -> dict[str, float]:
         """How much of each region's local error is left when the layers behind it are re-solved too, with nothing else
         dropped. Of regions that are no finalists few samples say it, times what more of them changed for the
-        finalists."""
+        finalists. Where networks are so large that it would take `LOOK_MACS`, it is said of those of least local error
+        only."""
         left, exact = self._left(candidates)
-        ranked = sorted(candidates, key=lambda r: (exact[r.name], r.name))[: self.settings.finalists]
-        finalists = [region for region in ranked if left[region.name] > 0]
+        ranked = sorted((r for r in candidates if r.name in left), key=lambda r: (exact[r.name], r.name))
+        finalists = [region for region in ranked[: self.settings.finalists] if left[region.name] > 0]
         if len(candidates) < 2 or not finalists or len(self.final_samples) <= len(self.samples):
             return left
         resolve = replace(self.settings.resolve, rows_per_column=ResolveSettings().rows_per_column)
@@ -152,8 +167,17 @@ class Recoverability:
 
     def _left(self, candidates: Sequence[Region]) -> tuple[dict[str, float], dict[str, float]]:
         """Of each region the share of its local error that solving all behind it leaves, and what it leaves."""
-        local, exact = (self._errors((), candidates, mode) for mode in ("local", "exact"))
-        return {name: min(1.0, exact[name] / error) if error > 0 else 1.0 for name, error in local.items()}, exact
+        local = self._errors((), candidates, "local")
+        looked = sorted(candidates, key=lambda r: (local[r.name], r.name))[: self._affordable]
+        exact = self._errors((), [r for r in candidates if r in looked], "exact")
+        left = {name: min(1.0, error / local[name]) if local[name] > 0 else 1.0 for name, error in exact.items()}
+        return left, exact
+
+    @cached_property
+    def _affordable(self) -> int:
+        """For how many regions all that lies behind them may be solved: half of the network, on the average."""
+        macs = solve_macs(self.teacher, len(self.fit), self.settings.resolve.rows_per_column) / 2
+        return max(LEAST_LOOKED, int(LOOK_MACS // macs))
 
     def _base(self, chosen: Sequence[Region]) -> float:
         """Error of the network as it stands."""

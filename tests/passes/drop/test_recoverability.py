@@ -11,6 +11,7 @@ from foldcut.compiler.data.calibration_set import CalibrationSet
 from foldcut.compiler.frontend.capture import capture
 from foldcut.compiler.ir.execute import bind, run_until
 from foldcut.compiler.ir.program import Program
+from foldcut.passes.drop import recoverability
 from foldcut.passes.drop.drop_blocks import drop_blocks
 from foldcut.passes.drop.recoverability import Recoverability, RecoverabilitySettings
 from foldcut.passes.solve.resolve_network import QUICK_RESOLVE, ResolveSettings
@@ -174,3 +175,33 @@ def test_moments_that_do_not_fit_together_are_read_in_turns(
     monkeypatch.setattr("foldcut.passes.drop.recoverability.MEMORY_BYTES", 1)
     assert score(residual, nets.images(16), "local")([], blocks) == together
     assert len(blocks) > 1 and passes == [1] * len(blocks)
+
+
+@pytest.mark.parametrize("mode", ["exact", "calibrated"])
+def test_networks_too_large_to_be_looked_at_together(
+    residual: Program, nets: SimpleNamespace, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other says the same."""
+    blocks = find_regions(residual).blocks
+    together = score(residual, nets.images(32), mode)([], blocks)
+    monkeypatch.setattr(recoverability, "TRIALS_BYTES", 1)
+    assert score(residual, nets.images(32), mode)([], blocks) == together
+
+
+def test_networks_too_large_to_solve_for_every_region(
+    residual: Program, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only regions of least local error are looked at closely, and the others are scored like them."""
+    blocks = find_regions(residual).blocks
+    local = score(residual, nets.images(32), "local")([], blocks)
+    whole = score(residual, nets.images(32), "calibrated")
+    whole([], blocks)
+    monkeypatch.setattr(recoverability, "LOOK_MACS", 1)
+    monkeypatch.setattr(recoverability, "LEAST_LOOKED", 2)
+    look = score(residual, nets.images(32), "calibrated")
+    errors = look([], blocks)
+    least = sorted(local, key=local.__getitem__)[:2]
+    assert set(whole.recovery) == set(local) == set(errors) and set(look.recovery) == set(least)
+    assert all(errors[name] == pytest.approx(look.recovery[name] * local[name]) for name in least)
+    left = next(name for name in local if name not in least)
+    assert errors[left] == pytest.approx(max(look.recovery.values()) * local[left])
