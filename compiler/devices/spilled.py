@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +17,6 @@ from ..support.errors import CompilerError
 
 #: Each tensor begins at a multiple of so many bytes, as kernels like it.
 ALIGNMENT = 64
-
-
 #: Weights of more bytes in all are kept in a file: what is in use is then in memory, and the rest where it is needed.
 MAPPED_BYTES = 1 << 30
 
@@ -105,7 +104,8 @@ def mapped_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         named = {str(place): tensor.detach() for place, tensor in enumerate(tensors)}
         copies = Spilled.written(named, Path(name)).read()
     finally:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):  # where a file that is in use cannot go, the system takes it with the temporary files
+            Path(name).unlink()
     return [cast(torch.Tensor, copies[str(place)]) for place in range(len(tensors))]
 
 

@@ -57,6 +57,9 @@ def import_onnx(
     again on export. `example` is one batch of inputs; without it values are drawn from N(0, 1) (integers 0 or 1) and
     `sizes` gives dynamic dimensions by name. Two samples are used.
 
+    Weights beside the file that take more than 1 GiB are read from there for as long as the Program lives: leave those
+    files as they are (a new file under an old name, by renaming, is no change).
+
     The Program is run beside ONNX Runtime on the example and must agree within 1e-4 of each output's largest entry
     (2e-2 for half precision and for quantised values, which may round to the other side).
 

@@ -6,6 +6,7 @@ import math
 
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.ir.program import Program
+from ...compiler.onnx.model_file import fits_a_message
 from .layers import find_layers
 from .moments import gram_bytes, thinning
 
@@ -40,9 +41,13 @@ def least_bytes(
         read = math.ceil(count / thinning(count, columns, rows_per_column))
         rows = max(rows, 4 * layer.groups * columns * read)
     solved = views * (2 * live.most + rows) + GRAMS * grams
-    measured = SESSIONS * (SESSION_WEIGHTS * weights + live.most) + measuring_bytes
     trained_bytes = TRAINED_WEIGHTS * weights + 4 * live.whole if trained else 0
-    return max(solved, measured, EXPORTED_WEIGHTS * weights, trained_bytes) + REST_BYTES
+    if fits_a_message(weights):
+        measured = SESSIONS * (SESSION_WEIGHTS * weights + live.most) + measuring_bytes
+        return max(solved, measured, EXPORTED_WEIGHTS * weights, trained_bytes) + REST_BYTES
+    # in files: new weights are in memory until all are solved, exports write one after the other, and one session at a
+    # time holds its own
+    return max(solved + weights, weights + live.most + measuring_bytes, trained_bytes) + REST_BYTES
 
 
 def _weight_bytes(program: Program) -> int:

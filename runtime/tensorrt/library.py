@@ -46,7 +46,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "INetworkDefinition": ("num_inputs", "num_outputs", "num_layers", "get_input", "get_output"),
     "ITensor": ("name", "shape", "dtype", "is_shape_tensor"),
     "IOptimizationProfile": ("set_shape",),
-    "OnnxParser": ("parse", "num_errors", "get_error"),
+    "OnnxParser": ("parse", "parse_from_file", "num_errors", "get_error"),
     "ParserError": ("desc",),
     "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
     "ProfilingVerbosity": ("DETAILED", "NONE"),

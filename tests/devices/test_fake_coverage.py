@@ -23,6 +23,7 @@ from foldcut.passes.frank_wolfe.projections import onto_capped_l1, onto_l2
 from foldcut.passes.frank_wolfe.spectral_oracles import Subspace, polar_factors
 from foldcut.passes.frank_wolfe.update import Job, move
 from foldcut.passes.mimic.crops import Crop
+from foldcut.passes.mimic.divided_adam import DividedAdam
 from foldcut.passes.quantize.edit_quantize import ValueGrid
 from foldcut.passes.quantize.grids import energy, product
 from foldcut.passes.quantize.quantize import _gram, _least_scales
@@ -32,9 +33,10 @@ from foldcut.passes.solve.closed_form import _least_norm, ridge_level
 from foldcut.passes.solve.layers import find_layers
 from foldcut.passes.solve.lockstep import Lockstep, plan_steps
 from foldcut.passes.solve.moments import Moments
-from foldcut.passes.solve.refine import _collect
+from foldcut.passes.solve.refine import _collect, _Ends
 from foldcut.passes.solve.resolve_network import ResolveSettings, _parts
 from foldcut.passes.solve.targets import trace_target
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -66,7 +68,7 @@ def gradients(there: Any, residual: Program, nets: SimpleNamespace) -> None:
         (step,) = plan_steps(program, program, [[inner, end]], set(list(program.nodes)[1:]))
         with Lockstep(program, program, samples, batch_size=4, ram_bytes=1 << 40) as lockstep:
             lockstep.advance(step, {})
-            _collect(lockstep, step, [inner], {}, seed=0)
+            _collect(lockstep, step, [inner], {}, seed=0, ends=_Ends())
 
 
 def steps_of_frank_wolfe(there: Any, _residual: Program, _nets: SimpleNamespace) -> None:
@@ -145,6 +147,16 @@ def crops(there: Any, _residual: Program, _nets: SimpleNamespace) -> None:
     assert found[0].device == there.device
 
 
+def adam(there: Any, _residual: Program, _nets: SimpleNamespace) -> None:
+    with there.mode, there.called:
+        weight = nn.Parameter(there.empty(4, 3))
+        weight.grad = there.empty(4, 3)
+        made = DividedAdam([weight], divided=False)
+        made.step([0.1])
+        made.zero_grad()
+    assert weight.device == there.device
+
+
 Exercise = Callable[[Any, Program, SimpleNamespace], None]
 #: What runs code of a module on fake tensors.
 COVERED: dict[str, Exercise] = {
@@ -162,6 +174,7 @@ COVERED: dict[str, Exercise] = {
     "quantize/scaling_groups": integers,
     "drop/adaptors": adaptors,
     "mimic/crops": crops,
+    "mimic/divided_adam": adam,
 }
 
 _GRAPH = "tables and labels of a graph, on the CPU: nothing of it is computed for a batch"
@@ -180,7 +193,6 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys([f"prune/{name}" for name in ("counted_cuts", "error_curves", "factors", "rewrite")], _CHOICE),
     **dict.fromkeys([f"prune/{name}" for name in ("select_channels", "submodular", "units")], _CHOICE),
     **dict.fromkeys(("quantize/equalise", "quantize/ranges"), _READ + "test_passes_devices.py"),
-    "solve/spilled": "files: what is read back is on the CPU first; in test_solve_devices.py",
 }
 
 

@@ -20,6 +20,7 @@ from foldcut.compiler.export.exporter import save_onnx
 from foldcut.compiler.onnx import file as onnx_file
 from foldcut.compiler.onnx import model_file
 from foldcut.compiler.support.errors import CaptureError, CompilerError, OutputError
+from foldcut.passes.solve.least_memory import least_bytes
 from foldcut.runtime.measure.backend import Array, Backend, resolve_backend
 from foldcut.runtime.probe import latency_probe
 from torch import nn
@@ -179,6 +180,16 @@ def test_networks_of_which_memory_holds_one(
     same = compiled(large, goal=foldcut.Latency(0.8), backend=Watched())
     assert max(together) > 2 and not open_runners
     assert same.report.latency["ratio"] == pytest.approx(51 / 71)
+
+
+def test_the_least_memory_counts_no_copies(large: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights in files one session's are in memory, or those that are being solved; in one message many copies."""
+    program = foldcut.capture(large, samples(2))
+    weights = sum(p.numel() * p.element_size() for p in large.parameters())
+    in_files = least_bytes(program)
+    monkeypatch.setattr(model_file, "MAX_PROTOBUF_BYTES", 2_000_000_000)
+    assert in_files < least_bytes(program) and in_files < least_bytes(program, trained=True)
+    assert in_files >= weights
 
 
 def test_a_folder_that_was_damaged(large: nn.Module, tmp_path: Path, compiled: Compile) -> None:

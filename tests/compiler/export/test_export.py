@@ -129,10 +129,10 @@ def test_models_above_protobufs_limit_have_their_weights_beside_them(
     monkeypatch.setattr(model_file, "MAX_PROTOBUF_BYTES", 1000)
     model = to_onnx(residual)
     assert isinstance(model, model_file.OnnxFile)
-    folder, x = model.path.parent, nets.images(3).numpy()
+    folder, x = model.path.parent, nets.images(3)
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
     session = onnxruntime.InferenceSession(str(model.path), providers=["CPUExecutionProvider"])
-    np.testing.assert_array_equal(session.run(None, {"x": x})[0], run(whole, x=x)[0])
+    np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], run(whole, x=x)[0])
     del session, model
     gc.collect()
     assert not folder.exists()
