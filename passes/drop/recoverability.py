@@ -119,6 +119,8 @@ class Recoverability:
         #: Of each region the share of its local error that is left when the layers behind it are re-solved too.
         self.recovery: dict[str, float] = {}
         self._state: tuple[tuple[str, ...], Program] = ((), teacher)
+        #: The local error of each region by itself, once they were looked at.
+        self._alone: dict[str, float] = {}
 
     def __call__(self, chosen: Sequence[Region], candidates: Sequence[Region]) -> Mapping[str, float]:
         """Region name -> error with that region dropped as well. The candidates share two passes over the samples."""
@@ -127,7 +129,9 @@ class Recoverability:
         if not self.recovery:
             self.recovery = self.calibration_of(candidates)
         base = self._base(chosen)
-        local = self._errors(chosen, candidates, "local")
+        # what was found out on the way is not found out again
+        known = {} if chosen else {r.name: self._alone[r.name] for r in candidates if r.name in self._alone}
+        local = known if len(known) == len(candidates) else self._errors(chosen, candidates, "local")
         usual = sorted(self.recovery.values())[len(self.recovery) // 2]
         return {name: base + self.recovery.get(name, usual) * (error - base) for name, error in local.items()}
 
@@ -167,7 +171,7 @@ class Recoverability:
 
     def _left(self, candidates: Sequence[Region]) -> tuple[dict[str, float], dict[str, float]]:
         """Of each region the share of its local error that solving all behind it leaves, and what it leaves."""
-        local = self._errors((), candidates, "local")
+        local = self._alone = self._errors((), candidates, "local")
         looked = sorted(candidates, key=lambda r: (local[r.name], r.name))[: self._affordable]
         exact = self._errors((), [r for r in candidates if r in looked], "exact")
         left = {name: min(1.0, error / local[name]) if local[name] > 0 else 1.0 for name, error in exact.items()}
