@@ -91,18 +91,18 @@ def stays_in_a_file(size_bytes: int) -> bool:
     return size_bytes > MAPPED_BYTES
 
 
-def mapped_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def mapped_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """Copies in a file that is mapped into memory, laid out as they are; what shares a storage shares it again. The
     system takes the pages that nobody uses out of memory, and reads them again: the file lasts as long as the tensors,
-    and has no name.
-
-    Raises CompilerError when there is no room.
+    and has no name. None when there is no room for it: then there may be some in memory.
     """
     descriptor, name = tempfile.mkstemp(prefix="foldcut-weights-")
     os.close(descriptor)
     try:
         named = {str(place): tensor.detach() for place, tensor in enumerate(tensors)}
         copies = Spilled.written(named, Path(name)).read()
+    except CompilerError:
+        return None
     finally:
         with suppress(OSError):  # where a file that is in use cannot go, the system takes it with the temporary files
             Path(name).unlink()

@@ -13,8 +13,6 @@ from ..support.strict_json import json_file, json_text, read_json
 
 #: The files of an output folder. The page is for people: it is written, and never read.
 ONNX, PT2, PLAN, REPORT, PAGE = MODEL, "model.pt2", "plan.json", "report.json", "report.html"
-
-
 #: The files of a network: model.onnx, with model.onnx.data where its weights lie there, and model.pt2.
 Networks = Mapping[str, Content]
 

@@ -15,7 +15,6 @@ from ..devices.spilled import mapped_copies, stays_in_a_file
 from ..ir.edit import rebuild
 from ..ir.graph_copy import copied
 from ..ir.program import Program, tensor_identity
-from ..support.errors import CompilerError
 
 
 def moved(program: Program, device: torch.device) -> Program:
@@ -54,7 +53,7 @@ def on_cpu(program: Program) -> Program:
 
 def kept_in_a_file(program: Program, *beside: Program) -> Program:
     """A program whose own weights, those that no program `beside` it has, are in files that are mapped into memory,
-    where they take gigabytes. The program itself comes back where they do not, and where there is no room for files.
+    where they take gigabytes and there is room for files. The program itself comes back where they do not.
 
     Arguments:
         program: The program.
@@ -79,11 +78,8 @@ def kept_in_a_file(program: Program, *beside: Program) -> Program:
     if not stays_in_a_file(sum(storages.values())):
         return program
     module = rebuild(program.module, copied(program.graph))
-    try:
-        for name, value in converted_tensors(own, lambda tensor: mapped_copies([tensor])[0]):
-            put_tensor(module, name, value)
-    except CompilerError:
-        return program
+    for name, value in converted_tensors(own, lambda tensor: (mapped_copies([tensor]) or [tensor])[0]):
+        put_tensor(module, name, value)
     return replace(program, module=module)
 
 

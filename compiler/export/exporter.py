@@ -4,7 +4,6 @@ batch."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..ir.cost import tensor_bytes, weight_bytes
 from ..ir.program import Program, is_tensor
 from ..onnx.file import OLDEST_OPSET
 from ..onnx.file import opset as written_opset
@@ -65,7 +65,7 @@ def to_pt2(exported: torch.export.ExportedProgram) -> Content:
     """The content of a `.pt2` file, loadable with `torch.export.load`: in a temporary file where the weights are above
     2 GB."""
     weights = (*exported.state_dict.values(), *exported.constants.values())
-    if not fits_a_message(_bytes_of(t for t in weights if isinstance(t, torch.Tensor))):
+    if not fits_a_message(tensor_bytes(t for t in weights if isinstance(t, torch.Tensor))):
         folder = temporary_folder()
         path = Path(folder.name) / "model.pt2"
         with quiet_exporters():
@@ -117,15 +117,6 @@ def save_onnx(
         files[path.name] = bytes(model.SerializeToString())
         write_folder(path.parent, files)
     return tuple(path.parent / name for name in reversed(files))
-
-
-def weight_bytes(program: Program) -> int:
-    """Bytes of all weights."""
-    return _bytes_of(program.module.state_dict().values())
-
-
-def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def target_opset(program: Program, opset: int | None) -> int | None:

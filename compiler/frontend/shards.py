@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..ir.cost import tensor_bytes
 from ..support.atomic_files import Content, StoredFile, temporary_folder, write_folder
 from ..support.errors import CaptureError, first_line
 from ..support.strict_json import json_file, read_json
@@ -109,9 +110,10 @@ def save_shards(module: nn.Module, folder: str | Path, *, shard_bytes: int = 5_0
     """
     if shard_bytes < 1:
         raise CaptureError(f"shard_bytes={shard_bytes} is no size", hint="give bytes, at least 1")
-    first = {_identity(value): name for name, value in reversed(module.state_dict(keep_vars=True).items())}
-    named = {name: value.detach() for name, value in module.state_dict(keep_vars=True).items()}
-    shards = _split({name: named[name] for name in named if name in set(first.values())}, shard_bytes)
+    state, first = module.state_dict(keep_vars=True), dict[int, str]()
+    for name, value in state.items():
+        first.setdefault(_identity(value), name)
+    shards = _split({name: state[name].detach() for name in first.values()}, shard_bytes)
     if not shards:
         raise CaptureError("the module has no weights", hint="give the network, as Compiled.module is one")
     names = [f"model-{place:05}-of-{len(shards):05}{_SUFFIX}" for place in range(1, len(shards) + 1)]
@@ -124,7 +126,7 @@ def save_shards(module: nn.Module, folder: str | Path, *, shard_bytes: int = 5_0
             files[name] = StoredFile(path)
         if len(shards) > 1:
             held = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            total = sum(_size(value) for shard in shards for value in shard.values())
+            total = sum(tensor_bytes(shard.values()) for shard in shards)
             files[INDEX] = json_file({"metadata": {"total_size": total}, "weight_map": held})
         old = [path.name for path in (*target.glob(f"model*{_SUFFIX}"), target / INDEX) if path.name not in files]
         write_folder(target, files, without=old)
@@ -136,16 +138,13 @@ def _split(named: Mapping[str, torch.Tensor], shard_bytes: int) -> list[dict[str
     shards: list[dict[str, torch.Tensor]] = []
     left = 0
     for name, value in named.items():
-        if not shards or _size(value) > left:
+        size = tensor_bytes([value])
+        if not shards or size > left:
             shards.append({})
             left = shard_bytes
         shards[-1][name] = value
-        left -= _size(value)
+        left -= size
     return shards
-
-
-def _size(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
 
 
 def _files(source: Path) -> dict[str, Path]:

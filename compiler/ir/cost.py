@@ -65,6 +65,16 @@ def program_cost(program: Program) -> Cost:
     return region_cost(program, (n for n in program.graph.nodes if n.op == "call_function"))
 
 
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the entries of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes of all weights."""
+    return tensor_bytes(program.module.state_dict().values())
+
+
 def call_macs(program: Program, values: Iterable[Any]) -> int:
     """Multiply-accumulates of a run of the whole network on inputs with such values: those of one sample times how much
     larger the first input is that samples are stacked in, also where images are cropped."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..devices.spilled import mapped_copies, stays_in_a_file
-from ..support.errors import CaptureError, CompilerError, RewriteError, first_line
+from ..support.errors import CaptureError, RewriteError, first_line
+from .cost import tensor_bytes
 from .execute import device_of
 from .graph_copy import copied
 from .program import Program, is_tensor, output_nodes, tensor_identity
@@ -41,11 +41,10 @@ def _copy_tensors(module: fx.GraphModule) -> None:
     # one memo for all tensors, so that weights tied in the model stay tied in the copy
     memo: dict[int, Any] = {}
     here = [t for t in tensors if t.device.type == "cpu" and type(t) in {torch.Tensor, nn.Parameter}]
-    if stays_in_a_file(sum(t.numel() * t.element_size() for t in here)):
-        with suppress(CompilerError):  # no room on disk: there may be some in memory
-            for tensor, mapped in zip(here, mapped_copies(here), strict=True):
-                is_parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(mapped, tensor.requires_grad) if is_parameter else mapped
+    copies = mapped_copies(here) if stays_in_a_file(tensor_bytes(here)) else None
+    for tensor, mapped in zip(here, copies or (), strict=copies is not None):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(mapped, tensor.requires_grad) if is_parameter else mapped
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..support.atomic_files import StoredFile
+from ..support.atomic_files import StoredFile, digest
 from ..support.errors import CaptureError, first_line
 from .file import check_onnx, model_tensors
 
@@ -78,7 +77,7 @@ class OnnxFile(StoredFile):
         temporary: nothing is written into a user's folder."""
         assert self._folder is not None, "a file of somebody else's is not changed"
         content = model.SerializeToString(deterministic=True)
-        path = self.path.with_name(f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.onnx")
+        path = self.path.with_name(f"{digest(content)}.onnx")
         path.write_bytes(content)
         return OnnxFile(path, self._folder)
 

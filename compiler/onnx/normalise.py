@@ -48,8 +48,9 @@ def normalised(model: onnx.ModelProto, mapped: Mapping[str, np.ndarray[Any, Any]
     try:
         graph = gs.import_onnx(model)
         tensors = graph.tensors()
-        for name in tensors.keys() & (mapped or {}).keys():
-            tensors[name].values, tensors[name].data_location = (mapped or {})[name], None
+        for name, values in (mapped or {}).items():
+            if name in tensors:  # else nothing reads it
+                tensors[name].values, tensors[name].data_location = values, None
         graph.ir_version = max(8, model.ir_version)  # older versions want every initializer among the inputs
         _type_constants(graph)
         graph.toposort()

@@ -146,7 +146,8 @@ class OnnxModule(nn.Module):
             if not isinstance(tensor.values, np.memmap):
                 value = value.t().contiguous() if transposed else value.clone()
             elif transposed:  # such a copy is not to be in memory either
-                (value,) = mapped_copies([value.t().contiguous()])
+                value = value.t().contiguous()
+                (value,) = mapped_copies([value]) or [value]
             self._paths[name] = self._enter(name, nn.Parameter(value) if name in trained else value)
             if value.dtype not in BORROWED.values():
                 # the file's own copy of the weights may go now

@@ -7,7 +7,6 @@ error; processes that have gone different ways find that out, and none waits for
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import io
 import pickle
 import threading
@@ -21,7 +20,7 @@ import torch
 
 from ..support.errors import ProcessError, first_line, named_first_line
 from . import heartbeat
-from .on_device import OnDevice, place
+from .on_device import OnDevice, number_of, place
 from .team import T, Team, Term
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ class Joined(Team):
         shapes = [None if term is None else tuple(term.shape) for term in terms]
         complete = None not in shapes
         device = self.on_device.device(terms) if self.on_device is not None and kind == SUMS else None
-        own = _Words(kind, content=_hash(shapes), complete=complete, place=0 if device is None else place(device))
+        own = _Words(kind, content=number_of(shapes), complete=complete, place=0 if device is None else place(device))
         said = self._meet(own)
         if not all(words.complete for words in said) or len({words.content for words in said}) > 1:
             shapes = self._agreed(shapes)
@@ -262,10 +261,6 @@ def _flat(term: Term, shape: tuple[int, ...] | None, nothing: float, device: tor
         return term.detach().to(device).double().reshape(-1)
     size = 0 if shape is None else torch.Size(shape).numel()
     return torch.full((size,), nothing, dtype=torch.float64, device=device)
-
-
-def _hash(value: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "little")
 
 
 def _tensor(content: bytes) -> torch.Tensor:

@@ -99,7 +99,12 @@ def place(device: torch.device) -> int:
     """
     properties: Any = torch.cuda.get_device_properties(device) if _is_cuda(device) else None
     known = f"{socket.gethostname()} {device}" if properties is None else str(properties.uuid)
-    return 1 + int.from_bytes(hashlib.blake2b(known.encode(), digest_size=7).digest(), "little") // 2
+    return 1 + number_of(known) // 2
+
+
+def number_of(value: object) -> int:
+    """A number of seven bytes that is hardly that of anything else, by what Python writes for the value."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "little")
 
 
 def kinds_on_device(config: str) -> dict[str, str]:

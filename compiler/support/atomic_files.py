@@ -58,7 +58,11 @@ def size_of(content: Content) -> int:
 
 def digest(content: Content) -> str:
     """What content is known again by."""
-    found = hashlib.blake2b(digest_size=16)
+    return hashed(content, hashlib.blake2b(digest_size=16))
+
+
+def hashed(content: Content, found: Any) -> str:
+    """The hex digest of content by a hash of `hashlib`."""
     for piece in content.pieces() if isinstance(content, StoredFile) else (content,):
         found.update(piece)
     return found.hexdigest()

@@ -71,8 +71,7 @@ def available_bytes() -> int:
     """Bytes that can be taken without swapping: what Linux calls available, or what the container, the limits of the
     process (``RLIMIT_AS``, ``RLIMIT_DATA``) or that of the compile leave if that is less. Where none is known,
     `LEAST_BYTES`."""
-    left = [max(0, total - used) for total, used in _bounds().values()]
-    found = [_machine("MemAvailable"), *(_left(*files) for files in _containers()), *left]
+    found = [_machine("MemAvailable"), *(max(0, total - used) for total, used in _limits().values())]
     return min((count for count in found if count is not None), default=LEAST_BYTES)
 
 
@@ -128,7 +127,7 @@ def settle_memory(least_bytes: int, device_bytes: int | None = None) -> None:
         raise _too_little(limit, above, "what reading the network and the samples took")
     machine, boxes = _machine("MemTotal"), (_bytes_in(limit) for limit, _ in _containers())
     whole = [int(_OWN_SHARE * count) for count in (machine, *boxes) if count is not None]
-    left = [total - used for total, used in (_bounds() | _group_bounds()).values()]
+    left = [total - used for total, used in _limits().values()]
     _within[-1].working_bytes = min((_round(count) for count in (*whole, *left)), default=None)
 
 
@@ -164,7 +163,7 @@ def samples_at_once(sample_bytes: int, most: int) -> int:
 def limited() -> bool:
     """Whether a limit, or that of a control group, leaves less than plenty: memory is then given back as soon as it is
     free."""
-    return any(total - used < PLENTY_BYTES for total, used in (_bounds() | _group_bounds()).values())
+    return any(total - used < PLENTY_BYTES for total, used in _limits().values())
 
 
 def limit_in_effect() -> int | None:
@@ -235,7 +234,7 @@ def bytes_in_words(count: int) -> str:
 
 def _refuse_less_than(least_bytes: int) -> None:
     """Raise CompilerError where a limit leaves less."""
-    for name, (total, used) in (_bounds() | _group_bounds()).items():
+    for name, (total, used) in _limits().items():
         if total - used < max(least_bytes, 1):
             words = f"{bytes_in_words(used)} that are taken by now, and {bytes_in_words(least_bytes)} more"
             raise _too_little(name, used + max(least_bytes, 1), words)
@@ -260,6 +259,11 @@ def _bounds() -> dict[str, tuple[int, int]]:
             if total != resource.RLIM_INFINITY:
                 found[f"{name} of {bytes_in_words(total)}"] = (total, used)
     return found
+
+
+def _limits() -> dict[str, tuple[int, int]]:
+    """All limits: those on this process, and those of the control groups around it."""
+    return _bounds() | _group_bounds()
 
 
 def _group_bounds() -> dict[str, tuple[int, int]]:
@@ -315,11 +319,6 @@ def _containers() -> list[tuple[Path, Path]]:
             folders = [limit.parent / part for part in (group, *group.parents) if part.parts]
             found += [(folder / limit.name, folder / used.name) for folder in folders]
     return found
-
-
-def _left(limit: Path, used: Path) -> int | None:
-    bound, taken = _bytes_in(limit), _bytes_in(used)
-    return None if bound is None or taken is None else max(0, bound - taken + _cached(used))
 
 
 def _cached(used: Path) -> int:

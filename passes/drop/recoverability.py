@@ -29,7 +29,7 @@ from ...compiler.data.calibration_set import CalibrationSet
 from ...compiler.data.live_bytes import live_bytes
 from ...compiler.data.output_error import relative_to
 from ...compiler.devices.precision import WideSums, added, wide_sum
-from ...compiler.export.exporter import weight_bytes
+from ...compiler.ir.cost import weight_bytes
 from ...compiler.ir.edit import bypass
 from ...compiler.ir.execute import bind, descendants, required, run_until
 from ...compiler.ir.program import Program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ...compiler.data.live_bytes import live_bytes
+from ...compiler.ir.cost import weight_bytes
 from ...compiler.ir.program import Program
 from ...compiler.onnx.model_file import fits_a_message
 from .layers import find_layers
@@ -33,7 +34,7 @@ def least_bytes(
     """Bytes that a compile of a program takes on top of what the process holds once the network and the samples are
     there: for one sample with its `views` at a time, one layer after another. `measuring_bytes` is what a measurement
     takes beside the networks. An estimate from the graph."""
-    live, weights = live_bytes(program), _weight_bytes(program)
+    live, weights = live_bytes(program), weight_bytes(program)
     grams = rows = 1
     for layer in find_layers(program)[0].values():
         columns, count = program.module.get_parameter(layer.weight)[0].numel(), layer.rows_per_sample(program)
@@ -48,7 +49,3 @@ def least_bytes(
     # in files: new weights are in memory until all are solved, exports write one after the other, and one session at a
     # time holds its own
     return max(solved + weights, weights + live.most + measuring_bytes, trained_bytes) + REST_BYTES
-
-
-def _weight_bytes(program: Program) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in program.module.state_dict().values())

@@ -33,8 +33,6 @@ from ..predict.lattice import KINDS, Lattice, probe_lattice
 
 #: Rounds that a segment is timed in, and the block of each: what a plan saves is measured as a whole before it counts.
 _TABLE_ROUNDS, _TABLE_BLOCK_MS = 12, 4.0
-
-
 #: A comparison loads the original twice and the other network once, and reads their files.
 _SESSIONS = 4
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...compiler.support.atomic_files import Content, StoredFile, write_folder
+from ...compiler.support.atomic_files import Content, hashed, write_folder
 from ...compiler.support.errors import BackendError, named_first_line
 from ..measure.backend import Array
 from ..measure.inputs import InputSpec, check_inputs
@@ -158,10 +158,7 @@ def load_engine(path: str | Path, model: bytes | None = None) -> TensorRTEngine:
 
 def sha256(content: Content) -> str:
     """The hex digest that identifies models and plans."""
-    found = hashlib.sha256()
-    for piece in content.pieces() if isinstance(content, StoredFile) else (content,):
-        found.update(piece)
-    return found.hexdigest()
+    return hashed(content, hashlib.sha256())
 
 
 def _metadata_path(plan: Path) -> Path:
